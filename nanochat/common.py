@@ -1,0 +1,100 @@
+"""What every script needs: one-line errors, the base directory, atomic files, device and process group."""
+import argparse
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what would be right."""
+
+
+def run_script(main):
+    """Call main(); turn an InputError or a failing file operation into one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as e:
+        message = str(e)
+    except OSError as e:  # permission denied, disk full, a file that vanished
+        if e.errno is None:
+            raise
+        hint = " (free some space, then run the same command again)" if e.errno == errno.ENOSPC else ""
+        message = f"{e.filename or 'file system'}: {e.strerror}{hint}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    rank, _, world_size = process_layout()
+    if rank > 0:
+        time.sleep(1)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
+    where = f" [process {rank} of {world_size}]" if rank > 0 else ""
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def whole_number(minimum: int):
+    """argparse type: an integer >= minimum."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {minimum}")
+        return value
+    return parse
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def get_base_dir() -> Path:
+    """Where tokenizers, token caches, downloads and runs live. Nothing is created here."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat-lowrank").expanduser()
+
+
+def write_atomic(path: Path, content: str | bytes):
+    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock colleagues out of a shared base dir
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, OSError):
+            e.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold an exclusive lock on `path` (created if needed). The kernel frees it if the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def process_layout() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes), as torchrun sets them; (0, 0, 1) without it."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
+
+
+def print0(*args, **kwargs):
+    """Print on rank 0 only."""
+    if process_layout()[0] == 0:
+        print(*args, **kwargs, flush=True)
