@@ -37,6 +37,17 @@ def run_script(main):
     sys.exit(2)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with whole flag names only, defaults shown in --help, and errors of one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(message)
+
+
 def whole_number(minimum: int):
     """argparse type: an integer >= minimum."""
     def parse(text):
