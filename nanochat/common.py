@@ -109,3 +109,56 @@ def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if process_layout()[0] == 0:
         print(*args, **kwargs, flush=True)
+
+
+def init_process(device_type: str):
+    """Join the process group (under torchrun) and pick this process's device: (device, rank, world size).
+
+    device_type: 'cuda', 'cpu' or '' for cuda where there is one. InputError if the device is not there.
+    """
+    import torch
+    import torch.distributed as dist
+    rank, local_rank, world_size = process_layout()
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device-type cuda: no CUDA device on this machine; use --device-type cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node: process {local_rank} on this machine has no GPU, there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
+                                device_id=device if device_type == "cuda" else None)
+    return device, rank, world_size
+
+
+def end_process():
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_dtype(name: str, device):
+    """The dtype of activations and matmuls: `name` or, for 'auto', $NANOCHAT_DTYPE or what suits the device."""
+    import torch
+    name = os.environ.get("NANOCHAT_DTYPE") or "auto" if name == "auto" else name
+    known = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+             "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise InputError(f"NANOCHAT_DTYPE={name}: use one of {', '.join(known)}")
+    return known[name]
+
+
+def device_name(device) -> str:
+    """'NVIDIA H100 80GB HBM3', or the processor's model name."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+        return platform.processor() or platform.machine()

@@ -1,0 +1,17 @@
+# Sourced by speedrun.sh and dev/test.sh: an environment with the package and its test tools, made once in .venv.
+if [ ! -x .venv/bin/python ]; then
+  for PYTHON in python3 python; do
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+  done
+  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: no python3 >= 3.10 on the PATH" >&2
+    exit 2
+  fi
+  "$PYTHON" -m venv .venv
+fi
+source .venv/bin/activate
+# install again only when the dependencies change
+if ! cmp -s pyproject.toml .venv/installed-pyproject.toml; then
+  python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+  cp pyproject.toml .venv/installed-pyproject.toml
+fi

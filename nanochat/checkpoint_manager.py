@@ -1,0 +1,76 @@
+"""Checkpoints: runs/<tag>/checkpoints/step_000200/{state.pt, meta.json}, each appearing whole by one rename.
+
+state.pt holds tensors and plain numbers only (read with weights_only=True: loading cannot execute code); meta.json holds
+its SHA-256, so a truncated or altered file is noticed before it is used.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from nanochat.common import InputError, print0, write_atomic
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:06d}"
+
+
+def saved_steps(run_folder: Path) -> list[int]:
+    """Steps with a checkpoint, ascending; not yet verified."""
+    return sorted(int(f.name.removeprefix("step_")) for f in (run_folder / "checkpoints").glob("step_*"))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict):
+    """Write state (tensors, nested in dicts and lists) and meta (JSON) as the checkpoint of `step`."""
+    folder = step_folder(run_folder, step)
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        with open(building / "state.pt", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        write_atomic(building / "meta.json", json.dumps({**meta, "step": step, "sha256": sha256(building / "state.pt")}, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # the same step, reached again after a resume from before it
+        os.replace(building, folder)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(building, ignore_errors=True)
+        raise InputError(f"{folder}: cannot write the checkpoint ({str(e).splitlines()[0]}); earlier ones are intact, "
+                         "free some space and continue with --resume auto") from None
+
+
+def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, dict]:
+    """(state, meta) of a step, verified. InputError if it is missing or damaged."""
+    folder = step_folder(run_folder, step)
+    if not folder.is_dir():
+        raise InputError(f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        intact = meta["sha256"] == sha256(folder / "state.pt")
+    except (OSError, ValueError, KeyError):
+        intact = False
+    if not intact:
+        raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); use another step")
+    return torch.load(folder / "state.pt", map_location=device, weights_only=True), meta
+
+
+def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:
+    """The newest checkpoint that is intact, naming those that are skipped; None if there is none."""
+    for step in reversed(saved_steps(run_folder)):
+        try:
+            return load_checkpoint(run_folder, step, device)
+        except InputError as e:
+            print0(f"skipped: {e}")
+    return None

@@ -1,0 +1,331 @@
+"""The model: a GPT whose linear layers are full rank or low rank, each layer with its own ranks.
+
+Rotary positions, QK norm, relu² MLP, RMSNorm without parameters, grouped-query and sliding-window attention, logit
+softcap, a learned residual scale and a learned shortcut from the embeddings at every layer. No biases.
+Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value heads, D head dim, r rank.
+Master weights are float32; the matmuls run in the dtype of the activations (`GPT.forward`'s compute_dtype).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SOFTCAP = 15.0  # logits are squashed into (-15, 15)
+ROTARY_BASE = 10_000.0
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a model. A rank is 0 (full), an integer >= 1, or a fraction in (0, 1) of min(in, out) of each matrix."""
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"       # tiled over the layers: S = half the context, L = all of it; the last layer is L
+    attn_ranks: tuple[float, ...] = () # one rank a layer, for q, k, v and the attention output; () = full everywhere
+    mlp_ranks: tuple[float, ...] = ()  # one rank a layer, for both MLP matrices
+    lm_head_rank: float = 0
+    tie_embeddings: bool = False       # the output head is the token embedding
+    value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
+
+    def attn_rank(self, layer: int) -> float:
+        return self.attn_ranks[layer] if self.attn_ranks else 0
+
+    def mlp_rank(self, layer: int) -> float:
+        return self.mlp_ranks[layer] if self.mlp_ranks else 0
+
+    def window(self, layer: int) -> int:
+        """How many positions back, itself included, a query of this layer sees."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
+        return max(1, self.sequence_len // 2) if short else self.sequence_len
+
+    def has_value_embedding(self, layer: int) -> bool:
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+
+def resolve_rank(rank: float, in_features: int, out_features: int) -> int:
+    """A rank as configured -> the integer rank of one matrix; 0 stays 0 (full). ValueError above min(in, out)."""
+    smaller = min(in_features, out_features)
+    if 0 < rank < 1:
+        return max(1, round(rank * smaller))
+    if rank < 0 or rank > smaller or rank != int(rank):
+        raise ValueError(f"rank {rank:g} does not fit a {out_features} x {in_features} matrix: "
+                         f"give 0 (full), 1 to {smaller}, or a fraction between 0 and 1")
+    return int(rank)
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
+
+class Linear(nn.Module):
+    """y = W x with W: (out, in), cast to the dtype of x."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def dense_weight(self):  # (out, in)
+        return self.weight
+
+    @torch.no_grad()
+    def init(self, zero: bool = False):
+        """Entries uniform with variance 1/in: unit-variance inputs give unit-variance outputs."""
+        bound = 0.0 if zero else math.sqrt(3 / self.in_features)
+        self.weight.uniform_(-bound, bound)
+
+
+class LowRankLinear(nn.Module):
+    """y = B(A x) with A: (r, in), B: (out, r); the matrix BA is never formed."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
+
+    def forward(self, x):  # (..., in) -> (..., r) -> (..., out)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+    def dense_weight(self):  # (out, in)
+        return self.B @ self.A
+
+    @torch.no_grad()
+    def init(self, zero: bool = False):
+        """Orthonormal rows in A and columns in B, scaled so that BA's entries have variance 1/in, as in `Linear`.
+
+        ||BA||_F² = s²·r must equal ||W||_F² = out, hence s = (out/r)^½, all of it in B. zero: B = 0, so that a residual
+        branch starts silent while A already passes a gradient to B. Orthogonal factors: Spectron (arXiv 2602.12429).
+        """
+        nn.init.orthogonal_(self.A)
+        if zero:
+            self.B.zero_()
+        else:
+            nn.init.orthogonal_(self.B, gain=math.sqrt(self.out_features / self.rank))
+
+
+def make_linear(in_features: int, out_features: int, rank: float) -> Linear | LowRankLinear:
+    """The layer for a configured rank (see `resolve_rank`)."""
+    r = resolve_rank(rank, in_features, out_features)
+    return LowRankLinear(in_features, out_features, r) if r else Linear(in_features, out_features)
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def window_mask(T: int, window: int, device):
+    """(T, T) bool, True where query i may see key j: i - window < j <= i."""
+    i = torch.arange(T, device=device)
+    distance = i[:, None] - i[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, rank = config.n_embd, config.attn_rank(layer)
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
+        self.window = config.window(layer)
+        self.q = make_linear(C, self.n_head * self.head_dim, rank)
+        self.k = make_linear(C, self.n_kv_head * self.head_dim, rank)
+        self.v = make_linear(C, self.n_kv_head * self.head_dim, rank)
+        self.o = make_linear(self.n_head * self.head_dim, C, rank)
+
+    def forward(self, x, value_embedding, cos, sin):
+        B, T, _ = x.shape
+        v = self.v(x)  # (B, T, K·D)
+        if value_embedding is not None:
+            v = v + value_embedding
+        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)     # (B, H, T, D)
+        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)          # (B, K, T, D)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))              # QK norm keeps the scores bounded
+        mask = window_mask(T, self.window, x.device) if self.window < T else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_kv_head < self.n_head)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, rank = config.n_embd, config.mlp_rank(layer)
+        self.up = make_linear(C, 4 * C, rank)
+        self.down = make_linear(4 * C, C, rank)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config, layer)
+
+    def forward(self, x, value_embedding, cos, sin):
+        x = x + self.attn(norm(x), value_embedding, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+# ---- the output head and its loss -----------------------------------------------------------------------------------
+
+def squashed(x, weight):
+    """x: (N, C), weight: (V, C) -> float32 (float64 stays) tanh(z / SOFTCAP), (N, V), of z = x Wᵀ. The logits are SOFTCAP times that."""
+    z = F.linear(x, weight)
+    return z.to(torch.promote_types(z.dtype, torch.float32)).div_(SOFTCAP).tanh_()
+
+
+def rows_at_once(x, V: int) -> int:
+    """Rows of logits to compute together: 8 MB of float32 on a CPU, which its cache holds; 256 MB on a GPU, to fill it."""
+    return max(1, (2**26 if x.is_cuda else 2**21) // V)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softcapped logits without ever holding all of them.
+
+    The rows are taken in chunks; each chunk's logits are turned into its share of the loss and of the gradients of x and
+    weight at once, in the forward pass, so that only (chunk, V) float32 numbers exist at a time.
+    With l = s·tanh(z/s), z = x Wᵀ:  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):  # (N, C), (V, C), (N,)
+        N, V = x.size(0), weight.size(0)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        n = rows_at_once(x, V)
+        for i in range(0, N, n):
+            chunk, target = x[i:i + n], targets[i:i + n, None]
+            tanh = squashed(chunk, weight)                    # (n, V)
+            logits = SOFTCAP * tanh
+            logsumexp = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (logsumexp - logits.gather(1, target)).sum()
+            if grad_x is None and grad_weight is None:
+                continue
+            grad = logits.sub_(logsumexp).exp_()              # softmax
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad = grad.mul_(tanh.square_().neg_().add_(1)).div_(N).to(x.dtype)
+            if grad_x is not None:
+                grad_x[i:i + n] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ chunk
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss / N
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return (None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
+                None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype), None)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+class GPT(nn.Module):
+    """Build under torch.device('meta') to count, or on a device and call `init_weights` to train."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        C, V, L = config.n_embd, config.vocab_size, config.n_layer
+        self.wte = nn.Embedding(V, C)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
+        self.lm_head = None if config.tie_embeddings else make_linear(C, V, config.lm_head_rank)
+        self.resid_lambdas = nn.Parameter(torch.empty(L))  # scale of the residual stream entering each layer
+        self.x0_lambdas = nn.Parameter(torch.empty(L))     # share of the embedding added there
+        kv_dim = config.n_kv_head * (C // config.n_head)
+        self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(V, kv_dim)
+                                           for layer in range(L) if config.has_value_embedding(layer)})
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw from the global generator, embeddings first so that they agree between ranks under one seed."""
+        nn.init.normal_(self.wte.weight)  # normalised right after the lookup, so only the direction matters there
+        if self.config.tie_embeddings:
+            self.wte.weight.mul_(0.02)    # as a head it has to start with small logits
+        for table in self.value_embeds.values():
+            nn.init.normal_(table.weight)
+        for block in self.blocks:
+            for linear in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
+                linear.init()
+            for linear in (block.attn.o, block.mlp.down):
+                linear.init(zero=True)    # every block starts as the identity
+        if self.lm_head is not None:
+            self.lm_head.init(zero=True)  # every token equally likely
+        self.resid_lambdas.fill_(1.0)
+        self.x0_lambdas.fill_(0.1)
+
+    def rotary(self, T: int, device, dtype):
+        """cos, sin: (T, D/2)."""
+        D = self.config.n_embd // self.config.n_head
+        inverse_frequency = ROTARY_BASE ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+        angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * inverse_frequency
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def hidden(self, idx, compute_dtype=torch.float32):
+        """idx: (B, T) int -> (B, T, C), normalised, ready for the head."""
+        cos, sin = self.rotary(idx.size(1), idx.device, compute_dtype)
+        x = x0 = norm(self.wte(idx).to(compute_dtype))
+        for i, block in enumerate(self.blocks):
+            x = self.resid_lambdas[i].to(compute_dtype) * x + self.x0_lambdas[i].to(compute_dtype) * x0
+            table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
+            x = block(x, None if table is None else table(idx).to(compute_dtype), cos, sin)
+        return norm(x)
+
+    def head(self, idx, compute_dtype):
+        """(x, weight) with logits before the softcap = x weightᵀ; x: (B·T, C) or, with a low-rank head, (B·T, r)."""
+        x = self.hidden(idx, compute_dtype).flatten(0, 1)
+        if self.lm_head is None:
+            return x, self.wte.weight.to(x.dtype)
+        if isinstance(self.lm_head, LowRankLinear):
+            return F.linear(x, self.lm_head.A.to(x.dtype)), self.lm_head.B.to(x.dtype)
+        return x, self.lm_head.weight.to(x.dtype)
+
+    def forward(self, idx, targets=None, compute_dtype=torch.float32):
+        """idx: (B, T). Returns float32 logits (B, T, V) or, with targets (B, T), the mean cross-entropy in nats."""
+        x, weight = self.head(idx, compute_dtype)
+        if targets is None:
+            return (SOFTCAP * squashed(x, weight)).view(*idx.shape, -1)
+        return HeadCrossEntropy.apply(x, weight, targets.flatten())
+
+    @torch.no_grad()
+    def token_losses(self, idx, targets, compute_dtype=torch.float32):
+        """Cross-entropy in nats of each target, (B, T) float32, no gradient."""
+        x, weight = self.head(idx, compute_dtype)
+        chunks = zip(x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0))))
+        losses = [F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none") for part, target in chunks]
+        return torch.cat(losses).view(targets.shape)
+
+    @torch.inference_mode()
+    def generate(self, tokens: list[int], count: int, temperature: float = 0.8, seed: int = 0, compute_dtype=torch.float32):
+        """`count` tokens that continue `tokens`, sampled one by one (greedy at temperature 0); the context slides."""
+        device = self.wte.weight.device
+        rng = torch.Generator(device).manual_seed(seed)
+        tokens = list(tokens)
+        for _ in range(count):
+            idx = torch.tensor([tokens[-self.config.sequence_len:]], device=device)
+            logits = self(idx, compute_dtype=compute_dtype)[0, -1]
+            if temperature > 0:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
+            else:
+                token = logits.argmax(keepdim=True)
+            tokens.append(token.item())
+        return tokens[-count:] if count else []

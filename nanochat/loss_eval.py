@@ -1,0 +1,40 @@
+"""Validation: mean loss, perplexity and bits per byte over a fixed list of rows; text samples."""
+import math
+
+import torch
+import torch.distributed as dist
+
+from nanochat.dataloader import Rows, batch_of
+
+
+@torch.no_grad()
+def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype, rank: int = 0, world_size: int = 1) -> dict:
+    """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the batch size.
+
+    token_bytes: (vocab,) bytes of text an id stands for, 0 for special tokens.
+    Returns val/loss: mean nats per token, BOS included; val/ppl = exp of it; val/bpb: bits per byte of text, the nats of
+    all ordinary tokens over ln 2 and their bytes, which does not depend on the vocabulary.
+    """
+    mine = range(rank, count, world_size)
+    token_bytes = torch.as_tensor(token_bytes, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of ordinary tokens, bytes
+    for i in range(0, len(mine), device_batch_size):
+        inputs, targets = batch_of([rows.row(j) for j in mine[i:i + device_batch_size]], device)
+        nats = model.token_losses(inputs, targets, dtype).double()  # (B, T)
+        n_bytes = token_bytes[targets]
+        sums += torch.stack([nats.sum(), torch.tensor(nats.numel(), device=device, dtype=torch.float64),
+                             nats[n_bytes > 0].sum(), n_bytes.sum().double()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    nats, tokens, text_nats, text_bytes = sums.tolist()
+    loss = nats / tokens
+    return {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0)), "val/bpb": text_nats / math.log(2) / max(1.0, text_bytes)}
+
+
+def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prompt_tokens: int = 16, count: int = 48) -> list[str]:
+    """Continuations of the first tokens of the first validation rows."""
+    texts = []
+    for i in range(min(prompts, val_rows.count)):
+        prompt = val_rows.row(i)[:prompt_tokens].tolist()
+        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(model.generate(prompt, count, compute_dtype=dtype)))
+    return texts

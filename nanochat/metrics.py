@@ -1,0 +1,186 @@
+"""The run record: one folder a run, the same names on wandb, time to a threshold, memory.
+
+    runs/<model-tag>/config.json     written once, before the first step
+                     metrics.jsonl   append-only, one JSON object a line
+                     summary.json    rewritten at every checkpoint and at the end
+                     wandb_id.txt    so that a resumed run continues the same line on the dashboard
+"""
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import InputError, get_base_dir, write_atomic
+
+# the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
+CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"), ("total_training_flops", "flops"))
+
+
+def runs_dir() -> Path:
+    return get_base_dir() / "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from its folder."""
+    name: str
+    config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
+    summary: dict        # flat metric names -> last values, "status": "running" | "finished"
+    history: list[dict]  # one dict a step, in order; keys as in design section 6
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder. InputError if it is none. A line half-written by a killed process is skipped."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a run folder (no config.json)")
+    config = read_json(folder / "config.json")
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {"status": "running"}
+    return Run(folder.name, config, summary, read_history(folder))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path}: not valid JSON; restore it or move the folder away") from None
+
+
+def read_history(folder: Path) -> list[dict]:
+    """metrics.jsonl merged by step. A resumed run repeats the steps after its checkpoint: the last word counts."""
+    by_step = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            by_step.setdefault(entry["step"], {}).update(entry)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class RunRecord:
+    """Writes a run folder and, unless the wandb name is 'dummy', the same to wandb. Lives on rank 0 only."""
+
+    def __init__(self, folder: Path, config: dict, accounting: dict, wandb_run: str, thresholds: list[float], resumed_step: int = 0):
+        """config: as stored in config.json; accounting: flat params/…, flops/…, mem/… known before the first step."""
+        self.folder, self.thresholds = folder, thresholds
+        self.latest = dict(accounting)
+        self.evals = []
+        for entry in read_history(folder):
+            if entry["step"] <= resumed_step:  # what the checkpoint knows of; later steps are run again
+                self._remember(entry)
+        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.wandb = None if wandb_run == "dummy" else start_wandb(folder, wandb_run, config, accounting)
+
+    def _remember(self, metrics):
+        self.latest.update(metrics)
+        if "val/ppl" in metrics:
+            self.evals.append(metrics)
+
+    def log(self, metrics: dict):
+        """Append one line. metrics must hold `step` and the clocks in CLOCKS."""
+        self._remember(metrics)
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+
+    def summarize(self, status: str):
+        """Rewrite summary.json (and wandb's summary): the last value of every metric, and the thresholds reached."""
+        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str))}
+        values |= time_to_ppl(self.evals, self.thresholds)
+        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
+        if self.wandb:
+            self.wandb.summary.update(values)
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(folder: Path, name: str, config: dict, accounting: dict):
+    """A wandb run whose id is kept in the run folder, with step, time and FLOPs usable as x-axes."""
+    import wandb  # a second of import time that --run dummy need not pay
+    id_file = folder / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    write_atomic(id_file, run_id + "\n")
+    run = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat-lowrank"), name=name, id=run_id, resume="allow",
+                     dir=folder, config={**config, "accounting": accounting})
+    for key, _ in CLOCKS:
+        run.define_metric(key)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
+    """{time_to_ppl/P/{seconds,step,tokens,flops}: value at the first evaluation with val/ppl <= P}.
+
+    `…_interpolated` beside each is where log perplexity, taken as linear between the two evaluations around P, crosses
+    it; absent when the very first evaluation is already below P. Thresholds not reached have no entry.
+    """
+    out = {}
+    for threshold in thresholds:
+        i = next((i for i, e in enumerate(evals) if e["val/ppl"] <= threshold), None)
+        if i is None:
+            continue
+        for key, name in CLOCKS:
+            out[f"time_to_ppl/{threshold:g}/{name}"] = evals[i][key]
+            if i > 0:
+                high, low = math.log(evals[i - 1]["val/ppl"]), math.log(evals[i]["val/ppl"])
+                share = (high - math.log(threshold)) / (high - low)
+                out[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = evals[i - 1][key] + share * (evals[i][key] - evals[i - 1][key])
+    return out
+
+
+# ---- what a run ran on ----------------------------------------------------------------------------------------------
+
+def reset_peak_memory(device):
+    """Start measuring the peak afresh where the platform can (CUDA, Linux)."""
+    if device.type == "cuda":
+        import torch
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.path.exists("/proc/self/clear_refs"):
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the present resident size
+        except OSError:
+            pass  # containers may forbid it: the peak then counts from the start of the process
+
+
+def peak_memory_bytes(device) -> int:
+    """CUDA: most bytes allocated by torch on this process's GPU. CPU: peak resident set of this whole process."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+
+
+def git_state() -> dict:
+    """Commit and dirty flag of the source tree that runs; None where it is no git checkout."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True).stdout
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def versions() -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+    found = {"python": platform.python_version()}
+    for package in ("nanochat-lowrank", "torch", "numpy", "tiktoken", "rustbpe", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,102 @@
+"""Optimizers: Muon for the matrices inside the blocks, AdamW for the rest. One function decides which parameter goes where."""
+import torch
+
+from nanochat.gpt import GPT
+
+# Coefficients (a, b, c) of five polynomial steps X <- aX + b(XXᵀ)X + c(XXᵀ)²X that drive all singular values to 1:
+# Polar Express (Amsel et al., arXiv 2505.16932), for singular values in [1e-3, 1] after division by 1.02 ||X||_F.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(X):
+    """X: (..., m, n) -> its nearest semi-orthogonal matrix UVᵀ, approximately (singular values within ~[0.9, 1.1])."""
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = X.size(-2) > X.size(-1)
+    if tall:
+        X = X.mT  # the Gram matrix below is then on the small side: for a factor, r × r
+    for a, b, c in POLAR_EXPRESS:
+        G = X @ X.mT                    # (..., m, m)
+        X = a * X + (b * G + c * (G @ G)) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    W <- W - lr · (scale · UVᵀ + weight_decay · W) with UVᵀ from Nesterov momentum. Each group holds matrices of one shape,
+    updated as one batch, and has its own `scale`.
+    """
+
+    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, mu = group["params"], group["momentum"]
+            grads = torch.stack([p.grad for p in params])  # (count, out, in)
+            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(buffers, list(grads), 1 - mu)
+            update = orthogonalize(grads.lerp(torch.stack(buffers), mu).to(matmul_dtype(grads))).to(grads.dtype)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update), alpha=-group["lr"] * group["scale"])
+
+
+def matmul_dtype(x):
+    """bfloat16 is enough for the orthogonalisation, and faster where there are tensor cores."""
+    return torch.bfloat16 if x.is_cuda else x.dtype
+
+
+def update_scale(role: str, out_features: int, in_features: int) -> float:
+    """Spectral norm of one update at lr 1, by the role of the parameter: 'weight', or a factor 'A' or 'B'.
+
+    max(1, out/in)^½: the same change of a unit-RMS input's output for every shape (Yang et al., arXiv 2310.17813).
+    """
+    scale = max(1.0, out_features / in_features) ** 0.5
+    return scale if role == "weight" else FACTOR_SCALE * scale
+
+
+FACTOR_SCALE = 0.5
+
+
+# ---- who gets what --------------------------------------------------------------------------------------------------
+
+def uses_muon(name: str, parameter) -> bool:
+    """Muon for the matrices, full or factored, inside the blocks; AdamW for tables, the head and the per-layer scalars."""
+    return name.startswith("blocks.") and parameter.ndim == 2
+
+
+def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, scalar_lr: float,
+                     weight_decay: float) -> list[torch.optim.Optimizer]:
+    """[AdamW, Muon] over all parameters that require gradients, each in exactly one group.
+
+    Every group keeps its `initial_lr`, which the schedule multiplies. Weight decay acts on the Muon matrices only.
+    """
+    tables, head, scalars, matrices = [], [], [], {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if uses_muon(name, p):
+            factor = name.rsplit(".", 1)[1]  # 'weight', 'A' or 'B'
+            matrices.setdefault((factor, *p.shape), []).append(p)
+        elif name.startswith("lm_head.") or (name == "wte.weight" and model.lm_head is None):
+            head.append(p)
+        elif p.ndim == 2:
+            tables.append(p)
+        else:
+            scalars.append(p)
+    adamw = torch.optim.AdamW([dict(params=ps, lr=lr) for ps, lr in
+                               ((tables, embedding_lr), (head, unembedding_lr), (scalars, scalar_lr)) if ps],
+                              betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    muon = Muon([dict(params=ps, scale=update_scale(*key)) for key, ps in matrices.items()], lr=matrix_lr, weight_decay=weight_decay)
+    for optimizer in (adamw, muon):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [adamw, muon]

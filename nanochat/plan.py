@@ -1,0 +1,235 @@
+"""From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
+import math
+from argparse import ArgumentTypeError
+from dataclasses import replace
+
+from nanochat import metrics
+from nanochat.common import ArgumentParser, InputError, print0, whole_number
+from nanochat.gpt import GPTConfig, resolve_rank
+from nanochat.rank import SCHEDULES, account, matrix_parameters, on_meta, ranks_over_depth, solve_depth, solve_rank
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def rank_flag(text: str) -> float:
+    try:
+        value = float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        value = -1
+    if value < 0 or (isinstance(value, float) and not 0 < value < 1):
+        raise ArgumentTypeError(f"{text!r}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
+    return value
+
+
+def positive_floats(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0.0]
+    if not all(v > 0 and math.isfinite(v) for v in values):
+        raise ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 100,50,30")
+    return values
+
+
+def number(low: float, high: float = math.inf):
+    """argparse type: a finite number in [low, high]."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+def build_parser():
+    parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
+    add = parser.add_argument
+    add("--run", default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
+    add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="compute dtype; master weights are float32")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda, off for cpu")
+    add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
+    # data
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")
+    add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
+    # shape
+    add("--depth", type=whole_number(1), default=20, help="layers")
+    add("--aspect-ratio", type=whole_number(1), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
+    add("--model-dim", type=whole_number(-1), default=-1, help="width, overriding depth × aspect-ratio")
+    add("--head-dim", type=whole_number(1), default=128)
+    add("--n-kv-head", type=whole_number(-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--max-seq-len", type=whole_number(2), default=2048)
+    add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
+    add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
+    add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
+    # rank
+    add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
+    add("--mlp-rank", type=rank_flag, default=0)
+    add("--lm-head-rank", type=rank_flag, default=0)
+    add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
+    add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
+    add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
+    add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
+    # horizon: the first that is given counts
+    add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
+    add("--target-flops", type=float, default=-1, help="total training FLOPs")
+    add("--target-param-data-ratio", type=float, default=12, help="tokens per parameter of the matrices, head included")
+    # optimization
+    add("--device-batch-size", type=whole_number(1), default=32, help="rows in one forward pass of one process")
+    add("--total-batch-size", type=whole_number(-1), default=-1, help="tokens in one step; -1 = from the training tokens")
+    add("--embedding-lr", type=number(0), default=0.3)
+    add("--unembedding-lr", type=number(0), default=0.004)
+    add("--matrix-lr", type=number(0), default=0.02)
+    add("--scalar-lr", type=number(0), default=0.01)
+    add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
+    add("--grad-clip", type=float, default=-1, help="largest norm of the gradient; -1 = no clipping")
+    add("--warmup-steps", type=whole_number(0), default=0)
+    add("--warmdown-ratio", type=number(0, 1), default=0.5, help="share of the steps over which the learning rates fall linearly")
+    add("--final-lr-frac", type=number(0, 1), default=0.0, help="where they end, as a fraction")
+    # evaluation and record
+    add("--eval-every", type=whole_number(-1), default=250, help="steps between evaluations; -1 = only at the end")
+    add("--eval-tokens", type=whole_number(1), default=2**19, help="validation tokens, taken from the start of the validation text")
+    add("--ppl-thresholds", type=positive_floats, default=[100.0, 50.0, 30.0], help="perplexities to time")
+    add("--stop-at-ppl", type=number(-1), default=-1, help="stop at the first evaluation at or below this perplexity")
+    add("--sample-every", type=whole_number(-1), default=2000, help="steps between text samples (and at the end); -1 = none")
+    add("--save-every", type=whole_number(-1), default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
+    add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
+    return parser
+
+
+# ---- from flags to a model ------------------------------------------------------------------------------------------
+
+def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
+    """The shape that the flags describe (at another depth, for --solve depth). InputError names the flag at fault."""
+    depth = depth or args.depth
+    width = args.model_dim if args.model_dim > 0 else math.ceil(depth * args.aspect_ratio / args.head_dim) * args.head_dim
+    if width % args.head_dim or args.head_dim % 2:
+        near = sorted({max(1, width // args.head_dim) * args.head_dim, (width // args.head_dim + 1) * args.head_dim})
+        raise InputError(f"--head-dim {args.head_dim}: must be even and divide the width {width}; e.g. --model-dim {near[0]} or {near[-1]}")
+    heads = width // args.head_dim
+    kv_heads = args.n_kv_head if args.n_kv_head > 0 else heads
+    if heads % kv_heads:
+        raise InputError(f"--n-kv-head {kv_heads}: must divide the {heads} heads")
+    if not args.window_pattern or set(args.window_pattern) - set("SL"):
+        raise InputError(f"--window-pattern {args.window_pattern!r}: use the letters S and L only")
+    if args.tie_embeddings and args.lm_head_rank:
+        raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
+    config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
+                       lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings)
+    config = replace(config, attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth))
+    check_ranks(config)
+    return config
+
+
+def layer_ranks(args, flag: str, depth: int) -> tuple[float, ...]:
+    """One rank a layer for --attn-rank or --mlp-rank under the schedule; () = full rank everywhere."""
+    start, schedule = getattr(args, flag), args.rank_schedule
+    if "," in schedule or schedule.isdigit():
+        if (args.attn_rank or args.mlp_rank) and not start:
+            return ()  # the list is for the factored group only; for both if neither rank is given
+        try:
+            ranks = tuple(rank_flag(part.strip()) for part in schedule.split(","))
+        except ArgumentTypeError as e:
+            raise InputError(f"--rank-schedule {schedule}: {e}") from None
+        if len(ranks) != depth or not all(ranks):
+            raise InputError(f"--rank-schedule {schedule}: give {depth} ranks above 0, one a layer")
+        return ranks
+    if schedule not in SCHEDULES:
+        raise InputError(f"--rank-schedule {schedule}: use one of {', '.join(SCHEDULES)}, or a list of ranks r0,r1,…")
+    if schedule == "constant":
+        return (start,) * depth if start else ()
+    if not (args.attn_rank or args.mlp_rank):
+        raise InputError(f"--rank-schedule {schedule}: needs --attn-rank or --mlp-rank above 0 to start from")
+    if not args.rank_end:
+        raise InputError(f"--rank-schedule {schedule}: needs --rank-end above 0")
+    if not start:
+        return ()
+    if (start < 1) != (args.rank_end < 1):
+        raise InputError(f"--rank-end {args.rank_end:g}: give it as --{flag.replace('_', '-')} {start:g} is given, both as ranks or both as fractions")
+    return ranks_over_depth(schedule, start, args.rank_end, depth)
+
+
+def check_ranks(config: GPTConfig):
+    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
+    shapes = [("--attn-rank", config.attn_ranks, ((C, C), (C, kv_dim))), ("--mlp-rank", config.mlp_ranks, ((C, 4 * C),)),
+              ("--lm-head-rank", (config.lm_head_rank,), ((C, config.vocab_size),))]
+    for flag, ranks, matrices in shapes:
+        for layer, rank in enumerate(ranks):
+            for shape in matrices:
+                try:
+                    resolve_rank(rank, *shape)
+                except ValueError as e:
+                    raise InputError(f"{flag}{f' (layer {layer})' if len(ranks) > 1 else ''}: {e}") from None
+
+
+def solve_budget(args, vocab_size: int) -> GPTConfig:
+    """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given."""
+    if not args.budget_params and not args.solve:
+        return model_config(args, vocab_size)
+    if not (args.budget_params and args.solve):
+        raise InputError("--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank")
+    if args.budget_params.replace("_", "").isdigit():
+        budget = int(args.budget_params.replace("_", ""))
+    else:
+        budget = metrics.load_run(metrics.runs_dir() / args.budget_params).summary.get("params/total")
+        if budget is None:
+            raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
+    try:
+        if args.solve == "rank":
+            return solve_rank(model_config(args, vocab_size), budget)
+        return solve_depth(lambda depth: model_config(args, vocab_size, depth), budget)
+    except ValueError as e:
+        raise InputError(f"--budget-params {args.budget_params}: {e}") from None
+
+
+def training_plan(args, config: GPTConfig, world_size: int) -> dict:
+    """Tokens a step, steps, gradient accumulation. InputError where they do not divide."""
+    model = on_meta(config)
+    cost, counted = account(model)["flops/per_token"], matrix_parameters(model)
+    micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
+    total = args.total_batch_size
+    if total < 1:
+        # the critical batch grows as tokens^0.383 (Power Lines, arXiv 2505.13738), through 2^19 at 1.3e9 tokens
+        horizon = max(1, args.target_param_data_ratio) * counted
+        total = 2 ** round(math.log2(2**19 * (horizon / 1.3e9) ** 0.383))
+        total = micro * max(1, round(total / micro))
+    if total % micro:
+        near = [n for n in (total // micro * micro, (total // micro + 1) * micro) if n]
+        raise InputError(f"--total-batch-size {total}: not a multiple of --device-batch-size {args.device_batch_size} × --max-seq-len "
+                         f"{args.max_seq_len} × {world_size} process(es) = {micro}; nearest: {' or '.join(map(str, near))}")
+    if args.num_iterations > 0:
+        steps = args.num_iterations
+    elif args.target_flops > 0:
+        steps = max(1, round(args.target_flops / (cost * total)))
+    elif args.target_param_data_ratio > 0:
+        steps = max(1, round(args.target_param_data_ratio * counted / total))
+    else:
+        raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
+    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
+
+
+def default_tag(args, config: GPTConfig) -> str:
+    tag = f"d{config.n_layer}" + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
+    for name, ranks in (("attn", config.attn_ranks), ("mlp", config.mlp_ranks), ("head", (config.lm_head_rank,))):
+        if any(ranks):
+            tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
+    return tag
+
+
+def print_plan(config: GPTConfig, plan: dict, accounting: dict):
+    """What --dry-run shows."""
+    print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), "
+           f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in range(config.n_layer)]}")
+    for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), ("lm_head", (config.lm_head_rank,))):
+        print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
+    print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
+           f"{plan['grad_accum_steps']} micro-step(s), {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+    for key, value in accounting.items():
+        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") else ""
+        unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""
+        print0(f"  {key:22}{value:>18,}{share}{unit}")

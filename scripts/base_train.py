@@ -1,0 +1,251 @@
+"""Pretrain a GPT, full rank or low rank.
+
+    python -m scripts.base_train --depth 4 --model-dim 256 --head-dim 64 --data stdlib
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 20 --attn-rank 0.25 --mlp-rank 0.25
+
+One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
+checkpoints/. Bad flags are reported in one line (exit 2) before any work.
+"""
+import contextlib
+import json
+import math
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from nanochat import common, metrics
+from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
+from nanochat.common import InputError, print0
+from nanochat.dataloader import Rows, training_batch
+from nanochat.dataset import open_corpus
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate, sample_texts
+from nanochat.optim import build_optimizers
+from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
+from nanochat.rank import account
+from nanochat.tokenizer import load_tokenizer, tokenizer_path
+
+# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# flags that may differ between a run and its continuation: they change neither the model nor its data
+FREE_FLAGS = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "compile", "stop_at_ppl"}
+
+
+# ---- the run folder -------------------------------------------------------------------------------------------------
+
+def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
+    """Names of the entries of nested dicts that differ, free flags left out."""
+    names = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b and key not in FREE_FLAGS:
+            names.append(f"{prefix}{key} ({a!r} there, {b!r} now)")
+    return names
+
+
+def open_run(folder, tag: str, config: dict, resume: str):
+    """What to do with this tag: None to start, (state, meta) of a checkpoint to go on from, or 'finished'.
+
+    InputError: another config under this tag, or a tag with checkpoints and no --resume.
+    """
+    if not (folder / "config.json").exists():
+        if resume not in ("-1", "auto"):
+            raise InputError(f"--resume {resume}: there is no run {tag}")
+        return None
+    before = metrics.load_run(folder)
+    same = {key: config[key] for key in ("flags", "derived")}
+    differing = differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
+    if differing:
+        raise InputError(f"--model-tag {tag}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
+    if before.summary.get("status") == "finished":
+        return "finished"
+    if resume == "auto":
+        return load_newest(folder)
+    if resume != "-1":
+        return load_checkpoint(folder, int(resume))
+    if saved_steps(folder):
+        raise InputError(f"--model-tag {tag}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
+    return None
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
+    """Linear warmup, constant, linear warmdown to `final`. step: updates done so far."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < steps - warmdown:
+        return 1.0
+    return final + (1 - final) * (steps - step) / warmdown
+
+
+def train_step(ddp, model, optimizers, rows: Rows, first_row: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
+    """One update from all rows of the step. Returns (mean loss over all of them, gradient norm before clipping)."""
+    device, rank, world_size = place
+    n, total = plan["grad_accum_steps"], torch.zeros((), device=device)
+    for micro in range(n):
+        x, y = training_batch(rows, first_row, rank, world_size, args.device_batch_size, micro, device)
+        last = micro == n - 1  # gradients are averaged over the processes once a step, during the last backward
+        with ddp.no_sync() if ddp is not model and not last else contextlib.nullcontext():
+            loss = ddp(x, y, dtype) / n
+            loss.backward()
+        total += loss.detach()
+    if world_size > 1:
+        dist.all_reduce(total)
+        total /= world_size
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip if args.grad_clip > 0 else math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lrm
+        optimizer.step()
+        optimizer.zero_grad()
+    return total.item(), grad_norm.item()  # .item() waits for the device, so the caller's clock sees the whole step
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.resume not in ("-1", "auto") and not args.resume.isdigit():
+        raise InputError(f"--resume {args.resume}: use auto, or the number of a saved step")
+
+    # the vocabulary, the shape, the horizon: all that can be wrong is wrong before anything is touched
+    world_size = common.process_layout()[2]
+    if args.dry_run and not tokenizer_path().exists() and args.vocab_size < 1:
+        args.vocab_size = 32768
+        print0("no tokenizer yet: counting with --vocab-size 32768")
+    tokenizer = None if args.dry_run and args.vocab_size > 0 else load_tokenizer()
+    if tokenizer and args.vocab_size > 0 and args.vocab_size != tokenizer.vocab_size:
+        raise InputError(f"--vocab-size {args.vocab_size}: {tokenizer_path()} has {tokenizer.vocab_size}; train another with: python -m scripts.tok_train --vocab-size {args.vocab_size}")
+    config = solve_budget(args, tokenizer.vocab_size if tokenizer else args.vocab_size)
+    plan = training_plan(args, config, world_size)
+    accounting = account(config)
+    if args.dry_run:
+        return print_plan(config, plan, accounting)
+
+    corpus = open_corpus(args.data)
+    place = device, rank, world_size = common.init_process(args.device_type)
+    dtype = common.compute_dtype(args.dtype, device)
+    tag = args.model_tag or default_tag(args, config)
+    folder = metrics.runs_dir() / tag
+
+    # data: tokenised once, then memory-mapped
+    train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
+    val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
+    val_count = min(val_rows.count, args.eval_tokens // args.max_seq_len)
+    for split, rows in (("training", train_rows), ("validation", val_rows)):
+        if not rows.count:
+            raise InputError(f"--data {args.data}: too little {split} text for one row of {args.max_seq_len} tokens; add text or lower --max-seq-len")
+    if not val_count:
+        raise InputError(f"--eval-tokens {args.eval_tokens}: less than one row of --max-seq-len {args.max_seq_len}")
+
+    # the record, and what there already is under this tag
+    run_config = {
+        "flags": vars(args),
+        "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
+                    "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
+                    "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped},
+        "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
+        "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
+                   "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
+    }
+    found = open_run(folder, tag, run_config, args.resume)
+    if found == "finished":
+        print0(f"{tag}: already finished, see {folder}")
+        return common.end_process()
+    state, meta = found or (None, {"step": 0, "total_training_time": 0.0})
+    if world_size > 1:
+        dist.barrier()  # every process has looked at the folder before rank 0 writes into it
+
+    # model and optimizer
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = GPT(config)
+        model.init_weights()
+    optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr,
+                                  matrix_lr=args.matrix_lr, scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
+    if state:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        del state
+    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
+    if compiled:
+        model.compile(dynamic=False)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+
+    record = None
+    if rank == 0:
+        tokenizer.save(folder / "tokenizer.json")
+        record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"])
+        record.summarize("running")
+    print_plan(config, plan, accounting)
+    print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
+           + (f", from step {meta['step']}" if meta["step"] else ""))
+
+    if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
+        x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
+        ddp(x, y, dtype).backward()
+        model.zero_grad()
+
+    # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
+    steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
+    seconds = meta["total_training_time"]
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in run_config["device"]["name"]), None) if device.type == "cuda" else None
+    metrics.reset_peak_memory(device)
+    for step in range(meta["step"] + 1, steps + 1):
+        lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        started = time.perf_counter()
+        loss, grad_norm = train_step(ddp, model, optimizers, train_rows, (step - 1) * rows_per_step, args, plan, lrm, place, dtype)
+        dt = time.perf_counter() - started
+        seconds += dt
+        if not math.isfinite(loss):
+            raise InputError(f"step {step}: the loss is {loss}; saved checkpoints: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0")
+        tokens = step * plan["total_batch_size"]
+        speed = plan["total_batch_size"] / dt
+        clocks = {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds}
+        entry = {**clocks, "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/grad_norm": grad_norm,
+                 "train/epoch": step * rows_per_step / train_rows.count}
+        if peak:
+            entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
+        line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
+
+        last = step == steps
+        if last or (args.eval_every > 0 and step % args.eval_every == 0):
+            model.eval()
+            entry |= evaluate(model, val_rows, val_count, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
+            model.train()
+            line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
+            last = last or entry["val/ppl"] <= args.stop_at_ppl
+        print0(line)
+        if record:
+            if args.sample_every > 0 and (last or step % args.sample_every == 0):
+                entry["sample"] = sample_texts(model, tokenizer, val_rows, dtype)
+                print0("\n".join(f"  sample: {text!r}" for text in entry["sample"]))
+            entry["mem/peak_bytes"] = metrics.peak_memory_bytes(device)
+            if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
+                entry |= {"mem/weights_bytes": bytes_of(model.parameters()),
+                          "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
+            record.log(entry)
+            if last or (args.save_every > 0 and step % args.save_every == 0):
+                save_checkpoint(folder, step, {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]},
+                                {"total_training_time": seconds, "tokenizer_hash": tokenizer.hash, "model": asdict(config)})
+                record.summarize("finished" if last else "running")
+        if last:
+            break
+    if record:
+        record.close()
+        print0(f"finished: {folder}")
+    common.end_process()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

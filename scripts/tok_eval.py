@@ -1,0 +1,47 @@
+"""How well the tokenizer compresses: bytes per token on training and validation text, beside GPT-2's encoding.
+
+    python -m scripts.tok_eval --data stdlib
+"""
+import os
+from pathlib import Path
+
+from nanochat.common import ArgumentParser, InputError, run_script, whole_number
+from nanochat.dataset import open_corpus
+from nanochat.tokenizer import load_tokenizer
+from scripts.tok_train import capped
+
+
+def gpt2_encoding():
+    """tiktoken's gpt2 where its files are already on this machine, else None: nothing is fetched for a comparison."""
+    import hashlib
+    import tempfile
+    import tiktoken
+    # tiktoken keeps a download under the SHA-1 of its address, in this folder
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    for name in ("vocab.bpe", "encoder.json"):
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        if not (Path(cache) / hashlib.sha1(address.encode()).hexdigest()).exists():
+            return None
+    return tiktoken.get_encoding("gpt2")
+
+
+def main(argv=None):
+    parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
+    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder")
+    parser.add_argument("--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on")
+    args = parser.parse_args(argv)
+    tokenizer, corpus, gpt2 = load_tokenizer(), open_corpus(args.data), gpt2_encoding()
+    print(f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {tokenizer.trained_on.get('corpus')}")
+    print(f"{'split':8}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}{'gpt2 (50257)':>16}")
+    for split in ("train", "val"):
+        texts = list(capped(corpus.documents(split), args.max_chars, args.max_chars))
+        n_bytes = sum(len(t.encode()) for t in texts)
+        if not n_bytes:
+            raise InputError(f"--data {args.data}: no {split} text")
+        n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(texts))):.3f}" if gpt2 else "not on disk"
+        print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{beside:>16}")
+
+
+if __name__ == "__main__":
+    run_script(main)

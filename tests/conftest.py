@@ -1,0 +1,51 @@
+"""A tiny world for the tests: a corpus of simple sentences, its tokenizer, and a function that trains a tiny model."""
+import json
+import random
+
+import pytest
+
+from nanochat import metrics
+
+WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran away home again".split()
+
+
+def story(seed: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) + "."
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """A folder with training and validation stories as jsonl."""
+    folder = tmp_path_factory.mktemp("stories")
+    for name, seeds in (("part0", range(300)), ("part1", range(300, 500)), ("val", range(1000, 1060))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(s)}) + "\n" for s in seeds))
+    return folder
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch, corpus_dir):
+    """A fresh NANOCHAT_BASE_DIR with a tokenizer of 300 tokens."""
+    from scripts import tok_train
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    tok_train.main(["--data", str(corpus_dir), "--vocab-size", "300"])
+    return tmp_path / "base"
+
+
+TINY = ["--depth", "2", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32", "--device-batch-size", "4",
+        "--total-batch-size", "256", "--num-iterations", "6", "--eval-every", "3", "--eval-tokens", "1024", "--sample-every", "-1"]
+
+
+@pytest.fixture
+def train(base_dir, corpus_dir):
+    """train('--flag', value, …, tag='name') -> the finished Run of a tiny model; later flags override the tiny ones."""
+    from scripts import base_train
+
+    def run(*flags, tag="tiny"):
+        base_train.main([*TINY, "--data", str(corpus_dir), "--model-tag", tag, *map(str, flags)])
+        return metrics.load_run(metrics.runs_dir() / tag)
+    return run
+
+
+def losses(run) -> list[float]:
+    return [entry["train/loss"] for entry in run.history]

@@ -1,0 +1,287 @@
+"""`python -m nanochat.dataset` as a subprocess, against a local server that speaks the hub's calls and misbehaves."""
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.common import InputError
+from nanochat.dataset import open_corpus
+
+CLIMBMIX, VAL = "karpathy/climbmix-400b-shuffle", "shard_06542.parquet"
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+def parquet_bytes(text):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": [text] * 100}), buffer)
+    return buffer.getvalue()
+
+
+class Hub(ThreadingHTTPServer):
+    """One dataset repository. faults[(method, file)] lists what happens to the next requests, then all is well."""
+
+    def __init__(self, repo, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repo, self.files = repo, files
+        self.faults = defaultdict(list)
+        self.requests = []  # (method, file) of the resolve calls
+        self.tokens = set()
+        self.stalled, self.release = threading.Event(), threading.Event()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fetched(self):
+        return [file for method, file in self.requests if method == "GET"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer("HEAD")
+
+    def do_GET(self):
+        self.answer("GET")
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, method):
+        hub, path = self.server, urlsplit(self.path).path
+        if hub.repo in path:
+            hub.tokens.add(self.headers.get("Authorization"))
+        api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{COMMIT}/"
+        if path in (api, f"{api}/tree/{COMMIT}"):
+            fault = self.next_fault(method, "info" if path == api else "list")
+            listing = {"id": hub.repo, "sha": COMMIT} if path == api else [self.tree_entry(f) for f in hub.files]
+            self.send(fault or 200, json.dumps(listing).encode())
+        elif path.startswith(resolve) and (file := path.removeprefix(resolve)) in hub.files:
+            hub.requests.append((method, file))
+            self.send_file(method, file, self.next_fault(method, file))
+        else:
+            self.send(404)
+
+    def next_fault(self, method, file):
+        faults = self.server.faults[method, file]
+        return faults.pop(0) if faults else None
+
+    def tree_entry(self, file):
+        size, sha = len(self.server.files[file]), hashlib.sha256(self.server.files[file]).hexdigest()
+        return {"type": "file", "path": file, "size": size, "oid": "0" * 40,
+                "lfs": {"oid": sha, "size": size, "pointerSize": 100}}
+
+    def send_file(self, method, file, fault):
+        body = self.server.files[file]
+        sha, size = hashlib.sha256(body).hexdigest(), len(body)
+        headers = {"ETag": f'"{sha}"', "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": size, "X-Repo-Commit": COMMIT}
+        if isinstance(fault, int):
+            self.send(fault)
+        elif fault == "drop":  # the connection ends in the middle
+            self.send(200, body[:size // 2], headers | {"Content-Length": size})
+        elif fault == "truncate":  # a complete answer, of half a file
+            self.send(200, body[:size // 2], headers)
+        elif fault == "corrupt":
+            self.send(200, body[:size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1:], headers)
+        elif fault == "stall":
+            self.send(200, body[:size // 2], headers | {"Content-Length": size})
+            self.server.stalled.set()
+            self.server.release.wait(30)
+        else:
+            self.send(200, body if method == "GET" else b"", headers | {"Content-Length": size})
+
+    def send(self, status, body=b"", headers={}):
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        for name, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serve(repo, files):
+    hub = Hub(repo, files)
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.release.set()
+        hub.shutdown()
+        hub.server_close()
+
+
+@pytest.fixture
+def hub():
+    names = [*(f"shard_{i:05d}.parquet" for i in range(5)), VAL]
+    with serve(CLIMBMIX, {name: parquet_bytes(f"text of {name}") for name in names}) as hub:
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def start(url, *args, token=None):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": os.environ["NANOCHAT_BASE_DIR"] + "/hf", "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_TOKEN": token} if token else {}
+    return subprocess.Popen([sys.executable, "-m", "nanochat.dataset", *args], cwd=Path(dataset.__file__).parents[1],
+                            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def download(url, *args, **kwargs):
+    """(exit code, stdout, lines of stderr)"""
+    process = start(url, *args, **kwargs)
+    stdout, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr
+    return process.returncode, stdout, stderr.splitlines()
+
+
+def folder_of(name):
+    """{file name: content} of what is visible of a downloaded set."""
+    folder = dataset.get_base_dir() / "data" / name
+    return {f.name: f.read_bytes() for f in folder.iterdir() if not f.name.startswith(".")}
+
+
+def test_faults_that_pass_end_in_whole_files(hub):
+    hub.faults["GET", "info"] = [503]
+    hub.faults["GET", "list"] = [429, 503]
+    hub.faults["GET", "shard_00000.parquet"] = ["drop"]
+    hub.faults["GET", "shard_00001.parquet"] = ["truncate"]
+    hub.faults["GET", "shard_00002.parquet"] = ["corrupt"]
+    hub.faults["GET", "shard_00003.parquet"] = [503, 429]
+    hub.faults["HEAD", "shard_00004.parquet"] = [503, 503, 429]
+    hub.faults["GET", VAL] = [429]
+    code, stdout, errors = download(hub.url, "--data", "climbmix", "-n", "5", "-w", "6")
+    assert (code, errors) == (0, [])
+    assert "5 training files and the validation file" in stdout
+    assert folder_of("climbmix") == hub.files
+    assert not any(hub.faults.values()), "every fault was met"
+    assert hub.tokens == {None}
+    corpus = open_corpus("climbmix")
+    assert [s.name for s in corpus.val] == [VAL] and len(corpus.train) == 5
+    assert set(corpus.documents("val")) == {f"text of {VAL}"}
+
+
+def test_missing_shards_are_named_and_only_they_are_fetched_again(hub):
+    del hub.files["shard_00001.parquet"]
+    hub.faults["GET", "shard_00002.parquet"] = ["corrupt"] * 10
+    hub.faults["HEAD", "shard_00003.parquet"] = [404]
+    code, _, errors = download(hub.url, "--data", "climbmix", "-n", "4", "-w", "4")
+    assert code == 2 and len(errors) == 4
+    missing = {line.split(":")[0]: line for line in errors}
+    assert CLIMBMIX in missing["missing shard_00001.parquet"] and "no file" in missing["missing shard_00001.parquet"]
+    assert "checksum" in missing["missing shard_00002.parquet"]
+    assert "404" in missing["missing shard_00003.parquet"] and CLIMBMIX in missing["missing shard_00003.parquet"]
+    assert errors[-1].startswith("error: --data climbmix: 3 of 5 files missing")
+    assert set(folder_of("climbmix")) == {"shard_00000.parquet", VAL}
+    assert [s.name for s in open_corpus("climbmix").val] == [VAL]
+
+    hub.files["shard_00001.parquet"] = parquet_bytes("late")
+    hub.faults.clear()
+    hub.requests.clear()
+    code, _, errors = download(hub.url, "--data", "climbmix", "-n", "4")
+    assert (code, errors) == (0, [])
+    assert sorted(hub.fetched()) == [f"shard_0000{i}.parquet" for i in (1, 2, 3)]
+
+
+def test_validation_comes_first_and_without_it_there_is_no_corpus(hub):
+    hub.faults["HEAD", VAL] = [404]
+    code, _, errors = download(hub.url, "--data", "climbmix", "-n", "2", "-w", "1")
+    assert code == 2 and len(errors) == 2
+    assert hub.requests[0] == ("HEAD", VAL)
+    assert set(folder_of("climbmix")) == {"shard_00000.parquet", "shard_00001.parquet"}, "the others are kept"
+    with pytest.raises(InputError, match=f"{VAL} is missing; run: python -m nanochat.dataset --data climbmix"):
+        open_corpus("climbmix")
+
+
+def test_a_complete_set_needs_no_network_and_no_network_is_one_line(hub):
+    assert download(hub.url, "--data", "climbmix", "-n", "1")[0] == 0
+    hub.shutdown()
+    hub.server_close()
+    assert download(hub.url, "--data", "climbmix", "-n", "1")[0] == 0
+    code, _, errors = download(hub.url, "--data", "climbmix", "-n", "2")
+    assert code == 2 and len(errors) == 1
+    assert hub.url in errors[0] and "refused" in errors[0] and "HF_ENDPOINT" in errors[0]
+
+
+def test_unknown_repository_is_one_line(hub):
+    code, _, errors = download(hub.url, "--data", "fineweb-edu", "-n", "1")
+    assert code == 2 and len(errors) == 1
+    assert "karpathy/fineweb-edu-100b-shuffle" in errors[0] and "404" in errors[0]
+
+
+def test_tinystories_files_are_found_by_the_start_of_their_names():
+    names = [f"data/train-0000{i}-of-00004-2d5a1467fff1081b.parquet" for i in range(4)]
+    names += ["data/validation-00000-of-00001-869c898b519ad725.parquet", "README.md"]
+    with serve("roneneldan/TinyStories", {name: parquet_bytes(name) for name in names}) as hub:
+        code, stdout, errors = download(hub.url, "--data", "tinystories", token="hf_secret")  # 4 files: fewer than 8
+        assert (code, errors) == (0, [])
+        assert "hf_secret" not in stdout
+        assert hub.tokens == {"Bearer hf_secret"}
+        corpus = open_corpus("tinystories")
+        assert [s.name for s in corpus.train] == [f"train-0000{i}-of-00004.parquet" for i in range(4)]
+        assert [set(s.documents()) for s in corpus.train] == [{name} for name in names[:4]]
+        assert set(corpus.documents("val")) == {names[4]}
+
+
+def test_interrupted_download_leaves_only_whole_files(hub):
+    hub.faults["GET", "shard_00001.parquet"] = ["stall"]
+    process = start(hub.url, "--data", "climbmix", "-n", "2", "-w", "1")
+    assert hub.stalled.wait(30)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=5)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
+    assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0
+    hidden = {f.name for f in (dataset.get_base_dir() / "data" / "climbmix").iterdir() if f.name.startswith(".")}
+    assert hidden == {".lock"}, "the part of a file is cleared away"
+
+
+def test_two_downloads_at_once_fetch_each_file_once(hub):
+    processes = [start(hub.url, "--data", "climbmix", "-n", "3") for _ in range(2)]
+    assert [p.wait(60) for p in processes] == [0, 0]
+    for p in processes:
+        p.communicate()
+    assert sorted(hub.fetched()) == sorted(set(hub.fetched())) and len(hub.fetched()) == 4
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--data", "climbmix", "-n", "6543"], "has 6542 training files"),
+    (["--data", "tinystories", "-n", "5"], "has 4 training files"),
+    (["--data", "wikipedia"], "invalid choice: 'wikipedia'"),
+    (["--data", "climbmix", "-w", "0"], "not a whole number >= 1"),
+    ([], "required: --data"),
+])
+def test_bad_arguments(args, words, base_dir):
+    with pytest.raises(InputError, match=words):
+        dataset.main(args)
+    assert not any(base_dir.iterdir())
+
+
+def test_a_full_disk_ends_the_download_at_once():
+    def full():
+        attempts.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    attempts = []
+    with pytest.raises(OSError, match="No space left"):
+        dataset._persistently(full)
+    assert len(attempts) == 1

@@ -1,0 +1,210 @@
+"""The model against explicit computations: factors, attention, head loss, counts."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanochat.gpt import (GPT, GPTConfig, SOFTCAP, Attention, HeadCrossEntropy, Linear, LowRankLinear, make_linear, norm,
+                          resolve_rank, rotate)
+from nanochat.rank import account
+
+
+def tiny(**changes) -> GPT:
+    config = GPTConfig(**{**dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32), **changes})
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.init_weights()
+    for p in model.parameters():  # wake the zero-initialised outputs, so that every part matters
+        if p.ndim == 2:
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def tokens(*shape, vocab=50):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- linear layers
+
+def test_low_rank_layer_applies_exactly_its_dense_weight():
+    layer = LowRankLinear(24, 40, 5).double()
+    layer.init()
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    assert layer.A.shape == (5, 24) and layer.B.shape == (40, 5)
+    torch.testing.assert_close(layer(x), x @ (layer.B @ layer.A).T)
+    torch.testing.assert_close(layer(x), x @ layer.dense_weight().T)
+    assert torch.linalg.matrix_rank(layer.dense_weight()) == 5
+
+
+@pytest.mark.parametrize("n_in,n_out,rank", [(128, 128, 32), (128, 512, 42), (512, 128, 128), (64, 64, 64)])
+def test_initial_product_has_the_variance_of_the_full_rank_layer(n_in, n_out, rank):
+    torch.manual_seed(0)
+    full, low = Linear(n_in, n_out), LowRankLinear(n_in, n_out, rank)
+    full.init()
+    low.init()
+    assert low.dense_weight().square().mean().item() == pytest.approx(1 / n_in, rel=1e-4)
+    assert full.weight.square().mean().item() == pytest.approx(1 / n_in, rel=0.05)
+
+
+def test_residual_outputs_start_at_zero_and_still_learn():
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, attn_ranks=(4, 4), mlp_ranks=(4, 4)))
+    torch.manual_seed(0)
+    model.init_weights()
+    for block in model.blocks:
+        assert block.attn.o.dense_weight().abs().max() == 0 and block.mlp.down.dense_weight().abs().max() == 0
+    model.lm_head.weight.data.normal_()
+    idx = tokens(2, 16)
+    model(idx, idx).backward()
+    assert all(block.mlp.down.B.grad.abs().max() > 0 for block in model.blocks)
+
+
+def test_rank_as_number_and_as_fraction():
+    assert resolve_rank(0, 10, 40) == 0 and resolve_rank(10, 10, 40) == 10 and resolve_rank(0.25, 256, 1024) == 64
+    assert resolve_rank(0.001, 10, 40) == 1
+    for bad in (11, -1, 2.5):
+        with pytest.raises(ValueError, match="1 to 10"):
+            resolve_rank(bad, 10, 40)
+    assert isinstance(make_linear(8, 8, 0), Linear) and isinstance(make_linear(8, 8, 2), LowRankLinear)
+
+
+# ---- attention
+
+def explicit_attention(attn: Attention, x, cos, sin, window):
+    """One head and one query at a time, in plain arithmetic."""
+    B, T, _ = x.shape
+    D, out = attn.head_dim, torch.zeros(B, T, attn.n_head, attn.head_dim, dtype=x.dtype)
+    weights = {name: getattr(attn, name).dense_weight() for name in "qkvo"}
+    for b in range(B):
+        for h in range(attn.n_head):
+            kv = h * attn.n_kv_head // attn.n_head
+            q = x[b] @ weights["q"][h * D:(h + 1) * D].T
+            k, v = (x[b] @ weights[n][kv * D:(kv + 1) * D].T for n in "kv")
+            q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+            for i in range(T):
+                seen = range(max(0, i - window + 1), i + 1)
+                p = torch.softmax(torch.stack([q[i] @ k[j] for j in seen]) / math.sqrt(D), dim=0)
+                out[b, i, h] = sum(p[n] * v[j] for n, j in enumerate(seen))
+    return out.flatten(2) @ weights["o"].T
+
+
+@pytest.mark.parametrize("pattern", ["L", "S"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("ranks", [(), (6, 6, 6)])
+def test_attention_equals_explicit_computation(pattern, kv_heads, ranks):
+    model = tiny(window_pattern=pattern, n_kv_head=kv_heads, attn_ranks=ranks).double()
+    attn, x = model.blocks[0].attn, torch.randn(2, 16, 32, dtype=torch.float64)
+    cos, sin = model.rotary(16, x.device, torch.float64)
+    expected = explicit_attention(attn, x, cos, sin, window={"L": 16, "S": 8}[pattern])
+    torch.testing.assert_close(attn(x, None, cos, sin), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_window_pattern_is_tiled_and_the_last_layer_sees_everything():
+    config = GPTConfig(sequence_len=64, n_layer=6, window_pattern="SSL")
+    assert [config.window(i) for i in range(6)] == [32, 32, 64, 32, 32, 64]
+    assert GPTConfig(sequence_len=64, n_layer=2, window_pattern="S").window(1) == 64
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    model = tiny().double()
+    cos, sin = model.rotary(16, "cpu", torch.float64)
+    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    score = lambda i, j: rotate(q[None], cos[i:i + 1], sin[i:i + 1])[0] @ rotate(k[None], cos[j:j + 1], sin[j:j + 1])[0]
+    torch.testing.assert_close(score(5, 2), score(13, 10), atol=1e-6, rtol=1e-6)
+    assert abs(score(5, 2) - score(5, 4)) > 1e-3
+
+
+def test_no_token_sees_its_future():
+    model = tiny(value_embeddings=True)
+    idx = tokens(1, 16)
+    changed = idx.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 50
+    before, after = model(idx), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9], atol=1e-5, rtol=1e-5)
+    assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
+
+
+# ---- head and loss
+
+@pytest.mark.parametrize("N", [1, 13, 64])
+def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N):
+    monkeypatch.setattr("nanochat.gpt.rows_at_once", lambda x, V: 7)
+    x = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
+    weight = (3 * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()  # large enough for the softcap to bend
+    target = tokens(N)
+    plain = F.cross_entropy(SOFTCAP * torch.tanh(x @ weight.T / SOFTCAP), target)
+    expected = torch.autograd.grad(2.5 * plain, (x, weight))
+    loss = HeadCrossEntropy.apply(x, weight, target)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(2.5 * loss, (x, weight)), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lm_head_rank": 5}, {"tie_embeddings": True}])
+def test_loss_logits_and_token_losses_agree(changes):
+    model, idx, targets = tiny(**changes), tokens(3, 16), tokens(3, 16) * 3 % 50
+    logits = model(idx)
+    assert logits.shape == (3, 16, 50) and logits.abs().max() < SOFTCAP
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 16)
+    torch.testing.assert_close(model.token_losses(idx, targets), expected)
+    torch.testing.assert_close(model(idx, targets), expected.mean())
+
+
+def test_low_rank_model_equals_the_dense_model_of_its_products():
+    low = tiny(attn_ranks=(4, 8, 16), mlp_ranks=(16, 8, 4), lm_head_rank=8).double()
+    dense = tiny().double()
+    state = low.state_dict()
+    for name, module in low.named_modules():
+        if isinstance(module, LowRankLinear):
+            del state[f"{name}.A"], state[f"{name}.B"]
+            state[f"{name}.weight"] = module.dense_weight()
+    dense.load_state_dict(state)
+    idx = tokens(2, 16)
+    args = (idx, idx, torch.float64)
+    torch.testing.assert_close(low(*args), dense(*args), atol=1e-9, rtol=1e-9)
+
+
+def test_value_embeddings_join_every_other_layer_and_change_the_output():
+    model = tiny(value_embeddings=True, n_layer=4)
+    assert sorted(model.value_embeds) == ["1", "3"]
+    before = model(tokens(1, 16))
+    model.value_embeds["1"].weight.data.add_(1.0)
+    assert (model(tokens(1, 16)) - before).abs().max() > 1e-3
+
+
+# ---- counts
+
+@pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5), dict(tie_embeddings=True, n_kv_head=2)])
+def test_counted_flops_are_those_that_torch_counts(changes):
+    """Forward FLOPs a token = a third of the training FLOPs; torch counts the full T × T attention, as 'L' does."""
+    model = tiny(window_pattern="L", **changes)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused CPU kernel is not counted
+        model(tokens(2, 16))
+    assert counter.get_total_flops() == account(model)["flops/per_token"] / 3 * 2 * 16
+
+
+def test_counted_parameters_are_those_that_exist():
+    model = tiny(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), value_embeddings=True)
+    counts = account(model)
+    assert counts["params/total"] == sum(p.numel() for p in model.parameters())
+    assert counts["params/attention"] == sum(r * 4 * (32 + 32) for r in (4, 8, 16))
+    assert counts["params/mlp"] == 3 * 2 * 3 * (32 + 128)
+    assert counts["params/embedding"] == 3 * 50 * 32  # wte and value tables of layers 0 and 2
+    assert counts["params/other"] == 6
+
+
+def test_generation_is_greedy_or_seeded_and_slides_past_the_context():
+    model = tiny()
+    assert model.generate([1, 2, 3], 20, temperature=0) == model.generate([1, 2, 3], 20, temperature=0)
+    assert model.generate([1, 2, 3], 5, seed=1) == model.generate([1, 2, 3], 5, seed=1) != model.generate([1, 2, 3], 5, seed=2)
+    with torch.no_grad():
+        assert model.generate([1, 2, 3], 1, temperature=0) == [model(torch.tensor([[1, 2, 3]]))[0, -1].argmax().item()]
+
+
+def test_bfloat16_compute_keeps_float32_masters():
+    model, idx = tiny(attn_ranks=(8,) * 3), tokens(2, 16)
+    loss = model(idx, idx, torch.bfloat16)
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert loss.item() == pytest.approx(model(idx, idx).item(), abs=0.05)

@@ -1,0 +1,76 @@
+"""Rank schedules, budgets and the accounting."""
+import random
+from dataclasses import replace
+
+import pytest
+
+from nanochat.gpt import GPTConfig
+from nanochat.rank import account, count_parameters, ranks_over_depth, solve_depth, solve_rank
+
+SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
+
+
+@pytest.mark.parametrize("schedule,expected", [
+    ("constant", (100, 100, 100, 100)), ("linear", (100, 70, 40, 10)), ("step", (100, 100, 10, 10)),
+    ("exponential", (100, 46, 22, 10)), ("quadratic", (10, 90, 90, 10))])
+def test_schedules_by_hand(schedule, expected):
+    assert ranks_over_depth(schedule, 100, 10, 4) == expected
+
+
+def test_schedule_of_one_layer_and_of_fractions():
+    assert ranks_over_depth("linear", 30, 10, 1) == (30,)
+    assert ranks_over_depth("linear", 0.5, 0.25, 3) == (0.5, 0.375, 0.25)
+    assert ranks_over_depth("quadratic", 90, 10, 3) == (10, 90, 10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_monotone_schedules_are_monotone_and_stay_between_their_ends(seed):
+    rng = random.Random(seed)
+    start, end, depth = rng.randint(1, 400), rng.randint(1, 400), rng.randint(2, 40)
+    for schedule in ("linear", "step", "exponential"):
+        ranks = ranks_over_depth(schedule, start, end, depth)
+        assert len(ranks) == depth and ranks[0] == start and ranks[-1] == end
+        assert list(ranks) == sorted(ranks, reverse=start > end)
+    assert all(min(start, end) <= r <= max(start, end) for r in ranks_over_depth("quadratic", start, end, depth))
+
+
+@pytest.mark.parametrize("attn,mlp", [((), ()), ((16,) * 4, ()), ((32, 20, 10, 4), (8,) * 4), ((0.5, 0.4, 0.3, 0.2), (0.25,) * 4)])
+@pytest.mark.parametrize("budget", [40_000, 60_123, 100_000, 10**9])
+def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, budget):
+    config = solve_rank(replace(SHAPE, attn_ranks=attn, mlp_ranks=mlp), budget)
+    ranks = [r for group in (config.attn_ranks, config.mlp_ranks) for r in group]
+    assert count_parameters(config) <= budget and all(1 <= r <= 64 for r in ranks)
+    if attn and not mlp:
+        assert config.mlp_ranks == ()  # a full-rank group stays so
+    if min(ranks) < 64 and (not attn or len(set(attn)) == 1):  # one step more in every rank is too much
+        more = replace(config, **{name: tuple(min(64, r + 1) for r in getattr(config, name)) for name in ("attn_ranks", "mlp_ranks")})
+        assert more == config or count_parameters(more) > budget
+
+
+def test_solved_depth_is_the_deepest_within_the_budget():
+    at = lambda depth: replace(SHAPE, n_layer=depth, attn_ranks=(8,) * depth, mlp_ranks=(8,) * depth)
+    for depth in (1, 2, 7, 30):
+        budget = count_parameters(at(depth))
+        assert solve_depth(at, budget).n_layer == depth
+        assert solve_depth(at, budget + 1).n_layer == depth
+
+
+def test_impossible_budgets_say_what_the_least_is():
+    with pytest.raises(ValueError, match="even rank 1"):
+        solve_rank(SHAPE, 1000)
+    with pytest.raises(ValueError, match="even one layer"):
+        solve_depth(lambda depth: replace(SHAPE, n_layer=depth), 1000)
+
+
+def test_the_published_sizes_of_d20():
+    """20 layers of width 1280 and 65,536 tokens: 561 M; 227 M with rank 128 in attention and MLP."""
+    d20 = GPTConfig(vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
+    assert count_parameters(d20) == pytest.approx(561e6, rel=0.01)
+    assert count_parameters(replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)) == pytest.approx(227e6, rel=0.01)
+
+
+def test_memory_of_weights_gradients_and_moments():
+    counts = account(SHAPE)
+    matrices, rest = 12 * 64 * 64 * 4, 2 * 256 * 64 + 8
+    assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
+    assert counts["mem/optimizer_bytes"] == 4 * matrices + 8 * rest  # one moment under Muon, two under AdamW
