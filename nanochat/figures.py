@@ -95,6 +95,11 @@ def label(run) -> str:
     return plain(run.name) + ("" if run.summary.get("status") == "finished" else " (unfinished)")
 
 
+def colour_and_marker(i: int) -> dict:
+    """The i-th run looks the same in every figure."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
 def say_empty(panel, text):
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#666666")
 
@@ -117,7 +122,8 @@ def loss_limits(runs: list, keys: list[str]) -> tuple[float, float] | None:
             starts += losses[:1]
     if not settled:
         return None
-    low, high = min(settled), min(max(settled), max(starts))
+    low = min(settled)
+    high = max(low, min(max(settled), max(starts)))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     return low - margin, high + margin
 
@@ -142,11 +148,11 @@ def draw_loss(runs: list, measure: str) -> Figure:
             for key, (xs, ys) in zip(keys, run_curves):
                 xs = [x / size for x in xs]
                 if key == "train/loss":
-                    panel.plot(xs, ys, color=COLOURS[i % 7], linewidth=0.8, alpha=0.3, zorder=1)
+                    panel.plot(xs, ys, color=COLOURS[i % len(COLOURS)], linewidth=0.8, alpha=0.3, zorder=1)
                     continue
                 every = max(1, len(xs) // 8)  # staggered, so that markers of neighbouring curves stay apart
-                handles += panel.plot(xs, ys, color=COLOURS[i % 7], linestyle=LINES[i % 4], linewidth=1.6 if few else 1.2,
-                                      marker=MARKERS[i % 9], markersize=5 if few else 4, markevery=(i % every, every))
+                handles += panel.plot(xs, ys, **colour_and_marker(i), linestyle=LINES[i % len(LINES)],
+                                      linewidth=1.6 if few else 1.2, markersize=5 if few else 4, markevery=(i % every, every))
         if not largest:
             say_empty(panel, "nothing logged yet")
         panel.set_xlabel(f"{what} ({unit})" if unit else what)
@@ -223,7 +229,7 @@ def draw_quality(runs: list, measure: str) -> Figure:
               if is_finite(run.summary.get("params/total")) and is_finite(run.summary.get(y_key))]
     size, unit = unit_of(max((x for _, x, _ in points), default=0), COUNT)
     for i, x, y in points:
-        panel.plot([x / size], [y], linestyle="none", marker=MARKERS[i % 9], markersize=9, color=COLOURS[i % 7])
+        panel.plot([x / size], [y], linestyle="none", **colour_and_marker(i), markersize=9)
     panel.set_xlabel(f"parameters ({unit})" if unit else "parameters")
     panel.set_ylabel("validation perplexity" if measure == "loss" else "validation bits per byte")
     tidy(panel)

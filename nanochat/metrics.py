@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import resource
+import secrets
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,12 @@ def load_run(folder: Path) -> Run:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise InputError(f"{path}: not valid JSON; restore it or move the folder away") from None
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; restore it or move the folder away")
+    return content
 
 
 def read_history(folder: Path) -> list[dict]:
@@ -109,7 +113,7 @@ def start_wandb(folder: Path, name: str, config: dict, accounting: dict):
     """A wandb run whose id is kept in the run folder, with step, time and FLOPs usable as x-axes."""
     import wandb  # a second of import time that --run dummy need not pay
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     write_atomic(id_file, run_id + "\n")
     run = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat-lowrank"), name=name, id=run_id, resume="allow",
                      dir=folder, config={**config, "accounting": accounting})

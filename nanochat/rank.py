@@ -58,7 +58,7 @@ def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
     low, high = 0.0, 2.0 * max(largest.values())  # rank 1 everywhere; every rank at its largest
     if count_parameters(at(low)) > budget:
         raise ValueError(f"even rank 1 in every layer has {count_parameters(at(low)):,} parameters")
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if count_parameters(at(middle)) <= budget else (low, middle)
     return at(low)

@@ -1,0 +1,152 @@
+"""Token cache and packed rows: nothing lost, nothing twice, a pure function, safe builders."""
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat.common import InputError
+from nanochat.dataloader import Rows, cached_tokens, training_batch
+from nanochat.dataset import open_corpus
+from nanochat.tokenizer import load_tokenizer
+
+CORPORA = Path(__file__).parents[2] / "shared/corpora"
+
+
+@pytest.fixture
+def rows(base_dir, corpus_dir):
+    return lambda T=32, seed=0, split="train": Rows(open_corpus(str(corpus_dir)).split(split), load_tokenizer(), T, seed)
+
+
+def stream(base_dir, corpus_dir, split="train"):
+    tokenizer = load_tokenizer()
+    return [t for text in open_corpus(str(corpus_dir)).documents(split) for t in tokenizer.encode(text) + [tokenizer.bos_id]]
+
+
+def test_rows_are_full_begin_with_bos_and_continue_the_stream(rows, base_dir, corpus_dir):
+    r, slots = rows(), stream(base_dir, corpus_dir)
+    assert r.count == len(slots) // 32
+    for i in range(r.count):  # rows across the border of the two shards included
+        row = r.row(i)
+        assert row.shape == (33,) and row[0] == r.bos_id and row[1:].tolist() == slots[32 * i:32 * i + 32]
+    assert r.dropped == pytest.approx((len(slots) % 32) / len(slots))
+
+
+def test_an_epoch_visits_every_row_once_and_the_next_in_another_order(rows):
+    r = rows()
+    epochs = [[tuple(r.training_row(e * r.count + k)) for k in range(r.count)] for e in range(2)]
+    every = Counter(tuple(r.row(i)) for i in range(r.count))
+    assert Counter(epochs[0]) == Counter(epochs[1]) == every and epochs[0] != epochs[1]
+
+
+def test_a_row_depends_on_its_number_and_the_seed_alone(rows):
+    one, other = rows(seed=3), rows(seed=3)
+    backwards = {k: one.training_row(k) for k in reversed(range(3 * one.count))}
+    assert all(np.array_equal(other.training_row(k), row) for k, row in backwards.items())
+    assert not all(np.array_equal(rows(seed=4).training_row(k), backwards[k]) for k in range(10))
+
+
+@pytest.mark.parametrize("world_size,batch", [(1, 12), (1, 4), (2, 6), (3, 2), (4, 1)])
+def test_the_rows_of_a_step_do_not_depend_on_processes_or_batch_size(rows, world_size, batch):
+    import torch
+    r, device = rows(), torch.device("cpu")
+    inputs = [training_batch(r, 24, rank, world_size, batch, micro, device)[0]
+              for micro in range(12 // (world_size * batch)) for rank in range(world_size)]
+    expected = np.stack([r.training_row(24 + i)[:-1] for i in range(12)])
+    assert np.array_equal(torch.cat(inputs).numpy(), expected)
+
+
+def test_targets_are_the_next_tokens(rows):
+    import torch
+    r = rows()
+    x, y = training_batch(r, 0, 0, 1, 4, 0, torch.device("cpu"))
+    assert torch.equal(x[:, 1:], y[:, :-1]) and np.array_equal(y[:, -1].numpy(), [r.training_row(i)[-1] for i in range(4)])
+
+
+@pytest.mark.parametrize("name,T", [("tinystories", 256), ("wiki", 2048)])
+def test_cropping_drops_less_than_two_percent_of_real_text(name, T, tmp_path, monkeypatch):
+    folder = CORPORA / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    from scripts import tok_train
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tok_train.main(["--data", str(folder), "--vocab-size", "1024", "--max-chars", "1000000"])
+    r = Rows(open_corpus(str(folder)).train[:1], load_tokenizer(), T)
+    assert r.dropped < 0.002
+
+
+def test_cache_is_built_once_and_shared(rows, base_dir, monkeypatch):
+    rows()
+    monkeypatch.setattr("nanochat.dataloader.build_cache", lambda *a: pytest.fail("built again"))
+    rows(T=16, seed=9)
+
+
+def test_another_tokenizer_has_another_cache(rows, base_dir, corpus_dir):
+    from scripts import tok_train
+    before = rows().row(0)
+    tok_train.main(["--data", str(corpus_dir), "--vocab-size", "280"])
+    assert len(list((base_dir / "token_cache").iterdir())) == 1
+    assert not np.array_equal(rows().row(0), before)
+    assert len(list((base_dir / "token_cache").iterdir())) == 2
+
+
+def test_damaged_cache_is_refused_by_name(rows, base_dir):
+    rows()
+    file = next((base_dir / "token_cache").glob("*/*/tokens.bin"))
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(InputError, match=f"{file.parent.name}: token cache is damaged"):
+        rows()
+
+
+class SlowShard:
+    """A shard whose documents take a while, to be killed or raced while it is read."""
+    name, paths = "slow", ()
+
+    def __init__(self, log):
+        self.log = log
+
+    def fingerprint(self):
+        return "slow"
+
+    def documents(self):
+        with open(self.log, "a") as f:
+            f.write("read\n")
+        for i in range(40):
+            time.sleep(0.02)
+            yield f"the cat number {i}"
+
+
+def build(log):
+    cached_tokens(SlowShard(log), load_tokenizer())
+
+
+def test_two_builders_at_once_read_the_text_once(base_dir, tmp_path):
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    builders = [context.Process(target=build, args=(log,)) for _ in range(2)]
+    [p.start() for p in builders]
+    [p.join() for p in builders]
+    assert [p.exitcode for p in builders] == [0, 0] and log.read_text() == "read\n"
+
+
+def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tmp_path):
+    log = tmp_path / "log"
+    victim = multiprocessing.get_context("spawn").Process(target=build, args=(log,))
+    victim.start()
+    while not log.exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    folder = next((base_dir / "token_cache").iterdir())
+    assert not (folder / "slow").exists()
+    tokens = cached_tokens(SlowShard(log), load_tokenizer())
+    tokenizer = load_tokenizer()
+    assert tokens.tolist() == [t for i in range(40) for t in tokenizer.encode(f"the cat number {i}") + [tokenizer.bos_id]]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["slow"]
+    assert json.loads((folder / "slow/meta.json").read_text())["documents"] == 40

@@ -1,0 +1,71 @@
+"""The run record: thresholds by hand, merging after a resume, wandb offline."""
+import json
+import math
+
+import pytest
+
+from nanochat.common import InputError
+from nanochat.metrics import RunRecord, load_run, read_history, time_to_ppl
+
+
+def evaluation(step, ppl):
+    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step, "total_training_flops": 1e6 * step, "val/ppl": ppl}
+
+
+def test_time_to_a_threshold_by_hand():
+    evals = [evaluation(10, 400.0), evaluation(20, 100.0), evaluation(30, 25.0), evaluation(40, 30.0)]
+    out = time_to_ppl(evals, [500.0, 100.0, 50.0, 30.0, 10.0])
+    assert out["time_to_ppl/500/step"] == 10 and "time_to_ppl/500/step_interpolated" not in out
+    assert out["time_to_ppl/100/step"] == 20 and out["time_to_ppl/100/step_interpolated"] == pytest.approx(20)
+    assert out["time_to_ppl/50/step"] == 30 and out["time_to_ppl/50/step_interpolated"] == pytest.approx(25)  # √(100·25) = 50
+    assert out["time_to_ppl/50/seconds"] == 60 and out["time_to_ppl/50/seconds_interpolated"] == pytest.approx(50)
+    assert out["time_to_ppl/50/tokens"] == 3000 and out["time_to_ppl/50/flops_interpolated"] == pytest.approx(25e6)
+    assert out["time_to_ppl/30/tokens_interpolated"] == pytest.approx(2000 + 1000 * math.log(100 / 30) / math.log(4))
+    assert not any("/10/" in key for key in out)
+
+
+def test_history_after_a_kill_and_a_resume_is_that_of_one_run(tmp_path):
+    lines = [{"step": 1, "a": 1}, {"step": 2, "a": 2, "val/ppl": 9}, {"step": 3, "a": 33}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "a'  # killed while writing
+    (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 3, "a": 3}\n{"step": 4, "a": 4}\n')
+    assert read_history(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2, "val/ppl": 9}, {"step": 3, "a": 3}, {"step": 4, "a": 4}]
+
+
+def test_resumed_record_remembers_the_evaluations_before_its_checkpoint_only(tmp_path):
+    record = RunRecord(tmp_path, {"flags": {}}, {"params/total": 7}, "dummy", [100.0])
+    for entry in (evaluation(10, 200.0), evaluation(20, 90.0), evaluation(30, 80.0)):
+        record.log(entry)
+    record.close()
+    resumed = RunRecord(tmp_path, {"flags": {}}, {"params/total": 7}, "dummy", [100.0], resumed_step=10)
+    resumed.log(evaluation(20, 110.0))
+    resumed.log(evaluation(30, 95.0))
+    resumed.summarize("finished")
+    resumed.close()
+    run = load_run(tmp_path)
+    assert run.summary["time_to_ppl/100/step"] == 30 and run.summary["status"] == "finished"
+    assert run.summary["params/total"] == 7 and run.summary["val/ppl"] == 95.0
+    assert [entry["val/ppl"] for entry in run.history] == [200.0, 110.0, 95.0]
+
+
+def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path):
+    with pytest.raises(InputError, match="not a run folder"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json: not a JSON object"):
+        load_run(tmp_path)
+
+
+def test_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (0, 10):
+        record = RunRecord(tmp_path, {"flags": {"depth": 2}}, {"params/total": 7}, "my run", [100.0], resumed_step=step)
+        assert record.wandb.name == "my run" and record.wandb.config["accounting"]["params/total"] == 7
+        record.log(evaluation(step + 10, 90.0))
+        record.summarize("running")
+        assert record.wandb.summary["val/ppl"] == 90.0 and record.wandb.summary["time_to_ppl/100/step"] == 10
+        ids.append(record.wandb.id)
+        record.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
