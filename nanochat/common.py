@@ -18,6 +18,7 @@ def run_script(main):
     """Call main(); turn an InputError or a failing file operation into one line on stderr and exit code 2."""
     try:
         main()
+        end_process()
     except InputError as e:
         message = str(e)
     except OSError as e:  # permission denied, disk full, a file that vanished
@@ -31,7 +32,7 @@ def run_script(main):
         return
     rank, _, world_size = process_layout()
     if rank > 0:
-        time.sleep(1)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
+        time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
     where = f" [process {rank} of {world_size}]" if rank > 0 else ""
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -135,9 +136,11 @@ def init_process(device_type: str):
 
 
 def end_process():
-    import torch.distributed as dist
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one."""
+    if "RANK" in os.environ:
+        import torch.distributed as dist
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def compute_dtype(name: str, device):

@@ -1,5 +1,6 @@
 """Optimizers: Muon for the matrices inside the blocks, AdamW for the rest. One function decides which parameter goes where."""
 import torch
+import torch.distributed as dist
 
 from nanochat.gpt import GPT
 
@@ -100,3 +101,26 @@ def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, 
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return [adamw, muon]
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24):
+    """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step.
+
+    Not DistributedDataParallel: it regroups its buckets after the first step it sees, so a resumed run would sum in
+    another order than an uninterrupted one and differ in the last bits. Buckets in the order of the parameters do not.
+    """
+    bucket, size = [], 0
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for i, grad in enumerate(grads):
+        bucket.append(grad)
+        size += grad.numel()
+        if size >= bucket_elements or i == len(grads) - 1:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= world_size
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(mean.view_as(g))
+            bucket, size = [], 0

@@ -65,7 +65,6 @@ def main(argv=None):
         results["sample"] = sample_texts(model, tokenizer, rows, dtype)
         print("\n".join(f"sample: {text!r}" for text in results["sample"]))
         write_atomic(folder / f"eval_{meta['step']:06d}.json", json.dumps(results, indent=2) + "\n")
-    common.end_process()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 """
-import contextlib
 import json
 import math
 import time
@@ -14,7 +13,6 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
@@ -23,7 +21,7 @@ from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, sample_texts
-from nanochat.optim import build_optimizers
+from nanochat.optim import average_gradients, build_optimizers
 from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
 from nanochat.rank import account
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -85,18 +83,17 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def train_step(ddp, model, optimizers, rows: Rows, first_row: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
+def train_step(model, optimizers, rows: Rows, first_row: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
     """One update from all rows of the step. Returns (mean loss over all of them, gradient norm before clipping)."""
     device, rank, world_size = place
     n, total = plan["grad_accum_steps"], torch.zeros((), device=device)
     for micro in range(n):
         x, y = training_batch(rows, first_row, rank, world_size, args.device_batch_size, micro, device)
-        last = micro == n - 1  # gradients are averaged over the processes once a step, during the last backward
-        with ddp.no_sync() if ddp is not model and not last else contextlib.nullcontext():
-            loss = ddp(x, y, dtype) / n
-            loss.backward()
+        loss = model(x, y, dtype) / n
+        loss.backward()
         total += loss.detach()
     if world_size > 1:
+        average_gradients(model.parameters(), world_size)
         dist.all_reduce(total)
         total /= world_size
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip if args.grad_clip > 0 else math.inf)
@@ -159,8 +156,7 @@ def main(argv=None):
     }
     found = open_run(folder, tag, run_config, args.resume)
     if found == "finished":
-        print0(f"{tag}: already finished, see {folder}")
-        return common.end_process()
+        return print0(f"{tag}: already finished, see {folder}")
     state, meta = found or (None, {"step": 0, "total_training_time": 0.0})
     if world_size > 1:
         dist.barrier()  # every process has looked at the folder before rank 0 writes into it
@@ -180,7 +176,6 @@ def main(argv=None):
     compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     if compiled:
         model.compile(dynamic=False)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
 
     record = None
     if rank == 0:
@@ -193,7 +188,7 @@ def main(argv=None):
 
     if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
         x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
-        ddp(x, y, dtype).backward()
+        model(x, y, dtype).backward()
         model.zero_grad()
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
@@ -204,7 +199,7 @@ def main(argv=None):
     for step in range(meta["step"] + 1, steps + 1):
         lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         started = time.perf_counter()
-        loss, grad_norm = train_step(ddp, model, optimizers, train_rows, (step - 1) * rows_per_step, args, plan, lrm, place, dtype)
+        loss, grad_norm = train_step(model, optimizers, train_rows, (step - 1) * rows_per_step, args, plan, lrm, place, dtype)
         dt = time.perf_counter() - started
         seconds += dt
         if not math.isfinite(loss):
@@ -244,7 +239,6 @@ def main(argv=None):
     if record:
         record.close()
         print0(f"finished: {folder}")
-    common.end_process()
 
 
 if __name__ == "__main__":

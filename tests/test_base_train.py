@@ -1,0 +1,298 @@
+"""Training end to end on a tiny model: learning, exact resume, the run folder, and every refusal."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import TINY, losses
+from nanochat import metrics
+from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.common import InputError
+from nanochat.plan import build_parser, model_config, training_plan
+from scripts import base_eval, base_train
+
+LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
+    original = base_train.train_step
+
+    def arm(n):
+        left = [n]
+
+        def step(*args):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return original(*args)
+        monkeypatch.setattr(base_train, "train_step", original if n is None else step)
+    return arm
+
+
+def final_state(run):
+    state, _ = load_checkpoint(metrics.runs_dir() / run.name, run.summary["step"])
+    return state
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---- what a run does
+
+@pytest.mark.parametrize("flags", [(), LOW, ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1), ("--lm-head-rank", 8)])
+def test_a_model_learns_and_the_record_is_complete(train, flags):
+    run = train(*flags, "--num-iterations", 30, "--eval-every", 10, "--sample-every", 30, "--ppl-thresholds", "250,100,2")
+    s = run.summary
+    assert losses(run)[0] == pytest.approx(5.70, abs=0.02)  # ln 300: every token equally likely
+    assert s["val/loss"] < 4.0 and s["status"] == "finished" and s["step"] == 30
+    assert s["val/ppl"] == pytest.approx(2.718281828 ** s["val/loss"], rel=1e-6)
+    assert s["total_tokens"] == 30 * 256 and s["total_training_flops"] == 30 * 256 * s["flops/per_token"]
+    assert s["time_to_ppl/250/step"] == 10 and s["time_to_ppl/100/tokens"] in (2560, 5120, 7680) and "time_to_ppl/2/step" not in s
+    assert s["params/total"] == sum(s[f"params/{g}"] for g in ("embedding", "lm_head", "attention", "mlp", "other"))
+    for key in ("train/lrm", "train/dt", "train/tok_per_sec", "train/grad_norm", "train/epoch", "val/bpb", "mem/peak_bytes",
+                "mem/weights_bytes", "mem/grads_bytes", "mem/optimizer_bytes", "total_training_time"):
+        assert key in s, key
+    assert run.history[-1]["sample"] and [e["step"] for e in run.history] == list(range(1, 31))
+    assert run.config["flags"]["depth"] == 2 and run.config["versions"]["torch"] and run.config["device"]["type"] == "cpu"
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_bit_and_another_seed_does_not(train):
+    a, b, c = train(tag="a"), train(tag="b"), train("--seed", 1, tag="c")
+    assert losses(a) == losses(b) != losses(c) and same(final_state(a), final_state(b))
+
+
+def test_gradient_accumulation_and_device_batch_change_nothing_but_rounding(train):
+    whole, parts = train("--device-batch-size", 8, tag="whole"), train("--device-batch-size", 1, tag="parts")
+    assert losses(whole) == pytest.approx(losses(parts), abs=1e-4)
+    assert whole.summary["val/loss"] == pytest.approx(parts.summary["val/loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", [(), LOW])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_stopping_after_any_step_and_resuming_is_the_uninterrupted_run_to_the_bit(train, kill_after, flags, stop):
+    straight = train(*flags, tag="straight")
+    kill_after(stop)
+    with pytest.raises(Killed):
+        train(*flags, "--save-every", 1, tag="resumed")
+    assert saved_steps(metrics.runs_dir() / "resumed") == list(range(1, stop + 1))
+    kill_after(None)
+    resumed = train(*flags, "--save-every", 1, "--resume", "auto", tag="resumed")
+    assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
+    assert resumed.summary["val/loss"] == straight.summary["val/loss"]
+
+
+def test_resume_from_a_given_step_and_under_nanochats_name(train, kill_after):
+    straight = train(tag="straight")
+    kill_after(5)
+    with pytest.raises(Killed):
+        train("--save-every", 2, tag="resumed")
+    kill_after(None)
+    assert losses(train("--save-every", 2, "--resume-from-step", 2, tag="resumed")) == losses(straight)
+
+
+def test_stop_at_ppl_ends_the_run_early_and_finished(train):
+    run = train("--num-iterations", 40, "--eval-every", 5, "--stop-at-ppl", 150)
+    assert run.summary["status"] == "finished" and run.summary["step"] < 40 and run.summary["val/ppl"] <= 150
+
+
+def test_evaluation_rows_do_not_depend_on_the_batch_and_base_eval_agrees(train, capsys):
+    run = train(tag="a")
+    results = {}
+    for batch in ("3", "32"):
+        base_eval.main(["--model-tag", "a", "--eval-tokens", "1024", "--device-batch-size", batch])
+        results[batch] = json.loads((metrics.runs_dir() / "a/eval_000006.json").read_text())
+    for key in ("loss", "ppl", "bpb"):
+        assert results["3"][f"val/{key}"] == pytest.approx(run.summary[f"val/{key}"], rel=1e-6)
+        assert results["3"][f"val/{key}"] == pytest.approx(results["32"][f"val/{key}"], rel=1e-6)
+
+
+def test_bits_per_byte_by_hand(train):
+    """bpb = all nats of ordinary tokens / ln 2 / the bytes they stand for, from logits of one row at a time."""
+    import math
+    from nanochat.dataloader import Rows
+    from nanochat.dataset import open_corpus
+    from nanochat.tokenizer import load_tokenizer
+    run = train(tag="a")
+    folder, tokenizer = metrics.runs_dir() / "a", load_tokenizer()
+    model, _ = base_eval.load_model(folder, -1, "cpu")
+    rows = Rows(open_corpus(run.config["flags"]["data"]).val, tokenizer, 32)
+    nats, text_nats, text_bytes = [], 0.0, 0
+    for i in range(1024 // 32):
+        row = torch.from_numpy(rows.row(i))
+        logp = torch.log_softmax(model(row[None, :-1])[0].double(), dim=-1)
+        for position, token in enumerate(row[1:].tolist()):
+            nats.append(-logp[position, token].item())
+            if token != tokenizer.bos_id:
+                text_nats += nats[-1]
+                text_bytes += len(tokenizer.tokens[token])
+    assert run.summary["val/loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    assert run.summary["val/bpb"] == pytest.approx(text_nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_dry_run_prints_the_accounting_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    base_train.main(["--dry-run", "--depth", "20", "--model-dim", "1280", "--vocab-size", "65536", "--attn-rank", "128", "--mlp-rank", "128"])
+    out = capsys.readouterr().out
+    assert "226,754,600" in out and "flops/per_token" in out and "mem/optimizer_bytes" in out
+    assert not (tmp_path / "nothing").exists()
+
+
+# ---- from flags to a plan
+
+def plan_of(*flags, vocab=300, world_size=1):
+    args = build_parser().parse_args([*TINY, *map(str, flags)])
+    config = model_config(args, vocab)
+    return config, training_plan(args, config, world_size)
+
+
+def test_width_follows_depth_in_whole_heads_unless_given():
+    args = build_parser().parse_args(["--depth", "5", "--aspect-ratio", "60", "--head-dim", "128"])
+    assert model_config(args, 300).n_embd == 384
+    assert plan_of("--model-dim", 64)[0].n_embd == 64
+
+
+def test_horizon_is_the_first_that_is_given():
+    config, plan = plan_of("--num-iterations", -1, "--target-param-data-ratio", 10)
+    matrices = 2 * 12 * 32 * 32 + 300 * 32
+    assert plan["num_iterations"] == round(10 * matrices / 256)
+    flops = 6 * matrices + 12 * 32 * (16 + 32)
+    assert plan_of("--num-iterations", -1, "--target-flops", 256 * flops * 7)[1]["num_iterations"] == 7
+    assert plan_of("--num-iterations", 9, "--target-flops", 256 * flops * 7)[1]["num_iterations"] == 9
+
+
+def test_batch_chosen_for_the_user_grows_with_the_horizon_and_divides():
+    small = plan_of("--total-batch-size", -1, "--target-param-data-ratio", 1000)[1]["total_batch_size"]
+    large = plan_of("--total-batch-size", -1, "--target-param-data-ratio", 100000)[1]["total_batch_size"]
+    assert small < large and small % (4 * 32) == large % (4 * 32) == 0
+    assert plan_of("--total-batch-size", -1, world_size=3)[1]["total_batch_size"] % (3 * 4 * 32) == 0
+
+
+def test_learning_rate_schedule_by_hand():
+    lr = [base_train.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
+    assert lr == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
+
+
+def test_budget_of_another_run_is_met_from_below(train, capsys):
+    full = train("--num-iterations", 1, tag="full").summary["params/total"]
+    rank = train("--num-iterations", 1, "--budget-params", "full", "--solve", "rank", tag="rank")
+    assert 0.97 * full < rank.summary["params/total"] <= full and rank.config["derived"]["model"]["attn_ranks"][0] > 0
+    deep = train("--num-iterations", 1, *LOW, "--budget-params", full, "--solve", "depth", tag="deep")
+    assert deep.summary["params/total"] <= full and deep.config["derived"]["model"]["n_layer"] > 2
+
+
+# ---- refusals: one line, exit 2, nothing written
+
+@pytest.mark.parametrize("flags,message", [
+    (["--attn-rank", 33], r"--attn-rank.*rank 33 does not fit a 32 x 32 matrix.*1 to 32"),
+    (["--mlp-rank", 40], r"--mlp-rank.*rank 40 does not fit"),
+    (["--attn-rank", -3], r"--attn-rank: '-3': give 0 \(full rank\)"),
+    (["--attn-rank", "1.5"], r"--attn-rank: '1.5'"),
+    (["--n-kv-head", 1, "--attn-rank", 20], r"rank 20 does not fit a 16 x 32 matrix"),
+    (["--lm-head-rank", 33], r"--lm-head-rank.*does not fit a 300 x 32"),
+    (["--attn-rank", 8, "--rank-schedule", "linear"], r"--rank-schedule linear: needs --rank-end above 0"),
+    (["--rank-schedule", "linear", "--rank-end", 4], r"--rank-schedule linear: needs --attn-rank or --mlp-rank"),
+    (["--attn-rank", 8, "--rank-schedule", "8,0"], r"--rank-schedule 8,0: give 2 ranks above 0"),
+    (["--attn-rank", 8, "--rank-schedule", "8,4,2"], r"give 2 ranks above 0, one a layer"),
+    (["--attn-rank", 8, "--rank-schedule", "wavy"], r"--rank-schedule wavy: use one of constant, linear"),
+    (["--attn-rank", 8, "--rank-schedule", "linear", "--rank-end", 0.5], r"--rank-end 0.5: .* both as ranks or both as fractions"),
+    (["--head-dim", 24], r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48"),
+    (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
+    (["--window-pattern", "SX"], r"--window-pattern 'SX'"),
+    (["--total-batch-size", 300], r"--total-batch-size 300: .*= 128; nearest: 256 or 384"),
+    (["--total-batch-size", 100], r"--total-batch-size 100: .*nearest: 128$"),
+    (["--vocab-size", 4096], r"--vocab-size 4096: .*tokenizer.json has 300"),
+    (["--data", "nonesuch"], r"--data nonesuch: .*stdlib.*climbmix"),
+    (["--device-type", "cuda"], r"--device-type cuda: no CUDA device"),
+    (["--max-seq-len", 100_000, "--device-batch-size", 1, "--total-batch-size", 100_000], r"too little training text for one row of 100000"),
+    (["--eval-tokens", 8], r"--eval-tokens 8: less than one row"),
+    (["--num-iterations", "many"], r"--num-iterations: 'many' is not a whole number"),
+    (["--matrix-lr", "nan"], r"--matrix-lr: 'nan' is not a number"),
+    (["--ppl-thresholds", "100,-3"], r"--ppl-thresholds: '100,-3'"),
+    (["--resume", 4], r"--resume 4: there is no run bad"),
+    (["--resume", "latest"], r"--resume latest: use auto"),
+    (["--budget-params", "10", "--solve", "rank"], r"--budget-params 10: even rank 1"),
+    (["--budget-params", "99999999"], r"--budget-params and --solve go together"),
+    (["--dept", 4], r"unrecognized arguments: --dept 4"),
+])
+def test_bad_flags_are_refused_in_one_line(train, base_dir, flags, message):
+    if flags[0] == "--device-type" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(InputError, match=message) as e:
+        train(*flags, tag="bad")
+    assert "\n" not in str(e.value) and not (base_dir / "runs/bad").exists()
+
+
+def test_text_too_short_for_validation_is_refused(train, tmp_path):
+    folder = tmp_path / "short"
+    folder.mkdir()
+    (folder / "train.txt").write_text("the cat sees the dog " * 200)
+    (folder / "val.txt").write_text("the cat")
+    with pytest.raises(InputError, match="too little validation text"):
+        train("--data", folder)
+
+
+def test_a_tag_with_another_config_is_refused_naming_what_differs(train):
+    train(tag="a")
+    with pytest.raises(InputError, match=r"--model-tag a: exists with another config: .*flags.matrix_lr \(0.02 there, 0.03 now\)"):
+        train("--matrix-lr", 0.03, tag="a")
+
+
+def test_a_finished_run_is_not_run_again_and_not_touched(train, capsys):
+    folder = metrics.runs_dir() / train(tag="a").name
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    train(tag="a")
+    assert "already finished" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_an_unfinished_run_with_checkpoints_is_refused_with_the_way_on(train, kill_after):
+    kill_after(4)
+    with pytest.raises(Killed):
+        train("--save-every", 2)
+    kill_after(None)
+    with pytest.raises(InputError, match=r"has checkpoints \[2, 4\] and is not finished; continue it with --resume auto"):
+        train("--save-every", 2)
+
+
+def test_another_tokenizer_is_refused_by_name_on_resume(train, kill_after, corpus_dir):
+    from scripts import tok_train
+    kill_after(4)
+    with pytest.raises(Killed):
+        train("--save-every", 2)
+    kill_after(None)
+    tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
+    with pytest.raises(InputError, match="tokenizer_hash"):
+        train("--save-every", 2, "--resume", "auto")
+
+
+def test_a_run_that_diverges_stops_with_advice(train, monkeypatch):
+    monkeypatch.setattr(base_train, "train_step", lambda *a: (float("nan"), 1.0))
+    with pytest.raises(InputError, match="step 1: the loss is nan; .*lower the learning rates"):
+        train()
+
+
+def test_the_command_prints_one_line_and_exits_with_2(base_dir):
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--attn-rank", "99"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --attn-rank (layer 0): rank 99 does not fit a 32 x 32 matrix")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(base_dir, corpus_dir, tmp_path):
+    (tmp_path / "base/runs").write_text("a file where the folder should be")
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "runs" in done.stderr
