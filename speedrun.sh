@@ -18,7 +18,7 @@ else                                               # a laptop: the same story in
   : "${DATA:=stdlib}" "${DATA_SHARDS:=8}" "${VOCAB_SIZE:=2048}" "${TOKENIZER_CHARS:=5000000}"
   : "${DEPTH:=4}" "${MODEL_DIM:=192}" "${HEAD_DIM:=64}" "${MAX_SEQ_LEN:=256}"
   : "${ATTN_RANK:=64}" "${MLP_RANK:=64}"
-  : "${DEVICE_BATCH_SIZE:=16}" "${TOTAL_BATCH_SIZE:=4096}" "${NUM_ITERATIONS:=150}"
+  : "${DEVICE_BATCH_SIZE:=16}" "${TOTAL_BATCH_SIZE:=4096}" "${NUM_ITERATIONS:=120}"
   : "${EVAL_EVERY:=25}" "${PPL_THRESHOLDS:=200,100,50}"
 fi
 : "${RANK_SCHEDULE:=constant}"   # constant | linear | step | exponential | quadratic | r0,r1,…
