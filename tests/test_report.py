@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nanochat import page
 from nanochat.common import InputError
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, draw_all, human, loss_limits, three_digits, unit_of
+from nanochat.page import CSS
 from scripts import report
 
 FIGURES = ("loss.png", "parameters.png", "memory.png", "perplexity.png")
@@ -253,7 +253,7 @@ def test_everything_is_written_and_the_page_needs_nothing_else(base, capsys):
     page.feed((out / "report.html").read_text("utf-8"))
     assert page.open == [] and "script" not in page.tags and page.tags.count("img") == 4
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert "url(" not in page.CSS and "@import" not in page.CSS
+    assert "url(" not in CSS and "@import" not in CSS
     assert name in page.words and "Once | upon <script>" in page.words and "--attn-rank" in page.words
     assert "One seed a configuration" in page.words
 
