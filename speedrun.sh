@@ -31,7 +31,7 @@ fi
 
 case "$DATA" in tinystories|climbmix|fineweb-edu) python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;; esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
-python -m scripts.tok_eval --data "$DATA"
+python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
 
 if [ "$NPROC" -gt 1 ]; then
   launch() { torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }

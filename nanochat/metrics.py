@@ -90,8 +90,12 @@ class RunRecord:
     def log(self, metrics: dict):
         """Append one line. metrics must hold `step` and the clocks in CLOCKS."""
         self._remember(metrics)
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+        except OSError as e:  # the disk is full
+            e.filename = self.file.name
+            raise
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
 

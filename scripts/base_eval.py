@@ -2,14 +2,14 @@
 
     python -m scripts.base_eval --model-tag d4
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --model-tag d20
-Writes runs/<model-tag>/eval_<step>.json and prints it.
+Writes runs/<model-tag>/eval_<step>.json and prints it. The same evaluation again: only printed.
 """
 import json
 
 import torch
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_checkpoint, load_newest
+from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError, print0, whole_number, write_atomic
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
@@ -19,15 +19,12 @@ from nanochat.tokenizer import load_tokenizer
 
 
 def load_model(folder, step: int, device):
-    """(model, meta) from a run folder; step -1 is the newest intact checkpoint."""
-    found = load_checkpoint(folder, step, device) if step >= 0 else load_newest(folder, device)
-    if not found:
-        raise InputError(f"{folder}: no intact checkpoint")
-    state, meta = found
+    """(model, meta) of a run's checkpoint."""
+    state, meta = load_checkpoint(folder, step, device)
     with torch.device(device):
         model = GPT(GPTConfig(**meta["model"]))
     model.load_state_dict(state["model"])
-    return model.eval(), meta
+    return model, meta
 
 
 def main(argv=None):
@@ -43,16 +40,23 @@ def main(argv=None):
 
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
+    if not saved_steps(folder):
+        raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
+    settings = {"model_tag": args.model_tag, "step": args.step if args.step >= 0 else saved_steps(folder)[-1],
+                "data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
+    out = folder / f"eval_{settings['step']:06d}.json"
+    if out.exists() and (done := metrics.read_json(out)).get("settings") == settings:
+        return show(done)
     corpus = open_corpus(args.data or run.config["flags"]["data"])
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     device, rank, world_size = common.init_process(args.device_type)
     dtype = common.compute_dtype(args.dtype, device)
-    model, meta = load_model(folder, args.step, device)
+    model, meta = load_model(folder, settings["step"], device)
     if meta["tokenizer_hash"] != tokenizer.hash:
         raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
 
     T = model.config.sequence_len
-    results = {"model_tag": args.model_tag, "step": meta["step"], "data": corpus.name}
+    results = {"settings": settings}
     for split in ("train", "val"):
         rows = Rows(corpus.split(split), tokenizer, T)
         count = min(rows.count, args.eval_tokens // T)
@@ -60,11 +64,18 @@ def main(argv=None):
             raise InputError(f"--data or --eval-tokens: less than one row of {T} {split} tokens")
         values = evaluate(model, rows, count, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
         results |= {f"{split}/{key.split('/')[1]}": value for key, value in values.items()} | {f"{split}/tokens": count * T}
-        print0(f"{split:5} | {count * T:,} tokens | loss {values['val/loss']:.4f} | ppl {values['val/ppl']:.3f} | bpb {values['val/bpb']:.4f}")
     if rank == 0:
         results["sample"] = sample_texts(model, tokenizer, rows, dtype)
-        print("\n".join(f"sample: {text!r}" for text in results["sample"]))
-        write_atomic(folder / f"eval_{meta['step']:06d}.json", json.dumps(results, indent=2) + "\n")
+        write_atomic(out, json.dumps(results, indent=2) + "\n")
+    show(results)
+
+
+def show(results: dict):
+    print0(f"{results['settings']['model_tag']}, step {results['settings']['step']}")
+    for split in ("train", "val"):
+        print0(f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
+               f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}")
+    print0("\n".join(f"sample: {text!r}" for text in results.get("sample", ())))
 
 
 if __name__ == "__main__":

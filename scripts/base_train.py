@@ -28,20 +28,20 @@ from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
 # bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-# flags that may differ between a run and its continuation: they change neither the model nor its data
-FREE_FLAGS = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "compile", "stop_at_ppl"}
+# what may differ between a run and its continuation: it changes neither the model nor its data
+FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "stop_at_ppl"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
 def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
-    """Names of the entries of nested dicts that differ, free flags left out."""
+    """Names of the entries of nested dicts that differ, those in FREE left out."""
     names = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             names += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b and key not in FREE_FLAGS:
+        elif a != b and key not in FREE:
             names.append(f"{prefix}{key} ({a!r} there, {b!r} now)")
     return names
 
@@ -215,9 +215,7 @@ def main(argv=None):
 
         last = step == steps
         if last or (args.eval_every > 0 and step % args.eval_every == 0):
-            model.eval()
             entry |= evaluate(model, val_rows, val_count, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
-            model.train()
             line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
             last = last or entry["val/ppl"] <= args.stop_at_ppl
         print0(line)

@@ -110,15 +110,28 @@ def test_stop_at_ppl_ends_the_run_early_and_finished(train):
     assert run.summary["status"] == "finished" and run.summary["step"] < 40 and run.summary["val/ppl"] <= 150
 
 
-def test_evaluation_rows_do_not_depend_on_the_batch_and_base_eval_agrees(train, capsys):
+def test_evaluation_rows_do_not_depend_on_the_batch_and_base_eval_agrees(train, capsys, monkeypatch):
     run = train(tag="a")
     results = {}
     for batch in ("3", "32"):
+        (metrics.runs_dir() / "a/eval_000006.json").unlink(missing_ok=True)
         base_eval.main(["--model-tag", "a", "--eval-tokens", "1024", "--device-batch-size", batch])
         results[batch] = json.loads((metrics.runs_dir() / "a/eval_000006.json").read_text())
     for key in ("loss", "ppl", "bpb"):
         assert results["3"][f"val/{key}"] == pytest.approx(run.summary[f"val/{key}"], rel=1e-6)
         assert results["3"][f"val/{key}"] == pytest.approx(results["32"][f"val/{key}"], rel=1e-6)
+    capsys.readouterr()
+    monkeypatch.setattr(base_eval, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    base_eval.main(["--model-tag", "a", "--eval-tokens", "1024"])
+    assert f"bpb {run.summary['val/bpb']:.4f}" in capsys.readouterr().out
+
+
+def test_evaluating_what_is_not_there_is_refused(train):
+    train(tag="a")
+    with pytest.raises(InputError, match=r"no checkpoint of step 5; there are: \[6\]"):
+        base_eval.main(["--model-tag", "a", "--step", "5"])
+    with pytest.raises(InputError, match="not a run folder"):
+        base_eval.main(["--model-tag", "b"])
 
 
 def test_bits_per_byte_by_hand(train):
@@ -129,7 +142,7 @@ def test_bits_per_byte_by_hand(train):
     from nanochat.tokenizer import load_tokenizer
     run = train(tag="a")
     folder, tokenizer = metrics.runs_dir() / "a", load_tokenizer()
-    model, _ = base_eval.load_model(folder, -1, "cpu")
+    model, _ = base_eval.load_model(folder, 6, "cpu")
     rows = Rows(open_corpus(run.config["flags"]["data"]).val, tokenizer, 32)
     nats, text_nats, text_bytes = [], 0.0, 0
     for i in range(1024 // 32):
