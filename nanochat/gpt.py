@@ -1,7 +1,8 @@
 """The model: a GPT whose linear layers are full rank or low rank, each layer with its own ranks.
 
 Rotary positions, QK norm, relu² MLP, RMSNorm without parameters, grouped-query and sliding-window attention, logit
-softcap, a learned residual scale and a learned shortcut from the embeddings at every layer. No biases.
+softcap, a learned residual scale and a learned shortcut from the embeddings at every layer, and a learned share of the
+previous token's embedding (the "smear" of modded-nanogpt's records). No biases.
 Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value heads, D head dim, r rank.
 Master weights are float32; the matmuls run in the dtype of the activations (`GPT.forward`'s compute_dtype).
 """
@@ -251,6 +252,7 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else make_linear(C, V, config.lm_head_rank)
         self.resid_lambdas = nn.Parameter(torch.empty(L))  # scale of the residual stream entering each layer
         self.x0_lambdas = nn.Parameter(torch.empty(L))     # share of the embedding added there
+        self.smear = nn.Parameter(torch.empty(C))          # share of the previous token's embedding, by channel
         kv_dim = config.n_kv_head * (C // config.n_head)
         self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(V, kv_dim)
                                            for layer in range(L) if config.has_value_embedding(layer)})
@@ -272,6 +274,7 @@ class GPT(nn.Module):
             self.lm_head.init(zero=True)  # every token equally likely
         self.resid_lambdas.fill_(1.0)
         self.x0_lambdas.fill_(0.1)
+        self.smear.zero_()
 
     def rotary(self, T: int, device, dtype):
         """cos, sin: (T, D/2)."""
@@ -283,7 +286,9 @@ class GPT(nn.Module):
     def hidden(self, idx, compute_dtype=torch.float32):
         """idx: (B, T) int -> (B, T, C), normalised, ready for the head."""
         cos, sin = self.rotary(idx.size(1), idx.device, compute_dtype)
-        x = x0 = norm(self.wte(idx).to(compute_dtype))
+        x = self.wte(idx).to(compute_dtype)
+        x = x + self.smear.to(compute_dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1]  # pairs of tokens, before any attention
+        x = x0 = norm(x)
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(compute_dtype) * x + self.x0_lambdas[i].to(compute_dtype) * x0
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None

@@ -21,7 +21,7 @@ from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, sample_texts
-from nanochat.optim import average_gradients, build_optimizers
+from nanochat.optim import average_gradients, build_optimizers, muon_momentum
 from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
 from nanochat.rank import account
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -83,9 +83,10 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def train_step(model, optimizers, rows: Rows, first_row: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
-    """One update from all rows of the step. Returns (mean loss over all of them, gradient norm before clipping)."""
+def train_step(model, optimizers, rows: Rows, step: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
+    """Update number `step` (from 0) from all rows of the step. Returns (mean loss over all of them, gradient norm before clipping)."""
     device, rank, world_size = place
+    first_row = step * plan["total_batch_size"] // args.max_seq_len
     n, total = plan["grad_accum_steps"], torch.zeros((), device=device)
     for micro in range(n):
         x, y = training_batch(rows, first_row, rank, world_size, args.device_batch_size, micro, device)
@@ -100,6 +101,8 @@ def train_step(model, optimizers, rows: Rows, first_row: int, args, plan: dict, 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
         optimizer.step()
         optimizer.zero_grad()
     return total.item(), grad_norm.item()  # .item() waits for the device, so the caller's clock sees the whole step
@@ -199,7 +202,7 @@ def main(argv=None):
     for step in range(meta["step"] + 1, steps + 1):
         lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         started = time.perf_counter()
-        loss, grad_norm = train_step(model, optimizers, train_rows, (step - 1) * rows_per_step, args, plan, lrm, place, dtype)
+        loss, grad_norm = train_step(model, optimizers, train_rows, step - 1, args, plan, lrm, place, dtype)
         dt = time.perf_counter() - started
         seconds += dt
         if not math.isfinite(loss):

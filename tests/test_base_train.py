@@ -161,7 +161,7 @@ def test_dry_run_prints_the_accounting_and_touches_nothing(tmp_path, monkeypatch
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
     base_train.main(["--dry-run", "--depth", "20", "--model-dim", "1280", "--vocab-size", "65536", "--attn-rank", "128", "--mlp-rank", "128"])
     out = capsys.readouterr().out
-    assert "226,754,600" in out and "flops/per_token" in out and "mem/optimizer_bytes" in out
+    assert "226,755,880" in out and "flops/per_token" in out and "mem/optimizer_bytes" in out
     assert not (tmp_path / "nothing").exists()
 
 
