@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 SOFTCAP = 15.0  # logits are squashed into (-15, 15)
 ROTARY_BASE = 10_000.0
+SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))              # QK norm keeps the scores bounded
         mask = window_mask(T, self.window, x.device) if self.window < T else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.n_kv_head < self.n_head)
+                                           scale=SCORE_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_kv_head < self.n_head)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from nanochat import metrics
 from nanochat.common import ArgumentParser, InputError, print0, whole_number
 from nanochat.gpt import GPTConfig, resolve_rank
+from nanochat.optim import default_matrix_lr
 from nanochat.rank import SCHEDULES, account, matrix_parameters, on_meta, ranks_over_depth, solve_depth, solve_rank
 
 
@@ -81,10 +82,10 @@ def build_parser():
     # optimization
     add("--device-batch-size", type=whole_number(1), default=32, help="rows in one forward pass of one process")
     add("--total-batch-size", type=whole_number(-1), default=-1, help="tokens in one step; -1 = from the training tokens")
-    add("--embedding-lr", type=number(0), default=0.3)
-    add("--unembedding-lr", type=number(0), default=0.004)
-    add("--matrix-lr", type=number(0), default=0.02)
-    add("--scalar-lr", type=number(0), default=0.01)
+    add("--embedding-lr", type=number(0), default=0.3, help="of the embedding tables")
+    add("--unembedding-lr", type=number(0), default=0.0067, help="of the head at width 768; scaled by 768 / width")
+    add("--matrix-lr", type=number(-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
+    add("--scalar-lr", type=number(0), default=0.1, help="of the per-layer and per-channel scalars")
     add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
     add("--grad-clip", type=float, default=-1, help="largest norm of the gradient; -1 = no clipping")
     add("--warmup-steps", type=whole_number(0), default=0)
@@ -188,7 +189,7 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
 
 
 def training_plan(args, config: GPTConfig, world_size: int) -> dict:
-    """Tokens a step, steps, gradient accumulation. InputError where they do not divide."""
+    """Tokens a step, steps, gradient accumulation, matrix learning rate. InputError where they do not divide."""
     model = on_meta(config)
     cost, counted = account(model)["flops/per_token"], matrix_parameters(model)
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
@@ -210,7 +211,8 @@ def training_plan(args, config: GPTConfig, world_size: int) -> dict:
         steps = max(1, round(args.target_param_data_ratio * counted / total))
     else:
         raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
-    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
+    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total,
+            "matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(steps)}
 
 
 def default_tag(args, config: GPTConfig) -> str:
@@ -228,7 +230,7 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), ("lm_head", (config.lm_head_rank,))):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
-           f"{plan['grad_accum_steps']} micro-step(s), {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+           f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
     for key, value in accounting.items():
         share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""

@@ -170,7 +170,7 @@ def main(argv=None):
         model = GPT(config)
         model.init_weights()
     optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr,
-                                  matrix_lr=args.matrix_lr, scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
+                                  matrix_lr=plan["matrix_lr"], scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):

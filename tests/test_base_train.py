@@ -200,6 +200,13 @@ def test_learning_rate_schedule_by_hand():
     assert lr == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
 
 
+def test_matrix_learning_rate_follows_the_number_of_steps_unless_given():
+    rate = lambda *flags: plan_of(*flags)[1]["matrix_lr"]
+    assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.04
+    assert rate("--num-iterations", 3200) == pytest.approx(0.02) == rate("--num-iterations", 10**6)
+    assert 0.02 < rate("--num-iterations", 1000) < 0.04 and rate("--matrix-lr", 0.01) == 0.01
+
+
 def test_budget_of_another_run_is_met_from_below(train, capsys):
     full = train("--num-iterations", 1, tag="full").summary["params/total"]
     rank = train("--num-iterations", 1, "--budget-params", "full", "--solve", "rank", tag="rank")
@@ -261,7 +268,7 @@ def test_text_too_short_for_validation_is_refused(train, tmp_path):
 
 def test_a_tag_with_another_config_is_refused_naming_what_differs(train):
     train(tag="a")
-    with pytest.raises(InputError, match=r"--model-tag a: exists with another config: .*flags.matrix_lr \(0.02 there, 0.03 now\)"):
+    with pytest.raises(InputError, match=r"--model-tag a: exists with another config: .*flags.matrix_lr \(-1 there, 0.03 now\)"):
         train("--matrix-lr", 0.03, tag="a")
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.gpt import (GPT, GPTConfig, SOFTCAP, Attention, HeadCrossEntropy, Linear, LowRankLinear, make_linear, norm,
+from nanochat.gpt import (GPT, GPTConfig, SCORE_SCALE, SOFTCAP, Attention, HeadCrossEntropy, Linear, LowRankLinear, make_linear, norm,
                           resolve_rank, rotate)
 from nanochat.rank import account
 
@@ -85,7 +85,7 @@ def explicit_attention(attn: Attention, x, cos, sin, window):
             q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
             for i in range(T):
                 seen = range(max(0, i - window + 1), i + 1)
-                p = torch.softmax(torch.stack([q[i] @ k[j] for j in seen]) / math.sqrt(D), dim=0)
+                p = torch.softmax(SCORE_SCALE * torch.stack([q[i] @ k[j] for j in seen]) / math.sqrt(D), dim=0)
                 out[b, i, h] = sum(p[n] * v[j] for n, j in enumerate(seen))
     return out.flatten(2) @ weights["o"].T
 
