@@ -328,7 +328,7 @@ class GPT(nn.Module):
         tokens = list(tokens)
         for _ in range(count):
             idx = torch.tensor([tokens[-self.config.sequence_len:]], device=device)
-            logits = self(idx, compute_dtype=compute_dtype)[0, -1]
+            logits = self.forward(idx, compute_dtype=compute_dtype)[0, -1]  # not self(): a compiled call is for one length
             if temperature > 0:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
             else:

@@ -40,14 +40,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, mu = group["params"], group["momentum"]
-            grads = torch.stack([p.grad for p in params])  # (count, out, in)
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-            torch._foreach_lerp_(buffers, list(grads), 1 - mu)
-            update = orthogonalize(grads.lerp(torch.stack(buffers), mu).to(matmul_dtype(grads))).to(grads.dtype)
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(update), alpha=-group["lr"] * group["scale"])
+            params, mu, lr = group["params"], group["momentum"], group["lr"]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["momentum"].lerp_(p.grad, 1 - mu)
+            grads = torch.stack([p.grad for p in params])                          # (count, out, in)
+            nesterov = grads.lerp(torch.stack([self.state[p]["momentum"] for p in params]), mu)
+            updates = orthogonalize(nesterov.to(matmul_dtype(grads))).to(grads.dtype)
+            for p, update in zip(params, updates):
+                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * group["scale"])
 
 
 def muon_momentum(step: int) -> float:

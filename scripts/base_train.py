@@ -97,7 +97,10 @@ def train_step(model, optimizers, rows: Rows, step: int, args, plan: dict, lrm: 
         average_gradients(model.parameters(), world_size)
         dist.all_reduce(total)
         total /= world_size
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip if args.grad_clip > 0 else math.inf)
+    if args.grad_clip > 0:
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    else:
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
