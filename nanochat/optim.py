@@ -114,7 +114,7 @@ def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, 
     adamw = torch.optim.AdamW([dict(params=ps, lr=lr) for ps, lr in
                                ((tables, embedding_lr), (head, unembedding_lr * 768 / model.config.n_embd), (scalars, scalar_lr),
                                 (scales, 0.1 * scalar_lr)) if ps],  # these multiply from layer to layer: smaller steps
-                              betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+                              betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
     muon = Muon([dict(params=ps, scale=update_scale(*key)) for key, ps in matrices.items()], lr=matrix_lr, weight_decay=weight_decay)
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:

@@ -83,7 +83,7 @@ def build_parser():
     add("--device-batch-size", type=whole_number(1), default=32, help="rows in one forward pass of one process")
     add("--total-batch-size", type=whole_number(-1), default=-1, help="tokens in one step; -1 = from the training tokens")
     add("--embedding-lr", type=number(0), default=0.3, help="of the embedding tables")
-    add("--unembedding-lr", type=number(0), default=0.0067, help="of the head at width 768; scaled by 768 / width")
+    add("--unembedding-lr", type=number(0), default=0.004, help="of the head at width 768; scaled by 768 / width")
     add("--matrix-lr", type=number(-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
     add("--scalar-lr", type=number(0), default=0.1, help="of the per-layer and per-channel scalars")
     add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
