@@ -9,7 +9,7 @@ source dev/setup.sh   # .venv, installation
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: nanochat's d20 and its data
-  : "${DATA:=climbmix}" "${DATA_SHARDS:=40}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
+  : "${DATA:=climbmix}" "${DATA_SHARDS:=120}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
   : "${DEPTH:=20}" "${MODEL_DIM:=1280}" "${HEAD_DIM:=128}" "${MAX_SEQ_LEN:=2048}"
   : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.25}"
   : "${DEVICE_BATCH_SIZE:=32}" "${TOTAL_BATCH_SIZE:=524288}" "${NUM_ITERATIONS:=-1}"
