@@ -32,14 +32,16 @@ def orthogonalize(X):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon), and evened out (NorMuon,
+    arXiv 2510.05491).
 
-    W <- W - lr · (scale · UVᵀ + weight_decay · W) with UVᵀ from Nesterov momentum. Each group holds matrices of one shape,
-    updated as one batch, and has its own `scale`.
+    W <- W - lr · (scale · U + weight_decay · W), U = UVᵀ of the Nesterov momentum; then the lines of U along its longer side,
+    whose norms differ, are divided by the root of their running mean square, and U is brought back to its Frobenius norm.
+    Each group holds matrices of one shape, updated as one batch, and has its own `scale`.
     """
 
-    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0))
+    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, beta2: float = 0.95):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0, beta2=beta2))
 
     @torch.no_grad()
     def step(self):
@@ -48,12 +50,28 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p]["square"] = p.new_zeros(line_shape(p))
                 self.state[p]["momentum"].lerp_(p.grad, 1 - mu)
             grads = torch.stack([p.grad for p in params])                          # (count, out, in)
             nesterov = grads.lerp(torch.stack([self.state[p]["momentum"] for p in params]), mu)
             updates = orthogonalize(nesterov.to(matmul_dtype(grads))).to(grads.dtype)
             for p, update in zip(params, updates):
+                update = even_out(update, self.state[p]["square"], group["beta2"])
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * group["scale"])
+
+
+def even_out(update, square, beta2: float):
+    """Divide each line of `update` by the root of its running mean square and restore the norm. square, of `line_shape`,
+    is moved on in place.
+    """
+    square.lerp_(update.square().mean(dim=0 if square.size(0) == 1 else 1, keepdim=True), 1 - beta2)
+    even = update / (square.sqrt() + 1e-10)
+    return even * (update.norm() / (even.norm() + 1e-10))
+
+
+def line_shape(p) -> tuple[int, int]:
+    """Shape of one number for each row of a tall matrix, or for each column of a wide one."""
+    return (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
 
 
 def muon_momentum(step: int) -> float:

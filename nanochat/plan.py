@@ -89,7 +89,7 @@ def build_parser():
     add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
     add("--grad-clip", type=float, default=-1, help="largest norm of the gradient; -1 = no clipping")
     add("--warmup-steps", type=whole_number(0), default=0)
-    add("--warmdown-ratio", type=number(0, 1), default=0.65, help="share of the steps over which the learning rates fall linearly")
+    add("--warmdown-ratio", type=number(0, 1), default=0.5, help="share of the steps over which the learning rates fall linearly")
     add("--final-lr-frac", type=number(0, 1), default=0.0, help="where they end, as a fraction")
     # evaluation and record
     add("--eval-every", type=whole_number(-1), default=250, help="steps between evaluations; -1 = only at the end")

@@ -87,14 +87,15 @@ def account(model: GPT | GPTConfig) -> dict:
                      factors of a low-rank layer counted as they are, embedding look-ups not counted; plus attention
                      scores and values, 12·H·D·window a layer (PaLM, arXiv 2204.02311, appendix B: the causal half of
                      the scores is not taken off)
-    mem/{weights,grads,optimizer}_bytes  float32 masters, their gradients, Muon's momentum or AdamW's two moments
+    mem/{weights,grads,optimizer}_bytes  float32 masters, their gradients, and Muon's momentum with a number for each line of
+                     the longer side, or AdamW's two moments
     """
     model = on_meta(model) if isinstance(model, GPTConfig) else model
     params = dict.fromkeys(("embedding", "lm_head", "attention", "mlp", "other"), 0)
     moments = 0
     for name, parameter in model.named_parameters():
         params[parameter_group(name)] += parameter.numel()
-        moments += parameter.numel() * (1 if uses_muon(name, parameter) else 2)
+        moments += parameter.numel() + max(parameter.shape) if uses_muon(name, parameter) else 2 * parameter.numel()
     total = sum(params.values())
     return {"params/total": total, **{f"params/{group}": n for group, n in params.items()},
             "flops/per_token": flops_per_token(model),

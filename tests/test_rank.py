@@ -75,4 +75,5 @@ def test_memory_of_weights_gradients_and_moments():
     counts = account(SHAPE)
     matrices, rest = 12 * 64 * 64 * 4, 2 * 256 * 64 + 8 + 64
     assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
-    assert counts["mem/optimizer_bytes"] == 4 * matrices + 8 * rest  # one moment under Muon, two under AdamW
+    lines = 4 * (4 * 64 + 2 * 256)  # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
+    assert counts["mem/optimizer_bytes"] == 4 * (matrices + lines) + 8 * rest
