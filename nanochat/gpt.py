@@ -92,7 +92,10 @@ class LowRankLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, rank))
 
     def forward(self, x):  # (..., in) -> (..., r) -> (..., out)
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return self.widen(F.linear(x, self.A.to(x.dtype)))
+
+    def widen(self, h):  # (..., r) -> (..., out)
+        return F.linear(h, self.B.to(h.dtype))
 
     def dense_weight(self):  # (out, in)
         return self.B @ self.A
@@ -147,13 +150,21 @@ class Attention(nn.Module):
         self.v = make_linear(C, self.n_kv_head * self.head_dim, rank)
         self.o = make_linear(self.n_head * self.head_dim, C, rank)
 
+    def project(self, x):
+        """x: (B, T, C) -> q (B, T, H·D), k and v (B, T, K·D). Where they are factored, one matmul goes down to all three ranks."""
+        layers = (self.q, self.k, self.v)
+        if not isinstance(self.q, LowRankLinear):
+            return [layer(x) for layer in layers]
+        h = F.linear(x, torch.cat([layer.A for layer in layers]).to(x.dtype))  # (B, T, 3r)
+        return [layer.widen(part) for layer, part in zip(layers, h.split([layer.rank for layer in layers], dim=-1))]
+
     def forward(self, x, value_embedding, cos, sin):
         B, T, _ = x.shape
-        v = self.v(x)  # (B, T, K·D)
+        q, k, v = self.project(x)
         if value_embedding is not None:
             v = v + value_embedding
-        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)     # (B, H, T, D)
-        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)             # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)          # (B, K, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)          # (B, K, T, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))              # QK norm keeps the scores bounded
         mask = window_mask(T, self.window, x.device) if self.window < T else None

@@ -101,6 +101,20 @@ def test_attention_equals_explicit_computation(pattern, kv_heads, ranks):
     torch.testing.assert_close(attn(x, None, cos, sin), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [6, 0.3])  # as a fraction, q has a larger rank than k and v of two heads
+def test_joint_projections_and_their_gradients_equal_those_of_the_dense_matrices(rank):
+    attn = tiny(n_kv_head=2, attn_ranks=(rank,) * 3).double().blocks[0].attn
+    layers = {name: getattr(attn, name) for name in "qkv"}
+    x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+    factors = [p for layer in layers.values() for p in (layer.A, layer.B)]
+    outputs = attn.project(x)
+    dense = [x @ layer.dense_weight().T for layer in layers.values()]
+    torch.testing.assert_close(list(outputs), dense)
+    weights = [torch.randn_like(y) for y in dense]
+    joint, separate = ([*torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, ys)), [x, *factors])] for ys in (outputs, dense))
+    torch.testing.assert_close(joint, separate)
+
+
 def test_window_pattern_is_tiled_and_the_last_layer_sees_everything():
     config = GPTConfig(sequence_len=64, n_layer=6, window_pattern="SSL")
     assert [config.window(i) for i in range(6)] == [32, 32, 64, 32, 32, 64]
