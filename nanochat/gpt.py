@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 SOFTCAP = 15.0  # logits are squashed into (-15, 15)
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -32,6 +33,7 @@ class GPTConfig:
     lm_head_rank: float = 0
     tie_embeddings: bool = False       # the output head is the token embedding
     value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
+    recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
 
     def attn_rank(self, layer: int) -> float:
         return self.attn_ranks[layer] if self.attn_ranks else 0
@@ -62,7 +64,7 @@ def resolve_rank(rank: float, in_features: int, out_features: int) -> int:
 # ---- linear layers --------------------------------------------------------------------------------------------------
 
 class Linear(nn.Module):
-    """y = W x with W: (out, in), cast to the dtype of x."""
+    """y = W x with W: (out, in), cast to the dtype of x. One factor is all there is: `narrow` is W, `widen` does nothing."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -70,7 +72,16 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x):  # (..., in) -> (..., out)
+        return self.widen(self.narrow(x))
+
+    def first_factor(self):
+        return self.weight
+
+    def narrow(self, x):  # (..., in) -> (..., out)
         return F.linear(x, self.weight.to(x.dtype))
+
+    def widen(self, h):  # (..., out) -> (..., out)
+        return h
 
     def dense_weight(self):  # (out, in)
         return self.weight
@@ -92,7 +103,13 @@ class LowRankLinear(nn.Module):
         self.B = nn.Parameter(torch.empty(out_features, rank))
 
     def forward(self, x):  # (..., in) -> (..., r) -> (..., out)
-        return self.widen(F.linear(x, self.A.to(x.dtype)))
+        return self.widen(self.narrow(x))
+
+    def first_factor(self):
+        return self.A
+
+    def narrow(self, x):  # (..., in) -> (..., r)
+        return F.linear(x, self.A.to(x.dtype))
 
     def widen(self, h):  # (..., r) -> (..., out)
         return F.linear(h, self.B.to(h.dtype))
@@ -139,38 +156,48 @@ def window_mask(T: int, window: int, device):
     return (distance >= 0) & (distance < window)
 
 
+# Attention and MLP are each three steps: `narrow` (norm and the first factors), `between` (the second factors, what follows, and
+# the last matrix's first factor), and the last widening. Between the steps flows what is r wide; with recompute = "bottleneck"
+# only that and the residual stream are kept for the backward pass (as CoLA-M does, arXiv 2502.10940).
+
+def kept_or_not(function, recompute: bool, *inputs):
+    """function(*inputs). recompute: the backward pass keeps the inputs only and calls it again, up to what it needs last."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, rank = config.n_embd, config.attn_rank(layer)
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
-        self.window = config.window(layer)
         self.q = make_linear(C, self.n_head * self.head_dim, rank)
         self.k = make_linear(C, self.n_kv_head * self.head_dim, rank)
         self.v = make_linear(C, self.n_kv_head * self.head_dim, rank)
         self.o = make_linear(self.n_head * self.head_dim, C, rank)
+        self.recompute = config.recompute == "bottleneck" and rank > 0
 
-    def project(self, x):
-        """x: (B, T, C) -> q (B, T, H·D), k and v (B, T, K·D). Where they are factored, one matmul goes down to all three ranks."""
-        layers = (self.q, self.k, self.v)
-        if not isinstance(self.q, LowRankLinear):
-            return [layer(x) for layer in layers]
-        h = F.linear(x, torch.cat([layer.A for layer in layers]).to(x.dtype))  # (B, T, 3r)
-        return [layer.widen(part) for layer, part in zip(layers, h.split([layer.rank for layer in layers], dim=-1))]
+    def forward(self, x, value_embedding, cos, sin, mask):  # (B, T, C) -> (B, T, C)
+        h = kept_or_not(self.narrow, self.recompute, x)
+        return self.o.widen(kept_or_not(self.between, self.recompute, h, value_embedding, cos, sin, mask))
 
-    def forward(self, x, value_embedding, cos, sin):
-        B, T, _ = x.shape
-        q, k, v = self.project(x)
+    def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
+        first = torch.cat([layer.first_factor() for layer in (self.q, self.k, self.v)])  # one matmul for the three
+        return F.linear(norm(x), first.to(x.dtype))
+
+    def project(self, h):
+        """h: (B, T, 3r) -> q: (B, H, T, D), k and v: (B, K, T, D)."""
+        layers, D = (self.q, self.k, self.v), self.head_dim
+        parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
+        return [layer.widen(part).unflatten(-1, (-1, D)).transpose(1, 2) for layer, part in zip(layers, parts)]
+
+    def between(self, h, value_embedding, cos, sin, mask):  # (B, T, 3r) -> (B, T, r)
+        q, k, v = self.project(h)
         if value_embedding is not None:
-            v = v + value_embedding
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)             # (B, H, T, D)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)          # (B, K, T, D)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)          # (B, K, T, D)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))              # QK norm keeps the scores bounded
-        mask = window_mask(T, self.window, x.device) if self.window < T else None
+            v = v + value_embedding.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK norm keeps the scores bounded
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            scale=SCORE_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_kv_head < self.n_head)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o.narrow(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -179,9 +206,17 @@ class MLP(nn.Module):
         C, rank = config.n_embd, config.mlp_rank(layer)
         self.up = make_linear(C, 4 * C, rank)
         self.down = make_linear(4 * C, C, rank)
+        self.recompute = config.recompute == "bottleneck" and rank > 0
 
-    def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        h = kept_or_not(self.narrow, self.recompute, x)
+        return self.down.widen(kept_or_not(self.between, self.recompute, h))
+
+    def narrow(self, x):  # (B, T, C) -> (B, T, r), or 4C at full rank
+        return self.up.narrow(norm(x))
+
+    def between(self, h):  # (B, T, r) -> (B, T, 4C) -> (B, T, r)
+        return self.down.narrow(F.relu(self.up.widen(h)).square())
 
 
 class Block(nn.Module):
@@ -190,9 +225,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, value_embedding, cos, sin):
-        x = x + self.attn(norm(x), value_embedding, cos, sin)
-        return x + self.mlp(norm(x))
+    def forward(self, x, x0, scales, value_embedding, cos, sin, mask):
+        """x: (B, T, C), the residual stream; x0: the same where it began; scales: (2,), the share of each."""
+        x = scales[0] * x + scales[1] * x0
+        x = x + self.attn(x, value_embedding, cos, sin, mask)
+        return x + self.mlp(x)
 
 
 # ---- the output head and its loss -----------------------------------------------------------------------------------
@@ -296,14 +333,17 @@ class GPT(nn.Module):
 
     def hidden(self, idx, compute_dtype=torch.float32):
         """idx: (B, T) int -> (B, T, C), normalised, ready for the head."""
-        cos, sin = self.rotary(idx.size(1), idx.device, compute_dtype)
+        T = idx.size(1)
+        cos, sin = self.rotary(T, idx.device, compute_dtype)
         x = self.wte(idx).to(compute_dtype)
         x = x + self.smear.to(compute_dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1]  # pairs of tokens, before any attention
         x = x0 = norm(x)
+        scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (L, 2)
+        windows = {self.config.window(i) for i in range(self.config.n_layer)}
+        masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
         for i, block in enumerate(self.blocks):
-            x = self.resid_lambdas[i].to(compute_dtype) * x + self.x0_lambdas[i].to(compute_dtype) * x0
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            x = block(x, None if table is None else table(idx).to(compute_dtype), cos, sin)
+            x = block(x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin, masks[self.config.window(i)])
         return norm(x)
 
     def head(self, idx, compute_dtype):
