@@ -20,7 +20,8 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 def saved_steps(run_folder: Path) -> list[int]:
     """Steps with a checkpoint, ascending; not yet verified."""
-    return sorted(int(f.name.removeprefix("step_")) for f in (run_folder / "checkpoints").glob("step_*"))
+    names = (f.name.removeprefix("step_") for f in (run_folder / "checkpoints").glob("step_*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def sha256(path: Path) -> str:
@@ -31,24 +32,40 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict):
-    """Write state (tensors, nested in dicts and lists) and meta (JSON) as the checkpoint of `step`."""
+def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int = -1):
+    """Write state (tensors, nested in dicts and lists) and meta (JSON) as the checkpoint of `step`; then remove all but the
+    newest `keep` (-1: none). Killed at any moment it leaves the earlier ones as they were.
+    """
     folder = step_folder(run_folder, step)
     building = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     try:
+        for left in folder.parent.glob(".step_*"):  # by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        building.mkdir(parents=True)
         with open(building / "state.pt", "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         write_atomic(building / "meta.json", json.dumps({**meta, "step": step, "sha256": sha256(building / "state.pt")}, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # the same step, reached again after a resume from before it
-        os.replace(building, folder)
+        if folder.exists():  # a damaged one of the same step, reached again after a resume from before it
+            folder.rename(folder.with_name(f".{folder.name}.damaged"))
+        building.rename(folder)
+        sync_folder(folder.parent)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(building, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the checkpoint ({str(e).splitlines()[0]}); earlier ones are intact, "
-                         "free some space and continue with --resume auto") from None
+        raise InputError(f"{folder}: cannot write the checkpoint ({str(e).splitlines()[0]}); earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
+                         "make room or give write permission, and continue with --resume auto") from None
+    for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
+        shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)
+
+
+def sync_folder(folder: Path):
+    """Make the names in a folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, dict]:
@@ -63,7 +80,8 @@ def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, di
         intact = False
     if not intact:
         raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); use another step")
-    return torch.load(folder / "state.pt", map_location=device, weights_only=True), meta
+    # memory-mapped: the processes of a machine share one copy of what they read
+    return torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=True), meta
 
 
 def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:

@@ -4,8 +4,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -98,6 +101,25 @@ def locked(path: Path):
         yield
 
 
+@contextlib.contextmanager
+def claimed(path: Path, what: str):
+    """Hold `path` for this process alone; InputError with the holder's pid and host if another one does.
+
+    The kernel frees the lock when its holder dies, however it dies: a lock is never stale.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise InputError(f"{what} is in use by {f.read().strip() or 'another process'}; wait for it, or stop it") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        f.flush()
+        yield
+
+
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 def process_layout() -> tuple[int, int, int]:
@@ -130,9 +152,25 @@ def init_process(device_type: str):
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                                 device_id=device if device_type == "cuda" else None)
     return device, rank, world_size
+
+
+REQUEUE = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A threading.Event that SIGTERM and SIGUSR1 set, as schedulers send them before they take a machine back."""
+    stop, before = threading.Event(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def end_process():

@@ -11,7 +11,8 @@ from (seed, epoch), hence row k of training depends on (corpus, tokenizer, T, se
 import json
 import os
 import shutil
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -124,3 +125,18 @@ def training_batch(rows: Rows, first_row: int, rank: int, world_size: int, devic
     """One process's part of the step that begins at row `first_row`: the processes share each micro-step's rows in order."""
     start = first_row + (micro_step * world_size + rank) * device_batch_size
     return batch_of([rows.training_row(start + i) for i in range(device_batch_size)], device)
+
+
+def training_batches(rows: Rows, first_row: int, rank: int, world_size: int, device_batch_size: int, device):
+    """Endless: one process's micro-batches from row `first_row` on, each prepared and sent to the device while the one before
+    is in use. Pinned memory comes from torch's own cache, which does not hand it out again before the copy is done.
+    """
+    first = first_row // (world_size * device_batch_size)
+    on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    with ThreadPoolExecutor(1, **on_device) as background:
+        def prepare(micro_step):
+            return background.submit(training_batch, rows, 0, rank, world_size, device_batch_size, micro_step, device)
+        ahead = prepare(first)
+        for micro_step in count(first + 1):
+            batch, ahead = ahead.result(), prepare(micro_step)
+            yield batch

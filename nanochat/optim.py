@@ -1,34 +1,62 @@
 """Optimizers: Muon for the matrices inside the blocks, AdamW for the rest. One function decides which parameter goes where."""
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 
 from nanochat.gpt import GPT
 
-# Coefficients (a, b, c) of five polynomial steps X <- aX + b(XXᵀ)X + c(XXᵀ)²X that drive all singular values to 1:
-# Polar Express (Amsel et al., arXiv 2505.16932), for singular values in [1e-3, 1] after division by 1.02 ||X||_F.
+# Coefficients (a, b, c) of polynomial steps X <- aX + b(XXᵀ)X + c(XXᵀ)²X that drive the singular values to 1. Each minimises
+# the largest |1 - p(σ)| over the interval that the steps before it leave of [0.03, 1]: the construction of Polar Express (Amsel
+# et al., arXiv 2505.16932). Smaller singular values, mostly noise, are lifted 82-fold at most. The paper's five steps from
+# 0.001 lift them 1000-fold, which made training amplify rounding errors (dev/LOG.md).
 POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (7.362530032, -20.743402569, 15.160556340),
+    (2.917538090, -2.182405890, 0.475529388),
+    (2.046310008, -1.429474831, 0.393352366),
+    (1.876379705, -1.251532147, 0.375153243),
 )
 
 # Both factors of a product move in one step, so each moves less than a full matrix would. Of 0.35, 0.5 and 0.7 the best at
 # ranks of a third of the width (dev/LOG.md).
 FACTOR_SCALE = 0.7
 
+# AdamW's epsilon for the per-layer and per-channel scalars: far above the rounding errors of their gradients (about 1e-8) and far
+# below the gradients (1e-4 to 1e-1). At the second step the gradients of the residual scales are rounding errors alone, because
+# the model is still its embeddings, normalised; a smaller epsilon would turn them into full steps.
+SCALAR_EPS = 1e-5
+
 
 def orthogonalize(X):
-    """X: (..., m, n) -> its nearest semi-orthogonal matrix UVᵀ, approximately (singular values within ~[0.9, 1.1])."""
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    """X: (..., m, n) -> its nearest semi-orthogonal matrix UVᵀ, but for singular values below 0.03 of the largest (see above).
+
+    The steps want a largest singular value just below 1. (Σσ⁸)^⅛ = ||(XXᵀ)²||_F^¼, on hand in the first step, bounds it far more
+    closely than ||X||_F, which grows with the width.
+    """
     tall = X.size(-2) > X.size(-1)
     if tall:
-        X = X.mT  # the Gram matrix below is then on the small side: for a factor, r × r
-    for a, b, c in POLAR_EXPRESS:
-        G = X @ X.mT                    # (..., m, m)
-        X = a * X + (b * G + c * (G @ G)) @ X
+        X = X.mT  # the Gram matrices are then on the small side: for a factor, r × r
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-30)
+    G = X @ X.mT                            # (..., m, m)
+    size = 1.02 * (G @ G).norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
+    X, G = X / size, G / size**2
+    if X.size(-1) > 2 * X.size(-2) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
+        X = gram_polynomial(G) @ X
+    else:
+        for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+            G = X @ X.mT if i else G
+            X = a * X + (b * G + c * (G @ G)) @ X
     return X.mT if tall else X
+
+
+def gram_polynomial(G):
+    """(..., m, m) -> the product Q of all steps: Q X is what they make of X with XXᵀ = G. Only m × m matmuls."""
+    Q = None
+    for a, b, c in POLAR_EXPRESS:
+        P = b * G + c * (G @ G)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = P if Q is None else P @ Q
+        G = P @ G @ P
+    return Q
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,26 +75,31 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, mu, lr = group["params"], group["momentum"], group["lr"]
+            if not params:
+                continue
             for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                    self.state[p]["square"] = p.new_zeros(line_shape(p))
-                self.state[p]["momentum"].lerp_(p.grad, 1 - mu)
-            grads = torch.stack([p.grad for p in params])                          # (count, out, in)
-            nesterov = grads.lerp(torch.stack([self.state[p]["momentum"] for p in params]), mu)
-            updates = orthogonalize(nesterov.to(matmul_dtype(grads))).to(grads.dtype)
-            for p, update in zip(params, updates):
-                update = even_out(update, self.state[p]["square"], group["beta2"])
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * group["scale"])
+                if not self.state[p]:
+                    self.state[p].update(momentum=torch.zeros_like(p), square=p.new_zeros(line_shape(p)))
+            momenta, squares = ([self.state[p][key] for p in params] for key in ("momentum", "square"))
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - mu)
+            nesterov = torch.stack(grads).lerp_(torch.stack(momenta), mu)          # (count, out, in)
+            updates = orthogonalize(nesterov.to(matmul_dtype(nesterov))).to(nesterov.dtype)
+            updates, square = even_out(updates, torch.stack(squares), group["beta2"])
+            torch._foreach_copy_(squares, square.unbind())
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, updates.unbind(), alpha=-lr * group["scale"])
 
 
-def even_out(update, square, beta2: float):
-    """Divide each line of `update` by the root of its running mean square and restore the norm. square, of `line_shape`,
-    is moved on in place.
+def even_out(updates, square, beta2: float):
+    """Divide each line of the updates (count, out, in) by the root of its running mean square, and restore each matrix's norm.
+
+    square: (count, *line_shape), the running mean squares so far. Returns the updates and the mean squares moved on.
     """
-    square.lerp_(update.square().mean(dim=0 if square.size(0) == 1 else 1, keepdim=True), 1 - beta2)
-    even = update / (square.sqrt() + 1e-10)
-    return even * (update.norm() / (even.norm() + 1e-10))
+    square = square.lerp(updates.square().mean(dim=-2 if square.size(-2) == 1 else -1, keepdim=True), 1 - beta2)
+    even = updates / (square.sqrt() + 1e-10)
+    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (updates, even)]
+    return even * (norms[0] / (norms[1] + 1e-10)), square
 
 
 def line_shape(p) -> tuple[int, int]:
@@ -108,57 +141,102 @@ def uses_muon(name: str, parameter) -> bool:
     return name.startswith("blocks.") and parameter.ndim == 2
 
 
-def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, scalar_lr: float,
-                     weight_decay: float) -> list[torch.optim.Optimizer]:
-    """[AdamW, Muon] over all parameters that require gradients, each in exactly one group.
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Entries start to end of a flattened parameter: what one process updates and keeps the optimizer state of."""
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    end: int
 
-    Every group keeps its `initial_lr`, which the schedule multiplies. Weight decay acts on the Muon matrices only.
-    unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
+    @property
+    def whole(self) -> bool:
+        return self.end - self.start == self.parameter.numel()
+
+    def of(self, tensor):
+        """These entries of a tensor of the parameter's shape: (end - start,), sharing its memory."""
+        return tensor.view(-1)[self.start:self.end]
+
+
+def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
+    """The pieces of each process: together every parameter that requires a gradient, each entry exactly once.
+
+    Muon needs matrices whole: each goes to the process that has least so far, the largest first. AdamW works entry by entry:
+    its parameters are cut into equal slices.
     """
-    tables, head, scales, scalars, matrices = [], [], [], [], {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    pieces, load = [[] for _ in range(processes)], [0] * processes
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in sorted((item for item in trained if uses_muon(*item)), key=lambda item: -item[1].numel()):
+        least = load.index(min(load))
+        pieces[least].append(Piece(name, p, 0, p.numel()))
+        load[least] += p.numel()
+    for name, p in (item for item in trained if not uses_muon(*item)):
+        size = -(-p.numel() // processes)
+        for i in range(-(-p.numel() // size)):
+            pieces[i].append(Piece(name, p, i * size, min((i + 1) * size, p.numel())))
+    return pieces
+
+
+def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, scalar_lr: float,
+                     weight_decay: float, pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
+    """[AdamW, Muon] over one process's pieces of the model (default: all of it), each in exactly one group.
+
+    Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters. Weight decay acts on the
+    Muon matrices only. unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
+    """
+    tables, head, scales, scalars, matrices = {}, {}, {}, {}, {}
+    slices = []
+    for piece in split_parameters(model, 1)[0] if pieces is None else pieces:
+        name, p = piece.name, piece.parameter
+        local = p if piece.whole else torch.nn.Parameter(piece.of(p.data))  # a slice shares the parameter's memory
+        if local is not p:
+            slices.append((piece, local))
         if uses_muon(name, p):
             factor = name.rsplit(".", 1)[1]  # 'weight', 'A' or 'B'
-            matrices.setdefault((factor, *p.shape), []).append(p)
+            matrices.setdefault((factor, *p.shape), {})[name] = local
         elif name.startswith("lm_head.") or (name == "wte.weight" and model.lm_head is None):
-            head.append(p)
+            head[name] = local
         elif p.ndim == 2:
-            tables.append(p)
+            tables[name] = local
         elif name == "resid_lambdas":
-            scales.append(p)
+            scales[name] = local
         else:
-            scalars.append(p)
-    adamw = torch.optim.AdamW([dict(params=ps, lr=lr) for ps, lr in
-                               ((tables, embedding_lr), (head, unembedding_lr * 768 / model.config.n_embd), (scalars, scalar_lr),
-                                (scales, 0.1 * scalar_lr)) if ps],  # these multiply from layer to layer: smaller steps
-                              betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon([dict(params=ps, scale=update_scale(*key)) for key, ps in matrices.items()], lr=matrix_lr, weight_decay=weight_decay)
+            scalars[name] = local
+
+    def group(named, **settings):
+        return dict(params=list(named.values()), names=list(named), **settings)
+    adamw = torch.optim.AdamW([
+        group(tables, lr=embedding_lr), group(head, lr=unembedding_lr * 768 / model.config.n_embd),
+        group(scalars, lr=scalar_lr, eps=SCALAR_EPS),
+        group(scales, lr=0.1 * scalar_lr, eps=SCALAR_EPS),  # these multiply from layer to layer: smaller steps
+    ], betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
+
+    def take_gradients(*_):
+        for piece, local in slices:
+            local.grad = piece.of(piece.parameter.grad)
+    adamw.register_step_pre_hook(take_gradients)
+    muon = Muon([group(named, scale=update_scale(*key)) for key, named in matrices.items()] or [group({})],
+                lr=matrix_lr, weight_decay=weight_decay)
     for optimizer in (adamw, muon):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+        for g in optimizer.param_groups:
+            g["initial_lr"] = g["lr"]
     return [adamw, muon]
 
 
-# ---- many processes -------------------------------------------------------------------------------------------------
+# ---- state by name --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24):
-    """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step.
+def optimizer_state(optimizers) -> dict:
+    """{parameter name: {key: tensor}} of what this process holds."""
+    return {name: dict(optimizer.state[p]) for optimizer in optimizers for group in optimizer.param_groups
+            for name, p in zip(group["names"], group["params"])}
 
-    Not DistributedDataParallel: it regroups its buckets after the first step it sees, so a resumed run would sum in
-    another order than an uninterrupted one and differ in the last bits. Buckets in the order of the parameters do not.
-    """
-    bucket, size = [], 0
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for i, grad in enumerate(grads):
-        bucket.append(grad)
-        size += grad.numel()
-        if size >= bucket_elements or i == len(grads) - 1:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            flat /= world_size
-            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(mean.view_as(g))
-            bucket, size = [], 0
+
+def load_optimizer_state(optimizers, pieces: list[Piece], state: dict):
+    """Take this process's part of a state of whole parameters, as `parallel.gather_state` makes it for any number of processes."""
+    by_name = {piece.name: piece for piece in pieces}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                piece = by_name[name]
+                optimizer.state[p] = {key: (value if piece.whole or value.ndim == 0 else piece.of(value)).to(p.device, copy=True)
+                                      for key, value in state[name].items()}

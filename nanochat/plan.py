@@ -98,6 +98,8 @@ def build_parser():
     add("--stop-at-ppl", type=number(-1), default=-1, help="stop at the first evaluation at or below this perplexity")
     add("--sample-every", type=whole_number(-1), default=2000, help="steps between text samples (and at the end); -1 = none")
     add("--save-every", type=whole_number(-1), default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--keep", type=whole_number(-1), default=2, help="newest checkpoints to keep; -1 = all")
+    add("--max-bad-steps", type=whole_number(0), default=5, help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser

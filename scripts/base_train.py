@@ -6,8 +6,10 @@
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 """
+import contextlib
 import json
 import math
+import sys
 import time
 from dataclasses import asdict
 
@@ -17,11 +19,12 @@ import torch.distributed as dist
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
 from nanochat.common import InputError, print0
-from nanochat.dataloader import Rows, training_batch
+from nanochat.dataloader import Rows, training_batch, training_batches
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, sample_texts
-from nanochat.optim import average_gradients, build_optimizers, muon_momentum
+from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
+from nanochat.parallel import average_gradients, gather_state, share_parameters
 from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
 from nanochat.rank import account
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -29,7 +32,7 @@ from nanochat.tokenizer import load_tokenizer, tokenizer_path
 # bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "stop_at_ppl"}
+FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "stop_at_ppl", "keep", "max_bad_steps"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
@@ -83,32 +86,42 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def train_step(model, optimizers, rows: Rows, step: int, args, plan: dict, lrm: float, place, dtype) -> tuple[float, float]:
-    """Update number `step` (from 0) from all rows of the step. Returns (mean loss over all of them, gradient norm before clipping)."""
+def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float, bool]:
+    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all of them, whether any
+    process was asked to stop).
+    """
     device, rank, world_size = place
-    first_row = step * plan["total_batch_size"] // args.max_seq_len
-    n, total = plan["grad_accum_steps"], torch.zeros((), device=device)
-    for micro in range(n):
-        x, y = training_batch(rows, first_row, rank, world_size, args.device_batch_size, micro, device)
-        loss = model(x, y, dtype) / n
+    total = torch.zeros(2, device=device)  # loss, requests to stop
+    for _ in range(micro_steps):
+        x, y = next(batches)
+        loss = model(x, y, dtype) / micro_steps
         loss.backward()
-        total += loss.detach()
+        total[0] += loss.detach()
+    total[1] = stop.is_set()
     if world_size > 1:
         average_gradients(model.parameters(), world_size)
         dist.all_reduce(total)
-        total /= world_size
-    if args.grad_clip > 0:
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-    else:
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    loss, stops = total.tolist()
+    return loss / world_size, stops > 0
+
+
+def gradient_norm(model, clip: float) -> float:
+    """The norm before clipping; clip <= 0: none."""
+    if clip > 0:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+def update(optimizers, pieces, place, step: int, lrm: float):
+    """Update number `step` (from 0) from the gradients, each process its own pieces, then exchanged."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step)
         optimizer.step()
-        optimizer.zero_grad()
-    return total.item(), grad_norm.item()  # .item() waits for the device, so the caller's clock sees the whole step
+    if place[2] > 1:
+        share_parameters(pieces, place[1])
 
 
 def bytes_of(tensors) -> int:
@@ -160,24 +173,37 @@ def main(argv=None):
         "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
     }
-    found = open_run(folder, tag, run_config, args.resume)
-    if found == "finished":
-        return print0(f"{tag}: already finished, see {folder}")
-    state, meta = found or (None, {"step": 0, "total_training_time": 0.0})
-    if world_size > 1:
-        dist.barrier()  # every process has looked at the folder before rank 0 writes into it
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            held.enter_context(common.claimed(folder.with_name(f".{folder.name}.lock"), f"--model-tag {tag}: {folder}"))
+        found = open_run(folder, tag, run_config, args.resume)
+        if found == "finished":
+            return print0(f"{tag}: already finished, see {folder}")
+        if world_size > 1:
+            dist.barrier()  # every process has looked at the folder before rank 0 writes into it
+        stop = held.enter_context(common.stop_signals())
+        finished = train(args, config, run_config, accounting, found, folder, tokenizer, train_rows, val_rows, place, dtype, stop)
+    if not finished:
+        common.end_process()
+        sys.exit(common.REQUEUE)
+
+
+def train(args, config, run_config, accounting, found, folder, tokenizer, train_rows: Rows, val_rows: Rows, place, dtype, stop) -> bool:
+    """From the first step, or from what was `found`, to the last; False if it was asked to stop before and saved its state."""
+    (device, rank, world_size), plan = place, run_config["derived"]
+    state, meta = found or (None, {"step": 0, "total_training_time": 0.0, "bad_steps": 0})
 
     # model and optimizer
     torch.manual_seed(args.seed)
     with torch.device(device):
         model = GPT(config)
         model.init_weights()
-    optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr,
-                                  matrix_lr=plan["matrix_lr"], scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
+    pieces = split_parameters(model, world_size)
+    optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
+                                  scalar_lr=args.scalar_lr, weight_decay=args.weight_decay, pieces=pieces[rank])
     if state:
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
         del state
     compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     if compiled:
@@ -192,6 +218,13 @@ def main(argv=None):
     print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
            + (f", from step {meta['step']}" if meta["step"] else ""))
 
+    def save(step):
+        whole = gather_state(optimizers, model, rank, world_size)
+        if record:
+            save_checkpoint(folder, step, {"model": model.state_dict(), "optimizer": whole},
+                            {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash, "model": asdict(config)},
+                            keep=args.keep)
+
     if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
         x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
         model(x, y, dtype).backward()
@@ -199,29 +232,42 @@ def main(argv=None):
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
-    seconds = meta["total_training_time"]
+    seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in run_config["device"]["name"]), None) if device.type == "cuda" else None
+    batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
     metrics.reset_peak_memory(device)
     for step in range(meta["step"] + 1, steps + 1):
         lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        evaluates = step == steps or (args.eval_every > 0 and step % args.eval_every == 0)
         started = time.perf_counter()
-        loss, grad_norm = train_step(model, optimizers, train_rows, step - 1, args, plan, lrm, place, dtype)
+        loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
+        grad_norm = gradient_norm(model, args.grad_clip)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            update(optimizers, pieces, place, step - 1, lrm)
+        model.zero_grad()
+        if evaluates and device.type == "cuda":
+            torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
         dt = time.perf_counter() - started
         seconds += dt
-        if not math.isfinite(loss):
-            raise InputError(f"step {step}: the loss is {loss}; saved checkpoints: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0")
         tokens = step * plan["total_batch_size"]
         speed = plan["total_batch_size"] / dt
-        clocks = {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds}
-        entry = {**clocks, "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/grad_norm": grad_norm,
-                 "train/epoch": step * rows_per_step / train_rows.count}
+        entry = {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds,
+                 "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/epoch": step * rows_per_step / train_rows.count}
+        if finite:
+            entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
+            bad_in_a_row = 0
+        else:  # the same on every process: loss and gradients are means over all
+            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+            entry["train/bad_steps"] = bad_steps
         if peak:
             entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
         line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
+        line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
 
         last = step == steps
-        if last or (args.eval_every > 0 and step % args.eval_every == 0):
-            entry |= evaluate(model, val_rows, val_count, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
+        if evaluates:
+            entry |= evaluate(model, val_rows, plan["val_tokens"] // args.max_seq_len, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
             line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
             last = last or entry["val/ppl"] <= args.stop_at_ppl
         print0(line)
@@ -234,15 +280,21 @@ def main(argv=None):
                 entry |= {"mem/weights_bytes": bytes_of(model.parameters()),
                           "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
             record.log(entry)
-            if last or (args.save_every > 0 and step % args.save_every == 0):
-                save_checkpoint(folder, step, {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]},
-                                {"total_training_time": seconds, "tokenizer_hash": tokenizer.hash, "model": asdict(config)})
-                record.summarize("finished" if last else "running")
-        if last:
+        if bad_in_a_row > args.max_bad_steps:
+            save(step)  # none of the bad steps was applied: these are the last good weights
+            raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); "
+                             f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder)}; lower the learning rates or set --grad-clip 1.0")
+        stopping = stopping and not last
+        if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
+            save(step)
+            if record:
+                record.summarize("finished" if last else "stopped" if stopping else "running")
+        if last or stopping:
             break
     if record:
         record.close()
-        print0(f"finished: {folder}")
+        print0(f"stopped after step {step} as asked; continue with --resume auto" if stopping else f"finished: {folder}")
+    return not stopping
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Training end to end on a tiny model: learning, exact resume, the run folder, and every refusal."""
 import json
+import signal
+import socket
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import torch
 from conftest import TINY, losses
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
-from nanochat.common import InputError
+from nanochat.common import REQUEUE, InputError
 from nanochat.plan import build_parser, model_config, training_plan
 from scripts import base_eval, base_train
 
@@ -23,7 +25,7 @@ class Killed(Exception):
 @pytest.fixture
 def kill_after(monkeypatch):
     """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
-    original = base_train.train_step
+    original = base_train.forward_backward
 
     def arm(n):
         left = [n]
@@ -33,7 +35,7 @@ def kill_after(monkeypatch):
                 raise Killed
             left[0] -= 1
             return original(*args)
-        monkeypatch.setattr(base_train, "train_step", original if n is None else step)
+        monkeypatch.setattr(base_train, "forward_backward", original if n is None else step)
     return arm
 
 
@@ -89,7 +91,7 @@ def test_stopping_after_any_step_and_resuming_is_the_uninterrupted_run_to_the_bi
     kill_after(stop)
     with pytest.raises(Killed):
         train(*flags, "--save-every", 1, tag="resumed")
-    assert saved_steps(metrics.runs_dir() / "resumed") == list(range(1, stop + 1))
+    assert saved_steps(metrics.runs_dir() / "resumed") == list(range(1, stop + 1))[-2:], "the newest two are kept"
     kill_after(None)
     resumed = train(*flags, "--save-every", 1, "--resume", "auto", tag="resumed")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
@@ -300,10 +302,75 @@ def test_another_tokenizer_is_refused_by_name_on_resume(train, kill_after, corpu
         train("--save-every", 2, "--resume", "auto")
 
 
-def test_a_run_that_diverges_stops_with_advice(train, monkeypatch):
-    monkeypatch.setattr(base_train, "train_step", lambda *a: (float("nan"), 1.0))
-    with pytest.raises(InputError, match="step 1: the loss is nan; .*lower the learning rates"):
+def spoiled(monkeypatch, bad_calls, spoil):
+    """base_train.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
+    original, calls = base_train.gradient_norm, [0]
+
+    def gradient_norm(model, clip):
+        calls[0] += 1
+        if calls[0] in bad_calls:
+            spoil(model)
+        return original(model, clip)
+    monkeypatch.setattr(base_train, "gradient_norm", gradient_norm)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_not_applied_and_counted(train, monkeypatch, value):
+    spoiled(monkeypatch, {2, 5}, lambda model: model.resid_lambdas.grad.fill_(value))
+    run = train("--max-bad-steps", 1)
+    assert [("train/loss" in e, e.get("train/bad_steps")) for e in run.history] == [
+        (True, None), (False, 1), (True, None), (True, None), (False, 2), (True, None)]
+    assert run.summary["status"] == "finished" and run.summary["train/bad_steps"] == 2 and run.summary["val/loss"] < 5.7
+    state = final_state(run)
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+    assert state["optimizer"]["smear"]["step"] == 4
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_good_weights(train, monkeypatch):
+    good = train("--num-iterations", 3, "--warmdown-ratio", 0, tag="good")
+    spoiled(monkeypatch, {4, 5, 6}, lambda model: model.wte.weight.grad.fill_(float("nan")))
+    with pytest.raises(InputError, match=r"step 6: loss or gradient not finite in 3 steps in a row .*runs/tiny/checkpoints: \[6\]; lower the learning rates"):
+        train("--max-bad-steps", 2, "--num-iterations", 9, "--warmdown-ratio", 0, "--matrix-lr", 0.04)
+    state, meta = load_checkpoint(metrics.runs_dir() / "tiny", 6)
+    assert same(state["model"], final_state(good)["model"]) and meta["bad_steps"] == 3
+    monkeypatch.undo()
+
+
+def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch):
+    straight = train(tag="straight")
+    original, steps = base_train.gradient_norm, []
+
+    def signalled(model, clip):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return original(model, clip)
+    monkeypatch.setattr(base_train, "gradient_norm", signalled)
+    with pytest.raises(SystemExit) as e:
+        train(tag="stopped")
+    assert e.value.code == REQUEUE == 75
+    # the request of step 3 is agreed on with the losses of step 4
+    stopped = metrics.load_run(metrics.runs_dir() / "stopped")
+    assert stopped.summary["status"] == "stopped" and saved_steps(metrics.runs_dir() / "stopped") == [4]
+    resumed = train("--resume", "auto", tag="stopped")
+    assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
+
+
+def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):
+    code = f"import time; from nanochat.common import claimed; from pathlib import Path\nwith claimed(Path({str(metrics.runs_dir() / '.tiny.lock')!r}), 'x'): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"--model-tag tiny: .*/runs/tiny is in use by process {holder.pid} on {socket.gethostname()}"):
         train()
+    holder.kill()
+    holder.wait()
+    assert train().summary["status"] == "finished"
+
+
+@pytest.mark.parametrize("keep,kept", [(1, [6]), (3, [4, 5, 6]), (-1, [1, 2, 3, 4, 5, 6])])
+def test_the_newest_checkpoints_are_kept(train, keep, kept):
+    train("--save-every", 1, "--keep", keep)
+    assert saved_steps(metrics.runs_dir() / "tiny") == kept
 
 
 def test_the_command_prints_one_line_and_exits_with_2(base_dir):

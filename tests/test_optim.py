@@ -17,16 +17,46 @@ def small_model(**changes):
     return model
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (8, 64), (64, 8), (3, 16, 48)])
-def test_orthogonalize_is_near_the_polar_factor(shape):
+def with_singular_values(m, n, values):
+    """(m, n) float64, random singular vectors."""
+    U, _ = torch.linalg.qr(torch.randn(m, len(values), dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64))
+    return U, V, U @ torch.diag(values) @ V.T
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 24), (8, 64), (64, 8)])  # the last two take the way over the Gram matrix
+def test_orthogonalize_lifts_singular_values_to_one(shape):
     torch.manual_seed(0)
-    X = torch.randn(*shape)
-    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
-    result = orthogonalize(X)
-    singular = torch.linalg.svdvals(result)
-    assert singular.min() > 0.85 and singular.max() < 1.15
-    cosine = (result * (U @ Vh)).sum() / (result.norm() * (U @ Vh).norm())
-    assert cosine > 0.995
+    values = torch.logspace(-1.5, 2, min(shape), dtype=torch.float64)  # the smallest is 0.0003 of the largest
+    U, V, X = with_singular_values(*shape, values)
+    result = orthogonalize(X.float()).double()
+    singular = U.T @ result @ V
+    assert (singular - torch.diag(singular.diagonal())).abs().max() < 1e-3, "the singular vectors stay"
+    singular = singular.diagonal()
+    above = values > 0.04 * values.max()
+    assert (singular[above] - 1).abs().max() < 1e-3
+    lifted = singular / (values / values.max())
+    assert (singular[~above] <= 1.001).all() and (lifted[~above] < 85).all() and (lifted[~above] > 20).all()
+
+
+def test_orthogonalize_of_a_batch_treats_each_matrix_alone():
+    torch.manual_seed(0)
+    X = torch.randn(3, 16, 48) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    for x, together in zip(X, orthogonalize(X)):
+        torch.testing.assert_close(orthogonalize(x), together)
+        U, _, Vh = torch.linalg.svd(x.double(), full_matrices=False)
+        torch.testing.assert_close(together.double(), U @ Vh, atol=1e-4, rtol=0)
+
+
+def test_the_steps_are_the_best_for_what_the_ones_before_leave():
+    """Each quintic on its interval [l, u]: |1 - p| reaches its maximum at l with the same value as inside: equioscillation."""
+    low, high = 0.03, 1.0
+    for a, b, c in optim.POLAR_EXPRESS:
+        x = torch.linspace(low, high, 20001, dtype=torch.float64)
+        error = a * x + b * x**3 + c * x**5 - 1
+        assert error[0] < 0 and abs(error.min() - error[0]) < 1e-4 and abs(error.max() + error[0]) < 1e-4
+        low, high = 1 + error.min().item(), 1 + error.max().item()
+    assert high - low < 1e-4
 
 
 def test_orthogonalize_of_zero_is_zero():
@@ -53,17 +83,17 @@ def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
 
 
 def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
-    a, b, c = 3.4445, -4.7750, 2.0315
-    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((a, b, c),) * 5)
-    monkeypatch.setattr(optim, "even_out", lambda update, square, beta2: update)  # theirs has no such step
+    a, b, c = 15 / 8, -10 / 8, 3 / 8  # many of these converge whatever the scale: theirs divides by the Frobenius norm
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((a, b, c),) * 20)
+    monkeypatch.setattr(optim, "even_out", lambda updates, square, beta2: (updates, square))  # theirs has no such step
     torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(24, 24))
+    ours = torch.nn.Parameter(torch.randn(12, 24))
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()
     muon = Muon([dict(params=[ours])], lr=0.1)
-    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True, ns_coefficients=(a, b, c), ns_steps=5)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True, ns_coefficients=(a, b, c), ns_steps=20)
     for step in range(3):
-        ours.grad = torch.randn(24, 24)
+        ours.grad = torch.randn(12, 24)
         theirs.grad = ours.grad.clone()
         muon.step()
         reference.step()
@@ -109,3 +139,33 @@ def test_a_muon_group_holds_one_shape_and_factors_keep_their_role():
     scale = {id(p): g["scale"] for g in muon.param_groups for p in g["params"]}
     q = model.blocks[0].attn.q
     assert scale[id(q.A)] == update_scale("A", 32, 32) and scale[id(q.B)] == update_scale("B", 32, 32)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7, 40])
+def test_pieces_cover_every_entry_once_and_share_the_work(processes):
+    model = small_model(attn_ranks=(4, 8))
+    pieces = optim.split_parameters(model, processes)
+    for name, p in model.named_parameters():
+        count = torch.zeros_like(p)
+        for piece in sum(pieces, []):
+            if piece.name == name:
+                piece.of(count).add_(1)
+        assert (count == 1).all(), name
+    sizes = [sum(piece.end - piece.start for piece in share) for share in pieces]
+    largest = max(p.numel() for name, p in model.named_parameters() if optim.uses_muon(name, p))
+    assert max(sizes) <= sum(sizes) / processes + largest + 10
+
+
+def test_the_shares_together_make_the_step_of_one_process():
+    one, shared = small_model(mlp_ranks=(4, 8)), small_model(mlp_ranks=(4, 8))
+    idx = torch.randint(0, 64, (2, 16))
+    whole = build_optimizers(one, **LRS)
+    shares = [build_optimizers(shared, **LRS, pieces=pieces) for pieces in optim.split_parameters(shared, 3)]
+    for _ in range(3):
+        for model, optimizers in ((one, whole), (shared, sum(shares, []))):
+            model(idx, idx).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    for (name, a), b in zip(one.named_parameters(), shared.parameters()):
+        torch.testing.assert_close(a, b, msg=name)

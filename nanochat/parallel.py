@@ -1,0 +1,64 @@
+"""Many processes: gradients averaged, updated parameters exchanged, optimizer states brought together for a checkpoint.
+
+Every process holds all parameters, updates its share of them (`optim.split_parameters`) and keeps the optimizer state of that share
+alone: stage 1 of ZeRO (arXiv 1910.02054). What torch has for this does not fit: DistributedDataParallel regroups its buckets
+after the first step it sees, so a resumed run would sum in another order than an uninterrupted one and differ in the last bits;
+ZeroRedundancyOptimizer deals out whole parameters, and half of a small model is one table; FSDP2 would cut the matrices that
+Muon orthogonalises whole. All collectives here are waited for.
+"""
+import torch
+import torch.distributed as dist
+
+from nanochat.optim import Piece, optimizer_state
+
+
+@torch.no_grad()
+def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24):
+    """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step."""
+    bucket, size = [], 0
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for i, grad in enumerate(grads):
+        bucket.append(grad)
+        size += grad.numel()
+        if size >= bucket_elements or i == len(grads) - 1:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= world_size
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(mean.view_as(g))
+            bucket, size = [], 0
+
+
+@torch.no_grad()
+def share_parameters(pieces: list[list[Piece]], rank: int):
+    """After a step: every process sends what it updated to all others, so that all hold the same parameters to the bit."""
+    for owner, owned in enumerate(pieces):
+        views = [piece.of(piece.parameter.data) for piece in owned]
+        if not views:
+            continue
+        flat = torch.cat(views) if owner == rank else views[0].new_empty(sum(v.numel() for v in views))
+        dist.broadcast(flat, src=owner)
+        if owner != rank:
+            torch._foreach_copy_(views, flat.split([v.numel() for v in views]))
+
+
+def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
+    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same for any number of
+    processes, so a run may continue on another.
+    """
+    mine = {name: {key: value.cpu() for key, value in state.items()} for name, state in optimizer_state(optimizers).items()}
+    if world_size == 1:
+        return mine
+    everyone = [None] * world_size if rank == 0 else None
+    dist.gather_object(mine, everyone)  # CPU tensors: over gloo, also where the gradients go over NCCL
+    if rank > 0:
+        return {}
+    whole = {}
+    for name, parameter in model.named_parameters():
+        parts = [states[name] for states in everyone if name in states]
+        if len(parts) == 1:
+            whole[name] = parts[0]
+        elif parts:  # slices, in the order of the processes
+            whole[name] = {key: value if value.ndim == 0 else torch.cat([part[key] for part in parts]).view(parameter.shape)
+                           for key, value in parts[0].items()}
+    return whole
