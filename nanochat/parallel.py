@@ -42,6 +42,16 @@ def share_parameters(pieces: list[list[Piece]], rank: int):
             torch._foreach_copy_(views, flat.split([v.numel() for v in views]))
 
 
+@torch.no_grad()
+def differing_parameters(model) -> list[str]:
+    """Names of the parameters that are not the same to the bit on all processes, found by their sums as integers."""
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return [name for (name, _), differs in zip(model.named_parameters(), (lowest != highest).tolist()) if differs]
+
+
 def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
     """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same for any number of
     processes, so a run may continue on another.

@@ -24,7 +24,7 @@ from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
-from nanochat.parallel import average_gradients, gather_state, share_parameters
+from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
 from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
 from nanochat.rank import account
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -219,6 +219,9 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
            + (f", from step {meta['step']}" if meta["step"] else ""))
 
     def save(step):
+        if world_size > 1 and (names := differing_parameters(model)):
+            raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
+                             "nothing was saved: continue from the checkpoint before with --resume auto")
         whole = gather_state(optimizers, model, rank, world_size)
         if record:
             save_checkpoint(folder, step, {"model": model.state_dict(), "optimizer": whole},

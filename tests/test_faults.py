@@ -1,0 +1,80 @@
+"""Killed at any moment, a run comes to the weights of one that never was. Slow: python -m pytest tests -m faults"""
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import TINY, losses
+from nanochat import metrics
+from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+
+STEPS, KILLS = 400, 20
+FLAGS = ["--num-iterations", str(STEPS), "--eval-every", "-1", "--device-batch-size", "4"]
+
+
+def start(processes: int, corpus_dir, *flags):
+    module = ["-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *FLAGS, *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, *module], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.0005)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("rank", [[], ["--attn-rank", "4", "--mlp-rank", "8"]], ids=["dense", "lowrank"])
+def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(base_dir, corpus_dir, processes, rank):
+    straight = start(processes, corpus_dir, *rank, "--model-tag", "straight")
+    assert straight.wait() == 0, straight.stderr.read()[-2000:]
+
+    rng, folder = random.Random(1), metrics.runs_dir() / "killed"
+    flags, landed = [*rank, "--model-tag", "killed", "--save-every", "1", "--resume", "auto"], []
+    for kill in range(KILLS):
+        run = start(processes, corpus_dir, *flags)
+        before = saved_steps(folder)
+        if kill % 5 == 4:      # while it starts
+            time.sleep(rng.uniform(0.5, 5))
+        else:                  # while it trains; every other time in the middle of writing a checkpoint
+            wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
+            time.sleep(rng.uniform(0, 0.2))
+            if kill % 2:
+                wait_for(lambda: list((folder / "checkpoints").glob(".step_*.building")), run)
+        assert run.poll() is None, "it finished before it could be killed"
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        landed.append((saved_steps(folder)[-1:], len(list((folder / "checkpoints").glob(".step_*")))))
+    print(f"newest checkpoint and half-written ones after each kill: {landed}")
+    assert sum(half for _, half in landed) >= 3, "some kills fell into the writing of a checkpoint"
+
+    final = start(processes, corpus_dir, *flags)
+    assert final.wait() == 0, final.stderr.read()[-2000:]
+    a, b = (load_checkpoint(metrics.runs_dir() / tag, STEPS)[0] for tag in ("straight", "killed"))
+    for name, weight in a["model"].items():
+        assert torch.equal(weight, b["model"][name]), name
+    for name, entries in a["optimizer"].items():
+        assert all(torch.equal(value, b["optimizer"][name][key]) for key, value in entries.items()), name
+    assert losses(metrics.load_run(metrics.runs_dir() / "straight")) == losses(metrics.load_run(folder))
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(train, corpus_dir):
+    """No file may grow beyond 200 kB: the write fails for real, in the middle of a checkpoint."""
+    flags = ["--save-every", "3", "--model-tag", "full"]
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # noqa: E731
+    straight = train(tag="straight")
+    command = [sys.executable, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: limit(200_000))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "step_000003: cannot write the checkpoint" in done.stderr and "--resume auto" in done.stderr
+    assert saved_steps(metrics.runs_dir() / "full") == []
+    assert losses(train("--save-every", 3, "--resume", "auto", tag="full")) == losses(straight)
