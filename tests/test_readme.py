@@ -11,7 +11,7 @@ OF_TORCHRUN = {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "-
 
 def test_every_flag_of_the_readme_exists():
     known = {flag for action in build_parser()._actions for flag in action.option_strings} | OF_TORCHRUN
-    for script in [*(ROOT / "scripts").glob("*.py"), ROOT / "nanochat/dataset.py"]:
+    for script in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "dev/bench").glob("*.py"), ROOT / "nanochat/dataset.py"]:
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)", README)) - known == set()
 

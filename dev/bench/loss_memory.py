@@ -1,0 +1,99 @@
+"""Memory and time of the output head's loss: in chunks (gpt.HeadCrossEntropy) beside the plain formula.
+
+    python dev/bench/loss_memory.py        # vocabulary 32768, batch 8 x 1024, width 256, in float32, with the targets
+
+Each round takes the loss and the gradients of x and of the weight once by each way; time is the median over the rounds, its
+ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their gradients are counted in.
+"""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import train_step
+from train_step import allocated, shown, spread, synchronize  # first: it finds nanochat in a bare checkout
+
+import torch
+import torch.nn.functional as F
+
+from nanochat import common
+from nanochat.common import ArgumentParser, whole_number, write_atomic
+from nanochat.gpt import SOFTCAP, HeadCrossEntropy
+
+MEMORY_TARGET, TIME_TARGET = 0.4, 1.10
+
+
+def plain_loss(x, weight, targets):
+    logits = F.linear(x, weight).float()  # (N, V)
+    return F.cross_entropy(SOFTCAP * torch.tanh(logits / SOFTCAP), targets)
+
+
+WAYS = {"plain": plain_loss, "chunked": HeadCrossEntropy.apply}
+
+
+def loss_and_gradients(way, x, weight, targets):
+    loss = WAYS[way](x, weight, targets)
+    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+
+
+def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
+    torch.manual_seed(0)
+    x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, C, device=device) / C ** 0.5).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,), device=device)
+    inputs = train_step.bytes_of((x, weight, targets))
+
+    def run(way):
+        def inside(boundary):
+            boundary("loss")
+            loss_and_gradients(way, x, weight, targets)
+            boundary("end")
+        return inside
+
+    results = {way: loss_and_gradients(way, x, weight, targets) for way in WAYS}
+    error = {name: ((a - b).float().norm() / b.float().norm()).item()
+             for name, a, b in zip(("loss", "gradient of x", "gradient of the weight"), results["chunked"], results["plain"])}
+    del results
+    seconds = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            synchronize(device)
+            started = time.perf_counter()
+            loss_and_gradients(way, x, weight, targets)
+            synchronize(device)
+            seconds[way].append(time.perf_counter() - started)
+    peak = {way: inputs + allocated(run(way), device)["loss"] for way in WAYS}
+    return {"seconds": {way: spread(seconds[way]) for way in WAYS}, "peak bytes": peak, "relative difference": error,
+            "time ratio": spread(np.array(seconds["chunked"]) / seconds["plain"]), "peak ratio": peak["chunked"] / peak["plain"]}
+
+
+def main(argv=None):
+    parser = ArgumentParser("Chunked loss of the output head beside the plain formula.")
+    add = parser.add_argument
+    add("--vocab-size", type=whole_number(2), default=32768)
+    add("--device-batch-size", type=whole_number(1), default=8)
+    add("--max-seq-len", type=whole_number(1), default=1024)
+    add("--model-dim", type=whole_number(1), default=256)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--repeats", type=whole_number(1), default=5)
+    add("--out", type=Path, default=None, help="JSON file")
+    args = parser.parse_args(argv)
+    device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
+    result = measure(args.device_batch_size * args.max_seq_len, args.model_dim, args.vocab_size, device, dtype, args.repeats)
+    result = {"machine": train_step.machine(device, dtype, False), **result}
+
+    print(f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch {args.device_batch_size} x "
+          f"{args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|")
+    for label, unit, key, ratio, target in (("loss and gradients, ms", 1e3, "seconds", result["time ratio"], TIME_TARGET),
+                                            ("peak, MB", 1e-6, "peak bytes", result["peak ratio"], MEMORY_TARGET)):
+        ok = (ratio["median"] if isinstance(ratio, dict) else ratio) <= target
+        print(f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} | <= {target} "
+              f"| {'reached' if ok else 'not reached'} |")
+    print("\nrelative difference: " + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items()))
+    if args.out:
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

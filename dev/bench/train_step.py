@@ -1,0 +1,455 @@
+"""What a training step costs, part by part: full rank beside low rank, step by step in turn in one process.
+
+    python dev/bench/train_step.py --depth 4 --model-dim 256 --attn-rank 0.25 --mlp-rank 0.25 --out step.json
+    python dev/bench/train_step.py --reference        # the task that the speed targets speak of, with the targets
+
+A round is a matrix product for the machine's ceiling, then one step of each model; so what else the machine is doing
+touches all of them alike. Figures are medians over the rounds (quartiles in brackets), ratios are taken within a round.
+
+Time. data = waiting for the next batch of `training_batches`, from a memory map of random tokens; forward = loss; backward, and
+reading the loss; optimizer = gradient norm, update and zero_grad; all as in scripts.base_train, one batch a step. On CUDA the
+parts lie between events and so hold the launch gaps; the whole step is the host's clock, the device waited for at both ends.
+Ceiling: the rate of a square matrix product, in the dtype of the activations, in the same round.
+
+Memory, by torch's own allocators: the model's weights and optimizer state, plus the most that one step allocates on top of
+what it finds. CUDA: max_memory_allocated. CPU: allocations and frees as the profiler records them in a step of its own;
+exact and repeatable, and blind to the libraries' scratch space, to Python and to what malloc keeps back, for which
+--reference adds the peak resident set of a process that does nothing else. activations + temporaries = what the peak exceeds
+weights + gradients + optimizer state by.
+"""
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's start and stop are no news,
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor is a batch that was prepared before it began
+
+import numpy as np
+import torch
+
+from nanochat import common, metrics
+from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
+from nanochat.dataloader import Rows, training_batches
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import build_optimizers
+from nanochat.plan import rank_flag
+from nanochat.rank import account
+
+PARTS = ("data", "forward", "backward", "optimizer")
+MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
+RATES = dict(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)  # no rate changes the time
+WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
+# as published for this task, compiled, on a 2-core Zen 4; and how much more is asked of us
+NANOCHAT = {"float32": dict(tok_per_sec=4.2e3, ceiling=193e9, factor=1.3), "bfloat16": dict(tok_per_sec=6.4e3, ceiling=413e9, factor=1.5)}
+NANOCHAT_PEAK = 1.12e9  # bytes
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+class Noise:
+    """Random text of random tokens: what `Rows` wants of a shard and of a tokenizer."""
+    name, bos_id = "noise", 0
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.hash = vocab_size, f"noise{vocab_size}"
+
+    def fingerprint(self):
+        return "noise"
+
+    def documents(self):
+        return map(str, range(2000))
+
+    def encode_batch(self, texts, threads):
+        rng = np.random.default_rng(int(texts[0]))
+        return [rng.integers(1, self.vocab_size, 500).tolist() for _ in texts]
+
+
+def noise_rows(vocab_size: int, T: int) -> Rows:
+    """A million random tokens through the real token cache, in a folder that is gone once they are mapped."""
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NANOCHAT_BASE_DIR"] = folder
+        try:
+            return Rows([Noise(vocab_size)], Noise(vocab_size), T)
+        finally:
+            os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Subject:
+    """A model that takes its turn."""
+    name: str
+    model: GPT
+    optimizers: list
+    batches: Iterator
+    dtype: torch.dtype
+
+    def step(self, boundary):
+        """One update. boundary(part) is called before each part and, with 'end', after the last."""
+        boundary("data")
+        x, y = next(self.batches)
+        boundary("forward")
+        loss = self.model(x, y, self.dtype)
+        boundary("backward")
+        loss.backward()
+        loss.item()
+        boundary("optimizer")
+        torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad()
+        boundary("end")
+
+
+def make_subject(name: str, config: GPTConfig, rows: Rows, batch_size: int, device, dtype, compiled: bool) -> Subject:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT(config)
+        model.init_weights()
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
+        model.compile(dynamic=False)
+    return Subject(name, model, build_optimizers(model, **RATES), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_step(subject: Subject, device) -> dict:
+    """{part: seconds} of one step, and 'step' for the whole."""
+    marks = []
+
+    def boundary(part):
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    synchronize(device)
+    started = time.perf_counter()
+    subject.step(boundary)
+    synchronize(device)
+    seconds = {"step": time.perf_counter() - started}
+    for part, a, b in zip(PARTS, marks, marks[1:]):
+        seconds[part] = a.elapsed_time(b) / 1000 if device.type == "cuda" else b - a
+    return seconds
+
+
+def matmul_rate(device, dtype) -> float:
+    """FLOP/s of a square matrix product of random numbers, the best of three."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):  # the first may still choose its kernel
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - started))
+    return best
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def allocated(run, device) -> dict:
+    """{part: the most bytes held at once during it, above those held before} for run(boundary)."""
+    return (allocated_cuda if device.type == "cuda" else allocated_cpu)(run)
+
+
+def allocated_cuda(run) -> dict:
+    torch.cuda.synchronize()
+    before, highest, previous = torch.cuda.memory_allocated(), {}, []
+
+    def boundary(part):
+        if previous:
+            highest[previous[-1]] = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        previous.append(part)
+
+    run(boundary)
+    return highest
+
+
+def allocated_cpu(run) -> dict:
+    """From the profiler's record of every allocation and free; the boundaries are marks in the same record."""
+    def boundary(part):
+        with torch.profiler.record_function("boundary " + part):
+            pass
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(boundary)
+    held, part, highest = 0, None, {}
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name().startswith("boundary "):
+            part = event.name().removeprefix("boundary ")
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+        if part:
+            highest[part] = max(highest.get(part, held), held)
+    highest.pop("end")
+    return highest
+
+
+def memory_of(subject: Subject, device) -> dict:
+    """Bytes by part, and the peak within each part of the step. The subject has made a step before."""
+    found = {"weights": bytes_of(subject.model.parameters()),
+             "optimizer state": bytes_of(t for o in subject.optimizers for state in o.state.values() for t in state.values())}
+
+    def run(boundary):
+        def look(part):
+            if part == "optimizer":
+                found["gradients"] = bytes_of(p.grad for p in subject.model.parameters())
+            boundary(part)
+        subject.step(look)
+
+    own = found["weights"] + found["optimizer state"]
+    found["peak by part"] = {part: own + extra for part, extra in allocated(run, device).items()}
+    found["peak"] = max(found["peak by part"].values())
+    found["activations + temporaries"] = found["peak"] - own - found["gradients"]
+    return found
+
+
+def resident_peak(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
+    """{"peak", "before the model"}: resident set of a fresh process that trains this model for a few steps on the CPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train_a_little, config, batch_size, dtype_name, compiled).result()
+
+
+def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
+    device, rows = torch.device("cpu"), noise_rows(config.vocab_size, config.sequence_len)
+    before = metrics.peak_memory_bytes(device)  # Python, torch and the data
+    subject = make_subject("", config, rows, batch_size, device, getattr(torch, dtype_name), compiled)
+    for _ in range(5):
+        subject.step(lambda part: None)
+    return {"peak": metrics.peak_memory_bytes(device), "before the model": before}
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------
+
+def measure(subjects: list[Subject], device, repeats: int) -> dict:
+    """{"ceiling": [FLOP/s a round], "seconds": {name: {part: [a round]}}, "memory": {name: …}}."""
+    for subject in subjects:
+        for _ in range(WARMUP):
+            timed_step(subject, device)
+    matmul_rate(device, subjects[0].dtype)
+    ceiling, seconds = [], {s.name: {part: [] for part in (*PARTS, "step")} for s in subjects}
+    for r in range(repeats):
+        ceiling.append(matmul_rate(device, subjects[0].dtype))
+        for subject in subjects[r % len(subjects):] + subjects[:r % len(subjects)]:  # each comes first in turn
+            for part, value in timed_step(subject, device).items():
+                seconds[subject.name][part].append(value)
+    return {"ceiling": ceiling, "seconds": seconds, "memory": {s.name: memory_of(s, device) for s in subjects}}
+
+
+def spread(values) -> dict:
+    low, median, high = np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "low": low, "high": high}
+
+
+def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
+    """All about one model, as it goes into the JSON."""
+    config, cost = subject.model.config, account(subject.model)
+    seconds = {part: np.array(values) for part, values in raw["seconds"][subject.name].items()}
+    tokens = batch_size * config.sequence_len
+    rate = tokens * cost["flops/per_token"] / seconds["step"]
+    return {"config": asdict(config), "tokens per step": tokens, "accounting": cost,
+            "seconds": {part: spread(values) for part, values in seconds.items()},
+            "share of step": {part: spread(seconds[part] / seconds["step"]) for part in PARTS},
+            "tokens per second": spread(tokens / seconds["step"]), "flops per second": spread(rate),
+            "share of ceiling": spread(rate / np.array(raw["ceiling"])), "memory": raw["memory"][subject.name]}
+
+
+def ratios(low: str, dense: str, raw: dict, models: dict) -> dict:
+    """low / dense of each figure; times round by round."""
+    a, b = models[low], models[dense]
+    time_ratio = {part: spread(np.array(raw["seconds"][low][part]) / raw["seconds"][dense][part]) for part in (*PARTS, "step")}
+    counted = a["accounting"]["flops/per_token"] / b["accounting"]["flops/per_token"]
+    return {"seconds": time_ratio, "flops": counted, "step over flops": time_ratio["step"]["median"] / counted,
+            "tokens per second": spread(np.array(raw["seconds"][dense]["step"]) / raw["seconds"][low]["step"]),
+            "parameters": a["accounting"]["params/total"] / b["accounting"]["params/total"],
+            "memory": {part: a["memory"][part] / b["memory"][part] for part in MEMORY}}
+
+
+def compare(subjects: list[Subject], controls: dict, batch_size: int, device, repeats: int) -> dict:
+    """The whole result. controls: {low-rank name: name of its dense control}."""
+    raw = measure(subjects, device, repeats)
+    models = {s.name: summary(s, raw, batch_size) for s in subjects}
+    return {"ceiling flops per second": spread(raw["ceiling"]), "models": models,
+            "ratios": {low: {"to": dense, **ratios(low, dense, raw, models)} for low, dense in controls.items()},
+            "seconds by round": raw["seconds"]}
+
+
+def machine(device, dtype, compiled: bool) -> dict:
+    return {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+def shown(value, scale=1.0, digits=4) -> str:
+    """'12.3 (12.1-12.9)' of a spread, or a plain number."""
+    def one(x):
+        return f"{x * scale:,.{digits}g}" if abs(x * scale) < 10 ** digits else f"{x * scale:,.0f}"
+    return f"{one(value['median'])} ({one(value['low'])}-{one(value['high'])})" if isinstance(value, dict) else one(value)
+
+
+def table_rows(model: dict) -> list[tuple[str, str]]:
+    """(label, cell) for one model; the labels are the same for all."""
+    rows = [("parameters, M", shown(model["accounting"]["params/total"], 1e-6)),
+            ("tokens/s", shown(model["tokens per second"]))]
+    rows += [(f"{part}, ms", shown(model["seconds"][part], 1e3, 3)) for part in PARTS]
+    rows += [("whole step, ms", shown(model["seconds"]["step"], 1e3)),
+             ("counted GFLOP a step", shown(model["accounting"]["flops/per_token"] * model["tokens per step"], 1e-9)),
+             ("GFLOP/s reached", shown(model["flops per second"], 1e-9)),
+             ("share of matmul ceiling, %", shown(model["share of ceiling"], 100, 3)),
+             ("step ratio / GFLOP ratio", "")]
+    return rows + [(f"{part}, MB", shown(model["memory"][part], 1e-6)) for part in MEMORY]
+
+
+def ratio_rows(ratio: dict) -> list[str]:
+    """The column beside `table_rows`."""
+    cells = [shown(ratio["parameters"], 1, 3), shown(ratio["tokens per second"], 1, 3)]
+    cells += [shown(ratio["seconds"][part], 1, 3) for part in (*PARTS, "step")]
+    cells += [shown(ratio["flops"], 1, 3), "", "", shown(ratio["step over flops"], 1, 3)]
+    return cells + [shown(ratio["memory"][part], 1, 3) for part in MEMORY]
+
+
+def table(result: dict) -> str:
+    """Markdown: a column for each model and, after a low-rank one, its ratio to the control."""
+    columns = [("", [label for label, _ in table_rows(next(iter(result["models"].values())))])]
+    for name, model in result["models"].items():
+        columns.append((name, [cell for _, cell in table_rows(model)]))
+        if name in result["ratios"]:
+            columns.append((f"/ {result['ratios'][name]['to']}", ratio_rows(result["ratios"][name])))
+    lines = ["| " + " | ".join(title for title, _ in columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*(cells for _, cells in columns))]
+    return "\n".join(lines)
+
+
+# ---- the reference task ---------------------------------------------------------------------------------------------
+
+def targets(result: dict, dtype_name: str) -> list[dict]:
+    """[{"what", "target", "reached", "ok"}] for the reference task. result: of `compare`, with "resident peak" of each model."""
+    dense, low, published = result["models"]["dense 256"], result["ratios"]["low-rank 512"], NANOCHAT[dtype_name]
+    ceiling = result["ceiling flops per second"]["median"]
+    wanted = published["factor"] * published["tok_per_sec"] * ceiling / published["ceiling"]
+    speed, peak = dense["tokens per second"]["median"], result["resident peak"]["dense 256"]["peak"]
+    share = dense["share of step"]["optimizer"]["median"]
+    data = max(model["share of step"]["data"]["median"] for model in result["models"].values())
+    return [
+        dict(what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul ceiling "
+                  f"({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
+             target=f">= {wanted:,.0f}", reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling", ok=speed >= wanted),
+        dict(what=f"full rank, peak resident set: 0.7 x nanochat's {NANOCHAT_PEAK / 1e9:.2f} GB", target=f"<= {0.7 * NANOCHAT_PEAK / 1e9:.3f} GB",
+             reached=f"{peak / 1e9:.3f} GB", ok=peak <= 0.7 * NANOCHAT_PEAK),
+        dict(what="low rank, width 512: step time ratio / counted FLOP ratio", target="<= 1.25",
+             reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}", ok=low["step over flops"] <= 1.25),
+        dict(what="full rank, optimizer's share of the step", target="<= 10%", reached=f"{100 * share:.1f}%", ok=share <= 0.10),
+        dict(what="data's share of the step, largest of the models", target="<= 2%", reached=f"{100 * data:.2f}%", ok=data <= 0.02)]
+
+
+def target_table(found: list[dict]) -> str:
+    lines = ["| target of the reference task | wanted | figure | |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {t['what']} | {t['target']} | {t['reached']} | {'reached' if t['ok'] else 'not reached'} |" for t in found])
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def build_parser():
+    parser = ArgumentParser("Time and memory of a training step, full rank beside low rank.")
+    add = parser.add_argument
+    add("--reference", action="store_true", help="the task of the speed targets and a low-rank pair at width 512; the shape flags must be left out")
+    add("--depth", type=whole_number(1), default=4)
+    add("--model-dim", type=whole_number(1), default=256)
+    add("--head-dim", type=whole_number(1), default=64)
+    add("--max-seq-len", type=whole_number(2), default=256)
+    add("--device-batch-size", type=whole_number(1), default=16, help="rows a step")
+    add("--vocab-size", type=whole_number(2), default=4096)
+    add("--window-pattern", default="SSSL", help="as in scripts.base_train")
+    add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix; with both ranks 0 there is only the dense model")
+    add("--mlp-rank", type=rank_flag, default=0.25)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--compile", choices=["on", "off"], default="off")
+    add("--repeats", type=whole_number(1), default=10, help="rounds")
+    add("--out", type=Path, default=None, help="JSON file")
+    return parser
+
+
+def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0) -> GPTConfig:
+    if width % args.head_dim:
+        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}")
+    if args.window_pattern.strip("SL") or not args.window_pattern:
+        raise InputError(f"--window-pattern {args.window_pattern}: use the letters S and L")
+    heads = width // args.head_dim
+    return GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
+                     n_embd=width, window_pattern=args.window_pattern,
+                     attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth)
+
+
+def chosen(args) -> tuple[dict, dict]:
+    """({name: config}, {low-rank name: control}) that the flags ask for."""
+    if args.reference:
+        return ({"dense 256": model_config(args, 256), "dense 512": model_config(args, 512),
+                 "low-rank 512": model_config(args, 512, 0.25, 0.25)}, {"low-rank 512": "dense 512"})
+    configs, controls = {"dense": model_config(args, args.model_dim)}, {}
+    if args.attn_rank or args.mlp_rank:
+        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank)
+        controls["low-rank"] = "dense"
+    return configs, controls
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank"):
+        if args.reference and getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two")
+    configs, controls = chosen(args)
+    device, dtype, compiled = common.init_process(args.device_type)[0], getattr(torch, args.dtype), args.compile == "on"
+    rows = noise_rows(args.vocab_size, args.max_seq_len)
+    if not rows.count:
+        raise InputError(f"--max-seq-len {args.max_seq_len}: longer than the million tokens there are")
+    try:
+        subjects = [make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled) for name, config in configs.items()]
+    except ValueError as e:  # a rank that does not fit
+        raise InputError(f"--attn-rank, --mlp-rank: {e}")
+
+    result = {"machine": machine(device, dtype, compiled), "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+              **compare(subjects, controls, args.device_batch_size, device, args.repeats)}
+    ceiling = result["ceiling flops per second"]
+    print(f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
+          f"{'compiled' if compiled else 'eager'}; batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds; "
+          f"matmul ceiling {shown(ceiling, 1e-9)} GFLOP/s\n\n{table(result)}")
+    if args.reference:
+        if device.type == "cuda":
+            result["resident peak"] = {name: {"peak": model["memory"]["peak"], "before the model": 0} for name, model in result["models"].items()}
+        else:
+            result["resident peak"] = {name: resident_peak(config, args.device_batch_size, args.dtype, compiled) for name, config in configs.items()}
+        result["targets"] = targets(result, args.dtype)
+        print("\npeak resident set: " + "; ".join(f"{name} {found['peak'] / 1e9:.3f} GB, of it {found['before the model'] / 1e9:.3f} before the model"
+                                                 for name, found in result["resident peak"].items()))
+        print(f"\n{target_table(result['targets'])}")
+    if args.out:
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    common.run_script(main)
