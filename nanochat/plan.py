@@ -236,4 +236,4 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     for key, value in accounting.items():
         share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""
-        print0(f"  {key:22}{value:>18,}{share}{unit}")
+        print0(f"  {key:26}{value:>18,}{share}{unit}")

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import torch
 
-from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
+from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, rows_at_once
 from nanochat.optim import uses_muon
 
 SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
@@ -100,6 +100,56 @@ def account(model: GPT | GPTConfig) -> dict:
     return {"params/total": total, **{f"params/{group}": n for group, n in params.items()},
             "flops/per_token": flops_per_token(model),
             "mem/weights_bytes": 4 * total, "mem/grads_bytes": 4 * total, "mem/optimizer_bytes": 4 * moments}
+
+
+def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
+    """Bytes of tensors at the highest point of a training step that is not compiled, `rows` at a time; the allocator's and Python's
+    own memory come on top. Compiled code keeps less, so there it is an upper bound.
+
+    accumulated: gradients live on between several passes of a step. Optimizer state not split over processes. Logits are taken in
+    chunks of a CPU's size. In bfloat16 a CPU keeps the norms' inputs in float32: there it is about an eighth more than this.
+    """
+    model, costs = on_meta(config), account(config)
+    C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
+    token = rows * T * dtype_bytes  # bytes of one number for each token
+    kept = [kept_by_block(block, C, K, token, dtype_bytes) for block in model.blocks]
+    activations = sum(kept) + token * 2 * C                    # the embeddings: previous token's share, input of the norm
+    width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
+    head_grad = 4 * V * width
+    at_once = rows_at_once(torch.empty(0), V)
+    chunks = 4 * V * (4 * at_once if rows * T > at_once else 3 * rows * T)  # float32, one of them left from the chunk before
+    # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
+    at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
+    # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept
+    last = model.blocks[-1].mlp
+    in_mlp = token * (C + 4 * C * (5 if last.recompute else 3))
+    grads = costs["mem/grads_bytes"]
+    at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
+    if accumulated:
+        at_head, at_backward = at_head + grads, at_backward + grads
+    groups = {}  # Muon works on all matrices of one shape at a time, in about eight copies
+    for name, p in model.named_parameters():
+        if uses_muon(name, p):
+            key = (name.rsplit(".", 1)[1], *p.shape)
+            groups[key] = groups.get(key, 0) + 4 * p.numel()
+    at_update = grads + 8 * max(groups.values())
+    return {"mem/activations_bytes": activations,
+            "mem/predicted_peak_bytes": costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"] + max(at_head, at_backward, at_update)}
+
+
+def kept_by_block(block, C: int, K: int, token: int, dtype_bytes: int) -> int:
+    """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K: width of keys and values."""
+    kept, copies = 3 * C, 0                                    # the residual stream: as it comes in, and into both norms
+    for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o,
+                                     2 * C + 3 * K + 2 * C),   # q, k before and after their norm, v; y by head and by token
+                                    (block.mlp, (block.mlp.up,), block.mlp.down, 2 * 4 * C)):  # relu, and its square
+        kept += sum(m.rank for m in (*first, last) if isinstance(m, LowRankLinear))
+        if not part.recompute:
+            kept += C + wide                                   # C: the norm's output
+            copies += sum(m.first_factor().numel() for m in first) if part is block.attn else 0  # q, k, v in one matrix
+    if dtype_bytes < 4:                                        # a copy of every matrix in the compute dtype
+        copies = sum(p.numel() for p in block.parameters())
+    return token * kept + dtype_bytes * copies
 
 
 def on_meta(config: GPTConfig) -> GPT:

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from nanochat.gpt import GPTConfig
-from nanochat.rank import account, count_parameters, ranks_over_depth, solve_depth, solve_rank
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import build_optimizers
+from nanochat.rank import account, count_parameters, predict_peak, ranks_over_depth, solve_depth, solve_rank
+from test_gpt import live_bytes, tokens
 
 SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
 
@@ -77,3 +79,29 @@ def test_memory_of_weights_gradients_and_moments():
     assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
     lines = 4 * (4 * 64 + 2 * 256)  # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
     assert counts["mem/optimizer_bytes"] == 4 * (matrices + lines) + 8 * rest
+
+
+def two_steps(config, rows: int, passes: int):
+    """Training steps, the second with optimizer state from the start. What it returns is what lives on."""
+    model = GPT(config)
+    model.init_weights()
+    optimizers = build_optimizers(model, embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1, weight_decay=0.0)
+    idx = tokens(rows, config.sequence_len, vocab=config.vocab_size)
+    for _ in range(2):
+        for _ in range(passes):
+            model(idx, idx).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, optimizers
+
+
+@pytest.mark.parametrize("rows,passes,changes", [
+    (16, 1, {}), (16, 2, {}), (2, 1, dict(vocab_size=4096)), (1, 1, dict(n_embd=256)), (16, 1, dict(n_layer=1)),
+    (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4)), (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, lm_head_rank=16)),
+    (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, recompute="bottleneck")), (16, 1, dict(attn_ranks=(16,) * 4, recompute="bottleneck")),
+    (16, 1, dict(n_kv_head=1, tie_embeddings=True)), (16, 1, dict(value_embeddings=True))])
+def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes):
+    config = replace(SHAPE, **{"sequence_len": 128, "vocab_size": 512, **changes})
+    measured = live_bytes(lambda: two_steps(config, rows, passes))[0]
+    assert predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"] == pytest.approx(measured, rel=0.1)
