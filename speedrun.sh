@@ -25,7 +25,8 @@ fi
 : "${RANK_END:=0}"               # rank of the last layer, for the schedules that change
 : "${SEED:=42}"
 : "${WANDB_RUN:=dummy}"          # a name logs to wandb as NAME-full and NAME-lowrank
-: "${NPROC:=$((GPUS > 0 ? GPUS : 1))}"
+: "${NPROC:=$((GPUS > 0 ? GPUS : 1))}"            # processes on this node
+: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"   # several nodes: this script on each
 : "${EVAL_TOKENS:=$((GPUS > 0 ? 10485760 : 32768))}"
 : "${SAVE_EVERY:=$((GPUS > 0 ? 1000 : 50))}"
 
@@ -33,7 +34,10 @@ case "$DATA" in tinystories|climbmix|fineweb-edu) python -m nanochat.dataset --d
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
 python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
 
-if [ "$NPROC" -gt 1 ]; then
+if [ "$NNODES" -gt 1 ]; then
+  launch() { torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" --rdzv_backend=c10d --rdzv_id=speedrun \
+                      --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" -m "$@"; }
+elif [ "$NPROC" -gt 1 ]; then
   launch() { torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }
 else
   launch() { python -m "$@"; }
@@ -60,4 +64,4 @@ for TAG in "$FULL" "$LOWRANK"; do
   launch scripts.base_eval --model-tag "$TAG" --eval-tokens "$EVAL_TOKENS" --device-batch-size "$DEVICE_BATCH_SIZE"
 done
 OUT="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-lowrank}/report"
-python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"
+[ "$NODE_RANK" -gt 0 ] || python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"

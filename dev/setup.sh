@@ -1,4 +1,9 @@
 # Sourced by speedrun.sh and dev/test.sh: an environment with the package and its test tools, made once in .venv.
+# On several nodes that share this folder the first one installs; the others wait, at most ten minutes.
+for ((i = 0; i < 120 && ${NODE_RANK:-0} > 0; i++)); do
+  cmp -s pyproject.toml .venv/installed-pyproject.toml && break
+  sleep 5
+done
 if [ ! -x .venv/bin/python ]; then
   for PYTHON in python3 python; do
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break

@@ -32,7 +32,7 @@ def cached_tokens(shard, tokenizer):
     by one rename; a lock makes a second process wait for the first and take over if that one dies.
     """
     root = get_base_dir() / "token_cache" / tokenizer.hash
-    folder = root / shard.fingerprint()
+    folder = root / shard.fingerprint
     if not folder.exists():
         with locked(root / f".{folder.name}.lock"):
             if not folder.exists():

@@ -34,8 +34,9 @@ class Shard:
     name: str
     paths: tuple[Path, ...]  # one parquet or jsonl file, or many files of one document each
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of the content; file names and times do not count.
+        """A short hash of the content, read once; file names and times do not count.
 
         Large parquet files (downloaded sets go to hundreds of GB) are not read whole at every start: their size and
         evenly spaced blocks are hashed, from the first to the last one, which holds the footer. The footer has the
@@ -74,7 +75,7 @@ class Corpus:
 
     def fingerprint(self, split: str) -> str:
         """A short hash of the content of the split, shards in order."""
-        return _short_hash(shard.fingerprint() for shard in self.split(split))
+        return _short_hash(shard.fingerprint for shard in self.split(split))
 
 
 def open_corpus(data: str) -> Corpus:

@@ -175,7 +175,7 @@ def main(argv=None):
     }
     with contextlib.ExitStack() as held:
         if rank == 0:
-            held.enter_context(common.claimed(folder.with_name(f".{folder.name}.lock"), f"--model-tag {tag}: {folder}"))
+            held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"--model-tag {tag}: {folder}"))
         found = open_run(folder, tag, run_config, args.resume)
         if found == "finished":
             return print0(f"{tag}: already finished, see {folder}")

@@ -357,7 +357,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
 
 
 def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):
-    code = f"import time; from nanochat.common import claimed; from pathlib import Path\nwith claimed(Path({str(metrics.runs_dir() / '.tiny.lock')!r}), 'x'): print('held', flush=True); time.sleep(60)"
+    code = f"import time; from nanochat.common import claimed; from pathlib import Path\nwith claimed(Path({str(metrics.runs_dir().parent / 'locks/tiny.lock')!r}), 'x'): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"--model-tag tiny: .*/runs/tiny is in use by process {holder.pid} on {socket.gethostname()}"):

@@ -105,13 +105,10 @@ def test_damaged_cache_is_refused_by_name(rows, base_dir):
 
 class SlowShard:
     """A shard whose documents take a while, to be killed or raced while it is read."""
-    name, paths = "slow", ()
+    name, paths, fingerprint = "slow", (), "slow"
 
     def __init__(self, log):
         self.log = log
-
-    def fingerprint(self):
-        return "slow"
 
     def documents(self):
         with open(self.log, "a") as f:
@@ -139,6 +136,7 @@ def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tm
     victim = multiprocessing.get_context("spawn").Process(target=build, args=(log,))
     victim.start()
     while not log.exists():
+        assert victim.is_alive()
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(victim.pid, signal.SIGKILL)

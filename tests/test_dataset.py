@@ -121,11 +121,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
     write_jsonl(a, ["one", "two"])
     write_jsonl(b, ["one", "two"])
     os.utime(b, (0, 0))
-    first = Shard("a", (a,)).fingerprint()
-    assert first == Shard("b", (b,)).fingerprint()
+    first = Shard("a", (a,)).fingerprint
+    assert first == Shard("b", (b,)).fingerprint
     write_jsonl(b, ["one", "twO"])
-    assert first != Shard("b", (b,)).fingerprint()
-    assert first != Shard("a", (a, a)).fingerprint()
+    assert first != Shard("b", (b,)).fingerprint
+    assert first != Shard("a", (a, a)).fingerprint
 
 
 def test_fingerprint_of_a_large_parquet_sees_head_tail_and_size(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_fingerprint_of_a_large_parquet_sees_head_tail_and_size(tmp_path, monkey
     prints = set()
     for content in contents:
         path.write_bytes(content)
-        prints.add(Shard("a", (path,)).fingerprint())
+        prints.add(Shard("a", (path,)).fingerprint)
     assert len(prints) == len(contents)
 
 
