@@ -80,8 +80,8 @@ class Linear(nn.Module):
     def narrow(self, x):  # (..., in) -> (..., out)
         return F.linear(x, self.weight.to(x.dtype))
 
-    def widen(self, h):  # (..., out) -> (..., out)
-        return h
+    def widen(self, h):  # (..., out) -> (..., out), a copy where h is a part of a larger tensor, which it would keep alive
+        return h.contiguous()
 
     def dense_weight(self):  # (out, in)
         return self.weight
@@ -232,6 +232,18 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
+def compile_blocks(model, backend: str = "inductor"):
+    """Compile the blocks for training; one compilation serves all blocks of the same window, ranks and kind.
+
+    Everything in which blocks differ otherwise is an argument. Evaluation and sampling stay eager (`token_losses`, `generate`):
+    their batches have other shapes.
+    """
+    from torch._dynamo import config as dynamo  # slow to import
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))  # under a rank schedule all blocks differ
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+
+
 # ---- the output head and its loss -----------------------------------------------------------------------------------
 
 def squashed(x, weight):
@@ -337,7 +349,8 @@ class GPT(nn.Module):
         cos, sin = self.rotary(T, idx.device, compute_dtype)
         x = self.wte(idx).to(compute_dtype)
         x = x + self.smear.to(compute_dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1]  # pairs of tokens, before any attention
-        x = x0 = norm(x)
+        x0 = norm(x)
+        x = x0.view_as(x0)  # not the same object, for which the first block would be compiled apart
         scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (L, 2)
         windows = {self.config.window(i) for i in range(self.config.n_layer)}
         masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
@@ -365,7 +378,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def token_losses(self, idx, targets, compute_dtype=torch.float32):
         """Cross-entropy in nats of each target, (B, T) float32, no gradient."""
-        x, weight = self.head(idx, compute_dtype)
+        with torch.compiler.set_stance("force_eager"):
+            x, weight = self.head(idx, compute_dtype)
         chunks = zip(x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0))))
         losses = [F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none") for part, target in chunks]
         return torch.cat(losses).view(targets.shape)
@@ -378,7 +392,8 @@ class GPT(nn.Module):
         tokens = list(tokens)
         for _ in range(count):
             idx = torch.tensor([tokens[-self.config.sequence_len:]], device=device)
-            logits = self.forward(idx, compute_dtype=compute_dtype)[0, -1]  # not self(): a compiled call is for one length
+            with torch.compiler.set_stance("force_eager"):  # what is compiled is for one length
+                logits = self.forward(idx, compute_dtype=compute_dtype)[0, -1]
             if temperature > 0:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
             else:

@@ -1,0 +1,59 @@
+"""Compilation by block: few graphs, none after the first step, the same numbers. The graphs are run by torch itself (aot_eager): what
+inductor would make of them needs a C++ compiler and a minute."""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from nanochat.gpt import GPT, GPTConfig, compile_blocks
+
+SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
+
+
+def build(config) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.init_weights()
+    for p in model.parameters():  # wake the zero-initialised outputs
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_from_before():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("changes,graphs", [
+    (dict(window_pattern="L"), 1),
+    (dict(), 2),  # short and long windows
+    (dict(attn_ranks=(4,) * 4, mlp_ranks=(4,) * 4), 2),
+    (dict(attn_ranks=(4,) * 4, mlp_ranks=(4,) * 4, recompute="bottleneck"), 2),
+    (dict(value_embeddings=True), 3),  # short without and with a table, long with one
+    (dict(n_layer=10, window_pattern="L", attn_ranks=tuple(range(1, 11))), 10),  # more than dynamo's usual limit of 8
+])
+def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(changes, graphs):
+    config = replace(SHAPE, **changes)
+    eager, compiled = build(config), build(config)
+    compile_blocks(compiled, backend="aot_eager")
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            for model in (eager, compiled):
+                loss = model(idx, idx)
+                loss.backward()
+                losses.append(loss.item())
+                torch.optim.SGD(model.parameters(), 0.1).step()
+                if step < 2:
+                    model.zero_grad()
+            compiled.token_losses(idx[:2], idx[:2])  # evaluation and sampling, in other shapes, in between
+            compiled.generate([1, 2, 3], 2)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert losses[::2] == pytest.approx(losses[1::2], abs=1e-4)
+    for a, b in zip(eager.parameters(), compiled.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
