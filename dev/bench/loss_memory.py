@@ -83,13 +83,14 @@ def main(argv=None):
     result = measure(args.device_batch_size * args.max_seq_len, args.model_dim, args.vocab_size, device, dtype, args.repeats)
     result = {"machine": train_step.machine(device, dtype, False), **result}
 
-    print(f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch {args.device_batch_size} x "
-          f"{args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|")
+    print(f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch "
+          f"{args.device_batch_size} x {args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n"
+          "| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|")
     for label, unit, key, ratio, target in (("loss and gradients, ms", 1e3, "seconds", result["time ratio"], TIME_TARGET),
                                             ("peak, MB", 1e-6, "peak bytes", result["peak ratio"], MEMORY_TARGET)):
         ok = (ratio["median"] if isinstance(ratio, dict) else ratio) <= target
-        print(f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} | <= {target} "
-              f"| {'reached' if ok else 'not reached'} |")
+        print(f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} "
+              f"| <= {target} | {'reached' if ok else 'not reached'} |")
     print("\nrelative difference: " + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items()))
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")

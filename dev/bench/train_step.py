@@ -354,13 +354,14 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
     share = dense["share of step"]["optimizer"]["median"]
     data = max(model["share of step"]["data"]["median"] for model in result["models"].values())
     return [
-        dict(what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul ceiling "
-                  f"({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
-             target=f">= {wanted:,.0f}", reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling", ok=speed >= wanted),
-        dict(what=f"full rank, peak resident set: 0.7 x nanochat's {NANOCHAT_PEAK / 1e9:.2f} GB", target=f"<= {0.7 * NANOCHAT_PEAK / 1e9:.3f} GB",
-             reached=f"{peak / 1e9:.3f} GB", ok=peak <= 0.7 * NANOCHAT_PEAK),
-        dict(what="low rank, width 512: step time ratio / counted FLOP ratio", target="<= 1.25",
-             reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}", ok=low["step over flops"] <= 1.25),
+        dict(what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul "
+                  f"ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
+             target=f">= {wanted:,.0f}", ok=speed >= wanted,
+             reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling"),
+        dict(what=f"full rank, peak resident set: 0.7 x nanochat's {NANOCHAT_PEAK / 1e9:.2f} GB",
+             target=f"<= {0.7 * NANOCHAT_PEAK / 1e9:.3f} GB", reached=f"{peak / 1e9:.3f} GB", ok=peak <= 0.7 * NANOCHAT_PEAK),
+        dict(what="low rank, width 512: step time ratio / counted FLOP ratio", target="<= 1.25", ok=low["step over flops"] <= 1.25,
+             reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}"),
         dict(what="full rank, optimizer's share of the step", target="<= 10%", reached=f"{100 * share:.1f}%", ok=share <= 0.10),
         dict(what="data's share of the step, largest of the models", target="<= 2%", reached=f"{100 * data:.2f}%", ok=data <= 0.02)]
 
@@ -372,10 +373,13 @@ def target_table(found: list[dict]) -> str:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank")
+
+
 def build_parser():
     parser = ArgumentParser("Time and memory of a training step, full rank beside low rank.")
     add = parser.add_argument
-    add("--reference", action="store_true", help="the task of the speed targets and a low-rank pair at width 512; the shape flags must be left out")
+    add("--reference", action="store_true", help="the task of the speed targets and a low-rank pair at width 512; leave out the shape flags")
     add("--depth", type=whole_number(1), default=4)
     add("--model-dim", type=whole_number(1), default=256)
     add("--head-dim", type=whole_number(1), default=64)
@@ -383,8 +387,8 @@ def build_parser():
     add("--device-batch-size", type=whole_number(1), default=16, help="rows a step")
     add("--vocab-size", type=whole_number(2), default=4096)
     add("--window-pattern", default="SSSL", help="as in scripts.base_train")
-    add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix; with both ranks 0 there is only the dense model")
-    add("--mlp-rank", type=rank_flag, default=0.25)
+    add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
+    add("--mlp-rank", type=rank_flag, default=0.25, help="with both ranks 0 there is only the dense model")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
@@ -419,7 +423,7 @@ def chosen(args) -> tuple[dict, dict]:
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank"):
+    for name in SHAPE:
         if args.reference and getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two")
     configs, controls = chosen(args)
@@ -428,11 +432,13 @@ def main(argv=None):
     if not rows.count:
         raise InputError(f"--max-seq-len {args.max_seq_len}: longer than the million tokens there are")
     try:
-        subjects = [make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled) for name, config in configs.items()]
+        subjects = [make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled)
+                    for name, config in configs.items()]
     except ValueError as e:  # a rank that does not fit
         raise InputError(f"--attn-rank, --mlp-rank: {e}")
 
-    result = {"machine": machine(device, dtype, compiled), "flags": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    result = {"machine": machine(device, dtype, compiled), "flags": flags,
               **compare(subjects, controls, args.device_batch_size, device, args.repeats)}
     ceiling = result["ceiling flops per second"]
     print(f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
@@ -440,12 +446,15 @@ def main(argv=None):
           f"matmul ceiling {shown(ceiling, 1e-9)} GFLOP/s\n\n{table(result)}")
     if args.reference:
         if device.type == "cuda":
-            result["resident peak"] = {name: {"peak": model["memory"]["peak"], "before the model": 0} for name, model in result["models"].items()}
+            result["resident peak"] = {name: {"peak": model["memory"]["peak"], "before the model": 0}
+                                       for name, model in result["models"].items()}
         else:
-            result["resident peak"] = {name: resident_peak(config, args.device_batch_size, args.dtype, compiled) for name, config in configs.items()}
+            result["resident peak"] = {name: resident_peak(config, args.device_batch_size, args.dtype, compiled)
+                                       for name, config in configs.items()}
         result["targets"] = targets(result, args.dtype)
-        print("\npeak resident set: " + "; ".join(f"{name} {found['peak'] / 1e9:.3f} GB, of it {found['before the model'] / 1e9:.3f} before the model"
-                                                 for name, found in result["resident peak"].items()))
+        print("\npeak resident set, and of it before the model: "
+              + "; ".join(f"{name} {found['peak'] / 1e9:.3f} GB, {found['before the model'] / 1e9:.3f} GB"
+                          for name, found in result["resident peak"].items()))
         print(f"\n{target_table(result['targets'])}")
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
