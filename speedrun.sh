@@ -5,6 +5,7 @@
 # A second call reuses what is there: finished runs are skipped, an interrupted one continues.
 set -euo pipefail
 cd "$(dirname "$0")"
+trap : TERM USR1      # a scheduler signals every process: wait for the training to save its state
 source dev/setup.sh   # .venv, installation
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
