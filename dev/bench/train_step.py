@@ -38,7 +38,7 @@ import torch
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.dataloader import Rows, training_batches
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, compile_blocks
 from nanochat.optim import build_optimizers
 from nanochat.plan import rank_flag
 from nanochat.rank import account, predict_peak
@@ -115,7 +115,7 @@ def make_subject(name: str, config: GPTConfig, rows: Rows, batch_size: int, devi
         model.init_weights()
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
-        model.compile(dynamic=False)
+        compile_blocks(model)
     return Subject(name, model, build_optimizers(model, **RATES), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
 
 
