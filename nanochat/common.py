@@ -134,15 +134,21 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def init_process(device_type: str):
-    """Join the process group (under torchrun) and pick this process's device: (device, rank, world size).
+def pick_device_type(name: str) -> str:
+    """'' -> 'cuda' where there is one, else 'cpu'; other names as they are."""
+    import torch
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    device_type: 'cuda', 'cpu' or '' for cuda where there is one. InputError if the device is not there.
+
+def init_process(device_type: str):
+    """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
+
+    device_type: see `pick_device_type`. InputError if the device is not there.
     """
     import torch
     import torch.distributed as dist
     rank, local_rank, world_size = process_layout()
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = pick_device_type(device_type)
     if device_type == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device-type cuda: no CUDA device on this machine; use --device-type cpu")
@@ -181,11 +187,11 @@ def end_process():
             dist.destroy_process_group()
 
 
-def compute_dtype(name: str, device):
+def compute_dtype(name: str, device_type: str):
     """The dtype of activations and matmuls: `name` or, for 'auto', $NANOCHAT_DTYPE or what suits the device."""
     import torch
     name = os.environ.get("NANOCHAT_DTYPE") or "auto" if name == "auto" else name
-    known = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+    known = {"auto": torch.bfloat16 if device_type == "cuda" else torch.float32,
              "float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:
         raise InputError(f"NANOCHAT_DTYPE={name}: use one of {', '.join(known)}")

@@ -52,7 +52,7 @@ def build_parser():
     add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="compute dtype; master weights are float32")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda, off for cpu")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 1e14 training FLOPs on")
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     # data
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")

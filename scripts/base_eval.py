@@ -50,7 +50,7 @@ def main(argv=None):
     corpus = open_corpus(args.data or run.config["flags"]["data"])
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     device, rank, world_size = common.init_process(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device)
+    dtype = common.compute_dtype(args.dtype, device.type)
     model, meta = load_model(folder, settings["step"], device)
     if meta["tokenizer_hash"] != tokenizer.hash:
         raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")

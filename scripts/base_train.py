@@ -9,6 +9,7 @@ checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -21,18 +22,18 @@ from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_check
 from nanochat.common import InputError, print0
 from nanochat.dataloader import Rows, training_batch, training_batches
 from nanochat.dataset import open_corpus
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, compile_blocks
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
 from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
 from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
-from nanochat.rank import account
+from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
 # bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "stop_at_ppl", "keep", "max_bad_steps"}
+FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
@@ -124,6 +125,13 @@ def update(optimizers, pieces, place, step: int, lrm: float):
         share_parameters(pieces, place[1])
 
 
+def compiling_pays(device_type: str, flops: float) -> bool:
+    """On a GPU always. On a CPU it takes a minute, as long as 7e12 FLOPs on two cores take to win back (dev/LOG.md), and needs a C++
+    compiler: from 1e14 FLOPs on, where it costs little and a shorter run's first step is not kept waiting.
+    """
+    return device_type == "cuda" or (flops >= 1e14 and any(map(shutil.which, ("g++", "c++", "clang++"))))
+
+
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
@@ -143,13 +151,14 @@ def main(argv=None):
         raise InputError(f"--vocab-size {args.vocab_size}: {tokenizer_path()} has {tokenizer.vocab_size}; train another with: python -m scripts.tok_train --vocab-size {args.vocab_size}")
     config = solve_budget(args, tokenizer.vocab_size if tokenizer else args.vocab_size)
     plan = training_plan(args, config, world_size)
-    accounting = account(config)
+    device_type = common.pick_device_type(args.device_type)
+    dtype = common.compute_dtype(args.dtype, device_type)
+    accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
     if args.dry_run:
         return print_plan(config, plan, accounting)
 
     corpus = open_corpus(args.data)
-    place = device, rank, world_size = common.init_process(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device)
+    place = device, rank, world_size = common.init_process(device_type)
     tag = args.model_tag or default_tag(args, config)
     folder = metrics.runs_dir() / tag
 
@@ -205,9 +214,9 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
         model.load_state_dict(state["model"])
         load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
         del state
-    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
+    compiled = args.compile == "on" or (args.compile == "auto" and compiling_pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
     if compiled:
-        model.compile(dynamic=False)
+        compile_blocks(model)
 
     record = None
     if rank == 0:
