@@ -147,7 +147,16 @@ def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
     return out
 
 
+# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
 # ---- what a run ran on ----------------------------------------------------------------------------------------------
+
+def peak_flops(device_name: str) -> float | None:
+    """Of a GPU of this name; None if it is not known, or a CPU."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
 
 def reset_peak_memory(device):
     """Start measuring the peak afresh where the platform can (CUDA, Linux)."""

@@ -117,7 +117,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
     head_grad = 4 * V * width
     at_once = rows_at_once(torch.empty(0), V)
-    chunks = 4 * V * (4 * at_once if rows * T > at_once else 3 * rows * T)  # float32, one of them left from the chunk before
+    chunks = 4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)  # float32, one of them left from the chunk before
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
     # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept

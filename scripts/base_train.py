@@ -30,8 +30,6 @@ from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, t
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
-# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 # what may differ between a run and its continuation: it changes neither the model nor its data
 FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps"}
 
@@ -245,7 +243,7 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
     seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in run_config["device"]["name"]), None) if device.type == "cuda" else None
+    peak = metrics.peak_flops(run_config["device"]["name"])
     batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
     metrics.reset_peak_memory(device)
     for step in range(meta["step"] + 1, steps + 1):

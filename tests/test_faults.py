@@ -1,4 +1,5 @@
 """Killed at any moment, a run comes to the weights of one that never was. Slow: python -m pytest tests -m faults"""
+import contextlib
 import os
 import random
 import resource
@@ -21,8 +22,17 @@ FLAGS = ["--num-iterations", str(STEPS), "--eval-every", "-1", "--device-batch-s
 def start(processes: int, corpus_dir, *flags):
     module = ["-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *FLAGS, *flags]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *module], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, *launcher, *module], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill(process):
+    """SIGKILL to the launcher and to its processes, which have sessions of their own."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (process.pid, *map(int, children)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(condition, process):
@@ -40,19 +50,18 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
 
     rng, folder = random.Random(1), metrics.runs_dir() / "killed"
     flags, landed = [*rank, "--model-tag", "killed", "--save-every", "1", "--resume", "auto"], []
-    for kill in range(KILLS):
+    for i in range(KILLS):
         run = start(processes, corpus_dir, *flags)
         before = saved_steps(folder)
-        if kill % 5 == 4:      # while it starts
+        if i % 5 == 4:      # while it starts
             time.sleep(rng.uniform(0.5, 5))
         else:                  # while it trains; every other time in the middle of writing a checkpoint
             wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
             time.sleep(rng.uniform(0, 0.2))
-            if kill % 2:
+            if i % 2:
                 wait_for(lambda: list((folder / "checkpoints").glob(".step_*.building")), run)
         assert run.poll() is None, "it finished before it could be killed"
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        kill(run)
         landed.append((saved_steps(folder)[-1:], len(list((folder / "checkpoints").glob(".step_*")))))
     print(f"newest checkpoint and half-written ones after each kill: {landed}")
     assert sum(half for _, half in landed) >= 3, "some kills fell into the writing of a checkpoint"
