@@ -30,7 +30,7 @@ class Run:
     """A run as read from its folder."""
     name: str
     config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
-    summary: dict        # flat metric names -> last values, "status": "running" | "finished"
+    summary: dict        # flat metric names -> last values, "status": "running" | "stopped" | "finished"
     history: list[dict]  # one dict a step, in order; keys as in design section 6
 
 

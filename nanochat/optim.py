@@ -32,30 +32,35 @@ def orthogonalize(X):
     The steps want a largest singular value just below 1. (Σσ⁸)^⅛ = ||(XXᵀ)²||_F^¼, on hand in the first step, bounds it far more
     closely than ||X||_F, which grows with the width.
     """
-    tall = X.size(-2) > X.size(-1)
+    shape, tall = X.shape, X.size(-2) > X.size(-1)
+    X = X.reshape(-1, *shape[-2:])
     if tall:
         X = X.mT  # the Gram matrices are then on the small side: for a factor, r × r
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-30)
     G = X @ X.mT                            # (..., m, m)
-    size = 1.02 * (G @ G).norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
-    X, G = X / size, G / size**2
+    GG = G @ G
+    size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
+    X, G, GG = X / size, G / size**2, GG / size**4
     if X.size(-1) > 2 * X.size(-2) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
-        X = gram_polynomial(G) @ X
+        X = gram_polynomial(G, GG) @ X
     else:
         for i, (a, b, c) in enumerate(POLAR_EXPRESS):
-            G = X @ X.mT if i else G
-            X = a * X + (b * G + c * (G @ G)) @ X
-    return X.mT if tall else X
+            if i:
+                G = X @ X.mT
+                GG = G @ G
+            X = torch.baddbmm(X, b * G + c * GG, X, beta=a)
+    return (X.mT if tall else X).reshape(shape)
 
 
-def gram_polynomial(G):
-    """(..., m, m) -> the product Q of all steps: Q X is what they make of X with XXᵀ = G. Only m × m matmuls."""
-    Q = None
-    for a, b, c in POLAR_EXPRESS:
-        P = b * G + c * (G @ G)
+def gram_polynomial(G, GG):
+    """XXᵀ and its square, (count, m, m) -> the product Q of all steps: Q X is what they make of X. Only m × m matmuls."""
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        if i:
+            G = P @ G @ P
+            GG = G @ G
+        P = b * G + c * GG
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = P if Q is None else P @ Q
-        G = P @ G @ P
+        Q = P @ Q if i else P
     return Q
 
 
@@ -96,10 +101,12 @@ def even_out(updates, square, beta2: float):
 
     square: (count, *line_shape), the running mean squares so far. Returns the updates and the mean squares moved on.
     """
-    square = square.lerp(updates.square().mean(dim=-2 if square.size(-2) == 1 else -1, keepdim=True), 1 - beta2)
-    even = updates / (square.sqrt() + 1e-10)
-    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (updates, even)]
-    return even * (norms[0] / (norms[1] + 1e-10)), square
+    along = -2 if square.size(-2) == 1 else -1
+    mean = torch.linalg.vector_norm(updates, dim=along, keepdim=True).square() / updates.size(along)
+    square = square.lerp(mean, 1 - beta2)
+    scale = 1 / (square.sqrt() + 1e-10)
+    before, after = (x.sum(dim=(-2, -1), keepdim=True) for x in (mean, mean * scale.square()))  # squared norms, up to a factor
+    return updates * (scale * (before / (after + 1e-20)).sqrt()), square
 
 
 def line_shape(p) -> tuple[int, int]:
