@@ -209,6 +209,8 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
     optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
                                   scalar_lr=args.scalar_lr, weight_decay=args.weight_decay, pieces=pieces[rank])
     if state:
+        if "optimizer" not in state:
+            raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another --model-tag")
         model.load_state_dict(state["model"])
         load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
         del state
@@ -242,7 +244,7 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
-    seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0
+    seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0  # bad: not finite
     peak = metrics.peak_flops(run_config["device"]["name"])
     batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
     metrics.reset_peak_memory(device)
