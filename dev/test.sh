@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source dev/setup.sh
-python -m pytest "$@"
+export OMP_NUM_THREADS=1  # a core for each of as many tests at once as there are cores
+python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

@@ -140,6 +140,18 @@ def pick_device_type(name: str) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def keep_freed_memory():
+    """Let glibc's malloc keep what tensors free, up to 32 MiB each, instead of handing it back and faulting it in again at every step:
+    7% of a CPU step, at the same peak (dev/LOG.md). Other systems are left as they are.
+    """
+    import ctypes
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
+
+
 def init_process(device_type: str):
     """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
 
@@ -156,6 +168,8 @@ def init_process(device_type: str):
             raise InputError(f"--nproc_per_node: process {local_rank} on this machine has no GPU, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    else:
+        keep_freed_memory()
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",

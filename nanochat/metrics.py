@@ -118,9 +118,9 @@ def start_wandb(folder: Path, name: str, config: dict, accounting: dict):
     import wandb  # a second of import time that --run dummy need not pay
     id_file = folder / "wandb_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    write_atomic(id_file, run_id + "\n")
     run = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat-lowrank"), name=name, id=run_id, resume="allow",
-                     dir=folder, config={**config, "accounting": accounting})
+                     dir=folder, config={**config, "tag": folder.name, "accounting": accounting})
+    write_atomic(id_file, run.id + "\n")  # the agent of a W&B sweep has its own
     for key, _ in CLOCKS:
         run.define_metric(key)
     run.define_metric("*", step_metric="step")
