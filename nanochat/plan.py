@@ -1,13 +1,14 @@
 """From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
 import math
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 
 from nanochat import metrics
 from nanochat.common import ArgumentParser, InputError, print0, whole_number
 from nanochat.gpt import GPTConfig, resolve_rank
 from nanochat.optim import default_matrix_lr
-from nanochat.rank import SCHEDULES, account, matrix_parameters, on_meta, ranks_over_depth, solve_depth, solve_rank
+from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
+                           solve_depth, solve_rank)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ def build_parser():
     add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
     add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
     add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
+    add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
     # horizon: the first that is given counts
     add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
     add("--target-flops", type=float, default=-1, help="total training FLOPs")
@@ -129,10 +131,14 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     return config
 
 
+def lists_ranks(schedule: str) -> bool:
+    return "," in schedule or schedule.isdigit()
+
+
 def layer_ranks(args, flag: str, depth: int) -> tuple[float, ...]:
     """One rank a layer for --attn-rank or --mlp-rank under the schedule; () = full rank everywhere."""
     start, schedule = getattr(args, flag), args.rank_schedule
-    if "," in schedule or schedule.isdigit():
+    if lists_ranks(schedule):
         if (args.attn_rank or args.mlp_rank) and not start:
             return ()  # the list is for the factored group only; for both if neither rank is given
         try:
@@ -158,10 +164,10 @@ def layer_ranks(args, flag: str, depth: int) -> tuple[float, ...]:
 
 
 def check_ranks(config: GPTConfig):
-    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
-    shapes = [("--attn-rank", config.attn_ranks, ((C, C), (C, kv_dim))), ("--mlp-rank", config.mlp_ranks, ((C, 4 * C),)),
-              ("--lm-head-rank", (config.lm_head_rank,), ((C, config.vocab_size),))]
-    for flag, ranks, matrices in shapes:
+    shapes = factored_shapes(config)
+    for flag, ranks, matrices in (("--attn-rank", config.attn_ranks, shapes["attn_ranks"]),
+                                  ("--mlp-rank", config.mlp_ranks, shapes["mlp_ranks"]),
+                                  ("--lm-head-rank", (config.lm_head_rank,), [(config.n_embd, config.vocab_size)])):
         for layer, rank in enumerate(ranks):
             for shape in matrices:
                 try:
@@ -170,24 +176,105 @@ def check_ranks(config: GPTConfig):
                     raise InputError(f"{flag}{f' (layer {layer})' if len(ranks) > 1 else ''}: {e}") from None
 
 
+# ---- under a budget -------------------------------------------------------------------------------------------------
+
+def parameter_budget(args) -> int:
+    """--budget-params as a number; of a run, what it has."""
+    if args.budget_params.replace("_", "").isdigit():
+        return int(args.budget_params.replace("_", ""))
+    try:
+        found = metrics.load_run(metrics.runs_dir() / args.budget_params).summary.get("params/total")
+    except InputError as e:
+        raise InputError(f"--budget-params {args.budget_params}: neither a whole number such as 10_000_000 nor a run's tag: {e}") from None
+    if found is None:
+        raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
+    return found
+
+
+def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
+    """The flags' model of `depth` layers. Where the width follows the depth, the flags may not fit together there: then the next fewer
+    layers at which they do or, with none, the next more. InputError if there is no such depth nearby.
+    """
+    refused = []
+    for nearby in (*range(depth, 0, -1), *range(depth + 1, depth + 129)):
+        try:
+            return model_config(args, vocab_size, nearby)
+        except InputError as e:
+            refused.append(e)
+    raise refused[0]
+
+
+def check_depth_is_free(args, flag: str):
+    if lists_ranks(args.rank_schedule):
+        raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
+                         "use --solve rank, or a named schedule")
+
+
 def solve_budget(args, vocab_size: int) -> GPTConfig:
     """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given."""
     if not args.budget_params and not args.solve:
         return model_config(args, vocab_size)
     if not (args.budget_params and args.solve):
         raise InputError("--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank")
-    if args.budget_params.replace("_", "").isdigit():
-        budget = int(args.budget_params.replace("_", ""))
-    else:
-        budget = metrics.load_run(metrics.runs_dir() / args.budget_params).summary.get("params/total")
-        if budget is None:
-            raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
+    budget = parameter_budget(args)
     try:
         if args.solve == "rank":
             return solve_rank(model_config(args, vocab_size), budget)
-        return solve_depth(lambda depth: model_config(args, vocab_size, depth), budget)
+        check_depth_is_free(args, "--solve depth")
+        return solve_depth(lambda depth: nearest_config(args, vocab_size, depth), budget)
     except ValueError as e:
         raise InputError(f"--budget-params {args.budget_params}: {e}") from None
+
+
+def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
+    """For each depth from 1 to 4 × --depth, as far as rank 1 fits: the model of the largest ranks within --budget-params."""
+    if not args.budget_params or args.solve:
+        raise InputError("--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth")
+    check_depth_is_free(args, "--plan")
+    budget, found = parameter_budget(args), []
+    for depth in range(1, 4 * args.depth + 1):
+        config = nearest_config(args, vocab_size, depth)
+        if config.n_layer != depth:
+            continue  # the flags do not fit together at this depth
+        try:
+            found.append(solve_rank(config, budget))
+        except ValueError as e:
+            if not found:
+                raise InputError(f"--budget-params {args.budget_params}: at depth {depth} {e}") from None
+            break
+    return found
+
+
+def ranks_in_short(ranks: tuple[float, ...]) -> str:
+    """'full', '64', or the first, the middle and the last layer's rank: '100…46…10'."""
+    if not any(ranks):
+        return "full"
+    return f"{ranks[0]:g}" if len(set(ranks)) == 1 else "…".join(f"{ranks[layer]:g}" for layer in (0, len(ranks) // 2, -1))
+
+
+def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
+    """What --plan shows: depth by depth the largest ranks within the budget, and what they cost beside the full-rank model of the flags."""
+    def costs(config):  # parameters, MFLOP, MiB
+        accumulated = training_plan(args, config, world_size)["grad_accum_steps"] > 1
+        peak = predict_peak(config, args.device_batch_size, dtype_bytes, accumulated)["mem/predicted_peak_bytes"]
+        return account(config)["params/total"], account(config)["flops/per_token"] / 1e6, peak / 2**20
+
+    def line(config, note=""):
+        cells = [f"{value:15,.{digits}f}{value / whole:6.2f}" for value, whole, digits in zip(costs(config), of_full, (0, 1, 0))]
+        ranks = f"{ranks_in_short(config.attn_ranks):>16}{ranks_in_short(config.mlp_ranks):>16}"
+        print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{note}")
+
+    full_rank = Namespace(**{**vars(args), "attn_rank": 0, "mlp_rank": 0, "lm_head_rank": 0, "rank_schedule": "constant"})
+    full = model_config(full_rank, vocab_size)
+    configs, of_full, budget = budget_frontier(args, vocab_size), costs(full), parameter_budget(args)
+    print0(f"the largest ranks within {budget:,} parameters at each depth; beside each figure its ratio to the full-rank model:")
+    print0(f"{'depth':>5}{'width':>7}{'attention rank':>16}{'MLP rank':>16}{'parameters':>15}{'':6}{'MFLOP/token':>15}{'':6}{'peak MiB':>15}")
+    line(full)
+    for config in configs:
+        fits = count_parameters(model_config(full_rank, vocab_size, config.n_layer)) <= budget
+        line(config, "  full rank fits too" if fits else "")
+    if configs[-1].n_layer == 4 * args.depth:
+        print0(f"deeper models may fit too: shown up to 4 × --depth {args.depth}")
 
 
 def training_plan(args, config: GPTConfig, world_size: int) -> dict:

@@ -1,9 +1,10 @@
 """Ranks over depth, budgets, and the accounting of what a model costs: parameters, FLOPs, bytes."""
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 import torch
 
-from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, rows_at_once
+from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, resolve_rank, rows_at_once
 from nanochat.optim import uses_muon
 
 SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
@@ -30,44 +31,102 @@ def ranks_over_depth(schedule: str, start: float, end: float, depth: int) -> tup
     return tuple(ranks) if 0 < start < 1 else tuple(round(r) for r in ranks)
 
 
-def scaled_ranks(ranks: tuple[float, ...], scale: float, largest: int) -> tuple[int, ...]:
-    """Every rank times `scale`, as integers within [1, largest]. Fractions are of `largest`."""
-    return tuple(min(largest, max(1, round(scale * (r * largest if r < 1 else r)))) for r in ranks)
-
-
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 def count_parameters(config: GPTConfig) -> int:
     return account(config)["params/total"]
 
 
-def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
-    """Scale all ranks of `config` by one factor so that the total parameters come as near to `budget` as they can from below.
+def factored_shapes(config: GPTConfig) -> dict[str, list[tuple[int, int]]]:
+    """(in, out) of the matrices of one layer, by the name of the ranks that they share."""
+    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
+    return {"attn_ranks": [(C, C), (C, kv_dim), (C, kv_dim), (C, C)], "mlp_ranks": [(C, 4 * C), (4 * C, C)]}
 
-    Ranks keep their proportions over depth and between attention and MLP; groups at full rank stay so, unless both are:
-    then both are factored. ValueError if even rank 1 everywhere is over the budget.
+
+@dataclass
+class Level:
+    """The layers of one group (attention or MLP) that are given the same rank: they keep equal ranks under any budget.
+
+    Ranks are counted in steps from 1 to `largest`. A step is one rank; where fractions mean another rank for each matrix, the
+    fraction 1 / (largest + 1), which is one rank of the largest.
     """
-    head_dim = config.n_embd // config.n_head
-    largest = {"attn_ranks": config.n_kv_head * head_dim, "mlp_ranks": config.n_embd}
-    base = {name: getattr(config, name) for name in largest if any(getattr(config, name))}
-    base = base or {name: (largest[name],) * config.n_layer for name in largest}
+    group: str
+    layers: list[int]
+    shapes: list[tuple[int, int]]
+    wanted: float  # steps, before scaling
+    largest: int
+    fraction: bool
 
-    def at(scale):
-        return replace(config, **{name: scaled_ranks(ranks, scale, largest[name]) for name, ranks in base.items()})
+    def rank(self, steps: int) -> float:
+        return steps / (self.largest + 1) if self.fraction else steps
 
-    low, high = 0.0, 2.0 * max(largest.values())  # rank 1 everywhere; every rank at its largest
-    if count_parameters(at(low)) > budget:
-        raise ValueError(f"even rank 1 in every layer has {count_parameters(at(low)):,} parameters")
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if count_parameters(at(middle)) <= budget else (low, middle)
-    return at(low)
+    def parameters(self, steps: int) -> int:
+        return len(self.layers) * sum(resolve_rank(self.rank(steps), *shape) * sum(shape) for shape in self.shapes)
+
+
+def rank_levels(config: GPTConfig) -> list[Level]:
+    """The levels of each factored group, lowest first. If nothing is factored, both groups are, at their largest rank."""
+    shapes = factored_shapes(config)
+    factored = [group for group in shapes if any(getattr(config, group))] or list(shapes)
+    levels = []
+    for group in factored:
+        ranks, smaller = getattr(config, group), [min(shape) for shape in shapes[group]]
+        fraction = any(ranks) and max(ranks) < 1 and len(set(smaller)) > 1
+        whole, largest = (max(smaller), max(smaller) - 1) if fraction else (min(smaller), min(smaller))
+        wanted = [rank * whole if rank < 1 else rank for rank in ranks] if any(ranks) else [largest] * config.n_layer
+        for value in sorted(set(wanted)):
+            layers = [layer for layer, w in enumerate(wanted) if w == value]
+            levels.append(Level(group, layers, shapes[group], value, largest, fraction))
+    return levels
+
+
+def with_ranks(config: GPTConfig, levels: list[Level], steps: list[int]) -> GPTConfig:
+    ranks = {level.group: [0.0] * config.n_layer for level in levels}
+    for level, n in zip(levels, steps):
+        for layer in level.layers:
+            ranks[level.group][layer] = level.rank(n)
+    return replace(config, **{group: tuple(values) for group, values in ranks.items()})
+
+
+def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
+    """Scale the ranks of attention and MLP so that the total parameters come as near to `budget` as they can from below.
+
+    All ranks grow from 1 by one common factor, rounded. Where the next rank of some layers is too much, the others go on with
+    what is left, so that at the end no rank can grow without breaking the budget or the schedule's shape: layers of a group
+    that were given equal ranks keep equal ranks (constant stays constant), and none passes one that was given more.
+    A group at full rank stays so, unless both are: then both are factored. The head stays as it is. Fractions become whole
+    ranks, except under grouped queries, where the same fraction is another rank for q and o than for k and v.
+    ValueError if even rank 1 everywhere is over the budget.
+    """
+    levels = rank_levels(config)
+    steps = [1] * len(levels)
+    least = count_parameters(with_ranks(config, levels, steps))
+    if least > budget:
+        raise ValueError(f"even rank 1 in every layer has {least:,} parameters")
+    spare = budget - least
+    queue = [(1.5 / level.wanted, i) for i, level in enumerate(levels)]  # the common factor at which a level rounds to its next rank
+    heapify(queue)
+    while queue:
+        _, i = heappop(queue)
+        level, n = levels[i], steps[i]
+        above = i + 1 if i + 1 < len(levels) and levels[i + 1].group == level.group else None
+        if n == level.largest or (above is not None and steps[above] == n):
+            continue
+        price = level.parameters(n + 1) - level.parameters(n)
+        if price <= spare:  # else never again: what is spare only shrinks
+            steps[i], spare = n + 1, spare - price
+            heappush(queue, ((n + 1.5) / level.wanted, i))
+    return with_ranks(config, levels, steps)
 
 
 def solve_depth(config_at, budget: int) -> GPTConfig:
-    """The deepest config_at(depth) whose total parameters do not exceed `budget`. ValueError if one layer is too many."""
-    if count_parameters(config_at(1)) > budget:
-        raise ValueError(f"even one layer has {count_parameters(config_at(1)):,} parameters")
+    """The deepest config_at(depth) whose total parameters do not exceed `budget`. ValueError if the shallowest is too much.
+
+    config_at(depth) never has fewer parameters at a greater depth.
+    """
+    least = config_at(1)
+    if count_parameters(least) > budget:
+        raise ValueError(f"even {least.n_layer} layer(s) have {count_parameters(least):,} parameters")
     low, high = 1, 2
     while count_parameters(config_at(high)) <= budget:
         low, high = high, 2 * high

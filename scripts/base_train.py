@@ -26,12 +26,12 @@ from nanochat.gpt import GPT, compile_blocks
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
 from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
-from nanochat.plan import build_parser, default_tag, print_plan, solve_budget, training_plan
+from nanochat.plan import build_parser, default_tag, print_frontier, print_plan, solve_budget, training_plan
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps"}
+FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
@@ -141,16 +141,20 @@ def main(argv=None):
 
     # the vocabulary, the shape, the horizon: all that can be wrong is wrong before anything is touched
     world_size = common.process_layout()[2]
-    if args.dry_run and not tokenizer_path().exists() and args.vocab_size < 1:
+    counting = args.dry_run or args.plan
+    if counting and not tokenizer_path().exists() and args.vocab_size < 1:
         args.vocab_size = 32768
         print0("no tokenizer yet: counting with --vocab-size 32768")
-    tokenizer = None if args.dry_run and args.vocab_size > 0 else load_tokenizer()
+    tokenizer = None if counting and args.vocab_size > 0 else load_tokenizer()
     if tokenizer and args.vocab_size > 0 and args.vocab_size != tokenizer.vocab_size:
         raise InputError(f"--vocab-size {args.vocab_size}: {tokenizer_path()} has {tokenizer.vocab_size}; train another with: python -m scripts.tok_train --vocab-size {args.vocab_size}")
-    config = solve_budget(args, tokenizer.vocab_size if tokenizer else args.vocab_size)
-    plan = training_plan(args, config, world_size)
+    vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
     device_type = common.pick_device_type(args.device_type)
     dtype = common.compute_dtype(args.dtype, device_type)
+    if args.plan:
+        return print_frontier(args, vocab_size, world_size, dtype.itemsize)
+    config = solve_budget(args, vocab_size)
+    plan = training_plan(args, config, world_size)
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
     if args.dry_run:
         return print_plan(config, plan, accounting)

@@ -62,7 +62,7 @@ def test_solved_depth_is_the_deepest_within_the_budget():
 def test_impossible_budgets_say_what_the_least_is():
     with pytest.raises(ValueError, match="even rank 1"):
         solve_rank(SHAPE, 1000)
-    with pytest.raises(ValueError, match="even one layer"):
+    with pytest.raises(ValueError, match=r"even 1 layer\(s\) have"):
         solve_depth(lambda depth: replace(SHAPE, n_layer=depth), 1000)
 
 

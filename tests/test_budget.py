@@ -1,0 +1,196 @@
+"""Models under a budget of parameters: the largest ranks, the deepest model, and the plan of both."""
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from nanochat.common import InputError
+from nanochat.gpt import GPTConfig, resolve_rank
+from nanochat.plan import budget_frontier, build_parser, model_config, ranks_in_short, solve_budget
+from nanochat.rank import account, count_parameters, ranks_over_depth, solve_depth, solve_rank
+from scripts import base_train
+
+GROUPS = ("attn_ranks", "mlp_ranks")
+
+
+def random_config(rng: random.Random) -> GPTConfig:
+    """A small model with random ranks: any schedule or a list, whole or fractions, one group or both or none, grouped queries or not."""
+    head_dim, heads, depth = 2 * rng.randint(2, 8), rng.randint(1, 4), rng.randint(1, 6)
+    kv_heads = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    largest = {"attn_ranks": kv_heads * head_dim, "mlp_ranks": heads * head_dim}
+
+    def some_rank(group, fraction):
+        return rng.uniform(0.01, 0.99) if fraction else rng.randint(1, largest[group])
+
+    def some_ranks(group):
+        schedule, fraction = rng.choice(["full", "list", "constant", "linear", "step", "exponential", "quadratic"]), rng.random() < 0.4
+        if schedule == "full":
+            return ()
+        if schedule == "list":
+            return tuple(some_rank(group, fraction) for _ in range(depth))
+        return ranks_over_depth(schedule, some_rank(group, fraction), some_rank(group, fraction), depth)
+
+    return GPTConfig(16, rng.randint(10, 200), depth, heads, kv_heads, heads * head_dim, tie_embeddings=rng.random() < 0.3,
+                     value_embeddings=rng.random() < 0.3, **{group: some_ranks(group) for group in GROUPS})
+
+
+def same_order(before, after) -> bool:
+    """Equal stays equal, and none passes one that was given more."""
+    return all(a <= b if x < y else a == b if x == y else True for x, a in zip(before, after) for y, b in zip(before, after))
+
+
+def next_larger(config: GPTConfig, given: GPTConfig):
+    """The configs with one more rank in the layers of a group that were given one and the same rank."""
+    for group in GROUPS:
+        ranks, before = getattr(config, group), getattr(given, group) or (0,) * given.n_layer
+        for value in set(before) if ranks else ():
+            grown = tuple(r + (1 / config.n_embd if 0 < r < 1 else 1) if b == value else r for r, b in zip(ranks, before))
+            yield group, before, grown
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
+    rng = random.Random(seed)
+    given = random_config(rng)
+    smallest = replace(given, **{g: tuple((1 / given.n_embd if r < 1 else 1) for r in getattr(given, g)) for g in GROUPS})
+    if not any(given.attn_ranks + given.mlp_ranks):
+        smallest = replace(given, **{g: (1,) * given.n_layer for g in GROUPS})
+    low, high = count_parameters(smallest), count_parameters(solve_rank(given, 10**12))
+    budget = rng.choice([low, rng.randint(low, high), rng.randint(low, low + (high - low) // 10), high])
+    config = solve_rank(given, budget)
+
+    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
+    assert count_parameters(config) <= budget
+    for group in GROUPS:
+        before, after = getattr(given, group), getattr(config, group)
+        assert bool(after) == bool(before) or not any(given.attn_ranks + given.mlp_ranks)
+        assert same_order(before, after)
+        for r in after:  # within [1, min(in, out)] of each matrix: resolve_rank raises if not
+            assert all(1 <= resolve_rank(r, *shape) for shape in ((C, C), (C, kv_dim if group == "attn_ranks" else C)))
+    for group, before, grown in next_larger(config, given):  # nothing that keeps the shape is affordable
+        limit = kv_dim if group == "attn_ranks" else C
+        possible = all(r < 1 - 1e-9 if s < 1 else r <= limit for r, s in zip(grown, getattr(config, group)))
+        if possible and same_order(before, grown):
+            assert count_parameters(replace(config, **{group: grown})) > budget
+
+
+def test_ranks_keep_their_proportions():
+    given = GPTConfig(16, 100, 4, 4, 4, 256, attn_ranks=(80, 60, 40, 20), mlp_ranks=(16, 16, 8, 8))
+    for factor in (0.25, 1.6, 3):
+        config = solve_rank(given, count_parameters(replace(given, attn_ranks=tuple(round(factor * r) for r in given.attn_ranks),
+                                                            mlp_ranks=tuple(round(factor * r) for r in given.mlp_ranks))))
+        assert config.attn_ranks == tuple(round(factor * r) for r in given.attn_ranks)
+        assert config.mlp_ranks == tuple(round(factor * r) for r in given.mlp_ranks)
+
+
+def test_what_is_left_over_takes_no_layer_past_one_that_was_given_more():
+    """One rank in one layer costs 8 widths; three layers that keep equal ranks cannot share two of them."""
+    given = GPTConfig(16, 100, 4, 4, 4, 64, attn_ranks=(10, 10, 10, 9))
+    budget = count_parameters(given) + 2 * 8 * 64
+    assert solve_rank(given, budget).attn_ranks == (10, 10, 10, 10)
+    assert solve_rank(given, budget + 2 * 8 * 64).attn_ranks == (11, 11, 11, 10)
+
+
+def test_a_fraction_under_grouped_queries_stays_another_rank_for_each_matrix():
+    given = GPTConfig(16, 100, 2, 4, 1, 64, attn_ranks=(0.25,) * 2)
+    config = solve_rank(given, count_parameters(replace(given, attn_ranks=(0.5,) * 2)))
+    assert config.attn_ranks == (0.5, 0.5)  # 32 for q and o, 8 for k and v
+    assert solve_rank(given, 10**9).attn_ranks == (63 / 64,) * 2
+    whole = solve_rank(replace(given, attn_ranks=(4, 4)), 10**9)
+    assert whole.attn_ranks == (16, 16)  # a whole rank has to fit k and v too
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "step", "exponential", "quadratic"])
+def test_deepest_model_of_every_schedule(schedule):
+    """Beside a search through all depths."""
+    def at(depth):
+        return GPTConfig(16, 50, depth, 2, 2, 16, attn_ranks=ranks_over_depth(schedule, 12, 3, depth), mlp_ranks=(0.3,) * depth)
+    counts = [count_parameters(at(depth)) for depth in range(1, 20)]
+    for budget in (n + more for n in counts[:9:2] for more in (-1, 0) if n + more >= counts[0]):
+        assert solve_depth(at, budget).n_layer == max(depth for depth, n in enumerate(counts, 1) if n <= budget)
+
+
+# ---- flags
+
+SMALL = ["--depth", "3", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32", "--device-batch-size", "4", "--vocab-size", "300"]
+
+
+def flags(*more):
+    return build_parser().parse_args([*SMALL, *map(str, more)])
+
+
+def test_depths_at_which_the_flags_do_not_fit_together_are_passed_over():
+    """Width 16 × depth: 2 key/value heads need an even number of heads, rank 40 a width of 40."""
+    def at(budget, *more):
+        return flags("--model-dim", -1, "--aspect-ratio", 16, "--n-kv-head", 2, "--mlp-rank", 40, "--budget-params", budget, *more)
+
+    counts = {depth: count_parameters(model_config(at(1, "--depth", depth), 300)) for depth in (4, 6, 8, 10, 12)}
+    for budget in (200_000, 400_000, 10**6):
+        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == max(depth for depth, n in counts.items() if n <= budget)
+    frontier = budget_frontier(at(400_000), 300)
+    assert len(frontier) > 1 and [config.n_layer for config in frontier] == [4, 6, 8, 10, 12][:len(frontier)]
+    with pytest.raises(InputError, match=r"--budget-params 10000: even 4 layer\(s\) have"):
+        solve_budget(at(10_000, "--solve", "depth"), 300)
+
+
+def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    more = ("--attn-rank", 0.5, "--mlp-rank", 0.25, "--budget-params", 40_000)
+    base_train.main([*SMALL, *map(str, more), "--plan"])
+    lines = capsys.readouterr().out.splitlines()
+    full = account(solve_budget(flags(), 300))
+    assert not (tmp_path / "nothing").exists()
+    assert lines[2].split()[:6] == ["3", "32", "full", "full", f"{full['params/total']:,}", "1.00"]
+    rows = [line.split() for line in lines[3:] if re.match(r" *\d", line)]
+    assert [int(row[0]) for row in rows] == list(range(1, 13)) and lines[-1].startswith("deeper models may fit too")
+    for row in rows:
+        config = solve_budget(flags("--depth", row[0], *more, "--solve", "rank"), 300)
+        cost = account(config)
+        assert row[2:4] == [str(config.attn_ranks[0]), str(config.mlp_ranks[0])]
+        assert row[4:6] == [f"{cost['params/total']:,}", f"{cost['params/total'] / full['params/total']:.2f}"]
+        assert row[6:8] == [f"{cost['flops/per_token'] / 1e6:,.1f}", f"{cost['flops/per_token'] / full['flops/per_token']:.2f}"]
+        dense = count_parameters(solve_budget(flags("--depth", row[0]), 300))
+        assert (row[-1] == "too") == (dense <= 40_000)
+
+
+def test_plan_predicts_the_memory_that_a_dry_run_predicts(capsys):
+    more = ["--mlp-rank", "8", "--budget-params", "40000"]
+    base_train.main([*SMALL, *more, "--plan"])
+    row = [line.split() for line in capsys.readouterr().out.splitlines()][5]
+    assert row[0] == "3"
+    base_train.main([*SMALL, *more, "--solve", "rank", "--dry-run"])
+    predicted = int(re.search(r"mem/predicted_peak_bytes +([\d,]+)", capsys.readouterr().out)[1].replace(",", ""))
+    assert row[8] == f"{predicted / 2**20:,.0f}"
+
+
+def test_plan_stops_where_rank_1_no_longer_fits():
+    args = flags("--budget-params", 24_000)
+    last = budget_frontier(args, 300)[-1].n_layer
+    assert last < 12
+    with pytest.raises(InputError, match="even rank 1"):
+        solve_budget(flags("--depth", last + 1, "--budget-params", 24_000, "--solve", "rank"), 300)
+
+
+@pytest.mark.parametrize("more,message", [
+    ((), r"--plan: needs --budget-params"),
+    (("--budget-params", 40_000, "--solve", "rank"), r"--plan: .* without --solve"),
+    (("--budget-params", 5_000), r"--budget-params 5000: at depth 1 even rank 1 in every layer has 19,\d+ parameters"),
+    (("--budget-params", 40_000, "--mlp-rank", 8, "--rank-schedule", "8,4,2"), r"--plan: --rank-schedule 8,4,2 has one rank a layer"),
+    (("--budget-params", "40k"), r"--budget-params 40k: neither a whole number such as 10_000_000 nor a run's tag: .*40k: not a run folder"),
+    (("--budget-params", 40_000, "--mlp-rank", 99), r"--mlp-rank.*rank 99 does not fit"),
+    (("--budget-params", 40_000, "--total-batch-size", 100), r"--total-batch-size 100: not a multiple")])
+def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(InputError, match=message) as e:
+        base_train.main([*SMALL, *map(str, more), "--plan"])
+    assert "\n" not in str(e.value)
+
+
+def test_a_list_of_ranks_leaves_no_depth_to_solve_for():
+    with pytest.raises(InputError, match=r"--solve depth: --rank-schedule 8,4,2 .* use --solve rank"):
+        solve_budget(flags("--budget-params", 40_000, "--solve", "depth", "--mlp-rank", 8, "--rank-schedule", "8,4,2"), 300)
+
+
+def test_ranks_in_short():
+    assert [ranks_in_short(r) for r in ((), (8, 8, 8), (10, 90, 10), (100, 46, 22, 10))] == ["full", "8", "10…90…10", "100…22…10"]
