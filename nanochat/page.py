@@ -1,12 +1,18 @@
 """A page written once as a flat list of blocks, rendered as markdown and as one self-contained HTML file.
 
 Blocks are plain tuples: ("heading", text), ("subheading", text), ("paragraph", text), ("warning", text), ("list", items),
-("table", header, rows, kind), ("figure", file name, caption), ("details", summary, text). In a table a row of a single cell
-is a subheading; kind is "numbers", "text" or "samples"; a cell may end in a ratio such as " ×0.53".
+("table", header, rows, kind), ("runs", header, rows, filters), ("figure", file name, caption), ("details", summary, text).
+In a table a row of a single cell is a subheading; kind is "numbers", "text" or "samples"; a cell may end in a ratio such as
+" ×0.53". A table of runs sorts by any column and has a drop-down for each column named in `filters`; its cells are text,
+numbers, None where there is no value, or (text, the number it sorts by). Figures are {file name: PNG bytes, or (PNG bytes,
+hotspots)}: a hotspot (x, y, text) names what is drawn there, x and y as fractions of the picture from its top left.
 """
 import base64
+import hashlib
 import html
+import math
 import re
+from pathlib import Path
 
 RATIO = re.compile(r" ×\d[\d.]*$")
 NO_RATIO = " " * len(" ×0.705")
@@ -42,6 +48,8 @@ def to_markdown(blocks: list[tuple]) -> str:
                 parts.append("\n".join(f"- {in_markdown(item)}" for item in items))
             case ("table", header, rows, kind):
                 parts.append(markdown_table(header, rows, kind))
+            case ("runs", header, rows, _):
+                parts.append(markdown_table(header, [[shown(cell) for cell in row] for row in rows], "numbers"))
             case ("figure", file, caption):
                 parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption)}")
             case ("details", summary, words):
@@ -68,7 +76,7 @@ def in_html(words: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(words))
 
 
-def to_html(blocks: list[tuple], figures: dict[str, bytes]) -> str:
+def to_html(blocks: list[tuple], figures: dict) -> str:
     parts = []
     for block in blocks:
         match block:
@@ -84,11 +92,10 @@ def to_html(blocks: list[tuple], figures: dict[str, bytes]) -> str:
                 parts.append("<ul>" + "".join(f"<li>{in_html(item)}</li>" for item in items) + "</ul>")
             case ("table", header, rows, kind):
                 parts.append(html_table(header, rows, kind))
+            case ("runs", header, rows, filters):
+                parts.append(html_runs(header, rows, filters))
             case ("figure", file, caption):
-                data = base64.b64encode(figures[file]).decode()
-                width = int.from_bytes(figures[file][16:20], "big") * 2 // 3  # all figures' text at one size on the page
-                parts.append(f'<figure><img width="{width}" src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
-                             f"<figcaption>{in_html(caption)}</figcaption></figure>")
+                parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
                 parts.append(f"<details><summary>{in_html(summary)}</summary><pre>{html.escape(words)}</pre></details>")
     return "\n".join(parts)
@@ -98,10 +105,10 @@ def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     body = []
     for row in rows:
         if len(row) == 1:
-            body.append(f'<tr class="section"><th colspan="{len(header)}">{in_html(row[0])}</th></tr>')
+            body.append(f'<tr class="section"><th colspan="{len(header)}" scope="rowgroup">{in_html(row[0])}</th></tr>')
         else:
-            body.append(f"<tr><th>{in_html(row[0])}</th>" + "".join(f"<td>{html_cell(c)}</td>" for c in row[1:]) + "</tr>")
-    head = "".join(f"<th>{in_html(cell)}</th>" for cell in header)
+            body.append(f'<tr><th scope="row">{in_html(row[0])}</th>' + "".join(f"<td>{html_cell(c)}</td>" for c in row[1:]) + "</tr>")
+    head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in header)
     return (f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>' + "\n".join(body)
             + "</tbody></table></div>")
 
@@ -112,30 +119,88 @@ def html_cell(cell: str) -> str:
     return html.escape(value) + (f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else "")
 
 
-CSS = """
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1a1a1a; background: #fff; margin: 0; }
-main { max-width: 1120px; margin: 0 auto; padding: 24px 28px 60px; }
-h1 { font-size: 26px; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { font-size: 21px; margin: 40px 0 12px; } h3 { font-size: 16px; margin: 22px 0 6px; }
-.wide { overflow-x: auto; margin: 14px 0; }
-table { border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 11px; border-bottom: 1px solid #e3e3e3; vertical-align: top; }
-th { text-align: left; font-weight: 500; white-space: nowrap; } thead th { font-weight: 700; border-bottom: 2px solid #555; }
-.numbers td, .numbers thead th + th { text-align: right; }
-.numbers thead th { white-space: normal; vertical-align: bottom; } .numbers td { white-space: nowrap; }
-.text td, .samples td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; min-width: 130px; }
-.section th { font-weight: 700; padding-top: 14px; border-bottom: 1px solid #999; }
-.ratio { color: #0b5394; display: inline-block; min-width: 4em; padding-left: 6px; text-align: left; }
-.warning { background: #fff4e0; border-left: 4px solid #d55e00; padding: 8px 14px; margin: 10px 0; }
-figure { margin: 20px 0 30px; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: 14px; }
-pre { background: #f6f6f6; padding: 10px 14px; font-size: 13px; overflow-x: auto; } summary { cursor: pointer; }
-@media print { main { max-width: none; padding: 0; } body { font-size: 11pt; } table { font-size: 9pt; } th, td { padding: 2px 7px; }
-  .wide { overflow: visible; } figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
-"""
+# ---- pictures that name their points, tables that sort --------------------------------------------------------------
+
+def html_figure(figure, caption: str) -> str:
+    png, hotspots = figure if isinstance(figure, tuple) else (figure, ())
+    width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))
+    src = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(caption)}">'  # all figures' text at one size on the page
+    if not hotspots:
+        return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
+    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12"><title>{html.escape(text)}</title></circle>'
+                     for x, y, text in hotspots)
+    return (f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
+            f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
+            "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys.</span></figcaption></figure>")
 
 
-def to_page(title: str, blocks: list[tuple], figures: dict[str, bytes]) -> str:
-    """The whole page: style and pictures inside, nothing fetched."""
+def shown(cell) -> str:
+    """A cell of a table of runs as text."""
+    if isinstance(cell, tuple):
+        return cell[0]
+    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+        return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"
+    return "–" if cell is None else str(cell)
+
+
+def value(cell) -> float | str | None:
+    """What a cell of a table of runs sorts by: a number, its text, or None (no value, nan, inf), which comes last."""
+    cell = cell[1] if isinstance(cell, tuple) else cell
+    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+        return cell if math.isfinite(cell) else None
+    return None if cell in (None, "") else str(cell)
+
+
+def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
+    numeric = [any(isinstance(value(row[i]), (int, float)) for row in rows) for i in range(len(header))]
+    kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
+    head = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(header, kinds))
+    tags = ['th scope="row"'] + ["td"] * len(header)
+    body = "\n".join("<tr>" + "".join(map(runs_cell, row, tags, kinds)) + "</tr>" for row in rows)
+    menus = "".join(drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters)
+    return (f'<div class="runs"><form hidden autocomplete="off"><label>Search <input type="search"></label>{menus}'
+            f"<span>Click a column's name to sort by it.</span></form>"
+            f'<div class="wide" role="region" aria-label="Table of runs" tabindex="0">'
+            f'<table><caption aria-live="polite">{len(rows)} rows</caption><thead><tr>{head}</tr></thead>\n'
+            f"<tbody>{body}</tbody></table></div></div>")
+
+
+def runs_cell(cell, tag: str, kind: str) -> str:
+    by = value(cell)
+    by = " data-missing" if by is None else "" if isinstance(by, str) else f' data-value="{by}"'
+    return f"<{tag}{kind}{by}>{html.escape(shown(cell))}</{tag[:2]}>"
+
+
+def drop_down(name: str, column: int, cells: list) -> str:
+    """The distinct texts of a column as a menu: numbers by value, then text, then what has no value."""
+    def order(cell):
+        by = value(cell)
+        return (2, 0, "") if by is None else (1, 0, by) if isinstance(by, str) else (0, by, "")
+    options = dict.fromkeys(html.escape(shown(cell)) for cell in sorted(cells, key=order))
+    return (f'<label>{html.escape(name)} <select data-column="{column}"><option value="">all</option>'
+            + "".join(f'<option value="{text}">{text}</option>' for text in options) + "</select></label>")
+
+
+# ---- the whole page -------------------------------------------------------------------------------------------------
+
+CSS = Path(__file__).with_name("page.css").read_text("utf-8")
+SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
+
+
+def policy(script: str) -> str:
+    """A Content-Security-Policy that lets the page run its own style and script and show its own pictures, and nothing else."""
+    def only(source):
+        return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" if source else "'none'"
+    return f"default-src 'none'; img-src data:; style-src {only(CSS)}; script-src {only(script)}; base-uri 'none'; form-action 'none'"
+
+
+def to_page(title: str, blocks: list[tuple], figures: dict) -> str:
+    """The whole page: style, script and pictures inside, nothing fetched. A page with nothing to sort or to point at has no script."""
+    body = to_html(blocks, figures)
+    script = SCRIPT if '<div class="runs">' in body or '<div class="picture">' in body else ""
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
             f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n"
-            f"<body><main><h1>{html.escape(title)}</h1>\n{to_html(blocks, figures)}\n</main></body></html>\n")
+            f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>" + (f"<script>{script}</script>" if script else "")
+            + "</body></html>\n")

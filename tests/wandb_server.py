@@ -1,0 +1,126 @@
+"""A stand-in for W&B's server: what the real client of the installed wandb sends to it, it keeps and hands out again when asked.
+
+It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb.Api().runs` and `Run.scan_history` send. `runs` is its whole
+memory, plain JSON: {id: {"displayName", "group", "state", "config": text, "summaryMetrics": text, "history": [text, …]}}.
+"""
+import contextlib
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class WandbServer(ThreadingHTTPServer):
+    """One project, lab/proj. `status` is the HTTP status of all answers."""
+
+    def __init__(self, runs=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.runs, self.url, self.status = runs or {}, f"http://127.0.0.1:{self.server_port}", 200
+        self.daemon_threads = True
+
+    # ---- what wandb-core sends while a run trains ----
+
+    def upsert(self, given: dict) -> dict:
+        """A run is registered, or its configuration changes."""
+        new = {"displayName": given["name"], "group": None, "state": "running", "config": "{}", "summaryMetrics": "{}", "history": []}
+        run = self.runs.setdefault(given["name"], new)
+        run |= {key: given[key] for key in ("displayName", "config", "summaryMetrics") if given.get(key)}
+        run["group"] = given.get("groupName") or run["group"]
+        project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}}
+        bucket = {"id": given["name"], "name": given["name"], "displayName": run["displayName"], "config": run["config"],
+                  "project": project, "description": None, "sweepName": None, "historyLineCount": len(run["history"])}
+        return {"upsertBucket": {"inserted": True, "bucket": bucket}}
+
+    def stream(self, run_id: str, sent: dict):
+        """Lines of the history, the summary, the end."""
+        run = self.runs[run_id]
+        for name, chunk in (sent.get("files") or {}).items():
+            if name == "wandb-history.jsonl":
+                run["history"][chunk["offset"]:] = chunk["content"]
+            elif name == "wandb-summary.json":
+                run["summaryMetrics"] = chunk["content"][-1]
+        if sent.get("complete"):
+            run["state"] = "finished" if sent.get("exitcode") == 0 else "failed"
+
+    # ---- what wandb.Api asks ----
+
+    def node(self, run_id: str) -> dict:
+        run = self.runs[run_id]
+        steps = [json.loads(line)["_step"] for line in run["history"]]
+        return {"id": run_id, "name": run_id, "projectId": "1", "tags": [], "readOnly": False, "createdAt": "2026-01-01T00:00:00",
+                "systemMetrics": "{}", "user": {"name": "lab", "username": "lab"}, "historyLineCount": len(steps),
+                "historyKeys": {"lastStep": max(steps, default=-1), "keys": {}},
+                **dict.fromkeys(("sweepName", "jobType", "commit", "heartbeatAt", "description", "notes")),
+                **{key: run[key] for key in ("displayName", "group", "state", "config", "summaryMetrics")}}
+
+    def page(self, given: dict) -> dict | None:
+        """One page of the project's runs that match the filters, here always {} or {"group": name}."""
+        if (given["entity"], given["project"]) != ("lab", "proj"):
+            return None
+        group = json.loads(given["filters"]).get("group")
+        found = [run_id for run_id, run in self.runs.items() if group in (None, run["group"])]
+        first = int(given["cursor"] or 0)
+        page = found[first:first + given["perPage"]]
+        edges = [{"node": self.node(run_id), "cursor": str(first + i + 1)} for i, run_id in enumerate(page)]
+        more = first + len(page) < len(found)
+        return {"internalId": "1", "runCount": len(found), "readOnly": False,
+                "runs": {"edges": edges, "pageInfo": {"endCursor": str(first + len(page)), "hasNextPage": more}}}
+
+    def answer(self, operation: str, query: str, given: dict) -> dict:
+        """The `data` of a GraphQL answer."""
+        if "viewer {" in query:
+            return {"viewer": {"id": "u", "entity": "lab", "username": "lab", "email": "a@b.c", "flags": "{}", "teams": {"edges": []}}}
+        if operation == "UpsertBucket":
+            return self.upsert(given)
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
+            return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
+        if "historyKeys }" in query:
+            return {"project": {"run": {"historyKeys": self.node(given["name"])["historyKeys"]}}}
+        if operation == "RunParquetHistory":
+            live = [{"_step": json.loads(line)["_step"]} for line in self.runs[given["runName"]]["history"]]
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+        if operation == "HistoryPage":
+            rows = [json.loads(line, parse_constant=str) for line in self.runs[given["run"]]["history"]]  # NaN goes out as "NaN"
+            rows = [json.dumps(row) for row in rows if given["minStep"] <= row["_step"] < given["maxStep"]]
+            return {"project": {"run": {"history": rows}}}
+        if "runs(filters" in query:
+            return {"project": self.page(given)}
+        return {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        answer = {}
+        if self.path == "/graphql":
+            sent = json.loads(body)
+            answer = {"data": self.server.answer(sent.get("operationName"), sent["query"], sent.get("variables") or {})}
+        elif self.path.endswith("/file_stream"):
+            self.server.stream(self.path.split("/")[-2], json.loads(body))
+        data = json.dumps(answer).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_PUT = do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(runs=None):
+    """A WandbServer on a free port while the block runs."""
+    with WandbServer(runs) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
