@@ -1,0 +1,183 @@
+"""Many runs as configurations: which runs differ in the seed alone, what tells the others apart, which of them nothing beats."""
+import functools
+import math
+import shlex
+from dataclasses import dataclass
+from statistics import median
+
+from nanochat.metrics import Run
+
+# Flags that change neither the model nor its training nor what it costs ...
+FREE = {"run", "model_tag", "seed", "resume", "dry_run", "plan", "save_every", "sample_every", "keep", "max_bad_steps", "eval_every",
+        "ppl_thresholds"}
+# ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
+RESOLVED = {"aspect_ratio", "rank_end", "budget_params", "solve", "target_flops", "target_param_data_ratio", "data", "eval_tokens",
+            "device_type", "dtype"}
+MODEL = {"n_layer": "depth", "n_embd": "model_dim", "sequence_len": "max_seq_len", "attn_ranks": "attn_rank", "mlp_ranks": "mlp_rank"}
+PLAN = ("num_iterations", "total_batch_size", "matrix_lr", "tokenizer_hash", "val_tokens")
+RANKS = ("attn_rank", "mlp_rank", "lm_head_rank")
+MACHINE = ("device_type", "device_name", "dtype", "processes", "threads")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs that differ in nothing but the seed (and free things such as names)."""
+    name: str               # short: what tells it from the other configurations, e.g. "attn 96, mlp 96"; "full rank" where that is all
+    runs: tuple[Run, ...]   # ordered by seed
+    low_rank: bool          # any rank above 0
+    settings: dict          # flag (underscored) -> what it was resolved to; a rank is a number, or "100-50-20-5" where it varies over depth
+
+    def values(self, key: str) -> list[float]:
+        """Finite values of a summary key, or of step_time (seconds), over the finished runs."""
+        return [v for run in self.runs if finished(run) and (v := value(run, key)) is not None]
+
+    def mean(self, key: str) -> float | None:
+        found = self.values(key)
+        return sum(found) / len(found) if found else None
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def finished(run: Run) -> bool:
+    return run.summary.get("status") == "finished"
+
+
+def value(run: Run, key: str) -> float | None:
+    """A finite number of the summary, or step_time (seconds); None where there is none."""
+    number = step_seconds(run) if key == "step_time" else run.summary.get(key)
+    return number if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number) else None
+
+
+def step_seconds(run: Run) -> float | None:
+    """Median of train/dt, seconds a step, after the first 10 steps (of a shorter run: all but the first)."""
+    times = [entry["train/dt"] for entry in run.history if isinstance(entry.get("train/dt"), (int, float))]
+    times = times[10:] or times[1:]
+    return median(times) if times else None
+
+
+def seed(run: Run) -> int:
+    return run.config.get("seed", run.config.get("flags", {}).get("seed", 0))
+
+
+def settings(run: Run, defaults: dict) -> dict:
+    """What shaped the run, by the names of the flags, as resolved: a budget as the depth and ranks it gave, -1 as what it stood for,
+    the data by their fingerprints; and the machine. defaults: of flags that the run's version did not have.
+    """
+    derived, device = run.config.get("derived", {}), run.config.get("device", {})
+    model, corpus = derived.get("model", {}), derived.get("corpus", {})
+    found = {k: v for k, v in (defaults | run.config.get("flags", {})).items() if k not in FREE | RESOLVED}
+    found |= {MODEL.get(k, k): v for k, v in model.items() if k != "n_head"}
+    if model.get("n_head"):
+        found["head_dim"] = model["n_embd"] // model["n_head"]
+    found |= {k: derived[k] for k in PLAN if k in derived}
+    found |= {f"{split}_fingerprint": corpus.get(f"{split}_fingerprint") for split in ("train", "val")}
+    found |= {key: device.get(key.removeprefix("device_")) for key in MACHINE}
+    return {k: rank_over_depth(v) if k in RANKS else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
+
+
+def rank_over_depth(ranks) -> float | str:
+    """0 for full rank, a number for one rank in every layer, else "100-50-20-5"."""
+    if not isinstance(ranks, (list, tuple)):
+        return ranks
+    return (ranks[0] if ranks else 0) if len(set(ranks)) < 2 else "-".join(f"{r:g}" for r in ranks)
+
+
+@functools.cache
+def flag_defaults() -> dict:
+    from nanochat.plan import build_parser  # takes torch with it: a second or two that most reports need not pay
+    return vars(build_parser().parse_args([]))
+
+
+# ---- many -----------------------------------------------------------------------------------------------------------
+
+def configurations(runs: list[Run]) -> list[Configuration]:
+    """The runs by configuration, in the order of their first appearance."""
+    flags = [run.config.get("flags", {}).keys() for run in runs]
+    defaults = flag_defaults() if any(f != flags[0] for f in flags) else {}  # runs of different versions
+    groups = []  # [(settings, [run, ...])]
+    for run in runs:
+        ours = settings(run, defaults)
+        members = next((members for theirs, members in groups if theirs == ours), None)
+        if members is None:
+            groups.append((ours, members := []))
+        members.append(run)
+    names = short_names([s for s, _ in groups], [members[0].name for _, members in groups])
+    return [Configuration(name, tuple(sorted(members, key=seed)), any(s.get(key) for key in RANKS), s)
+            for name, (s, members) in zip(names, groups)]
+
+
+def short_names(described: list[dict], tags: list[str]) -> list[str]:
+    """The ranks, and then one differing setting after the other until all names differ."""
+    names = [[rank_name(s)] for s in described]
+    order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
+    others = sorted({key for s in described for key in s} - set(order) - set(RANKS))
+    for key in order + others:
+        kinds = {}  # name so far -> values of this setting among those that bear it
+        for name, s in zip(names, described):
+            kinds.setdefault(tuple(name), set()).add(s.get(key))
+        if any(len(values) > 1 for values in kinds.values()) or (key in order[:2] and len({s.get(key) for s in described}) > 1):
+            for name, s in zip(names, described):
+                name.append(setting_name(key, s.get(key)))
+    joined = [", ".join(filter(None, name)) for name in names]
+    return [name if joined.count(name) == 1 else f"{name} ({tag})" for name, tag in zip(joined, tags)]
+
+
+def rank_name(s: dict) -> str:
+    """"attn 96, mlp 96", "attn 100…5" over many layers, or "full rank"."""
+    parts = []
+    for key, label in zip(RANKS, ("attn", "mlp", "head")):
+        rank = s.get(key)
+        if isinstance(rank, str) and rank.count("-") > 5:
+            rank = f"{rank.split('-')[0]}…{rank.split('-')[-1]}"
+        if rank:
+            parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
+    return ", ".join(parts) or "full rank"
+
+
+def setting_name(key: str, setting) -> str:
+    words = key.replace("_", " ")
+    if setting is None:
+        return f"{words} unset"  # in a run of a version without it
+    if isinstance(setting, bool):
+        return words if setting else f"no {words}"
+    shown = f"{setting:g}" if isinstance(setting, float) else str(setting)
+    return {"depth": f"{shown} layers", "model_dim": f"width {shown}", "rank_schedule": shown, "device_name": f"on {shown}",
+            "threads": f"{shown} threads", "processes": f"{shown} processes"}.get(key, f"{words} {shown}")
+
+
+def axes(configs: list[Configuration]) -> dict[str, list]:
+    """{flag: its distinct values, numbers in order before words} of the settings that differ between configurations."""
+    found = {}
+    for key in dict.fromkeys(key for c in configs for key in c.settings):
+        distinct = list(dict.fromkeys(c.settings.get(key) for c in configs))
+        if len(distinct) > 1:
+            found[key] = sorted(distinct, key=lambda v: (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)))
+    return found
+
+
+def pareto(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point equals or beats in both coordinates (smaller is better), by the first coordinate.
+
+    Of points that coincide the first is kept. A point that is not finite is never among them.
+    """
+    front, best = [], math.inf
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if all(map(math.isfinite, points[i])) and points[i][1] < best:
+            front.append(i)
+            best = points[i][1]
+    return front
+
+
+def paste_flags(config: Configuration) -> str:
+    """The flags of scripts.base_train that make these runs, defaults left out, without tag, wandb name and seed; shell-quoted."""
+    run, defaults = config.runs[0], flag_defaults()
+    words = []
+    for key, given in run.config.get("flags", {}).items():
+        if key in ("run", "model_tag", "seed", "resume", "dry_run") or given is None or (key in defaults and given == defaults[key]):
+            continue
+        if key == "budget_params" and not str(given).replace("_", "").isdigit():
+            given = run.summary.get("params/total", given)  # it named a run, which need not exist where this is pasted
+        words.append("--" + key.replace("_", "-"))
+        if given is not True:
+            words.append(",".join(f"{v:g}" for v in given) if isinstance(given, list) else shlex.quote(str(given)))
+    return " ".join(words)
