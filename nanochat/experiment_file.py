@@ -1,0 +1,115 @@
+"""The experiment file as it is written: TOML, its presets, and the names and kinds of what it holds. See nanochat/experiment.py."""
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from nanochat.common import InputError
+from nanochat.plan import build_parser
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEYS = {"question": str, "cost": str, "baseline": bool, "seeds": list, "processes": int, "flags": dict, "points": dict, "grid": dict}
+SWEEPS_OWN = {"model-tag": "the sweep names the runs", "run": "give --run to scripts.sweep", "resume": "the sweep resumes by itself",
+              "seed": "write seeds = [1, 2]", "dry-run": "use scripts.sweep --plan", "plan": "use scripts.sweep --plan"}
+SHARED = ("data", "vocab-size")  # perplexities of another text or vocabulary are no points of one comparison
+
+
+def load_toml(path: Path) -> dict:
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such experiment file") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: invalid UTF-8 at byte {e.start}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise InputError(f"{path}: not TOML: {e}") from None
+    check_keys(path, content, {**KEYS, "preset": dict})
+    for name, table in content.get("preset", {}).items():
+        if not isinstance(table, dict):
+            raise InputError(f"{path}: preset.{name} is not a table; write [preset.{name}]")
+        check_keys(f"{path}: [preset.{name}]", table, KEYS)
+    return content
+
+
+def check_keys(where, table: dict, known: dict):
+    for key, value in table.items():
+        if key not in known:
+            hint = "; flags of base_train belong into [flags], [grid] or a point" if key in flag_names() else nearest(key, known)
+            raise InputError(f"{where}: unknown key {key}{hint}; there are {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool) != (known[key] is bool):
+            words = {str: "text", bool: "true or false", list: "a list", int: "a whole number", dict: "a table"}
+            raise InputError(f"{where}: {key} is to be {words[known[key]]}")
+
+
+def choose_preset(content: dict, preset: str, path: Path) -> dict:
+    """The file's content under a preset: flags, grid and points are added to, everything else is replaced."""
+    presets = content.get("preset", {})
+    if presets and not preset:
+        raise InputError(f"--preset is missing: {path} has {', '.join(presets)}")
+    if preset and preset not in presets:
+        raise InputError(f"--preset {preset}: {path} has {', '.join(presets) or 'no presets'}{nearest(preset, presets)}")
+    spec = {key: value for key, value in content.items() if key != "preset"}
+    for key, value in presets.get(preset, {}).items():
+        if key == "points":
+            before = spec.get("points", {})
+            value = {name: merged(before.get(name, {}), value.get(name, {})) for name in {**before, **value}}
+        elif isinstance(value, dict):
+            value = {**spec.get(key, {}), **value}
+        spec[key] = value
+    return spec
+
+
+def merged(before, after):
+    return {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else after
+
+
+# ---- checks of what is written --------------------------------------------------------------------------------------
+
+def flag_names() -> list[str]:
+    return [name.replace("_", "-") for name in vars(build_parser().parse_args([]))]
+
+
+def nearest(word: str, words) -> str:
+    """'; did you mean …?', or nothing."""
+    found = difflib.get_close_matches(word.replace("_", "-"), list(words), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True):
+    """Names and kinds of values; the flags themselves judge the values."""
+    names = flag_names()
+    for flag, value in table.items():
+        if flag in SWEEPS_OWN:
+            raise InputError(f"{where}: {flag} is not to be given: {SWEEPS_OWN[flag]}")
+        if flag not in names:
+            raise InputError(f"{where}: {flag} is no flag of base_train{nearest(flag, names)}")
+        if flag in SHARED and not shared:
+            raise InputError(f"{where}: {flag} has to be the same in all runs: write it in [flags]")
+        if isinstance(value, list) and not lists:
+            raise InputError(f"{where}: {flag} has a list: what varies belongs into [grid] or a point; a list of one flag is text, as in {flag} = \"100,50\"")
+        if not isinstance(value, list) and not scalars:
+            raise InputError(f"{where}: {flag} has one value: write it in [flags], or as a list")
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, (int, float, str)) for v in values):
+            raise InputError(f"{where}: {flag} is to be a number, text, true or false, or a list of some")
+
+
+def check_point(name: str, table):
+    where = f"[points.{name}]"
+    if not isinstance(table, dict):
+        raise InputError(f"points.{name} is not a table; write [points.{name}] and its flags below")
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"{where}: a name of letters, digits, '.', '-' and '_', for it becomes the name of a folder")
+    check_flags(where, {k: v for k, v in table.items() if k not in ("seeds", "paired-with")}, shared=False)
+    if not isinstance(table.get("paired-with", ""), str):
+        raise InputError(f"{where}: paired-with is to be the name of a point")
+
+
+def whole_numbers(where: str, values, minimum: int) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and v >= minimum for v in values) or len(set(values)) < len(values):
+        raise InputError(f"{where}: give whole numbers >= {minimum}, each once")
+    return values

@@ -1,0 +1,51 @@
+"""A sweep as a W&B sweep: the server deals out the points, agents on any machines run them.
+
+The grid has one parameter, `task`, the tag of a point. An agent's command, `python -m scripts.sweep FILE --task=TAG`, starts base_train
+with that point's flags (under torchrun where it has several processes, with --resume auto). A W&B grid over the flags themselves would
+be every combination of their values: it cannot say "these points, each once", nor pair a low-rank run with its baseline, nor name the
+run folders. The flags of every run are in its W&B config, where columns, filters and parameter importance find them.
+"""
+import json
+import os
+
+from nanochat import common
+from nanochat.common import InputError
+from nanochat.experiment import Point, Sweep
+
+
+def register(sweep: Sweep, args):
+    """Register the runs that are not finished, or, with WANDB_MODE=offline, write what registers them; say how to start agents.
+
+    args: of scripts.sweep; used here is run, the wandb name ('dummy': the sweep's). InputError if W&B refuses.
+    """
+    points = [p for p in sweep.points if p.status() != "finished"]
+    if not points:
+        return print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
+    path = sweep.folder / "wandb_sweep.yaml"
+    common.write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2) + "\n")  # JSON is YAML
+    project = os.environ.get("WANDB_PROJECT", "nanochat-lowrank")
+    if os.environ.get("WANDB_MODE") == "offline":
+        print(f"{path}: {len(points)} runs\n  wandb sweep --project {project} {path}   # registers them, and says how to start agents")
+        return
+    import wandb
+    try:
+        sweep_id = wandb.sweep(json.loads(path.read_text()), project=project)
+    except (wandb.Error, OSError) as e:
+        said = " ".join(str(e).split()).rstrip(".")
+        raise InputError(f"--launcher wandb: {said}; run `wandb login`, or register {path} later with: wandb sweep") from None
+    print(f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
+          f"  CUDA_VISIBLE_DEVICES=0 wandb agent --project {project} {sweep_id}")
+
+
+def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
+    """The W&B sweep over `points`, each once. run: the wandb name to log under."""
+    return {
+        "name": sweep.name,
+        "description": "\n".join(filter(None, [sweep.question, sweep.cost, *(f"{p.tag}: {' '.join(p.varying)}".rstrip(": ") for p in points)])),
+        "program": "scripts/sweep.py",
+        "method": "grid",
+        "metric": {"name": "val/ppl", "goal": "minimize"},
+        "parameters": {"task": {"values": [p.tag for p in points]}},
+        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", str(sweep.file), *(["--preset", sweep.preset] if sweep.preset else []),
+                    "--data", sweep.data, "--run", sweep.name if run == "dummy" else run, "${args}"],
+    }

@@ -1,0 +1,272 @@
+"""Run an experiment file: every point is a run of scripts.base_train, and one report over all of them comes out.
+
+    python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset small --plan     what it is and what it costs
+    python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset small            run it, here
+    python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset full --launcher slurm --sbatch="--gpus-per-node=8"
+
+The same command again, after whatever ended it: finished runs are skipped, interrupted ones go on, failed ones are tried again.
+The format of the file is in nanochat/experiment.py; logs and report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
+"""
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from nanochat import common, metrics
+from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat.dataloader import cached_tokens
+from nanochat.dataset import open_corpus
+from nanochat.experiment import Point, Sweep, read_experiment
+from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
+from nanochat.local import claim_path, finished_rate, places, run_all
+from nanochat.rank import account, predict_peak
+from nanochat.tokenizer import load_tokenizer, tokenizer_path
+
+
+def build_parser():
+    parser = ArgumentParser("Run all points of an experiment file, and report on them.")
+    add = parser.add_argument
+    add("experiment", type=Path, help="the file: see dev/experiments/")
+    add("--preset", default="", help="which of the file's presets; needed where it has some")
+    add("--data", default="", help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, or a folder")
+    add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
+    add("--run", default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
+    add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
+    add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
+    add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')
+    add("--plan", action="store_true", help="print all points and what they cost, and exit")
+    add("--report", action="store_true", help="only make the report, over what is finished")
+    add("--task", default="", metavar="TAG", help="run this one point in the foreground; exit code 75: stopped by a signal, state saved")
+    add("--launched", type=whole_number(1), default=None, metavar="PID", help="with --task, from the local launcher: it holds the run's lock, and once this process is gone the run saves and stops")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    sweep = load(args)
+    if args.plan:
+        return print_plan(sweep, args)
+    if args.report:
+        return make_report(sweep, args)
+    if args.task:
+        return run_task(sweep, sweep.point(args.task), args)
+
+    if args.launcher == "local":
+        places(sweep, args.j)  # that there are any is known before anything is tokenised
+    prepare(sweep)
+    if args.launcher == "slurm":
+        from nanochat import slurm
+        return slurm.submit(sweep, args)
+    if args.launcher == "wandb":
+        from nanochat import wandb_sweep
+        return wandb_sweep.register(sweep, args)
+    failed, stopped = run_all(sweep, args, task_command)
+    if stopped:
+        print(f"{sweep.name}: stopped; the same command goes on")
+        sys.exit(130 if stopped == "SIGINT" else common.REQUEUE)
+    make_report(sweep, args)
+    if failed:
+        print(f"{sweep.name}: {len(failed)} of {len(sweep.points)} runs failed; the same command tries them again")
+        for tag, (why, log, last) in failed.items():
+            print(f"  {tag}: {why}, {log}", *(f"    {line}" for line in last), sep="\n")
+        sys.exit(1)
+
+
+def load(args) -> Sweep:
+    return read_experiment(args.experiment, args.preset, args.data)
+
+
+# ---- what all runs share --------------------------------------------------------------------------------------------
+
+def prepare(sweep: Sweep):
+    """Tokenizer and token cache, once, before the runs that need them. InputError if a run of this name is another run."""
+    tokenizer, corpus = prepare_tokenizer(sweep), open_corpus(sweep.data)
+    check_existing(sweep, tokenizer, corpus)
+    for shard in (*corpus.train, *corpus.val):
+        cached_tokens(shard, tokenizer)
+
+
+def prepare_tokenizer(sweep: Sweep):
+    with common.locked(common.get_base_dir() / "locks" / "tokenizer.lock"):  # two tasks of a cluster may come here at once
+        if not tokenizer_path().exists():
+            from scripts import tok_train
+            tok_train.main(["--data", sweep.data, "--vocab-size", str(sweep.vocab_size)])
+    tokenizer = load_tokenizer()
+    if tokenizer.vocab_size != sweep.vocab_size:
+        raise InputError(f"{tokenizer_path()}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size {sweep.vocab_size}; "
+                         "give this experiment a base directory of its own: NANOCHAT_BASE_DIR=…")
+    return tokenizer
+
+
+def check_existing(sweep: Sweep, tokenizer, corpus):
+    """Refuse to count a run of an earlier version of the file, or of other text, as one of this sweep."""
+    from scripts.base_train import differing_keys
+    derived = {"tokenizer_hash": tokenizer.hash, "corpus.train": corpus.fingerprint("train"), "corpus.val": corpus.fingerprint("val")}
+    wrong = {}
+    for point in (p for p in sweep.points if p.status() != "new"):
+        before = metrics.load_run(point.folder).config
+        there = before.get("derived", {}).get("corpus", {})
+        there = {"tokenizer_hash": before.get("derived", {}).get("tokenizer_hash"), "corpus.train": there.get("train_fingerprint"),
+                 "corpus.val": there.get("val_fingerprint")}
+        differing = differing_keys(before.get("flags", {}), vars(point.args)) + differing_keys(there, derived)
+        if differing:
+            wrong[point.tag] = differing
+    if wrong:
+        tag, differing = next(iter(wrong.items()))
+        raise InputError(f"{tag}: {metrics.runs_dir() / tag} is another run: {'; '.join(differing)}"
+                         + (f" (and {len(wrong) - 1} more such runs)" if len(wrong) > 1 else "")
+                         + "; rename the experiment file, or move these runs away")
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+def task_command(sweep: Sweep, point: Point, args) -> list[str]:
+    """A command that runs this point in the foreground."""
+    given = (("--preset", sweep.preset), ("--data", sweep.data), ("--run", args.run))
+    return [sys.executable, "-m", "scripts.sweep", str(sweep.file), *(word for pair in given if pair[1] for word in pair), "--task", point.tag]
+
+
+def run_task(sweep: Sweep, point: Point, args):
+    """Run one point here, to its end or until it is told to stop; exits with base_train's code."""
+    base = common.get_base_dir()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor_cache"))  # compiled once for all runs of a shape
+    argv = [*point.argv]
+    if args.run != "dummy":
+        argv += ["--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"]
+        os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
+        os.environ.setdefault("WANDB_TAGS", ",".join(word.replace(",", "-") for word in point.varying))
+    with contextlib.ExitStack() as held:
+        if args.launched:
+            stop_without(args.launched)
+        else:
+            held.enter_context(common.claimed(claim_path(point.tag), f"--task {point.tag}: this run"))
+        prepare_tokenizer(sweep)
+        if point.processes > 1:
+            sys.exit(torchrun(point, argv))
+        from scripts import base_train
+        base_train.main(argv)
+
+
+def stop_without(parent: int):
+    """Once the process that started this one is gone, that is a request to stop: nothing trains on unwatched, beside its successor."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def torchrun(point: Point, argv: list[str]) -> int:
+    """The exit code of a run of several processes. A request to stop goes to these, not to torchrun, which would kill them after 30 s."""
+    with common.stop_signals() as stop:
+        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.processes}",
+                                     "-m", "scripts.base_train", *argv])
+        told = False
+        while launcher.poll() is None:
+            if stop.wait(0.5) and not told:
+                for pid in children(launcher.pid) or [launcher.pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+                told = True
+            if told:
+                time.sleep(0.5)
+    if launcher.returncode and point.status() == "stopped":  # torchrun makes a 1 of every code
+        return common.REQUEUE
+    return launcher.returncode
+
+
+def children(pid: int) -> list[int]:
+    lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    return [int(child) for child, parent in map(str.split, lines) if int(parent) == pid]
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+def print_plan(sweep: Sweep, args):
+    """A line a run, and what all of them cost together."""
+    device_type = common.pick_device_type(sweep.points[0].args.device_type)
+    rate, source = finished_rate(sweep)
+    if not rate:
+        rate, source = measured_rate(sweep.points[0], device_type)
+    if device_type == "cuda":
+        rate *= sweep.processes
+    rows, total, left = [], 0, 0
+    for p in sweep.points:
+        cost, status = account(p.config), p.status()
+        itemsize = common.compute_dtype(p.args.dtype, device_type).itemsize
+        peak = predict_peak(p.config, p.args.device_batch_size, itemsize, p.plan["grad_accum_steps"] > 1)["mem/predicted_peak_bytes"]
+        flops = p.plan["tokens"] * cost["flops/per_token"]
+        total, left = total + flops, left + flops * (status != "finished")
+        rows.append([p.tag, status, human(cost["params/total"], COUNT), human(cost["flops/per_token"], FLOP), human(p.plan["tokens"], COUNT),
+                     human(flops, FLOP), human(peak, BYTES), human(flops / rate, TIME)])
+    header = ["run", "status", "parameters", "FLOPs/token", "tokens", "FLOPs", "peak memory", "time"]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print(*filter(None, [sweep.question, sweep.cost and f"cost, as the file has it: {sweep.cost}", ""]), sep="\n")
+    for row in [header, *rows]:
+        print(row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:])), sep="  ")
+    at_once = min(places_here(sweep, args.j), len(sweep.points)) if device_type == "cuda" else 1
+    print(f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(left, FLOP)}, an estimated {human(left / rate / at_once, TIME)} of training "
+          f"on this machine, {at_once} at a time; starts, evaluations and checkpoints come on top")
+    print(f"rate: {human(rate, FLOP)}/s a run, {source}; memory: the tensors of one process of a run, {itemsize * 8}-bit")
+    for label, kept in sweep.same:
+        print(f"note: {label} is the same run as {kept}: it runs once")
+    if len({p.plan["tokens"] for p in sweep.points}) > 1:
+        print("note: not all runs see the same number of tokens; fix it with num-iterations and total-batch-size if it is not what varies")
+
+
+def places_here(sweep: Sweep, j) -> int:
+    try:
+        return len(places(sweep, j))
+    except InputError:  # too few GPUs here: the plan is for another machine
+        return 1
+
+
+def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
+    """(FLOP/s, how it was found): forward and backward through two layers of this model, for a second or two."""
+    import torch
+
+    from nanochat.gpt import GPT
+    layers = min(2, point.config.n_layer)
+    config = replace(point.config, n_layer=layers, attn_ranks=point.config.attn_ranks[:layers], mlp_ranks=point.config.mlp_ranks[:layers])
+    per_token, T = account(config)["flops/per_token"], config.sequence_len
+    rows = point.args.device_batch_size
+    if device_type == "cpu":  # a part of a batch: a pass of half a second on an ordinary core
+        tokens = max(128, int(3e10 / per_token))
+        rows, T = max(1, min(rows, tokens // T)), min(T, tokens)
+    dtype = common.compute_dtype(point.args.dtype, device_type)
+    with torch.device(device_type):
+        model = GPT(config)
+        model.init_weights()
+        x = torch.randint(config.vocab_size, (rows, T))
+    times = []
+    while len(times) < 2 or sum(times) < 1.5:
+        started = time.perf_counter()
+        loss = model(x, x, dtype)
+        loss.backward()
+        loss.item()  # a GPU is done only now
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[1:])
+    threads = f", {torch.get_num_threads()} thread(s)" if device_type == "cpu" else ""
+    return (x.numel() * per_token / seconds,
+            f"measured on {layers} layers of width {config.n_embd}, forward and backward of {x.numel():,} tokens, without the optimizer{threads}: an estimate")
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+def make_report(sweep: Sweep, args):
+    """scripts.report over the finished runs, a full-rank one first."""
+    from scripts import report
+    tags = [p.tag for p in sorted(sweep.points, key=lambda p: bool(p.pair)) if p.status() == "finished"]
+    if not tags:
+        raise InputError(f"{sweep.name}: no run is finished, so there is nothing to report on")
+    report.main([*tags, "--out", args.out or str(sweep.folder / "report")])
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,131 @@
+"""A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, one run of it logged offline."""
+import os
+import subprocess
+import sys
+
+import pytest
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+from nanochat import metrics, wandb_sweep
+from nanochat.common import InputError
+from nanochat.plan import build_parser
+from scripts import sweep
+
+EXPERIMENT = """
+question = "Does rank matter?"
+[flags]
+vocab-size = 300
+depth = 2
+model-dim = 32
+head-dim = 16
+max-seq-len = 32
+device-batch-size = 4
+total-batch-size = 256
+num-iterations = 3
+eval-tokens = 1024
+sample-every = -1
+[points.full]
+[points.low]
+attn-rank = [2, 4]
+tie-embeddings = true
+[preset.small]
+seeds = [1, 2]
+[preset.small.grid]
+matrix-lr = [0.02, 0.04]
+"""
+
+
+@pytest.fixture
+def register(tmp_path, monkeypatch, corpus_dir):
+    """register('--flag', …) -> (the sweep, the configuration in the file that W&B would read)."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "question.toml").write_text(EXPERIMENT)
+
+    def run(*flags):
+        args = sweep.build_parser().parse_args([str(tmp_path / "question.toml"), "--preset", "small", "--data", str(corpus_dir), *flags])
+        wandb_sweep.register(sweep.load(args), args)
+        return sweep.load(args), load_sweep_config(tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml")
+    return run
+
+
+def agent_commands(config) -> list[list[str]]:
+    """What W&B's agent would start for each value of a grid of one parameter."""
+    (name, parameter), = config["parameters"].items()
+    commands = []
+    for value in parameter["values"]:
+        words = create_sweep_command_args({"args": {name: {"value": value}}}) | {"env": ["/usr/bin/env"], "interpreter": ["python"]}
+        command = create_sweep_command(list(config["command"]))
+        commands.append([w for word in command for w in (words[word[2:-1]] if word.startswith("${") else [word])])
+    return commands
+
+
+def test_agents_run_every_point_exactly_once_with_flags_that_base_train_takes(register, capsys):
+    planned, config = register("--run", "try")
+    assert config["method"] == "grid" and config["name"] == "question-small" and config["description"].startswith("Does rank matter?\n")
+    flags = set()
+    tags = []
+    for command in agent_commands(config):
+        assert command[:4] == ["/usr/bin/env", "python", "-m", "scripts.sweep"]
+        args = sweep.build_parser().parse_args(command[4:])
+        assert args.run == "try"
+        point = sweep.load(args).point(args.task)
+        given = build_parser().parse_args(list(point.argv))
+        tags.append(given.model_tag)
+        flags.add((given.attn_rank, given.tie_embeddings, given.matrix_lr, given.seed))
+        assert f"{point.tag}: {' '.join(point.varying)}" in config["description"]
+    assert len(tags) == len(set(tags)) == len(planned.points)
+    # both ranks, tied, and two baselines (tied and not), at two learning rates and two seeds
+    assert flags == {(rank, tied, lr, seed) for rank, tied in ((0, False), (0, True), (2, True), (4, True)) for lr in (0.02, 0.04) for seed in (1, 2)}
+    assert "16 runs" in capsys.readouterr().out
+
+
+def finish(point):
+    point.folder.mkdir(parents=True)
+    (point.folder / "config.json").write_text("{}")
+    (point.folder / "summary.json").write_text('{"status": "finished"}')
+
+
+def test_finished_runs_are_left_out(register, capsys):
+    planned, _ = register()
+    for point in planned.points[1:]:
+        finish(point)
+    _, config = register()
+    assert config["parameters"]["task"]["values"] == [planned.points[0].tag]
+    assert config["command"][config["command"].index("--run") + 1] == "question-small"  # not 'dummy': agents report to W&B
+    finish(planned.points[0])
+    register()
+    assert capsys.readouterr().out.endswith("all 16 runs are finished, nothing to register\n")
+
+
+def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(register, monkeypatch, capsys):
+    import wandb
+    sent = []
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    monkeypatch.setattr(wandb, "sweep", lambda config, project: sent.append((config, project)) or "abc123")
+    _, config = register()
+    assert sent == [(config, "ours")] and "wandb agent --project ours abc123" in capsys.readouterr().out
+
+    def refuse(config, project):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+    monkeypatch.setattr(wandb, "sweep", refuse)
+    with pytest.raises(InputError, match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later"):
+        register()
+
+
+def test_an_agents_run_logs_under_its_group_name_and_tags(register, base_dir):
+    _, config = register("--run", "try")
+    command = next(c for c in agent_commands(config) if "attn4_lr0.02_s2" in c[-1])
+    show = ("import wandb; start = wandb.init\n"
+            "def init(**given):\n    run = start(**given); print('logged:', run.group, run.name, *run.tags, run.offline); return run\n"
+            "wandb.init = init\n"
+            "import sys; from scripts import sweep; sweep.main(sys.argv[1:])")
+    env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN_GROUP", "WANDB_TAGS")} | {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "run42"}
+    out = subprocess.run([sys.executable, "-c", show, *command[4:]], capture_output=True, text=True, env=env)
+    tag = command[-1].removeprefix("--task=")
+    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished", out.stderr
+    logged = next(line for line in out.stdout.splitlines() if line.startswith("logged:")).split()
+    assert logged[1:3] == ["question-small", f"try-{tag.removeprefix('question-small_')}"] and logged[-1] == "True"
+    assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(logged[3:])
+    assert list((metrics.runs_dir() / tag / "wandb").glob("offline-run-*-run42")), "the run that the agent asked for"
