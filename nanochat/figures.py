@@ -48,7 +48,7 @@ def three_digits(value: float) -> str:
 def human(value: float, ladder: list) -> str:
     """A number with its unit: 5.24 M, 612 MiB, 12.3 min, 1.53 PFLOP."""
     size, unit = unit_of(value, ladder)
-    digits = f"{value:.0f}" if unit in ("", "B") else three_digits(value / size)  # nobody has half a token
+    digits = f"{value:.0f}" if size == 1 and unit in ("", "B") else three_digits(value / size)  # nobody has half a token
     return f"{digits} {unit}".rstrip()
 
 

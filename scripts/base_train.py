@@ -307,6 +307,8 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
                 record.summarize("finished" if last else "stopped" if stopping else "running")
         if last or stopping:
             break
+    if world_size > 1:
+        dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
     if record:
         record.close()
         print0(f"stopped after step {step} as asked; continue with --resume auto" if stopping else f"finished: {folder}")

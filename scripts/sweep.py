@@ -59,9 +59,11 @@ def main(argv=None):
 
     if args.launcher == "local":
         places(sweep, args.j)  # that there are any is known before anything is tokenised
-    prepare(sweep)
     if args.launcher == "slurm":
         from nanochat import slurm
+        slurm.check(args.sbatch)
+    prepare(sweep)
+    if args.launcher == "slurm":
         return slurm.submit(sweep, args)
     if args.launcher == "wandb":
         from nanochat import wandb_sweep

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nanochat import metrics
 from nanochat.common import InputError
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, draw_all, human, loss_limits, three_digits, unit_of
 from nanochat.page import CSS
@@ -320,6 +321,132 @@ def test_loss_axis_is_not_stretched_by_the_start_or_by_a_diverged_run(base):
     assert 2.5 < low < 3.01 and 3.9 < high < 4.2  # from the second evaluation, 3.94, on; it started at 8
     assert loss_limits([full, diverged], ["val/loss"])[1] < 10
     assert unit_of(0, TIME) == (1, "s")
+
+
+# ---- a study --------------------------------------------------------------------------------------------------------
+
+def write_study(base, seeds=(1, 2, 3), **low_config):
+    """Full rank and rank 64, some seeds of each: the low-rank runs cost 2 % of perplexity and need 3/4 of the time. Their tags."""
+    tags = []
+    for i, seed in enumerate(seeds):
+        for kind, slower, share, config in (("full", 1, 1, {}), ("low", 0.75, 1.02, {"flags.attn_rank": 64, "derived.model.attn_ranks": [64] * 4,
+                                                                 "flags.mlp_rank": 64, "derived.model.mlp_ranks": [64] * 4, **low_config})):
+            ppl = (20 + 0.3 * i) * share * (1 + 0.001 * (i % 2))
+            history = [{"step": s, "total_tokens": 4096 * s, "total_training_time": 0.8 * s * slower, "train/dt": (0.8 + 0.001 * i * s) * slower,
+                        **({"val/loss": math.log(ppl) * (1 + 20 / s), "val/bpb": 1.1 + 1 / s} if s % 10 == 0 else {})} for s in range(1, 41)]
+            write_run(base, f"{kind}_{seed}", {"seed": seed, "flags.seed": seed, **config},
+                      {"val/ppl": ppl, "val/loss": math.log(ppl), "val/bpb": math.log2(ppl) / 4, "total_training_time": 160 * slower,
+                       "params/total": 5e6 if kind == "full" else 3e6, "mem/peak_bytes": (600 - 50 * (kind == "low")) * 2 ** 20}, history)
+            tags.append(f"{kind}_{seed}")
+    return tags
+
+
+def test_study_gives_verdict_figures_table_and_flags(base, capsys):
+    tags = write_study(base)
+    report.main([*tags, "--out", str(base / "out"), "--margin-ppl", "0.03"])
+    out = base / "out"
+    markdown, html = ((out / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
+    assert markdown.startswith("# Training report: 2 configurations, 6 runs")
+    order = [markdown.index(text) for text in ("## The verdict", "## Figures", "### Configurations", "### Runs", "### On a frontier", "## What was compared")]
+    assert order == sorted(order)
+    assert "### H2: supported" in markdown and "### H1: supported" in markdown
+    assert "n = 3 seeds" in markdown
+    row = next(line for line in markdown.split("### Runs")[0].split("### Configurations")[1].splitlines() if line.startswith("| attn 64, mlp 64"))
+    low = [1.02 * ppl for ppl in (20, 20.3 * 1.001, 20.6)]
+    mean, sd = sum(low) / 3, math.sqrt(sum((p - sum(low) / 3) ** 2 for p in low) / 2)
+    assert f"{mean:.2f} ± {sd:.2f} ×1.020" in row and "×0.600" in row and "×0.750" in row
+    flags = next(line for line in markdown.split("### On a frontier")[1].splitlines() if line.startswith("| attn 64, mlp 64"))
+    assert "--attn-rank 64" in flags and "--mlp-rank 64" in flags and "--seed" not in flags and "--model-tag" not in flags
+    assert "full_1" in html and "attn 64, mlp 64" in html and html.count("<select") >= 2 and "<circle" in html
+
+    with open(out / "report.csv", newline="") as f:
+        rows = {row["run"]: row for row in csv.DictReader(f)}
+    assert {rows[f"low_{s}"]["configuration"] for s in (1, 2, 3)} == {"attn 64, mlp 64"}
+    assert all(rows[f"low_{s}"]["pair"] == rows[f"full_{s}"]["pair"] for s in (1, 2, 3)) and len({row["pair"] for row in rows.values()}) == 3
+    # H2 by hand from the CSV: the mean of the pairs' log ratios
+    logs = [math.log(float(rows[f"low_{s}"]["val/ppl"]) / float(rows[f"full_{s}"]["val/ppl"])) for s in (1, 2, 3)]
+    assert f"{math.exp(sum(logs) / 3):.4f}" in markdown.split("### H2")[1].split("### H3")[0]
+    assert float(rows["low_1"]["step_time"]) == pytest.approx(0.6)
+    printed = capsys.readouterr().out
+    assert "supported" in printed and "attn 64, mlp 64" in printed and "report.html" in printed
+
+
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "study_figures", lambda configs, measure: {"frontier.png": (bytes(24), [])} if measure == "loss" else {})
+
+
+def test_study_leaves_out_and_lists_what_is_unfinished(base, monkeypatch):
+    no_figures(monkeypatch)
+    tags = write_study(base)
+    write_run(base, "going", {"flags.attn_rank": 64, "seed": 9, "flags.seed": 9}, {"status": "running", "step": 40, "val/ppl": 1.5}, history=[])
+    report.main([*tags, "going", "--out", str(base / "out")])
+    markdown = (base / "out" / "report.md").read_text("utf-8")
+    assert "left out of the verdict, the means and the figures: going." in markdown
+    row = next(line for line in markdown.splitlines() if line.startswith("| going"))
+    assert "unfinished (step 40 of 200)" in row and "1.50" not in row
+    assert not [line for line in markdown.split("### Runs")[0].splitlines() if "1.50 " in line]
+
+
+def test_study_names_what_diverged_on_every_seed(base):
+    for seed in (1, 2):
+        write_run(base, f"wild_{seed}", {"seed": seed, "flags.seed": seed}, {"val/ppl": math.nan, "val/loss": math.nan, "val/bpb": math.nan})
+    report.main(["wild_1", "wild_2", "--out", str(base / "out")])
+    markdown = (base / "out" / "report.md").read_text("utf-8")
+    assert "Diverged on every seed, so without a mean: full rank." in markdown and "| nan" in markdown.replace("  ", "")
+
+
+def test_study_of_two_tokenizers_compares_bits_per_byte_and_gives_no_verdict(base, monkeypatch):
+    no_figures(monkeypatch)
+    report.main([*write_study(base, **{"derived.tokenizer_hash": "dd44", "derived.val_tokens": 90000}), "--out", str(base / "out")])
+    markdown = (base / "out" / "report.md").read_text("utf-8")
+    assert "No verdict:" in markdown and "frontier.png" not in markdown and "## The verdict" not in markdown
+    header = next(line for line in markdown.split("### Runs")[1].splitlines() if line.startswith("| run"))
+    assert "bits per byte" in header and "perplexity" not in header
+
+
+def test_few_runs_of_both_kinds_get_the_verdict_below_their_table(base, monkeypatch):
+    monkeypatch.setattr(report, "draw_all", lambda runs, measure: dict.fromkeys(FIGURES, bytes(24)))
+    write_run(base, "full")
+    lowrank(base)
+    report.main(["full", "lowrank", "--out", str(base / "out")])
+    markdown = (base / "out" / "report.md").read_text("utf-8")
+    assert markdown.index("22.00 ×1.100") < markdown.index("## The verdict") < markdown.index("## Figures")
+    assert "### H1: undecided" in markdown  # one pair has no interval
+    report.main(["full", "--out", str(base / "out")])
+    assert "verdict" not in (base / "out" / "report.md").read_text("utf-8")
+
+
+def test_runs_of_wandb_join_those_of_folders(base, monkeypatch):
+    no_figures(monkeypatch)
+    from nanochat import from_wandb
+    tags = write_study(base)
+    asked = []
+    fetched = [metrics.load_run(base / "runs" / tag) for tag in tags if tag.startswith("low")]
+    monkeypatch.setattr(from_wandb, "runs_from_wandb", lambda spec: asked.append(spec) or fetched)
+    full = [tag for tag in tags if tag.startswith("full")]
+    report.main([*full, "--from-wandb", "me/low-rank/group", "--out", str(base / "both")])
+    report.main(["--from-wandb", "me/low-rank", "--out", str(base / "alone")])
+    assert asked == ["me/low-rank/group", "me/low-rank"]
+    assert "2 configurations, 6 runs" in (base / "both" / "report.md").read_text("utf-8")
+    assert "1 configurations" not in (base / "alone" / "report.md").read_text("utf-8")
+    with pytest.raises(InputError, match="low_1 is given as a folder too"):
+        report.main(["low_1", "--from-wandb", "me/low-rank", "--out", str(base / "again")])
+
+
+def test_study_that_cannot_be_made_is_one_line_and_writes_nothing(base):
+    tags = write_study(base, seeds=(1, 2))
+    for i in range(2):
+        write_run(base, f"other_{i}", {"derived.corpus.val_fingerprint": "ee55", "seed": i, "flags.seed": i})
+        write_run(base, f"going_{i}", {"seed": i, "flags.seed": i}, {"status": "running"}, history=[])
+    out = ["--out", str(base / "out")]
+    for argv, words in (([*tags, "other_0", "other_1", *out], "other_0, other_1: not evaluated, on record, on the validation text of full_1"),
+                        (["going_0", "going_1", *out], "none of the 2 runs is finished"),
+                        ([*tags, "--margin-time", "1.5", *out], "--margin-time 1.5"), ([*tags, "--confidence", "95", *out], "--confidence 95"),
+                        ([*tags, "--margin-ppl", "little", *out], "--margin-ppl")):
+        with pytest.raises(InputError, match=words) as error:
+            report.main(argv)
+        assert "\n" not in str(error.value)
+    assert not (base / "out").exists()
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
