@@ -6,12 +6,12 @@ from nanochat.plan import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-OF_SRUN = {"--nodes", "--ntasks-per-node", "--signal"}
+OF_SLURM = {"--nodes", "--ntasks-per-node", "--signal", "--partition", "--time"}
 OF_TORCHRUN = {"--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 
 
 def test_every_flag_of_the_readme_exists():
-    known = {flag for action in build_parser()._actions for flag in action.option_strings} | OF_TORCHRUN | OF_SRUN
+    known = {flag for action in build_parser()._actions for flag in action.option_strings} | OF_TORCHRUN | OF_SLURM
     for script in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "dev/bench").glob("*.py"), ROOT / "nanochat/dataset.py"]:
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)", README)) - known == set()
