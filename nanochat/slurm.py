@@ -25,12 +25,11 @@ export OMP_NUM_THREADS
 echo "$(date '+%F %T') $THIS on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)): $TAG, log: $LOGS/$TAG.log"
 
 # Slurm signals this shell; the run saves its state and exits with 75. It may still be starting and know of no signal: then it just ends.
-ASKED= RUN=
-trap 'ASKED=yes; [ -z "$RUN" ] || kill -TERM "$RUN" 2>/dev/null' TERM USR1
+ASKED= AGAIN= RUN=
+trap 'ASKED=yes AGAIN=yes; [ -z "$RUN" ] || kill -TERM "$RUN" 2>/dev/null' TERM USR1
 "${SWEEP[@]}" --task "$TAG" >> "$LOGS/$TAG.log" 2>&1 &
 RUN=$!
-wait "$RUN"; CODE=$?
-while kill -0 "$RUN" 2>/dev/null; do wait "$RUN"; CODE=$?; done   # the trap ends a wait early
+while AGAIN=; wait "$RUN"; CODE=$?; [ -n "$AGAIN" ]; do :; done   # the trap ends a wait early, with a code of its own
 
 # A job that is no longer RUNNING was cancelled by its owner, or is put back by Slurm itself.
 if [ "$CODE" = 75 ] || { [ "$CODE" != 0 ] && [ -n "$ASKED" ]; }; then
