@@ -6,6 +6,7 @@ previous token's embedding (the "smear" of modded-nanogpt's records). No biases.
 Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value heads, D head dim, r rank.
 Master weights are float32; the matmuls run in the dtype of the activations (`GPT.forward`'s compute_dtype).
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -62,6 +63,13 @@ def resolve_rank(rank: float, in_features: int, out_features: int) -> int:
 
 
 # ---- linear layers --------------------------------------------------------------------------------------------------
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Nothing on the meta device: there the draw of no numbers would load torch's compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
 
 class Linear(nn.Module):
     """y = W x with W: (out, in), cast to the dtype of x. One factor is all there is: `narrow` is W, `widen` does nothing."""
@@ -256,6 +264,7 @@ def compile_blocks(model, backend: str = "inductor"):
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))  # under a rank schedule all blocks differ
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, backend=backend)
+    model.compiled = True
 
 
 # ---- the output head and its loss -----------------------------------------------------------------------------------
@@ -323,16 +332,16 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.compiled = config, False  # see compile_blocks
         C, V, L = config.n_embd, config.vocab_size, config.n_layer
-        self.wte = nn.Embedding(V, C)
+        self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.lm_head = None if config.tie_embeddings else make_linear(C, V, config.lm_head_rank)
         self.resid_lambdas = nn.Parameter(torch.empty(L))  # scale of the residual stream entering each layer
         self.x0_lambdas = nn.Parameter(torch.empty(L))     # share of the embedding added there
         self.smear = nn.Parameter(torch.empty(C))          # share of the previous token's embedding, by channel
         kv_dim = config.n_kv_head * (C // config.n_head)
-        self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(V, kv_dim)
+        self.value_embeds = nn.ModuleDict({str(layer): Embedding(V, kv_dim)
                                            for layer in range(L) if config.has_value_embedding(layer)})
 
     @torch.no_grad()
@@ -393,10 +402,14 @@ class GPT(nn.Module):
             return (SOFTCAP * squashed(x, weight)).view(*idx.shape, -1)
         return HeadCrossEntropy.apply(x, weight, targets.flatten())
 
+    def eager(self):
+        """A context for batches and lengths other than those compiled for training. Without compiled blocks nothing is loaded for it."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+
     @torch.no_grad()
     def token_losses(self, idx, targets, compute_dtype=torch.float32):
         """Cross-entropy in nats of each target, (B, T) float32, no gradient."""
-        with torch.compiler.set_stance("force_eager"):
+        with self.eager():
             x, weight = self.head(idx, compute_dtype)
         chunks = zip(x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0))))
         losses = [F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none") for part, target in chunks]
@@ -410,7 +423,7 @@ class GPT(nn.Module):
         tokens = list(tokens)
         for _ in range(count):
             idx = torch.tensor([tokens[-self.config.sequence_len:]], device=device)
-            with torch.compiler.set_stance("force_eager"):  # what is compiled is for one length
+            with self.eager():
                 logits = self.forward(idx, compute_dtype=compute_dtype)[0, -1]
             if temperature > 0:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
