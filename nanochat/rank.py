@@ -181,7 +181,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
     # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept
     last = model.blocks[-1].mlp
-    in_mlp = token * (C + 4 * C * (5 if last.recompute else 3))
+    in_mlp = token * (C + 4 * C * (3 if last.recompute else 1))
     grads = costs["mem/grads_bytes"]
     at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
     if accumulated:
@@ -201,7 +201,7 @@ def kept_by_block(block, C: int, K: int, token: int, dtype_bytes: int) -> int:
     kept, copies = 3 * C, 0                                    # the residual stream: as it comes in, and into both norms
     for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o,
                                      2 * C + 3 * K + 2 * C),   # q, k before and after their norm, v; y by head and by token
-                                    (block.mlp, (block.mlp.up,), block.mlp.down, 2 * 4 * C)):  # relu, and its square
+                                    (block.mlp, (block.mlp.up,), block.mlp.down, 4 * C)):  # relu
         kept += sum(m.rank for m in (*first, last) if isinstance(m, LowRankLinear))
         if not part.recompute:
             kept += C + wide                                   # C: the norm's output
