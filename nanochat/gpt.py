@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SOFTCAP = 15.0  # logits are squashed into (-15, 15)
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, rows_at_once, squashed
+
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
 
 
@@ -148,23 +149,7 @@ def make_linear(in_features: int, out_features: int, rank: float) -> Linear | Lo
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
-
-
-class SquaredReLULinear(torch.autograd.Function):
-    """relu(x)² Wᵀ, x: (..., in), W: (out, in). Only relu(x) is kept; its square, as large, is made again for W's gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        x = F.relu(x)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x * x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_weight = grad.flatten(0, -2).mT @ (x * x).flatten(0, -2)
-        return (grad @ (2 * weight)).mul_(x), grad_weight
+    return RMSNorm.apply(x)
 
 
 def rotate(x, cos, sin):
@@ -267,64 +252,6 @@ def compile_blocks(model, backend: str = "inductor"):
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, backend=backend)
     model.compiled = True
-
-
-# ---- the output head and its loss -----------------------------------------------------------------------------------
-
-def squashed(x, weight):
-    """x: (N, C), weight: (V, C) -> float32 (float64 stays) tanh(z / SOFTCAP), (N, V), of z = x Wᵀ. The logits are SOFTCAP times that."""
-    z = F.linear(x, weight)
-    return z.to(torch.promote_types(z.dtype, torch.float32)).div_(SOFTCAP).tanh_()
-
-
-def rows_at_once(x, V: int) -> int:
-    """Rows of logits to compute together: on a CPU 8 MB of float32, which its cache holds, but enough rows for an efficient matmul; 256 MB
-    on a GPU, to fill it.
-    """
-    return max(1, 2**26 // V) if x.is_cuda else max(512, 2**21 // V)
-
-
-class HeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softcapped logits without ever holding all of them.
-
-    The rows are taken in chunks; each chunk's logits are turned into its share of the loss and of the gradients of x and
-    weight at once, in the forward pass, so that only (chunk, V) float32 numbers exist at a time.
-    With l = s·tanh(z/s), z = x Wᵀ:  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):  # (N, C), (V, C), (N,)
-        N, V = x.size(0), weight.size(0)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        n = rows_at_once(x, V)
-        for i in range(0, N, n):
-            chunk, target = x[i:i + n], targets[i:i + n, None]
-            tanh = squashed(chunk, weight)                    # (n, V)
-            grad = (SOFTCAP * tanh).exp_()                    # at most e^15: no maximum need be taken off first
-            sums = grad.sum(dim=-1, keepdim=True)
-            loss += (sums.log() - SOFTCAP * tanh.gather(1, target)).sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            grad = grad.div_(sums)                            # softmax
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad = grad.mul_(tanh.square_().neg_().add_(1)).div_(N).to(x.dtype)
-            if grad_x is not None:
-                grad_x[i:i + n] = grad @ weight
-            if grad_weight is not None and grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, chunk)
-            elif grad_weight is not None:
-                grad_weight += grad.T @ chunk
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss / N
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return (None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
-                None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype), None)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

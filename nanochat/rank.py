@@ -4,7 +4,8 @@ from heapq import heapify, heappop, heappush
 
 import torch
 
-from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, resolve_rank, rows_at_once
+from nanochat.functional import rows_at_once
+from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, resolve_rank
 from nanochat.optim import uses_muon
 
 SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
@@ -198,13 +199,13 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
 
 def kept_by_block(block, C: int, K: int, token: int, dtype_bytes: int) -> int:
     """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K: width of keys and values."""
-    kept, copies = 3 * C, 0                                    # the residual stream: as it comes in, and into both norms
+    kept, copies = C, 0                                        # the residual stream as it comes in
     for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o,
-                                     2 * C + 3 * K + 2 * C),   # q, k before and after their norm, v; y by head and by token
+                                     C + 2 * K + 2 * C),       # q, k, v; y by head and by token
                                     (block.mlp, (block.mlp.up,), block.mlp.down, 4 * C)):  # relu
-        kept += sum(m.rank for m in (*first, last) if isinstance(m, LowRankLinear))
+        kept += C + sum(m.rank for m in (*first, last) if isinstance(m, LowRankLinear))  # C: the norm's output or, recomputing, its input
         if not part.recompute:
-            kept += C + wide                                   # C: the norm's output
+            kept += wide
             copies += sum(m.first_factor().numel() for m in first) if part is block.attn else 0  # q, k, v in one matrix
     if dtype_bytes < 4:                                        # a copy of every matrix in the compute dtype
         copies = sum(p.numel() for p in block.parameters())

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.gpt import (GPT, GPTConfig, SCORE_SCALE, SOFTCAP, Attention, HeadCrossEntropy, Linear, LowRankLinear, make_linear, norm,
-                          resolve_rank, rotate, window_mask)
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLULinear
+from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, norm, resolve_rank, rotate, window_mask)
 from nanochat.rank import account
 
 
@@ -151,11 +151,23 @@ def test_no_token_sees_its_future():
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
 
 
+def test_norm_and_squared_relu_have_the_gradients_of_their_formulas():
+    x, weight, grad = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (6, 8), (3, 5, 6)))
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (8,)))
+    torch.testing.assert_close(SquaredReLULinear.apply(x, weight), F.relu(x).square() @ weight.T)
+    expected = torch.autograd.grad(F.relu(F.rms_norm(x, (8,))).square() @ weight.T, (x, weight), grad)
+    torch.testing.assert_close(torch.autograd.grad(SquaredReLULinear.apply(norm(x), weight), (x, weight), grad), expected)
+    half = torch.randn(4, 64).bfloat16().requires_grad_()
+    y = norm(half)
+    assert y.dtype == torch.bfloat16 and torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16
+    torch.testing.assert_close(y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005)  # one rounding
+
+
 # ---- head and loss
 
 @pytest.mark.parametrize("N", [1, 13, 64])
 def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N):
-    monkeypatch.setattr("nanochat.gpt.rows_at_once", lambda x, V: 7)
+    monkeypatch.setattr("nanochat.functional.rows_at_once", lambda x, V: 7)
     x = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
     weight = (3 * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()  # large enough for the softcap to bend
     target = tokens(N)

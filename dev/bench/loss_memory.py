@@ -1,4 +1,4 @@
-"""Memory and time of the output head's loss: in chunks (gpt.HeadCrossEntropy) beside the plain formula.
+"""Memory and time of the output head's loss: in chunks (functional.HeadCrossEntropy) beside the plain formula.
 
     python dev/bench/loss_memory.py        # vocabulary 32768, batch 8 x 1024, width 256, in float32, with the targets
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number, write_atomic
-from nanochat.gpt import SOFTCAP, HeadCrossEntropy
+from nanochat.functional import SOFTCAP, HeadCrossEntropy
 
 MEMORY_TARGET, TIME_TARGET = 0.4, 1.10
 
