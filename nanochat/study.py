@@ -67,12 +67,20 @@ def settings(run: Run, defaults: dict) -> dict:
     model, corpus = derived.get("model", {}), derived.get("corpus", {})
     found = {k: v for k, v in (defaults | run.config.get("flags", {})).items() if k not in FREE | RESOLVED}
     found |= {MODEL.get(k, k): v for k, v in model.items() if k != "n_head"}
+    found |= {k: whole_ranks(found[k], model) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]
     found |= {k: derived[k] for k in PLAN if k in derived}
     found |= {f"{split}_fingerprint": corpus.get(f"{split}_fingerprint") for split in ("train", "val")}
     found |= {key: device.get(key.removeprefix("device_")) for key in MACHINE}
     return {k: rank_over_depth(v) if k in RANKS else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
+
+
+def whole_ranks(ranks, model: dict):
+    """Fractions of the width as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
+    def whole(rank):
+        return max(1, round(rank * model["n_embd"])) if rank and 0 < rank < 1 else rank
+    return [whole(r) for r in ranks] if isinstance(ranks, (list, tuple)) else whole(ranks)
 
 
 def rank_over_depth(ranks) -> float | str:

@@ -7,7 +7,7 @@ from nanochat.figures import (COLOURS, COUNT, LINES, MARKERS, TIME, draw_memory,
                               new_figure, plain, png, say_empty, three_digits, tidy, unit_of)
 from nanochat.panels import (BLACK, FEW, GREY, across, cut_above, draw_band, draw_line, draw_point, draw_stairs, fences, finish, key_below,
                              label_points, legend_below, log_axis, log_if_wide, looks, mark_at_top, short_labels)
-from nanochat.study import Configuration, finished, seed, value
+from nanochat.study import Configuration, finished, rank_name, seed, value
 from nanochat.summaries import (COSTS, MEASURES, baseline, best_of, depth, describe, diverged, error_bars, factored, frontier, mean_rank,
                                 memory_key, one_machine, outcome, pairs, rank_words, ranks_in_order, representatives, times_to)
 
@@ -288,6 +288,7 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     chosen = list({c.name: c for c in wanted if c}.values())[:CURVES]
     size, unit = unit_of(max(curves[c.name][-1][0] for c in chosen), TIME)
     fig, spots, handles = new_figure(9, 5.6), [], []
+    names = {c.name: c.name.replace(rank_name(c.settings), rank_words(c)) for c in configs}
     panel = fig.subplots()
     for c in configs:
         if c.name not in [other.name for other in chosen]:
@@ -296,7 +297,7 @@ def draw_loss_time(configs: list[Configuration], measure: str):
         times, losses = [t / size for t, _ in curves[c.name]], [loss for _, loss in curves[c.name]]
         handles += panel.plot(times, losses, color=BLACK if c is base else COLOURS[i % (len(COLOURS) - 1)], linestyle=LINES[i % len(LINES)],
                               marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.6,
-                              label=plain(c.name, 60) + (" (baseline)" if c is base else ""))
+                              label=plain(names[c.name], 60) + (" (baseline)" if c is base else ""))
         for t, loss in zip(times, losses):
             reached = f"perplexity {math.exp(loss):.2f}" if measure == "loss" else f"{loss:.4f} bits per byte"
             spots.append((panel, t, loss, f"{c.name}\nafter {human(t * size, TIME)}: {reached}"))
@@ -310,8 +311,8 @@ def draw_loss_time(configs: list[Configuration], measure: str):
         panel.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
         panel.annotate("", (ours / size, level), (theirs / size, level), arrowprops={"arrowstyle": "->", "color": BLACK, "linewidth": 1.4})
         words = f"{three_digits(ratio)}× sooner" if ratio >= 1 else f"{three_digits(1 / ratio)}× later"
-        panel.annotate(f"{plain(fastest.name, 60)}\nreaches perplexity {p:g}\n{words} than the baseline", (max(ours, theirs) / size, level), (10, 8),
-                       textcoords="offset points", fontsize=9.5, va="bottom",
+        panel.annotate(f"{plain(names[fastest.name], 60)}\nreaches perplexity {p:g}\n{words} than the baseline", (1, level), (-4, 8),
+                       xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9.5, ha="right", va="bottom",
                        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})
     if len(configs) > len(chosen):
         handles += panel.plot([], [], color="#bbbbbb", linewidth=0.7, label=f"{len(configs) - len(chosen)} others")

@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.metrics import Run
-from nanochat.study import MACHINE, RANKS, Configuration, finished, pareto, rank_name, seed, value
+from nanochat.study import MACHINE, RANKS, Configuration, finished, pareto, rank_name, seed, value, whole_ranks
 
 PEAK, PREDICTED = "mem/peak_bytes", "mem/predicted_peak_bytes"
 COSTS = [("params/total", "parameters", COUNT), (PEAK, "peak memory", BYTES), (PREDICTED, "predicted peak memory", BYTES),
@@ -90,8 +90,8 @@ def one_machine(configs: list[Configuration]) -> bool:
 
 def mean_rank(config: Configuration) -> float:
     """Over the factored layers of attention and MLP; infinity for full rank."""
-    models = config.runs[0].config.get("derived", {}).get("model", {})
-    ranks = [r for key in ("attn_ranks", "mlp_ranks") for r in models.get(key) or [] if r]
+    model = config.runs[0].config.get("derived", {}).get("model", {})
+    ranks = [r for key in ("attn_ranks", "mlp_ranks") for r in whole_ranks(model.get(key) or [], model) if r]
     return fmean(ranks) if ranks else math.inf
 
 

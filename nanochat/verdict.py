@@ -160,16 +160,20 @@ def cost_lines(low, full, time_limit: float, memory_limit: float) -> tuple[list[
 
 
 def perplexity_lines(low, full, limit: float) -> tuple[list[tuple], list[str]]:
-    """Each rank at its best settings against full rank, same shape, at its best."""
+    """Each rank that spares parameters, at its best settings, against full rank, same shape, at its best."""
     alike, lines, unpaired = (*CONTEXT, *SHAPE), [], []
     for group in grouped(low, lambda c: key(c, (*alike, *RANK))):
         partners = [c for c in full if key(c, alike) == key(group[0], alike)]
         if not partners:
             unpaired.append(f"{common_name(group)}: {unlike(group[0], full, alike)}")
             continue
+        share = parameters(group[0], partners[0])
+        if share and share >= 0.99:
+            unpaired.append(f"{common_name(group)}: spares nothing, it has × {share:.3f} the parameters of {common_name(partners)}")
+            continue
         comparison, notes = tuned_comparison(group, partners, limit)
         if comparison:
-            lines.append((common_name(group), common_name(partners), [comparison], notes))
+            lines.append((common_name(group), common_name(partners) + (f", parameters × {share:.3f}" if share else ""), [comparison], notes))
         else:
             unpaired.append(f"{common_name(group)}: {seeds_apart(group, partners)}")
     return lines, unpaired

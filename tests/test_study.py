@@ -109,3 +109,14 @@ def test_pasted_flags_make_the_same_run():
     assert differing == {"run", "model_tag", "seed", "budget_params"}
     assert args["budget_params"] == "5000000"  # of the run itself: the run that was named may not exist where this is pasted
     assert "--total-batch-size" not in words
+
+
+def test_a_fraction_is_the_rank_that_it_is():
+    both = configurations([a_run("share", attn=64, mlp=64, derived={}), a_run("rank", seed=2, attn=64, mlp=64)])
+    both[0].runs[0].config["derived"]["model"].update(attn_ranks=[0.25] * 4, mlp_ranks=[0.25] * 4)
+    both[0].runs[0].config["flags"].update(attn_rank=0.25, mlp_rank=0.25)
+    [one] = configurations(list(both[0].runs))
+    assert one.name == "attn 64, mlp 64" and len(one.runs) == 2
+    grouped = both[0].runs[0].config["derived"]["model"]
+    grouped["n_kv_head"] = 1  # there the fraction is 64 of q and o, 16 of k and v
+    assert configurations([both[0].runs[0]])[0].settings["attn_rank"] == 0.25

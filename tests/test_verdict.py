@@ -296,3 +296,11 @@ def test_blocks_render():
     assert "| perplexity " in text and "below 1.05" in text and "4 (1, 2, 3, 4)" in text and "Bonferroni" in text
     assert "nan" not in text and "None" not in text and "Left out" in text
     assert to_page("verdict", blocks, {})
+
+
+def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
+    runs = [a_run(f"{name}{seed}", seed=seed, attn=rank, mlp=rank, ppl=30 + seed / 100, summary={"params/total": params})
+            for seed in (1, 2, 3) for name, rank, params in (("full", 0, 5_000_000), ("large", 160, 5_000_000), ("small", 32, 3_000_000))]
+    h2 = verdict(configurations(runs))[1]
+    assert [line.name for line in h2.lines] == ["attn 32, mlp 32"] and h2.lines[0].baseline.endswith("parameters × 0.600")
+    assert any("attn 160, mlp 160: spares nothing, it has × 1.000" in item for item in h2.left_out)
