@@ -167,7 +167,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     own memory come on top. Compiled code keeps less, so there it is an upper bound.
 
     accumulated: gradients live on between several passes of a step. Optimizer state not split over processes. Logits are taken in
-    chunks of a CPU's size. In bfloat16 a CPU keeps the norms' inputs in float32: there it is about an eighth more than this.
+    chunks of a CPU's size.
     """
     model, costs = on_meta(config), account(config)
     C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
