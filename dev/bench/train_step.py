@@ -230,6 +230,7 @@ def resident_peak(config: GPTConfig, batch_size: int, dtype_name: str, compiled:
 
 
 def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
+    common.keep_freed_memory()  # as in training
     device, rows = torch.device("cpu"), noise_rows(config.vocab_size, config.sequence_len)
     before = metrics.peak_memory_bytes(device)  # Python, torch and the data
     subject = make_subject("", config, rows, batch_size, device, getattr(torch, dtype_name), compiled)
