@@ -29,7 +29,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.plan import build_parser, solve_budget, training_plan
 from nanochat.rank import count_parameters
 
-RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "rank-schedule", "rank-end", "budget-params", "solve")
+RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "rank-schedule": "",
          "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps"}
 
@@ -240,7 +240,7 @@ def pair_up(variants: list[Variant], base: dict, spec: dict):
 
 def low_rank(v: Variant) -> bool:
     config = resolved(v)[1]
-    return any(config.attn_ranks) or any(config.mlp_ranks) or bool(config.lm_head_rank)
+    return any(map(any, (config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values())))
 
 
 def merge_equal(variants: list[Variant]) -> tuple[list[Variant], list]:

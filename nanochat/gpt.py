@@ -8,7 +8,7 @@ Master weights are float32; the matmuls run in the dtype of the activations (`GP
 """
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, rows_at_once, squashed
 
+MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
 
 
@@ -32,16 +33,17 @@ class GPTConfig:
     window_pattern: str = "SSSL"       # tiled over the layers: S = half the context, L = all of it; the last layer is L
     attn_ranks: tuple[float, ...] = () # one rank a layer, for q, k, v and the attention output; () = full everywhere
     mlp_ranks: tuple[float, ...] = ()  # one rank a layer, for both MLP matrices
+    matrix_ranks: dict[str, tuple[float, ...]] = field(default_factory=dict)  # of q, k, v, o, up or down alone, where not their group's
     lm_head_rank: float = 0
     tie_embeddings: bool = False       # the output head is the token embedding
     value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
+    factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
     recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
 
-    def attn_rank(self, layer: int) -> float:
-        return self.attn_ranks[layer] if self.attn_ranks else 0
-
-    def mlp_rank(self, layer: int) -> float:
-        return self.mlp_ranks[layer] if self.mlp_ranks else 0
+    def rank(self, matrix: str, layer: int) -> float:
+        """matrix: q, k, v, o, up or down."""
+        ranks = self.matrix_ranks.get(matrix) or (self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks)
+        return ranks[layer] if ranks else 0
 
     def window(self, layer: int) -> int:
         """How many positions back, itself included, a query of this layer sees."""
@@ -103,11 +105,11 @@ class Linear(nn.Module):
 
 
 class LowRankLinear(nn.Module):
-    """y = B(A x) with A: (r, in), B: (out, r); the matrix BA is never formed."""
+    """y = B(A x) with A: (r, in), B: (out, r); the matrix BA is never formed. act = "silu": y = B silu(A x), which is no matrix."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int):
+    def __init__(self, in_features: int, out_features: int, rank: int, act: str = "none"):
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank, self.act = in_features, out_features, rank, act
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(out_features, rank))
 
@@ -121,9 +123,11 @@ class LowRankLinear(nn.Module):
         return F.linear(x, self.A.to(x.dtype))
 
     def widen(self, h):  # (..., r) -> (..., out)
-        return F.linear(h, self.B.to(h.dtype))
+        return F.linear(F.silu(h) if self.act == "silu" else h, self.B.to(h.dtype))
 
     def dense_weight(self):  # (out, in)
+        if self.act != "none":
+            raise ValueError(f"a layer with {self.act} between its factors is not a matrix")
         return self.B @ self.A
 
     @torch.no_grad()
@@ -140,10 +144,10 @@ class LowRankLinear(nn.Module):
             nn.init.orthogonal_(self.B, gain=math.sqrt(self.out_features / self.rank))
 
 
-def make_linear(in_features: int, out_features: int, rank: float) -> Linear | LowRankLinear:
+def make_linear(in_features: int, out_features: int, rank: float, act: str = "none") -> Linear | LowRankLinear:
     """The layer for a configured rank (see `resolve_rank`)."""
     r = resolve_rank(rank, in_features, out_features)
-    return LowRankLinear(in_features, out_features, r) if r else Linear(in_features, out_features)
+    return LowRankLinear(in_features, out_features, r, act) if r else Linear(in_features, out_features)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
@@ -177,13 +181,14 @@ def kept_or_not(function, recompute: bool, *inputs):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, rank = config.n_embd, config.attn_rank(layer)
+        C = config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
-        self.q = make_linear(C, self.n_head * self.head_dim, rank)
-        self.k = make_linear(C, self.n_kv_head * self.head_dim, rank)
-        self.v = make_linear(C, self.n_kv_head * self.head_dim, rank)
-        self.o = make_linear(self.n_head * self.head_dim, C, rank)
-        self.recompute = config.recompute == "bottleneck" and rank > 0
+        kv_dim, ranks = self.n_kv_head * self.head_dim, {name: config.rank(name, layer) for name in "qkvo"}
+        self.q = make_linear(C, C, ranks["q"], config.factor_act)
+        self.k = make_linear(C, kv_dim, ranks["k"], config.factor_act)
+        self.v = make_linear(C, kv_dim, ranks["v"], config.factor_act)
+        self.o = make_linear(C, C, ranks["o"], config.factor_act)
+        self.recompute = config.recompute == "bottleneck" and any(ranks.values())
 
     def forward(self, x, value_embedding, cos, sin, mask):  # (B, T, C) -> (B, T, C)
         h = kept_or_not(self.narrow, self.recompute, x)
@@ -212,10 +217,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, rank = config.n_embd, config.mlp_rank(layer)
-        self.up = make_linear(C, 4 * C, rank)
-        self.down = make_linear(4 * C, C, rank)
-        self.recompute = config.recompute == "bottleneck" and rank > 0
+        C, up, down = config.n_embd, config.rank("up", layer), config.rank("down", layer)
+        self.up = make_linear(C, 4 * C, up, config.factor_act)
+        self.down = make_linear(4 * C, C, down, config.factor_act)
+        self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         h = kept_or_not(self.narrow, self.recompute, x)

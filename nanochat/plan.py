@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from nanochat import metrics
 from nanochat.common import ArgumentParser, InputError, print0, whole_number
-from nanochat.gpt import GPTConfig, resolve_rank
+from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
@@ -21,6 +21,18 @@ def rank_flag(text: str) -> float:
     if value < 0 or (isinstance(value, float) and not 0 < value < 1):
         raise ArgumentTypeError(f"{text!r}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
     return value
+
+
+def matrix_ranks(text: str) -> dict[str, float]:
+    """'v=128,down=0.5' -> {'v': 128, 'down': 0.5}"""
+    pairs = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    if unknown := sorted(pairs.keys() - set(MATRICES)):
+        raise ArgumentTypeError(f"{text!r}: no matrix is called {', '.join(unknown)}; write e.g. v=128,down=0.5, of {', '.join(MATRICES)}")
+    return {name: rank_flag(rank) for name, rank in pairs.items()}
+
+
+def matrix_ranks_flag(text: str) -> str:
+    return ",".join(f"{name}={rank:g}" for name, rank in sorted(matrix_ranks(text).items()))
 
 
 def positive_floats(text: str) -> list[float]:
@@ -72,11 +84,14 @@ def build_parser():
     add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)
+    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
+    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix")
     add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
     add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
     add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
     add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
     add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
+    add("--recompute", choices=["none", "bottleneck"], default="none", help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")
     # horizon: the first that is given counts
     add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
     add("--target-flops", type=float, default=-1, help="total training FLOPs")
@@ -125,8 +140,10 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     if args.tie_embeddings and args.lm_head_rank:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
-                       lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings)
-    config = replace(config, attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth))
+                       lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
+                       factor_act=args.factor_act, recompute=args.recompute)
+    config = replace(config, attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
+                     matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
 
@@ -165,7 +182,9 @@ def layer_ranks(args, flag: str, depth: int) -> tuple[float, ...]:
 
 def check_ranks(config: GPTConfig):
     shapes = factored_shapes(config)
-    for flag, ranks, matrices in (("--attn-rank", config.attn_ranks, shapes["attn_ranks"]),
+    single = dict(zip(MATRICES, (*shapes["attn_ranks"], *shapes["mlp_ranks"])))
+    for flag, ranks, matrices in (*((f"--matrix-ranks: {name}", ranks, [single[name]]) for name, ranks in config.matrix_ranks.items()),
+                                  ("--attn-rank", config.attn_ranks, shapes["attn_ranks"]),
                                   ("--mlp-rank", config.mlp_ranks, shapes["mlp_ranks"]),
                                   ("--lm-head-rank", (config.lm_head_rank,), [(config.n_embd, config.vocab_size)])):
         for layer, rank in enumerate(ranks):
@@ -214,6 +233,8 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
     """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given."""
     if not args.budget_params and not args.solve:
         return model_config(args, vocab_size)
+    if args.matrix_ranks:
+        raise InputError("--matrix-ranks: not with --budget-params, which gives the matrices of a group one rank")
     if not (args.budget_params and args.solve):
         raise InputError("--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank")
     budget = parameter_budget(args)
@@ -230,6 +251,8 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
     """For each depth from 1 to 4 × --depth, as far as rank 1 fits: the model of the largest ranks within --budget-params."""
     if not args.budget_params or args.solve:
         raise InputError("--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth")
+    if args.matrix_ranks:
+        raise InputError("--matrix-ranks: not with --plan, which gives the matrices of a group one rank")
     check_depth_is_free(args, "--plan")
     budget, found = parameter_budget(args), []
     for depth in range(1, 4 * args.depth + 1):
@@ -309,14 +332,15 @@ def default_tag(args, config: GPTConfig) -> str:
     for name, ranks in (("attn", config.attn_ranks), ("mlp", config.mlp_ranks), ("head", (config.lm_head_rank,))):
         if any(ranks):
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
-    return tag
+    tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
+    return tag + (f"_{config.factor_act}" if config.factor_act != "none" else "")
 
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     """What --dry-run shows."""
     print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), "
            f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in range(config.n_layer)]}")
-    for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), ("lm_head", (config.lm_head_rank,))):
+    for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), *config.matrix_ranks.items(), ("lm_head", (config.lm_head_rank,))):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
            f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")

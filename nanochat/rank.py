@@ -203,7 +203,9 @@ def kept_by_block(block, C: int, K: int, token: int, dtype_bytes: int) -> int:
     for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o,
                                      C + 2 * K + 2 * C),       # q, k, v; y by head and by token
                                     (block.mlp, (block.mlp.up,), block.mlp.down, 4 * C)):  # relu
-        kept += C + sum(m.rank for m in (*first, last) if isinstance(m, LowRankLinear))  # C: the norm's output or, recomputing, its input
+        factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
+        kept += C + sum(m.rank for m in factored)              # C: the norm's output or, recomputing, its input
+        kept += sum(m.rank for m in factored if m.act != "none" and (m is last or not part.recompute))
         if not part.recompute:
             kept += wide
             copies += sum(m.first_factor().numel() for m in first) if part is block.attn else 0  # q, k, v in one matrix

@@ -66,7 +66,7 @@ def settings(run: Run, defaults: dict) -> dict:
     derived, device = run.config.get("derived", {}), run.config.get("device", {})
     model, corpus = derived.get("model", {}), derived.get("corpus", {})
     found = {k: v for k, v in (defaults | run.config.get("flags", {})).items() if k not in FREE | RESOLVED}
-    found |= {MODEL.get(k, k): v for k, v in model.items() if k != "n_head"}
+    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in ("n_head", "matrix_ranks")}
     found |= {k: whole_ranks(found[k], model) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]
@@ -110,7 +110,7 @@ def configurations(runs: list[Run]) -> list[Configuration]:
             groups.append((ours, members := []))
         members.append(run)
     names = short_names([s for s, _ in groups], [members[0].name for _, members in groups])
-    return [Configuration(name, tuple(sorted(members, key=seed)), any(s.get(key) for key in RANKS), s)
+    return [Configuration(name, tuple(sorted(members, key=seed)), any(s.get(key) for key in (*RANKS, "matrix_ranks")), s)
             for name, (s, members) in zip(names, groups)]
 
 
@@ -118,7 +118,7 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
     """The ranks, and then one differing setting after the other until all names differ."""
     names = [[rank_name(s)] for s in described]
     order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
-    others = sorted({key for s in described for key in s} - set(order) - set(RANKS))
+    others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks"})
     for key in order + others:
         kinds = {}  # name so far -> values of this setting among those that bear it
         for name, s in zip(names, described):
@@ -131,7 +131,7 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
 
 
 def rank_name(s: dict) -> str:
-    """"attn 96, mlp 96", "attn 100…5" over many layers, or "full rank"."""
+    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, or "full rank"."""
     parts = []
     for key, label in zip(RANKS, ("attn", "mlp", "head")):
         rank = s.get(key)
@@ -139,7 +139,8 @@ def rank_name(s: dict) -> str:
             rank = f"{rank.split('-')[0]}…{rank.split('-')[-1]}"
         if rank:
             parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
-    return ", ".join(parts) or "full rank"
+    parts += (s.get("matrix_ranks") or "").replace("=", " ").split(",")
+    return ", ".join(filter(None, parts)) or "full rank"
 
 
 def setting_name(key: str, setting) -> str:

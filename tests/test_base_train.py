@@ -56,7 +56,8 @@ def same(a, b):
 
 # ---- what a run does
 
-@pytest.mark.parametrize("flags", [(), LOW, ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1), ("--lm-head-rank", 8)])
+@pytest.mark.parametrize("flags", [(), LOW, ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1), ("--lm-head-rank", 8),
+                                   (*LOW, "--matrix-ranks", "v=16,up=0", "--factor-act", "silu", "--recompute", "bottleneck")])
 def test_a_model_learns_and_the_record_is_complete(train, flags):
     run = train(*flags, "--num-iterations", 30, "--eval-every", 10, "--sample-every", 30, "--ppl-thresholds", "250,100,2")
     s = run.summary
@@ -232,6 +233,9 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
     (["--attn-rank", 8, "--rank-schedule", "8,4,2"], r"give 2 ranks above 0, one a layer"),
     (["--attn-rank", 8, "--rank-schedule", "wavy"], r"--rank-schedule wavy: use one of constant, linear"),
     (["--attn-rank", 8, "--rank-schedule", "linear", "--rank-end", 0.5], r"--rank-end 0.5: .* both as ranks or both as fractions"),
+    (["--matrix-ranks", "w=3"], r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, down"),
+    (["--matrix-ranks", "v=33"], r"--matrix-ranks: v \(layer 0\): rank 33 does not fit a 32 x 32 matrix"),
+    (["--matrix-ranks", "v=8", "--budget-params", "99999", "--solve", "rank"], r"--matrix-ranks: not with --budget-params"),
     (["--head-dim", 24], r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48"),
     (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
     (["--window-pattern", "SX"], r"--window-pattern 'SX'"),

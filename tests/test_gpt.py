@@ -202,6 +202,36 @@ def test_low_rank_model_equals_the_dense_model_of_its_products():
     torch.testing.assert_close(low(*args), dense(*args), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("act", ["none", "silu"])
+def test_what_is_between_the_factors(act):
+    layer = LowRankLinear(24, 40, 5, act).double()
+    layer.init()
+    x = torch.randn(3, 24, dtype=torch.float64)
+    h = x @ layer.A.T
+    torch.testing.assert_close(layer(x), (h * torch.sigmoid(h) if act == "silu" else h) @ layer.B.T)
+    if act == "silu":
+        with pytest.raises(ValueError, match="silu between its factors is not a matrix"):
+            layer.dense_weight()
+
+
+def test_matrices_may_have_ranks_of_their_own():
+    ranks = dict(v=(8, 8, 8), down=(0.25, 0.25, 0.25), k=(0, 0, 0), up=(3, 0, 1))
+    model = tiny(attn_ranks=(4,) * 3, matrix_ranks=ranks)
+    found = [[getattr(m, "rank", 0) for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp.up, b.mlp.down)] for b in model.blocks]
+    assert found == [[4, 0, 8, 4, 3, 8], [4, 0, 8, 4, 0, 8], [4, 0, 8, 4, 1, 8]]
+    assert account(model)["params/attention"] == 3 * (2 * 4 * 64 + 32 * 32 + 8 * 64)
+
+
+@pytest.mark.parametrize("changes", [dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3), dict(matrix_ranks={"v": (4,) * 3, "down": (4,) * 3}),
+                                     dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3, factor_act="silu")])
+def test_recomputing_changes_no_gradient(changes):
+    plain, again, idx = tiny(**changes), tiny(**changes, recompute="bottleneck"), tokens(2, 16)
+    for model in (plain, again):
+        model(idx, idx).backward()
+    for (name, p), q in zip(plain.named_parameters(), again.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+
+
 def test_value_embeddings_join_every_other_layer_and_change_the_output():
     model = tiny(value_embeddings=True, n_layer=4)
     assert sorted(model.value_embeds) == ["1", "3"]
@@ -212,7 +242,8 @@ def test_value_embeddings_join_every_other_layer_and_change_the_output():
 
 # ---- counts
 
-@pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5), dict(tie_embeddings=True, n_kv_head=2)])
+@pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5), dict(tie_embeddings=True, n_kv_head=2),
+                                     dict(mlp_ranks=(3, 3, 3), matrix_ranks={"v": (8, 8, 8), "up": (0, 0, 0)}, factor_act="silu")])
 def test_counted_flops_are_those_that_torch_counts(changes):
     """Forward FLOPs a token = a third of the training FLOPs; torch counts the full T × T attention, as 'L' does."""
     model = tiny(window_pattern="L", **changes)

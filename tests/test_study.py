@@ -40,7 +40,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_configuration():
 
 @pytest.mark.parametrize("change", [{"flags": {"embedding_lr": 0.1}}, {"derived": {"matrix_lr": 0.02}}, {"depth": 5}, {"width": 320},
                                     {"derived": {"num_iterations": 200}}, {"device": {"name": "M2"}}, {"device": {"dtype": "bfloat16"}},
-                                    {"corpus": {"train_fingerprint": "dd"}}, {"flags": {"device_batch_size": 8}}, {"flags": {"warmdown_ratio": 0.3}}])
+                                    {"corpus": {"train_fingerprint": "dd"}}, {"flags": {"device_batch_size": 8}}, {"flags": {"warmdown_ratio": 0.3}},
+                                    {"flags": {"matrix_ranks": "v=64"}}, {"flags": {"factor_act": "silu"}}])
 def test_what_makes_another_configuration(change):
     both = configurations([a_run("one"), a_run("other", seed=2, **change)])
     assert len(both) == 2 and both[0].name != both[1].name
