@@ -37,19 +37,21 @@ def orthogonalize(X):
     X = X.reshape(-1, *shape[-2:])
     if tall:
         X = X.mT  # the Gram matrices are then on the small side: for a factor, r × r
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-30)
     G = X @ X.mT                            # (..., m, m)
+    square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30  # ||X||_F²
+    G.div_(square)
     GG = G @ G
     size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
-    X, G, GG = X / size, G / size**2, GG / size**4
+    G, GG, scale = G.div_(size**2), GG.div_(size**4), square.rsqrt() / size
     if X.size(-1) > 2 * X.size(-2) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
-        X = gram_polynomial(G, GG) @ X
+        X = gram_polynomial(G, GG).mul_(scale) @ X
     else:
+        X = X * scale
         for i, (a, b, c) in enumerate(POLAR_EXPRESS):
             if i:
                 G = X @ X.mT
                 GG = G @ G
-            X = torch.baddbmm(X, b * G + c * GG, X, beta=a)
+            X = torch.baddbmm(X, G.mul_(b).add_(GG, alpha=c), X, beta=a)
     return (X.mT if tall else X).reshape(shape)
 
 
@@ -59,7 +61,7 @@ def gram_polynomial(G, GG):
         if i:
             G = P @ G @ P
             GG = G @ G
-        P = b * G + c * GG
+        P = torch.add(b * G, GG, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P @ Q if i else P
     return Q
@@ -100,16 +102,18 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
             momenta, squares = ([self.state[p][key] for p in params] for key in ("momentum", "square"))
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - mu)
-            nesterov = torch.stack(grads).lerp_(torch.stack(momenta), mu)          # (count, out, in)
+            nesterov = torch.stack(grads)                                          # (count, out, in)
+            torch._foreach_lerp_(nesterov.unbind(), momenta, mu)
             updates = orthogonalize(nesterov.to(matmul_dtype(nesterov))).to(nesterov.dtype)
             updates, square = even_out(updates, torch.stack(squares), group["beta2"])
             torch._foreach_copy_(squares, square.unbind())
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-lr * group["scale"])
 
 
 def even_out(updates, square, beta2: float):
-    """Divide each line of the updates (count, out, in) by the root of its running mean square, and restore each matrix's norm.
+    """Divide, in place, each line of the updates (count, out, in) by the root of its running mean square, and restore each matrix's norm.
 
     square: (count, *line_shape), the running mean squares so far. Returns the updates and the mean squares moved on.
     """
@@ -118,7 +122,7 @@ def even_out(updates, square, beta2: float):
     square = square.lerp(mean, 1 - beta2)
     scale = 1 / (square.sqrt() + 1e-10)
     before, after = (x.sum(dim=(-2, -1), keepdim=True) for x in (mean, mean * scale.square()))  # squared norms, up to a factor
-    return updates * (scale * (before / (after + 1e-20)).sqrt()), square
+    return updates.mul_(scale * (before / (after + 1e-20)).sqrt()), square
 
 
 def line_shape(p) -> tuple[int, int]:
