@@ -26,7 +26,7 @@ from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import HUB_SETS
 from nanochat.experiment_file import check_flags, check_point, choose_preset, load_toml, nearest, whole_numbers
 from nanochat.gpt import GPTConfig
-from nanochat.plan import build_parser, solve_budget, training_plan
+from nanochat.plan import parse_flags, solve_budget, training_plan
 from nanochat.rank import count_parameters
 
 RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
@@ -264,7 +264,7 @@ def make_point(sweep: str, v: Variant, seed: int) -> Point:
     argv = to_argv({**saving, **v.flags, "seed": seed, "model-tag": tag, "resume": "auto"})
     varying = tuple(flag if value is True else f"{flag}={value}" for flag, value in v.flags.items() if flag in v.own and value is not False)
     pair = tag_of(sweep, v.partner.label, seed) if v.partner else ""
-    return Point(tag, v.label, seed, argv, v.processes, varying, pair, build_parser().parse_args(argv), config, plan)
+    return Point(tag, v.label, seed, argv, v.processes, varying, pair, parse_flags(argv), config, plan)
 
 
 def to_argv(flags: dict) -> tuple[str, ...]:
@@ -290,7 +290,7 @@ def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
 
 @cache
 def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
-    args = build_parser().parse_args(list(argv))
+    args = parse_flags(list(argv))
     if args.vocab_size < 1:
         raise InputError(f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258")
     config = solve_budget(args, args.vocab_size)

@@ -12,7 +12,7 @@ from nanochat.study import MACHINE, RANKS, Configuration, finished, seed, value
 
 # The data and their order (a function of text, tokenizer, length and seed), the number of tokens, the schedule, the arithmetic.
 CONTEXT = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens", "max_seq_len", "total_batch_size", "num_iterations",
-           "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype")
+           "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype", "init_from", "materialized_from")
 FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
 SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", *FAMILY)
 RANK = (*RANKS, "rank_schedule")

@@ -2,8 +2,10 @@
 import math
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
+from pathlib import Path
 
 from nanochat import metrics
+from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import ArgumentParser, InputError, print0, whole_number
 from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
 from nanochat.optim import default_matrix_lr
@@ -70,7 +72,10 @@ def build_parser():
     # data
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")
     add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
-    # shape
+    # shape: SHAPE_FLAGS, which --init-from answers
+    add("--init-from", default=None, metavar="TAG[:STEP]",
+        help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "
+             "shape or rank may be given beside it. The checkpoint has to stay until this run is finished")
     add("--depth", type=whole_number(1), default=20, help="layers")
     add("--aspect-ratio", type=whole_number(1), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
     add("--model-dim", type=whole_number(-1), default=-1, help="width, overriding depth × aspect-ratio")
@@ -120,6 +125,38 @@ def build_parser():
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser
+
+
+SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
+               "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
+
+
+def parse_flags(argv=None) -> Namespace:
+    """The flags of base_train. With --init-from, those of shape and rank are as its run has them, and the checkpoint's step is filled in.
+
+    InputError if one of them is given too, or there is no such checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    if args.init_from is not None:
+        folder, step = starting_point(args.init_from)
+        given = build_parser().parse_args(argv, Namespace(**dict.fromkeys(SHAPE_FLAGS)))
+        if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if getattr(given, name) is not None]:
+            raise InputError(f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out")
+        flags = metrics.read_json(folder / "config.json")["flags"]
+        vars(args).update({name: flags[name] for name in SHAPE_FLAGS if name in flags}, init_from=f"{folder.name}:{step}")
+    return args
+
+
+def starting_point(init_from: str) -> tuple[Path, int]:
+    """(run folder, step) of TAG[:STEP]."""
+    tag, _, step = init_from.partition(":")
+    folder = metrics.runs_dir() / tag
+    steps = saved_steps(folder)
+    if not tag or not steps or not (folder / "config.json").exists():
+        raise InputError(f"--init-from {init_from}: there is no run {tag!r} with a checkpoint in {metrics.runs_dir()}")
+    if step and not (step.isdigit() and int(step) in steps):
+        raise InputError(f"--init-from {init_from}: no checkpoint of step {step}; there are: {steps}")
+    return folder, int(step or steps[-1])
 
 
 # ---- from flags to a model ------------------------------------------------------------------------------------------
@@ -230,7 +267,13 @@ def check_depth_is_free(args, flag: str):
 
 
 def solve_budget(args, vocab_size: int) -> GPTConfig:
-    """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given."""
+    """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given; or that of --init-from."""
+    if args.init_from is not None:
+        folder, _ = starting_point(args.init_from)
+        config = GPTConfig(**metrics.read_json(folder / "config.json")["derived"]["model"])
+        if config.vocab_size != vocab_size:
+            raise InputError(f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place")
+        return replace(config, recompute=args.recompute)
     if not args.budget_params and not args.solve:
         return model_config(args, vocab_size)
     if args.matrix_ranks:
@@ -333,7 +376,8 @@ def default_tag(args, config: GPTConfig) -> str:
         if any(ranks):
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
     tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
-    return tag + (f"_{config.factor_act}" if config.factor_act != "none" else "")
+    tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
+    return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict):

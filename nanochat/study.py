@@ -179,11 +179,16 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 
 def paste_flags(config: Configuration) -> str:
     """The flags of scripts.base_train that make these runs, defaults left out, without tag, wandb name and seed; shell-quoted."""
+    from nanochat.plan import SHAPE_FLAGS
     run, defaults = config.runs[0], flag_defaults()
-    words = []
-    for key, given in run.config.get("flags", {}).items():
+    flags, words = run.config.get("flags", {}), []
+    if "materialized_from" in flags:
+        return f"made by scripts.materialize from {flags['materialized_from']}"
+    for key, given in flags.items():
         if key in ("run", "model_tag", "seed", "resume", "dry_run") or given is None or (key in defaults and given == defaults[key]):
             continue
+        if flags.get("init_from") and key in SHAPE_FLAGS:
+            continue  # the checkpoint's, and not to be given beside it
         if key == "budget_params" and not str(given).replace("_", "").isdigit():
             given = run.summary.get("params/total", given)  # it named a run, which need not exist where this is pasted
         words.append("--" + key.replace("_", "-"))

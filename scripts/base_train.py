@@ -26,7 +26,7 @@ from nanochat.gpt import GPT, compile_blocks
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
 from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
-from nanochat.plan import build_parser, default_tag, print_frontier, print_plan, solve_budget, training_plan
+from nanochat.plan import default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
@@ -71,6 +71,19 @@ def open_run(folder, tag: str, config: dict, resume: str):
     if saved_steps(folder):
         raise InputError(f"--model-tag {tag}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
     return None
+
+
+def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
+    """What a new run begins with, in the form of a checkpoint, (state, meta): with --init-from that one's weights at step 0, else no state."""
+    meta = {"step": 0, "total_training_time": 0.0, "bad_steps": 0}
+    if args.init_from is None:
+        return None, meta
+    folder, step = starting_point(args.init_from)
+    state, theirs = load_checkpoint(folder, step)
+    if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
+        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, {tokenizer_path()} is {tokenizer.hash}; "
+                         f"put {folder / 'tokenizer.json'} in its place")
+    return {"model": state["model"]}, meta | {"source": {"tag": folder.name, "step": step, "sha256": theirs["sha256"]}}
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ def bytes_of(tensors) -> int:
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse_flags(argv)
     if args.resume not in ("-1", "auto") and not args.resume.isdigit():
         raise InputError(f"--resume {args.resume}: use auto, or the number of a saved step")
 
@@ -154,6 +167,7 @@ def main(argv=None):
     if args.plan:
         return print_frontier(args, vocab_size, world_size, dtype.itemsize)
     config = solve_budget(args, vocab_size)
+    start = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
     if args.dry_run:
@@ -179,7 +193,7 @@ def main(argv=None):
         "flags": vars(args),
         "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
                     "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
-                    "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped},
+                    "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **({"source": start[1]["source"]} if args.init_from else {})},
         "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
         "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
@@ -193,16 +207,16 @@ def main(argv=None):
         if world_size > 1:
             dist.barrier()  # every process has looked at the folder before rank 0 writes into it
         stop = held.enter_context(common.stop_signals())
-        finished = train(args, config, run_config, accounting, found, folder, tokenizer, train_rows, val_rows, place, dtype, stop)
+        finished = train(args, config, run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, place, dtype, stop)
     if not finished:
         common.end_process()
         sys.exit(common.REQUEUE)
 
 
-def train(args, config, run_config, accounting, found, folder, tokenizer, train_rows: Rows, val_rows: Rows, place, dtype, stop) -> bool:
-    """From the first step, or from what was `found`, to the last; False if it was asked to stop before and saved its state."""
+def train(args, config, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, place, dtype, stop) -> bool:
+    """From `start`, a checkpoint or `first_weights`, to the last step; False if it was asked to stop before and saved its state."""
     (device, rank, world_size), plan = place, run_config["derived"]
-    state, meta = found or (None, {"step": 0, "total_training_time": 0.0, "bad_steps": 0})
+    state, meta = start
 
     # model and optimizer
     torch.manual_seed(args.seed)
@@ -212,12 +226,13 @@ def train(args, config, run_config, accounting, found, folder, tokenizer, train_
     pieces = split_parameters(model, world_size)
     optimizers = build_optimizers(model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
                                   scalar_lr=args.scalar_lr, weight_decay=args.weight_decay, pieces=pieces[rank])
+    if meta["step"] and "optimizer" not in state:
+        raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another --model-tag")
     if state:
-        if "optimizer" not in state:
-            raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another --model-tag")
         model.load_state_dict(state["model"])
+    if meta["step"]:
         load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
-        del state
+    del state
     compiled = args.compile == "on" or (args.compile == "auto" and compiling_pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
     if compiled:
         compile_blocks(model)

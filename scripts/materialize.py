@@ -1,0 +1,215 @@
+"""A checkpoint in another form: factors multiplied out, matrices cut down to factors by SVD, or a file for plain PyTorch.
+
+    python -m scripts.materialize --model-tag low --out-tag low_dense                          every product BA as one matrix: the same logits
+    python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd    the nearest matrices of these ranks
+    python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90             the smallest ranks that keep 90% of each Σ s²
+    python -m scripts.materialize --model-tag low --safetensors low.safetensors                as it is, for dev/plain_forward.py
+The new run folder is as whole as any: scripts.base_eval and scripts.report read it, and base_train --init-from trains it on.
+"""
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from nanochat import common, metrics
+from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, saved_steps
+from nanochat.common import InputError, whole_number, write_atomic
+from nanochat.dataloader import Rows
+from nanochat.dataset import open_corpus
+from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
+from nanochat.functional import SOFTCAP
+from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
+from nanochat.loss_eval import evaluate
+from nanochat.plan import check_ranks, matrix_ranks, matrix_ranks_flag, number, rank_flag, ranks_in_short
+from nanochat.rank import account
+from nanochat.tokenizer import load_tokenizer
+from scripts.base_eval import load_model
+from scripts.base_train import differing_keys
+
+
+def parse(argv):
+    parser = common.ArgumentParser("Merge the factors of a checkpoint, truncate its matrices by SVD, or export it.")
+    add = parser.add_argument
+    add("--model-tag", required=True, help="the run")
+    add("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    add("--out-tag", default="", help="the new run: all factors merged or, with a rank or --energy, truncated")
+    add("--attn-rank", type=rank_flag, default=0, help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)")
+    add("--mlp-rank", type=rank_flag, default=0)
+    add("--lm-head-rank", type=rank_flag, default=0)
+    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, whatever their group's: e.g. v=128,down=0.5; 0 = leave it")
+    add("--energy", type=number(0, 1), default=None,
+        help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values")
+    add("--eval-tokens", type=whole_number(-1), default=-1, help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
+    add("--device-batch-size", type=whole_number(1), default=32)
+    add("--device-type", choices=["", "cuda", "cpu"], default="")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the evaluation; weights are float32")
+    add("--safetensors", type=Path, default=None, metavar="FILE.safetensors",
+        help="write it, with FILE.json beside it: the new run or, without --out-tag, the checkpoint as it is")
+    args = parser.parse_args(argv)
+
+    ranks = [flag for flag in ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy") if getattr(args, flag)]
+    shown = [f"--{flag.replace('_', '-')}" for flag in ranks]
+    if not (args.out_tag or args.safetensors):
+        raise InputError("--out-tag: give the new run's tag, or a file with --safetensors")
+    if ranks and not args.out_tag:
+        raise InputError(f"{shown[0]}: needs --out-tag, the run that is to hold the truncated model")
+    if args.out_tag == args.model_tag:
+        raise InputError(f"--out-tag {args.out_tag}: is the run itself; choose another tag")
+    if args.energy is not None and not 0 < args.energy < 1:
+        raise InputError(f"--energy {args.energy:g}: give a share between 0 and 1, such as 0.9")
+    if args.energy and set(ranks) - {"energy", "lm_head_rank"}:
+        raise InputError(f"--energy: not with {shown[0]}: it finds the ranks in the blocks")
+    if args.safetensors and args.safetensors.suffix != ".safetensors":
+        raise InputError(f"--safetensors {args.safetensors}: the name has to end in .safetensors; the config goes beside it, ending in .json")
+    args.truncates = bool(ranks)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    folder = metrics.runs_dir() / args.model_tag
+    run = metrics.load_run(folder)
+    if not saved_steps(folder):
+        raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
+    step = args.step if args.step >= 0 else saved_steps(folder)[-1]
+    if args.out_tag:
+        out = metrics.runs_dir() / args.out_tag
+        with common.claimed(common.get_base_dir() / "locks" / f"{args.out_tag}.lock", f"--out-tag {args.out_tag}: {out}"):
+            make_run(args, run, folder, step, out)
+        folder = out
+    if args.safetensors:
+        export(folder, step, args.safetensors)
+
+
+# ---- a new run ------------------------------------------------------------------------------------------------------
+
+def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
+    """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
+    device, _, _ = common.init_process(args.device_type)
+    dtype = common.compute_dtype(args.dtype, device.type)
+    model, meta = load_model(folder, step, device)
+    eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
+    asked = {flag: getattr(args, flag) for flag in ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")}
+    source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **asked}
+    if is_done(out, {"source": source, "eval_tokens": eval_tokens}):
+        return print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
+
+    # what cannot be done is said before the text is read
+    try:
+        check_linear(model)
+    except ValueError as e:
+        raise InputError(f"--model-tag {args.model_tag}: {e}; it can be neither merged nor truncated") from None
+    choose = ranks_to_choose(args, model.config)
+    if not args.truncates and not any(map(rank_of, linear_layers(model).values())):
+        raise InputError(f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
+                         "to truncate them give --energy, --attn-rank or --mlp-rank")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens) if eval_tokens else (None, 0)
+
+    new, kept = truncate(model, choose) if args.truncates else (merge(model), {})
+    if args.truncates and not kept:
+        raise InputError(f"--out-tag {args.out_tag}: at these ranks no matrix would have fewer parameters than it has; give lower ones")
+    print_matrices(model, new, kept)
+    values = {"step": step}
+    if count:
+        before, after = (evaluate(m, rows, count, tokenizer.token_bytes(), args.device_batch_size, device, dtype) for m in (model, new))
+        for tag, found in ((args.model_tag, before), (args.out_tag, after)):
+            print(f"{tag:20} | {count * rows.T:,} validation tokens | loss {found['val/loss']:.4f} | "
+                  f"ppl {found['val/ppl']:.3f} | bpb {found['val/bpb']:.4f}")
+        values |= after | {f"source/{key}": value for key, value in before.items()}
+
+    # the run; its step, tokens, time and FLOPs are those of the training that led to its source
+    values |= next(({key: entry[key] for key, _ in metrics.CLOCKS if key in entry} for entry in run.history if entry["step"] == step), {})
+    flags = {**run.config["flags"], **rank_flags(new.config), "model_tag": args.out_tag, "eval_tokens": eval_tokens,
+             "materialized_from": f"{args.model_tag}:{step}"}
+    derived = {**run.config["derived"], "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
+    tokenizer.save(out / "tokenizer.json")
+    record = metrics.RunRecord(out, {**run.config, "flags": flags, "derived": derived, "git": metrics.git_state(), "versions": metrics.versions()},
+                               account(new.config), "dummy", [])
+    record.log(values)
+    save_checkpoint(out, step, {"model": new.state_dict()}, {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config)})
+    record.summarize("finished")
+    record.close()
+    print(f"finished: {out}")
+
+
+def is_done(out: Path, wanted: dict) -> bool:
+    """Whether the run is there and finished. InputError if it is something else."""
+    if not (out / "config.json").exists():
+        return False
+    there = metrics.load_run(out)
+    if "materialized_from" not in there.config["flags"]:
+        raise InputError(f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}")
+    if differing := differing_keys({"source": there.config["derived"]["source"], "eval_tokens": there.config["flags"]["eval_tokens"]}, wanted):
+        raise InputError(f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}")
+    return there.summary.get("status") == "finished"
+
+
+def ranks_to_choose(args, config: GPTConfig) -> dict:
+    """{layer: function from its singular values to a rank} of the flags, for `truncate`. InputError for ranks that do not fit."""
+    if args.lm_head_rank and config.tie_embeddings:
+        raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
+    L = config.n_layer
+    wanted = replace(config, attn_ranks=(args.attn_rank,) * L, mlp_ranks=(args.mlp_rank,) * L, lm_head_rank=args.lm_head_rank,
+                     matrix_ranks={name: (rank,) * L for name, rank in matrix_ranks(args.matrix_ranks).items()})
+    check_ranks(wanted)
+    ranks = {block_matrix(matrix, layer): wanted.rank(matrix, layer) for layer in range(L) for matrix in MATRICES}
+    choose = {name: lambda S, rank=rank: resolve_rank(rank, len(S), len(S))  # a fraction is of the smaller side, as many as there are values
+              for name, rank in (ranks | {"lm_head": args.lm_head_rank}).items() if rank}
+    return choose | (dict.fromkeys(ranks, partial(rank_of_energy, args.energy)) if args.energy else {})
+
+
+def validation_rows(run: metrics.Run, tokenizer, T: int, eval_tokens: int) -> tuple[Rows, int]:
+    """The rows that the run was evaluated on, and how many."""
+    data = run.config["flags"]["data"]
+    corpus = open_corpus(data)
+    if (now := corpus.fingerprint("val")) != (then := run.config["derived"]["corpus"]["val_fingerprint"]):
+        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it, or give --eval-tokens 0")
+    rows = Rows(corpus.val, tokenizer, T)
+    if not (count := min(rows.count, eval_tokens // T)):
+        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more, or 0 for none")
+    return rows, count
+
+
+def rank_flags(config: GPTConfig) -> dict:
+    """The flags on rank that a report reads, as the model has them."""
+    return {"attn_rank": config.attn_ranks[0] if config.attn_ranks else 0, "mlp_rank": config.mlp_ranks[0] if config.mlp_ranks else 0,
+            "lm_head_rank": config.lm_head_rank, "matrix_ranks": ",".join(f"{m}={ranks_in_short(r)}" for m, r in config.matrix_ranks.items()),
+            "factor_act": config.factor_act, "rank_schedule": "constant", "rank_end": 0, "budget_params": "", "solve": None}
+
+
+def print_matrices(model, new, kept: dict[str, float]):
+    """A line for each matrix: rank and parameters before and after, and what it kept."""
+    def size(layer):
+        return sum(p.numel() for p in layer.parameters())
+    print(f"{'matrix':20}{'out x in':>14}{'rank':>16}{'parameters':>26}{'energy kept':>14}")
+    after = linear_layers(new)
+    for name, layer in linear_layers(model).items():
+        rank = f"{rank_of(layer) or 'full'} → {rank_of(after[name]) or 'full'}"
+        numbers = f"{size(layer):,} → {size(after[name]):,}"
+        print(f"{name:20}{f'{layer.out_features} x {layer.in_features}':>14}{rank:>16}{numbers:>26}" + (f"{kept[name]:14.4f}" if name in kept else ""))
+    print(f"{'whole model':50}{f'{size(model):,} → {size(new):,}':>26}")
+
+
+# ---- a file for plain PyTorch ---------------------------------------------------------------------------------------
+
+def export(folder: Path, step: int, file: Path):
+    """The weights of a checkpoint as safetensors and, beside them, all that one needs to compute logits from them as JSON."""
+    state, meta = load_checkpoint(folder, step)
+    config = GPTConfig(**meta["model"])
+    said = {"model": asdict(config),
+            "windows": [config.window(layer) for layer in range(config.n_layer)],  # positions back that a query sees, itself included
+            "logit_softcap": SOFTCAP, "score_scale": SCORE_SCALE / (config.n_embd // config.n_head) ** 0.5,
+            "rotary_base": 4.0 * config.sequence_len, "norm_eps": torch.finfo(torch.float32).eps,
+            "tokenizer_hash": meta["tokenizer_hash"], "source": {"tag": folder.name, "step": step, "sha256": meta["sha256"]}}
+    weights = safetensors.torch.save(state["model"], {"format": "pt"})
+    write_atomic(file, weights)
+    write_atomic(file.with_suffix(".json"), json.dumps(said, indent=2) + "\n")
+    print(f"written: {file} ({len(weights) / 2**20:,.1f} MiB) and {file.with_suffix('.json').name}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)
