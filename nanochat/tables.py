@@ -173,10 +173,10 @@ def text(value) -> str:
 
 
 def describe_ranks(ranks) -> str:
-    """One rank if all layers share it; 0 is full rank."""
+    """One rank if all layers share it; 0, or none, is full rank."""
     if not isinstance(ranks, list) or None in ranks:
         return "–"
-    words = ["full" if r == 0 else str(r) for r in ranks]
+    words = ["full" if r == 0 else str(r) for r in ranks or [0]]
     return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
