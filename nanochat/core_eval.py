@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from nanochat.common import InputError
 from nanochat.core_bundle import Bundle, Task
+from nanochat.engine import prefill
 from nanochat.functional import SOFTCAP, rows_at_once, squashed
 
-DRAWS = 10_000  # of the bootstrap
+DRAWS = 10_000    # of the bootstrap
+MOST_ROWS = 256   # continuations in a batch: their first tokens' logits are held at once
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -64,10 +66,10 @@ def prompts(task: Task, number: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Question:
-    """An example as tokens: rows of a prompt and its continuation, int32."""
+    """An example as tokens: rows of a prompt and its continuations, int32."""
     number: int
-    gold: int | None  # which row is right; None: the only one, if its continuation is the greedy choice
-    rows: list[tuple[np.ndarray, np.ndarray]]
+    gold: int | None  # which of all continuations is right; None: the only one, if it is the greedy choice
+    rows: list[tuple[np.ndarray, list[np.ndarray]]]
 
 
 def common_length(sequences: list[list[int]]) -> int:
@@ -86,23 +88,23 @@ def question(task: Task, number: int, tokenizer, context: int) -> Question:
     shortest = min(map(len, sequences))
     if task.kind == "schema":
         n = min(max(1, common_length([s[::-1] for s in sequences])), shortest - 1)  # of the continuation
-        rows = [(s[:-n], s[-n:]) for s in sequences]
+        rows = [(s[:-n], [s[-n:]]) for s in sequences]
     elif task.kind == "multiple_choice":
         n = min(common_length(sequences), shortest - 1)  # of the prompt
-        rows = [(s[:n], s[n:]) for s in sequences]
+        rows = [(sequences[0][:n], [s[n:] for s in sequences])]
     else:
         whole = sequences[1]
         n = min(common_length(sequences), len(whole) - 1)
-        rows = [(whole[:n], whole[n:])]
+        rows = [(whole[:n], [whole[n:]])]
     if n < 1:
         raise InputError(f"CORE task {task.label}, example {number + 1}: empty")
-    longest = max(len(continuation) for _, continuation in rows)
+    longest = max(len(c) for _, continuations in rows for c in continuations)
     if longest > context:
         raise InputError(f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, more than the model's context of "
                          f"{context}; leave the task out of core.yaml, or train with a longer --max-seq-len")
     keep = context + 1 - longest  # the last token is predicted only
     return Question(number, task.examples[number].get("gold"),
-                    [(np.array(prompt[-keep:], np.int32), np.array(continuation, np.int32)) for prompt, continuation in rows])
+                    [(np.array(prompt[-keep:], np.int32), [np.array(c, np.int32) for c in continuations]) for prompt, continuations in rows])
 
 
 def questions(bundle: Bundle, tokenizer, context: int, max_per_task: int, rank: int = 0, world_size: int = 1) -> list[list[Question]]:
@@ -113,60 +115,69 @@ def questions(bundle: Bundle, tokenizer, context: int, max_per_task: int, rank: 
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 def row_length(row) -> int:
-    """Tokens that the model reads: the last of the continuation is predicted only."""
-    prompt, continuation = row
-    return len(prompt) + len(continuation) - 1
+    """Tokens of the prompt and its longest continuation, whose last is predicted only."""
+    prompt, continuations = row
+    return len(prompt) + max(map(len, continuations)) - 1
 
 
 def batches(rows: list, tokens: int) -> list[list[int]]:
-    """Indices of rows of like length, longest first, to be read together; at most so many tokens with padding, or one row."""
+    """Indices of rows to be read together: as many continuations a row, and of like length, longest first. A batch, each continuation
+    with its prompt and its padding, comes to at most so many tokens and MOST_ROWS continuations, or is one row.
+    """
     out = []
-    for i in sorted(range(len(rows)), key=lambda i: -row_length(rows[i])):
-        if not out or (len(out[-1]) + 1) * row_length(rows[out[-1][0]]) > tokens:
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][1]), -row_length(rows[i]))):
+        first, n = rows[out[-1][0]] if out else None, len(rows[i][1])
+        if not out or len(first[1]) != n or (len(out[-1]) + 1) * n > min(MOST_ROWS, tokens // row_length(first)):
             out.append([])
         out[-1].append(i)
     return out
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
-    """rows: (prompt, continuation) -> (mean loss in nats a token, whether every token is the greedy choice) of each continuation.
+    """(mean loss in nats a token, whether every token is the greedy choice) of each continuation of each row, in order.
 
-    Only the continuations' logits are computed.
+    rows: (prompt, continuations), equally many continuations in each. A prompt is read once for all of its continuations, and only
+    these, which it predicts, have logits computed.
     """
-    B, T = len(rows), max(map(row_length, rows))
-    idx, predicts = np.zeros((B, T), np.int64), np.zeros((B, T), bool)  # padded at the end, where no token before it looks
-    for row, where, (prompt, continuation) in zip(idx, predicts, rows):
-        n = len(prompt) + len(continuation) - 1
-        row[:n] = np.concatenate([prompt, continuation[:-1]])
-        where[len(prompt) - 1:n] = True
-    device = model.wte.weight.device
-    idx, at, targets = (torch.from_numpy(a.astype(np.int64)).to(device)
-                        for a in (idx, np.flatnonzero(predicts), np.concatenate([continuation for _, continuation in rows])))
-    with model.eager():
-        x, weight = model.head(idx, dtype)
-    x, n = x[at], rows_at_once(x, weight.size(0))
-    losses, greedy = [], []
-    for part, target in zip(x.split(n), targets.split(n)):
-        logits = SOFTCAP * squashed(part, weight)  # (n, V)
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        greedy.append(logits.argmax(-1) == target)
-    lengths = [len(continuation) for _, continuation in rows]
-    losses, greedy = (torch.cat(parts).cpu().split(lengths) for parts in (losses, greedy))
-    return [(l.double().mean().item(), g.all().item()) for l, g in zip(losses, greedy)]
+    continuations = [c for _, of_row in rows for c in of_row]
+    each, T = len(rows[0][1]), max(map(len, continuations)) - 1  # the last token is predicted only
+    logits, cache = prefill(model, [prompt.tolist() for prompt, _ in rows], max(len(prompt) for prompt, _ in rows) + T, dtype)
+    cache.repeat(each)
+    targets = np.full((len(continuations), 1 + T), -1)  # padded at the end, where no token before it looks
+    for row, c in zip(targets, continuations):
+        row[:len(c)] = c
+    targets = torch.from_numpy(targets).to(logits.device)
+    losses, greedy = torch.zeros(targets.shape, device=logits.device), torch.ones_like(targets, dtype=torch.bool)
+    losses[:, 0], greedy[:, 0] = judged(logits.repeat_interleave(each, dim=0), targets[:, 0])
+    if T:
+        real = targets[:, 1:] >= 0
+        with model.eager():
+            x, weight = model.head(targets[:, :-1].clamp(min=0), dtype, cache)
+        x, n = x[real.flatten()], rows_at_once(x, weight.size(0))
+        parts = [judged(SOFTCAP * squashed(part, weight), target) for part, target in zip(x.split(n), targets[:, 1:][real].split(n))]
+        losses[:, 1:][real], greedy[:, 1:][real] = (torch.cat(values) for values in zip(*parts))
+    means = losses.double().sum(1).cpu() / torch.tensor([len(c) for c in continuations])
+    return list(zip(means.tolist(), greedy.all(1).tolist()))
 
 
-def score(model, rows: list, dtype, tokens: int) -> list[tuple[float, bool]]:
-    """score_batch's pairs of any number of rows, so many `tokens` at a time."""
+def judged(logits, targets):
+    """logits: (n, V), targets: (n,) -> (loss in nats, whether it is the greedy choice) of each, (n,)."""
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+
+def score(model, rows: list, dtype, tokens: int) -> list[list[tuple[float, bool]]]:
+    """score_batch's pairs for each of any number of rows, so many `tokens` at a time."""
     out = [None] * len(rows)
     for batch in batches(rows, tokens):
-        for i, pair in zip(batch, score_batch(model, [rows[i] for i in batch], dtype)):
-            out[i] = pair
+        pairs = iter(score_batch(model, [rows[i] for i in batch], dtype))
+        for i in batch:
+            out[i] = [next(pairs) for _ in rows[i][1]]
     return out
 
 
 def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
-    """pairs: of the question's rows. Of equal losses the first counts."""
+    """pairs: of all continuations of the question. Of equal losses the first counts."""
     if asked.gold is None:
         return pairs[0][1]
     return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
@@ -175,14 +186,14 @@ def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
 def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int) -> dict:
     """CORE from `questions`, over all processes.
 
-    tokens: read in one forward pass, padding included.
+    tokens: held in one forward pass, padding included; each answer to a question counts with its prompt.
     Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, examples, correct}.
     """
     tasks = {}
     counts = torch.zeros(len(asked), 2, dtype=torch.float64, device=model.wte.weight.device)  # right, asked
     for i, of_task in enumerate(asked):
-        pairs = iter(score(model, [row for q in of_task for row in q.rows], dtype, tokens))
-        correct = [right(q, [next(pairs) for _ in q.rows]) for q in of_task]
+        scored = iter(score(model, [row for q in of_task for row in q.rows], dtype, tokens))
+        correct = [right(q, [pair for _ in q.rows for pair in next(scored)]) for q in of_task]
         counts[i] = torch.tensor([sum(correct), len(correct)])
     if dist.is_initialized():
         dist.all_reduce(counts)

@@ -16,7 +16,7 @@ from conftest import TINY, losses, story
 from nanochat import core_bundle, metrics
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
-from nanochat.core_eval import batches, chosen, evaluate_core, prompts, question, questions, row_length, score, shots, with_intervals
+from nanochat.core_eval import MOST_ROWS, batches, chosen, evaluate_core, prompts, question, questions, row_length, score, shots, with_intervals
 from nanochat.gpt import GPT, GPTConfig
 from scripts import base_eval, base_train, report
 
@@ -138,24 +138,24 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
     choice, contexts, following = bundle.tasks
 
     def split(task, number):
-        return [(text(prompt), text(continuation)) for prompt, continuation in question(task, number, Letters(), 200).rows]
+        return [(text(prompt), [text(c) for c in continuations]) for prompt, continuations in question(task, number, Letters(), 200).rows]
     before = "<bos>" + prompts(choice, 0)[0].removesuffix("xa")
-    assert split(choice, 0) == [(before, "xa"), (before, "abcd"), (before, "no aaa"), (before, "?")]
-    assert split(contexts, 2) == [("<bos>the ", "c is here"), ("<bos>zz c", "c is here")]
-    assert split(following, 1) == [("<bos>" + prompts(following, 1)[0], "efg")]
+    assert split(choice, 0) == [(before, ["xa", "abcd", "no aaa", "?"])]
+    assert split(contexts, 2) == [("<bos>the ", ["c is here"]), ("<bos>zz c", ["c is here"])]
+    assert split(following, 1) == [("<bos>" + prompts(following, 1)[0], ["efg"])]
 
 
 def test_one_answer_that_begins_another_keeps_a_token(tmp_path):
     example = {"query": "q", "choices": ["ab", "abc", "ab"], "gold": 1}
     bundle = read_bundle(write_bundle(tmp_path / "b", {"t": ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])}))
-    assert [text(continuation) for _, continuation in question(bundle.tasks[0], 0, Letters(), 9).rows] == ["b", "bc", "b"]
+    (_, continuations), = question(bundle.tasks[0], 0, Letters(), 9).rows
+    assert list(map(text, continuations)) == ["b", "bc", "b"]
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end(bundle):
-    whole, cut = (question(bundle.tasks[0], 3, Letters(), context).rows for context in (200, 12))
-    for (prompt, continuation), (end, same) in zip(whole, cut):
-        assert text(continuation) == text(same)
-        assert text(end) == text(prompt)[-7:]  # 7 tokens and the 6 of the longest answer, of which the last is not read
+    ((prompt, continuations),), ((end, same),) = (question(bundle.tasks[0], 3, Letters(), context).rows for context in (200, 12))
+    assert list(map(text, continuations)) == list(map(text, same)) and max(map(len, same)) == len("no ddd")
+    assert text(end) == text(prompt)[-7:]  # 7 tokens and the 6 of the longest answer, of which the last is not read
     with pytest.raises(InputError, match="CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5"):
         question(bundle.tasks[0], 3, Letters(), 5)
 
@@ -182,9 +182,9 @@ def test_scores_are_those_of_a_loop_in_float64(bundle, shape):
     asked = questions(bundle, Letters(), model.config.sequence_len, 3)
     rows = [row for of_task in asked for q in of_task for row in q.rows]
     wide = copy.deepcopy(model).double()
-    expected = [reference(wide, prompt, continuation) for prompt, continuation in rows]
+    expected = [reference(wide, prompt, continuation) for prompt, continuations in rows for continuation in continuations]
     for tokens in (1, 200, 4000):
-        found = score(model, rows, torch.float32, tokens)
+        found = [pair for pairs in score(model, rows, torch.float32, tokens) for pair in pairs]
         assert [g for _, g in found] == [g for _, g in expected]
         np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in expected], rtol=2e-5)
 
@@ -203,10 +203,11 @@ def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
     rows = [row for of_task in questions(bundle, Letters(), 64, -1) for q in of_task for row in q.rows]
     found = batches(rows, 300)
     assert sorted(i for batch in found for i in batch) == list(range(len(rows)))
-    longest = [row_length(rows[batch[0]]) for batch in found]
-    assert all(len(batch) * n <= 300 for batch, n in zip(found, longest)) and longest == sorted(longest, reverse=True)
-    padding = sum(n * len(batch) for batch, n in zip(found, longest)) / sum(map(row_length, rows))
-    assert padding < 1.1
+    for batch in found:
+        lengths, each = [row_length(rows[i]) for i in batch], {len(rows[i][1]) for i in batch}
+        assert lengths == sorted(lengths, reverse=True) and len(each) == 1 and (len(batch) == 1 or lengths[0] * len(batch) * each.pop() <= 300)
+    assert sum(row_length(rows[batch[0]]) * len(batch) for batch in found) < 1.1 * sum(map(row_length, rows))
+    assert max(map(len, batches([rows[0]] * 200, 10**6))) == MOST_ROWS // len(rows[0][1])
 
 
 def test_intervals_are_those_of_drawing_the_examples_again():
