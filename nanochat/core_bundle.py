@@ -15,7 +15,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import InputError, get_base_dir, locked, print0
+import torch.distributed as dist
+
+from nanochat.common import InputError, get_base_dir, locked, print0, process_layout
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # the fields of an example, by the kind of its task
@@ -47,7 +49,7 @@ class Bundle:
 
 
 def open_bundle(folder: str = "") -> Bundle:
-    """The bundle in `folder` (--core-dir); '' = the downloaded one, fetched if it is not there yet.
+    """The bundle in `folder` (--core-dir); '' = the downloaded one, fetched if it is not there yet. Under torchrun, after init_process.
 
     InputError: a folder that is none, or a bundle with anything missing or unreadable, named by file and line.
     Unavailable: none here, and none to be had.
@@ -56,10 +58,16 @@ def open_bundle(folder: str = "") -> Bundle:
         if not Path(folder).is_dir():
             raise InputError(f"--core-dir {folder}: no such folder; give the one that holds core.yaml, eval_meta_data.csv and eval_data/")
         return read_bundle(Path(folder))
-    place = get_base_dir() / "core"
-    with locked(place / ".lock"):  # a second process waits, and then finds it
-        if not (place / "eval_bundle").is_dir():
-            download(URL, place)
+    place, failures = get_base_dir() / "core", [None]
+    if process_layout()[1] == 0:  # one process a machine
+        with locked(place / ".lock"):  # another run waits, and then finds it
+            if not (place / "eval_bundle").is_dir():
+                failures = [download(URL, place)]
+    if dist.is_initialized():  # all go on with the bundle, or all without
+        failures *= dist.get_world_size()
+        dist.all_gather_object(failures, failures[0])
+    if any(failures):
+        raise Unavailable(next(filter(None, failures)))
     return read_bundle(place / "eval_bundle")
 
 
@@ -144,10 +152,10 @@ def read_example(line: str, kind: str, where: str) -> dict:
 
 # ---- downloading ----------------------------------------------------------------------------------------------------
 
-def download(url: str, place: Path):
-    """Fetch the archive and put its content at place/eval_bundle, whole and read once, or nothing.
+def download(url: str, place: Path) -> str | None:
+    """Fetch the archive and put its content at place/eval_bundle, whole and read once, or nothing; then it says why.
 
-    No checksum is published: the archive's own is kept in the file sha256 beside core.yaml. Unavailable if it cannot be had.
+    No checksum is published: the archive's own is kept in the file sha256 beside core.yaml.
     """
     from http.client import HTTPException  # a fifth of a second of imports that only a download needs
 
@@ -162,8 +170,8 @@ def download(url: str, place: Path):
         os.replace(found, place / "eval_bundle")
     except (OSError, HTTPException, zipfile.BadZipFile, EOFError, InputError) as e:
         reason = (str(e) or type(e).__name__).replace(f"{staging}/unpacked/", "")
-        raise Unavailable(f"no evaluation bundle in {place / 'eval_bundle'}, and downloading {url} failed ({reason}); "
-                          "fetch that file elsewhere, unzip it, and give its folder with --core-dir") from None
+        return (f"no evaluation bundle in {place / 'eval_bundle'}, and downloading {url} failed ({reason}); "
+                "fetch that file elsewhere, unzip it, and give its folder with --core-dir")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

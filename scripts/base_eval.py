@@ -9,6 +9,7 @@ import json
 from argparse import ArgumentTypeError
 
 import torch
+import torch.distributed as dist
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
@@ -68,6 +69,7 @@ def main(argv=None):
     of_model = {"model_tag": args.model_tag, "step": args.step if args.step >= 0 else saved_steps(folder)[-1]}
     settings = of_model | {"data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
     out, core_out = (folder / f"{name}_{settings['step']:06d}.json" for name in ("eval", "core"))
+    place = device, rank, world_size = common.init_process(args.device_type)
     results, core_results, no_bundle = known(out, settings), None, None
     if "core" in args.eval:
         try:
@@ -81,7 +83,6 @@ def main(argv=None):
     if missing or core_missing:
         corpus = open_corpus(settings["data"]) if missing else None
         tokenizer = load_tokenizer(folder / "tokenizer.json")
-        place = device, rank, world_size = common.init_process(args.device_type)
         dtype = common.compute_dtype(args.dtype, device.type)
         model, meta = load_model(folder, settings["step"], device)
         if meta["tokenizer_hash"] != tokenizer.hash:
@@ -98,6 +99,8 @@ def main(argv=None):
         if rank == 0:
             write_atomic(core_out, json.dumps(core_results, indent=2) + "\n")
 
+    if world_size > 1:
+        dist.barrier()  # a process that leaves with an error takes rank 0 along, which may still be writing
     show(results, args.eval)
     if core_results:
         show_core(core_results)
