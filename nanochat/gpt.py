@@ -9,6 +9,7 @@ Master weights are float32; the matmuls run in the dtype of the activations (`GP
 import contextlib
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
+EPS = torch.finfo(torch.float32).eps  # of the norm, in whatever dtype
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
 
 
@@ -152,8 +154,14 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
+# In inference mode, which is generation, torch's own functions: for one token, those with a backward pass of ours cost more than what they do.
+
 def norm(x):
-    return RMSNorm.apply(x)
+    return F.rms_norm(x, x.shape[-1:], eps=EPS) if torch.is_inference_mode_enabled() else RMSNorm.apply(x)
+
+
+def squared_relu_linear(x, weight):
+    return F.linear(F.relu(x).square(), weight) if torch.is_inference_mode_enabled() else SquaredReLULinear.apply(x, weight)
 
 
 def rotate(x, cos, sin):
@@ -174,8 +182,10 @@ def window_mask(T: int, window: int, device):
 # only that and the residual stream are kept for the backward pass (as CoLA-M does, arXiv 2502.10940).
 
 def kept_or_not(function, recompute: bool, *inputs):
-    """function(*inputs). recompute: the backward pass keeps the inputs only and calls it again, up to what it needs last."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else function(*inputs)
+    """function(*inputs). recompute: the backward pass, if there is one, keeps the inputs only and calls it again, up to what it needs last."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
 
 class Attention(nn.Module):
@@ -190,13 +200,19 @@ class Attention(nn.Module):
         self.o = make_linear(C, C, ranks["o"], config.factor_act)
         self.recompute = config.recompute == "bottleneck" and any(ranks.values())
 
-    def forward(self, x, value_embedding, cos, sin, mask):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, value_embedding, cos, sin, mask, extend=None):
+        """(B, T, C) -> (B, T, C). extend: in generation, the function that takes the keys and values of x, each (B, K, T, D), and
+        returns them with those before, as far as they are seen (`engine.KVCache.extend`).
+        """
         h = kept_or_not(self.narrow, self.recompute, x)
-        return self.o.widen(kept_or_not(self.between, self.recompute, h, value_embedding, cos, sin, mask))
+        return self.o.widen(kept_or_not(self.between, self.recompute, h, value_embedding, cos, sin, mask, extend))
 
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
-        first = torch.cat([layer.first_factor() for layer in (self.q, self.k, self.v)])  # one matmul for the three
-        return F.linear(norm(x), first.to(x.dtype))
+        layers, x = (self.q, self.k, self.v), norm(x)
+        if x.size(1) == 1:  # one new token: putting the weights together would take longer than the products
+            return torch.cat([layer.narrow(x) for layer in layers], dim=-1)
+        first = torch.cat([layer.first_factor() for layer in layers])  # one matmul for the three
+        return F.linear(x, first.to(x.dtype))
 
     def project(self, h):
         """h: (B, T, 3r) -> q: (B, H, T, D), k and v: (B, K, T, D)."""
@@ -204,12 +220,17 @@ class Attention(nn.Module):
         parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
         return [layer.widen(part).unflatten(-1, (-1, D)).transpose(1, 2) for layer, part in zip(layers, parts)]
 
-    def between(self, h, value_embedding, cos, sin, mask):  # (B, T, 3r) -> (B, T, r)
+    def between(self, h, value_embedding, cos, sin, mask, extend=None):  # (B, T, 3r) -> (B, T, r)
         q, k, v = self.project(h)
         if value_embedding is not None:
             v = v + value_embedding.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK norm keeps the scores bounded
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        if q.size(2) == 1:  # one new token: fewer calls
+            q, k = norm(rotate(torch.cat((q, k), dim=1), cos, sin)).split((self.n_head, self.n_kv_head), dim=1)
+        else:
+            q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK norm keeps the scores bounded
+        if extend is not None:
+            k, v = extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2),
                                            scale=SCORE_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_kv_head < self.n_head)
         return self.o.narrow(y.transpose(1, 2).flatten(2))
 
@@ -230,7 +251,7 @@ class MLP(nn.Module):
         return self.up.narrow(norm(x))
 
     def between(self, h):  # (B, T, r) -> (B, T, 4C) -> (B, T, r)
-        return SquaredReLULinear.apply(self.up.widen(h), self.down.first_factor().to(h.dtype))
+        return squared_relu_linear(self.up.widen(h), self.down.first_factor().to(h.dtype))
 
 
 class Block(nn.Module):
@@ -239,18 +260,18 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, x0, scales, value_embedding, cos, sin, mask):
-        """x: (B, T, C), the residual stream; x0: the same where it began; scales: (2,), the share of each."""
+    def forward(self, x, x0, scales, value_embedding, cos, sin, mask, extend=None):
+        """x: (B, T, C), the residual stream; x0: the same where it began; scales: (2,), the share of each; extend: see `Attention`."""
         x = scales[0] * x + scales[1] * x0
-        x = x + self.attn(x, value_embedding, cos, sin, mask)
+        x = x + self.attn(x, value_embedding, cos, sin, mask, extend)
         return x + self.mlp(x)
 
 
 def compile_blocks(model, backend: str = "inductor"):
     """Compile the blocks for training; one compilation serves all blocks of the same window, ranks and kind.
 
-    Everything in which blocks differ otherwise is an argument. Evaluation and sampling stay eager (`token_losses`, `generate`):
-    their batches have other shapes.
+    Everything in which blocks differ otherwise is an argument. Evaluation and generation stay eager (`GPT.eager`): their batches
+    have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))  # under a rank schedule all blocks differ
@@ -297,32 +318,39 @@ class GPT(nn.Module):
         self.x0_lambdas.fill_(0.1)
         self.smear.zero_()
 
-    def rotary(self, T: int, device, dtype):
-        """cos, sin: (T, D/2). The slowest pair of channels turns once in 2π · 4 contexts (base 8192 at 2048 tokens)."""
+    def rotary(self, T: int, device, dtype, start: int = 0):
+        """cos, sin: (T, D/2), of the positions from `start` on. The slowest pair of channels turns once in 2π · 4 contexts (base 8192 at 2048 tokens)."""
         D = self.config.n_embd // self.config.n_head
         inverse_frequency = (4.0 * self.config.sequence_len) ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
-        angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * inverse_frequency
+        angle = torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * inverse_frequency
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def hidden(self, idx, compute_dtype=torch.float32):
-        """idx: (B, T) int -> (B, T, C), normalised, ready for the head."""
+    def hidden(self, idx, compute_dtype=torch.float32, cache=None):
+        """idx: (B, T) int -> (B, T, C), normalised, ready for the head. cache: an `engine.KVCache` of the positions before, extended by idx."""
         T = idx.size(1)
-        cos, sin = self.rotary(T, idx.device, compute_dtype)
+        cos, sin = self.rotary(T, idx.device, compute_dtype, 0 if cache is None else cache.length)
         x = self.wte(idx).to(compute_dtype)
-        x = x + self.smear.to(compute_dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1]  # pairs of tokens, before any attention
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.before(x)
+        x = x + self.smear.to(compute_dtype) * before  # pairs of tokens, before any attention
         x0 = norm(x)
         x = x0.view_as(x0)  # not the same object, for which the first block would be compiled apart
         scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (L, 2)
         windows = {self.config.window(i) for i in range(self.config.n_layer)}
-        masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
+        if cache is None:
+            masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
+        else:
+            masks = {window: cache.mask(window, T) for window in windows}
         for i, block in enumerate(self.blocks):
             table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            x = block(x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin, masks[self.config.window(i)])
+            x = block(x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin, masks[self.config.window(i)],
+                      None if cache is None else partial(cache.extend, i))
+        if cache is not None:
+            cache.length += T
         return norm(x)
 
-    def head(self, idx, compute_dtype):
+    def head(self, idx, compute_dtype, cache=None):
         """(x, weight) with logits before the softcap = x weightᵀ; x: (B·T, C) or, with a low-rank head, (B·T, r)."""
-        x = self.hidden(idx, compute_dtype).flatten(0, 1)
+        x = self.hidden(idx, compute_dtype, cache).flatten(0, 1)
         if self.lm_head is None:
             return x, self.wte.weight.to(x.dtype)
         if isinstance(self.lm_head, LowRankLinear):
@@ -348,20 +376,3 @@ class GPT(nn.Module):
         chunks = zip(x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0))))
         losses = [F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none") for part, target in chunks]
         return torch.cat(losses).view(targets.shape)
-
-    @torch.inference_mode()
-    def generate(self, tokens: list[int], count: int, temperature: float = 0.8, seed: int = 0, compute_dtype=torch.float32):
-        """`count` tokens that continue `tokens`, sampled one by one (greedy at temperature 0); the context slides."""
-        device = self.wte.weight.device
-        rng = torch.Generator(device).manual_seed(seed)
-        tokens = list(tokens)
-        for _ in range(count):
-            idx = torch.tensor([tokens[-self.config.sequence_len:]], device=device)
-            with self.eager():
-                logits = self.forward(idx, compute_dtype=compute_dtype)[0, -1]
-            if temperature > 0:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
-            else:
-                token = logits.argmax(keepdim=True)
-            tokens.append(token.item())
-        return tokens[-count:] if count else []

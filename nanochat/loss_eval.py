@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.dataloader import Rows, batch_of
+from nanochat.engine import generate
 
 
 @torch.no_grad()
@@ -36,5 +37,5 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prom
     texts = []
     for i in range(min(prompts, val_rows.count)):
         prompt = val_rows.row(i)[:prompt_tokens].tolist()
-        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(model.generate(prompt, count, compute_dtype=dtype)))
+        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(token for token, in generate(model, [prompt], count, dtype=dtype)))
     return texts

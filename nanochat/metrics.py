@@ -12,7 +12,7 @@ import platform
 import resource
 import secrets
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import InputError, get_base_dir, write_atomic
@@ -32,6 +32,7 @@ class Run:
     config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
     summary: dict        # flat metric names -> last values, "status": "running" | "stopped" | "finished"
     history: list[dict]  # one dict a step, in order; keys as in design section 6
+    core: dict = field(default_factory=dict)  # base_eval's CORE of the newest step: core_metric, core_metric_interval, tasks, …
 
 
 def load_run(folder: Path) -> Run:
@@ -41,7 +42,8 @@ def load_run(folder: Path) -> Run:
         raise InputError(f"{folder}: not a run folder (no config.json)")
     config = read_json(folder / "config.json")
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {"status": "running"}
-    return Run(folder.name, config, summary, read_history(folder))
+    core = sorted(folder.glob("core_*.json"))
+    return Run(folder.name, config, summary, read_history(folder), read_json(core[-1]) if core else {})
 
 
 def read_json(path: Path) -> dict:

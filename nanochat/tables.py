@@ -114,6 +114,29 @@ def grid(runs: list[Run], sections: list, kind: str) -> list[tuple]:
     return blocks
 
 
+def core_tables(runs: list[Run]) -> list[tuple]:
+    """CORE and the centred accuracy of each task, with intervals; of many runs CORE alone. Nothing if no run was measured."""
+    measured = [run for run in runs if run.core]
+    if not measured:
+        return []
+    tasks = list(dict.fromkeys(label for run in measured for label in run.core["tasks"])) if len(runs) <= WIDE else []
+    rows = [("CORE", [with_interval(run.core.get("core_metric"), run.core.get("core_metric_interval")) for run in runs])]
+    for label in tasks:
+        of_runs = [run.core["tasks"].get(label, {}) if run.core else {} for run in runs]
+        rows.append((label, [with_interval(t.get("centered"), t.get("centered_interval")) for t in of_runs]))
+    rows.append(("questions", [shown(sum(t["examples"] for t in run.core["tasks"].values()), 0) if run.core else "–" for run in runs]))
+    rows.append(("at step", [shown(run.core["settings"]["step"], 0) if run.core else "–" for run in runs]))
+    text_ = "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right; CORE is the mean over the tasks. " \
+            "In brackets 95% bootstrap intervals over the questions asked, which know nothing of the spread between seeds."
+    asked = {(run.core["settings"]["bundle"], run.core["settings"]["max_per_task"]) for run in measured}
+    warning = [("warning", "CORE: not the same questions were asked of all runs (another bundle, or another --max-per-task).")] * (len(asked) > 1)
+    return [("heading", "CORE"), *warning, ("paragraph", text_), *grid(runs, [("Centred accuracy", rows)], "numbers")]
+
+
+def with_interval(value, interval) -> str:
+    return "–" if value is None else f"{value:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
+
+
 def glance(runs: list[Run], broken: dict) -> list[tuple]:
     """One line a run, for a few: what it costs and buys against the first."""
     lines = []

@@ -1,21 +1,35 @@
-"""Evaluate a trained model: loss, perplexity and bits per byte on training and validation text, and samples.
+"""Evaluate a trained model: loss, perplexity and bits per byte on training and validation text, samples, and the CORE metric.
 
     python -m scripts.base_eval --model-tag d4
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --model-tag d20
-Writes runs/<model-tag>/eval_<step>.json and prints it. The same evaluation again: only printed.
+    python -m scripts.base_eval --model-tag d4 --eval core --max-per-task 200
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --model-tag d20 --eval core,bpb,sample
+Writes runs/<model-tag>/eval_<step>.json (bpb, sample) and core_<step>.json (core), and prints them. The same evaluation again: only printed.
 """
 import json
+from argparse import ArgumentTypeError
 
 import torch
+import torch.distributed as dist
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError, print0, whole_number, write_atomic
+from nanochat.core_bundle import Unavailable, open_bundle
+from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.tokenizer import load_tokenizer
+
+PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
+
+
+def parts(text: str) -> list[str]:
+    asked = [part.strip() for part in text.split(",") if part.strip()]
+    if not asked or set(asked) - set(PARTS):
+        raise ArgumentTypeError(f"{text!r}: give one or more of {','.join(PARTS)}")
+    return asked
 
 
 def load_model(folder, step: int, device):
@@ -27,55 +41,106 @@ def load_model(folder, step: int, device):
     return model, meta
 
 
+def known(path, settings: dict) -> dict:
+    """What an earlier evaluation under the same settings found."""
+    found = metrics.read_json(path) if path.exists() else {}
+    return found if found.get("settings") == settings else {"settings": settings}
+
+
 def main(argv=None):
     parser = common.ArgumentParser("Evaluate a trained model.")
     parser.add_argument("--model-tag", required=True, help="the run")
     parser.add_argument("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
     parser.add_argument("--data", default="", help="text to evaluate on; '' = what the run was trained on")
     parser.add_argument("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
+    parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
+    parser.add_argument("--max-per-task", type=whole_number(-1), default=-1, help="examples asked in each task of CORE; -1 = all")
     parser.add_argument("--device-batch-size", type=whole_number(1), default=32)
     parser.add_argument("--device-type", choices=["", "cuda", "cpu"], default="")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     args = parser.parse_args(argv)
 
+    # what is asked for, and what of it an earlier evaluation left
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
     if not saved_steps(folder):
         raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
-    settings = {"model_tag": args.model_tag, "step": args.step if args.step >= 0 else saved_steps(folder)[-1],
-                "data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
-    out = folder / f"eval_{settings['step']:06d}.json"
-    if out.exists() and (done := metrics.read_json(out)).get("settings") == settings:
-        return show(done)
-    corpus = open_corpus(args.data or run.config["flags"]["data"])
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    device, rank, world_size = common.init_process(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device.type)
-    model, meta = load_model(folder, settings["step"], device)
-    if meta["tokenizer_hash"] != tokenizer.hash:
-        raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    of_model = {"model_tag": args.model_tag, "step": args.step if args.step >= 0 else saved_steps(folder)[-1]}
+    settings = of_model | {"data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
+    out, core_out = (folder / f"{name}_{settings['step']:06d}.json" for name in ("eval", "core"))
+    place = device, rank, world_size = common.init_process(args.device_type)
+    results, core_results, no_bundle = known(out, settings), None, None
+    if "core" in args.eval:
+        try:
+            bundle = open_bundle(args.core_dir)
+            core_results = known(core_out, of_model | {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype})
+        except Unavailable as e:  # the rest is evaluated all the same
+            no_bundle = e
+    missing = [part for part in ("bpb", "sample") if part in args.eval and PARTS[part] not in results]
+    core_missing = core_results is not None and PARTS["core"] not in core_results
 
-    T = model.config.sequence_len
-    results = {"settings": settings}
-    for split in ("train", "val"):
+    if missing or core_missing:
+        corpus = open_corpus(settings["data"]) if missing else None
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        dtype = common.compute_dtype(args.dtype, device.type)
+        model, meta = load_model(folder, settings["step"], device)
+        if meta["tokenizer_hash"] != tokenizer.hash:
+            raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+        T = model.config.sequence_len
+    if core_missing:  # what does not fit is said before anything is computed
+        asked = questions(bundle, tokenizer, T, args.max_per_task, rank, world_size)
+    if missing:
+        results |= on_text(missing, model, tokenizer, corpus, args, place, dtype)
+        if rank == 0:
+            write_atomic(out, json.dumps(results, indent=2) + "\n")
+    if core_missing:
+        core_results |= {"bundle_sha256": bundle.sha256, **with_intervals(evaluate_core(model, bundle, asked, dtype, args.device_batch_size * T))}
+        if rank == 0:
+            write_atomic(core_out, json.dumps(core_results, indent=2) + "\n")
+
+    if world_size > 1:
+        dist.barrier()  # a process that leaves with an error takes rank 0 along, which may still be writing
+    show(results, args.eval)
+    if core_results:
+        show_core(core_results)
+    if no_bundle:
+        raise no_bundle
+
+
+def on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) -> dict:
+    """Losses on training and validation text ("bpb"), and on rank 0 texts of the model's own ("sample")."""
+    results, T = {}, model.config.sequence_len
+    for split in ("train", "val") if "bpb" in missing else ("val",):
         rows = Rows(corpus.split(split), tokenizer, T)
         count = min(rows.count, args.eval_tokens // T)
         if not count:
             raise InputError(f"--data or --eval-tokens: less than one row of {T} {split} tokens")
-        values = evaluate(model, rows, count, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
-        results |= {f"{split}/{key.split('/')[1]}": value for key, value in values.items()} | {f"{split}/tokens": count * T}
-    if rank == 0:
+        if "bpb" in missing:
+            values = evaluate(model, rows, count, tokenizer.token_bytes(), args.device_batch_size, place[0], dtype, *place[1:])
+            results |= {f"{split}/{key.split('/')[1]}": value for key, value in values.items()} | {f"{split}/tokens": count * T}
+    if "sample" in missing and place[1] == 0:
         results["sample"] = sample_texts(model, tokenizer, rows, dtype)
-        write_atomic(out, json.dumps(results, indent=2) + "\n")
-    show(results)
+    return results
 
 
-def show(results: dict):
+def show(results: dict, asked: list[str]):
     print0(f"{results['settings']['model_tag']}, step {results['settings']['step']}")
-    for split in ("train", "val"):
-        print0(f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
-               f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}")
-    print0("\n".join(f"sample: {text!r}" for text in results.get("sample", ())))
+    if "bpb" in asked:
+        for split in ("train", "val"):
+            print0(f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
+                   f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}")
+    if "sample" in asked:
+        print0("\n".join(f"sample: {text!r}" for text in results.get("sample", ())))
+
+
+def show_core(results: dict):
+    print0(f"{'CORE task':36}{'examples':>9}{'accuracy':>10}{'centered':>10}   95% interval")
+    for label, task in results["tasks"].items():
+        low, high = task["centered_interval"]
+        print0(f"{label:36}{task['examples']:9,}{task['accuracy']:10.4f}{task['centered']:10.4f}   {low:.4f} to {high:.4f}")
+    low, high = results["core_metric_interval"]
+    print0(f"{'CORE':36}{sum(t['examples'] for t in results['tasks'].values()):9,}{'':10}{results['core_metric']:10.4f}   {low:.4f} to {high:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
 from nanochat.common import InputError, print0
+from nanochat.core_bundle import Unavailable, open_bundle
+from nanochat.core_eval import evaluate_core, questions
 from nanochat.dataloader import Rows, training_batch, training_batches
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT, compile_blocks
@@ -31,7 +33,8 @@ from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps"}
+FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps",
+        "core_metric_every", "core_metric_max_per_task", "core_dir"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
@@ -143,6 +146,17 @@ def compiling_pays(device_type: str, flops: float) -> bool:
     return device_type == "cuda" or (flops >= 1e14 and any(map(shutil.which, ("g++", "c++", "clang++"))))
 
 
+def core_questions(args, tokenizer, place):
+    """(bundle, this process's questions) for evaluate_core; None if CORE is not measured, or there is no bundle, which is said."""
+    if args.core_metric_every < 1:
+        return None
+    try:
+        bundle = open_bundle(args.core_dir)
+    except Unavailable as e:
+        return print0(f"CORE is not measured: {e}")
+    return bundle, questions(bundle, tokenizer, args.max_seq_len, args.core_metric_max_per_task, *place[1:])
+
+
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
@@ -178,6 +192,8 @@ def main(argv=None):
     tag = args.model_tag or default_tag(args, config)
     folder = metrics.runs_dir() / tag
 
+    core = core_questions(args, tokenizer, place)
+
     # data: tokenised once, then memory-mapped
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
     val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
@@ -207,13 +223,13 @@ def main(argv=None):
         if world_size > 1:
             dist.barrier()  # every process has looked at the folder before rank 0 writes into it
         stop = held.enter_context(common.stop_signals())
-        finished = train(args, config, run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, place, dtype, stop)
+        finished = train(args, config, run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, core, place, dtype, stop)
     if not finished:
         common.end_process()
         sys.exit(common.REQUEUE)
 
 
-def train(args, config, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, place, dtype, stop) -> bool:
+def train(args, config, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, core, place, dtype, stop) -> bool:
     """From `start`, a checkpoint or `first_weights`, to the last step; False if it was asked to stop before and saved its state."""
     (device, rank, world_size), plan = place, run_config["derived"]
     state, meta = start
@@ -270,6 +286,7 @@ def train(args, config, run_config, accounting, start, folder, tokenizer, train_
     for step in range(meta["step"] + 1, steps + 1):
         lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         evaluates = step == steps or (args.eval_every > 0 and step % args.eval_every == 0)
+        measures_core = core and (step == steps or step % args.core_metric_every == 0)
         started = time.perf_counter()
         loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
         grad_norm = gradient_norm(model, args.grad_clip)
@@ -277,7 +294,7 @@ def train(args, config, run_config, accounting, start, folder, tokenizer, train_
         if finite:
             update(optimizers, pieces, place, step - 1, lrm)
         model.zero_grad()
-        if evaluates and device.type == "cuda":
+        if (evaluates or measures_core) and device.type == "cuda":
             torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
         dt = time.perf_counter() - started
         seconds += dt
@@ -301,6 +318,11 @@ def train(args, config, run_config, accounting, start, folder, tokenizer, train_
             entry |= evaluate(model, val_rows, plan["val_tokens"] // args.max_seq_len, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
             line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
             last = last or entry["val/ppl"] <= args.stop_at_ppl
+        if measures_core or (core and last):
+            measured = evaluate_core(model, *core, dtype, args.device_batch_size * args.max_seq_len)
+            entry["core_metric"] = measured["core_metric"]
+            entry |= {f"centered_results/{label}": value for label, value in measured["centered_results"].items()}
+            line += f" | CORE {measured['core_metric']:.4f}"
         print0(line)
         if record:
             if args.sample_every > 0 and (last or step % args.sample_every == 0):

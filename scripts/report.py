@@ -19,7 +19,7 @@ from nanochat.study import Configuration, configurations, finished
 from nanochat.study_figures import caption, study_figures
 from nanochat.study_tables import configurations_table, frontier_table, pair_keys, runs_table
 from nanochat.summaries import MEASURES, baseline
-from nanochat.tables import WIDE, glance, result_tables, samples, to_csv, what_was_compared
+from nanochat.tables import WIDE, core_tables, glance, result_tables, samples, to_csv, what_was_compared
 from nanochat.verdict import verdict, verdict_blocks
 
 FIGURES = [
@@ -101,7 +101,7 @@ def few(runs: list[Run], configs: list[Configuration], margins: dict):
     blocks = [
         ("heading", "Results"), *(("warning", w) for w in warnings), *glance(runs, broken), *tables,
         *([("list", notes)] if notes else []),
-        *(judge(configs, margins) if both else []),
+        *core_tables(runs), *(judge(configs, margins) if both else []),
         ("heading", "Figures"), *(("figure", name, caption_) for name, caption_ in FIGURES),
         ("heading", "What was compared"), *what_was_compared(runs),
         *samples(runs),
@@ -133,6 +133,7 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
         *(("warning", w) for w in warnings), *conclusions,
         ("heading", "Figures"), *(("figure", name, caption(name, configs)) for name in figures),
         ("heading", "Results"), *means, ("subheading", "Runs"), runs_table(configs, measure), *front, *([("list", notes)] if notes else []),
+        *core_tables(done),
         ("heading", "What was compared"), ("paragraph", "One run of each configuration."), *what_was_compared(one_each),
         *samples(two_ends(configs, measure)),
     ]

@@ -1,0 +1,124 @@
+"""Text from a trained model: it continues a prompt, token by token.
+
+    python -m scripts.generate -p "Once upon a time"
+    python -m scripts.generate --model-tag d20 --temperature 0.7 --top-k 50      # a line in, its continuation out
+
+Text goes to stdout as it comes, all else to stderr. It ends at --max-tokens or where the model ends its document.
+"""
+import codecs
+import sys
+import time
+
+from nanochat import common, metrics
+from nanochat.checkpoint_manager import saved_steps
+from nanochat.common import InputError, whole_number
+from nanochat.engine import generate, what_fits
+from nanochat.plan import number
+from nanochat.tokenizer import load_tokenizer
+from scripts.base_eval import load_model
+
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def newest_finished_run() -> str:
+    finished = [(path.stat().st_mtime, path.parent.name) for path in metrics.runs_dir().glob("*/summary.json")
+                if metrics.read_json(path).get("status") == "finished" and saved_steps(path.parent)]
+    if not finished:
+        raise InputError(f"{metrics.runs_dir()}: no finished run with a checkpoint; train one with scripts.base_train, or name a run with --model-tag")
+    return max(finished)[1]
+
+
+def open_model(tag: str, step: int, device):
+    """(model, the tokenizer it was trained with, step) of a run; step -1: its newest checkpoint. InputError if they do not belong together."""
+    folder = metrics.runs_dir() / tag
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model-tag {tag}: no such run in {metrics.runs_dir()}")
+    if not saved_steps(folder):
+        raise InputError(f"--model-tag {tag}: no checkpoint in {folder}")
+    step = step if step >= 0 else saved_steps(folder)[-1]
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    model, meta = load_model(folder, step, device)
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    return model.requires_grad_(False), tokenizer, step
+
+
+class Text:
+    """One row's tokens as text: a character that several tokens share is held back until it is whole."""
+
+    def __init__(self, tokenizer):
+        self.tokens, self.text = tokenizer.tokens, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int | None) -> str:
+        """The text that this token completes; None: what is left at the end. A special token is no text."""
+        data = self.tokens[token] if token is not None and token < len(self.tokens) else b""
+        new = self.decoder.decode(data, final=token is None)
+        self.text += new
+        return new
+
+
+def continue_prompt(model, tokenizer, prompt: str, args, dtype):
+    """Print the prompt with its continuation: the first sample as it comes, the others when all are done."""
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    context = model.config.sequence_len
+    kept = what_fits(tokens, context)
+    if len(kept) < len(tokens):
+        say(f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: the model reads its last {len(kept) - 1}")
+    texts, count = [Text(tokenizer) for _ in range(args.num_samples)], 0
+    print(prompt, end="", flush=True)
+    started = first = time.perf_counter()
+    for step in generate(model, [tokens], args.max_tokens, args.num_samples, args.temperature, args.top_k, args.top_p, args.seed,
+                         stop=(tokenizer.bos_id,), dtype=dtype):
+        first = first if count else time.perf_counter()
+        new = [text.add(token) if token is not None else "" for text, token in zip(texts, step)]
+        print(new[0], end="", flush=True)
+        count += sum(token is not None for token in step)
+    seconds = time.perf_counter() - started
+    print(texts[0].add(None), flush=True)
+    for text in texts[1:]:
+        text.add(None)
+        print(f"\n{prompt}{text.text}", flush=True)
+    say(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; {1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}")
+
+
+def main(argv=None):
+    parser = common.ArgumentParser("Continue a text with a trained model.")
+    add = parser.add_argument
+    add("-p", "--prompt", default=None, help="text to continue; without it, one prompt a line from standard input, until an empty one")
+    add("--model-tag", default="", help="the run; '' = the newest that is finished")
+    add("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    add("--num-samples", type=whole_number(1), default=1, help="continuations of a prompt")
+    add("--max-tokens", type=whole_number(1), default=256, help="the longest continuation; beyond the context the model rereads the last half of it")
+    add("--temperature", type=number(0), default=0.8, help="0 = always the likeliest token")
+    add("--top-k", type=whole_number(0), default=0, help="draw from the k likeliest tokens; 0 = from all")
+    add("--top-p", type=number(0, 1), default=1.0, help="draw from the likeliest tokens that together have this probability")
+    add("--seed", type=whole_number(0), default=0)
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    args = parser.parse_args(argv)
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("-p: the prompt is empty; give some text, or leave -p out and type it")
+    if args.top_p == 0:
+        raise InputError("--top-p 0: leaves no token; give a number above 0, up to 1")
+    if args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed}: must be below 2^63")
+
+    tag = args.model_tag or newest_finished_run()
+    device = common.init_process(args.device_type)[0]
+    dtype = common.compute_dtype(args.dtype, device.type)
+    model, tokenizer, step = open_model(tag, args.step, device)
+    model.to(dtype)  # once, and not at every token
+    say(f"{tag}, step {step}{'' if args.model_tag else ' (the newest finished run)'}")
+    if args.prompt is not None:
+        return continue_prompt(model, tokenizer, args.prompt, args, dtype)
+    if sys.stdin.isatty():
+        say("a line to continue, an empty one to end:")
+    while (line := sys.stdin.readline()).strip():
+        continue_prompt(model, tokenizer, line.rstrip("\n"), args, dtype)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,161 @@
+"""Generation with a cache against the full forward pass, run again for every token."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import engine
+from nanochat.engine import generate, materialised, next_logits, prefill, sample, what_fits
+from nanochat.gpt import GPT, GPTConfig
+
+LOW = dict(attn_ranks=(4, 8, 16), mlp_ranks=(16, 8, 4), lm_head_rank=8)
+PROMPTS = [[49, 3, 7, 1, 30], [49, 8, 8, 2, 5, 4, 17, 6, 1, 22, 9], [49]]
+
+
+def tiny(**changes) -> GPT:
+    """16 positions, windows of 8, 16 and 16 of them; every part of it matters to the output."""
+    config = GPTConfig(**{**dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32, window_pattern="SL"), **changes})
+    torch.manual_seed(0)
+    model = GPT(config).double().requires_grad_(False)
+    model.init_weights()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def full_logits(model, tokens: list[int]):
+    """Of the token after these, by the forward pass without a cache."""
+    return model(torch.tensor([tokens]), compute_dtype=torch.float64)[0, -1]
+
+
+# ---- the cache is not seen in what comes out
+
+@pytest.mark.parametrize("changes", [{}, LOW, dict(n_kv_head=2, value_embeddings=True), dict(window_pattern="S", n_kv_head=1, tie_embeddings=True),
+                                     {**LOW, "factor_act": "silu", "recompute": "bottleneck", "matrix_ranks": {"v": (3, 0, 8)}}])
+def test_cached_logits_equal_the_full_forward(changes):
+    """One row to many digits; rows of unequal length, which begin at other positions, to those of float32 angles."""
+    model = tiny(**changes)
+    for prompts, tolerance in ([PROMPTS[1]], 1e-12), (PROMPTS, 1e-5):
+        rows = [list(prompt) for prompt in prompts]
+        logits, cache = prefill(model, rows, 16, torch.float64)
+        while True:
+            for row, found in zip(rows, logits):
+                torch.testing.assert_close(found, full_logits(model, row), atol=tolerance, rtol=0)
+            if cache.length == 16:
+                break
+            new = torch.randint(0, 50, (len(rows), 1))
+            rows = [row + token for row, token in zip(rows, new.tolist())]
+            logits = next_logits(model, new, torch.float64, cache)
+
+
+def test_a_text_may_be_read_in_pieces():
+    model, text = tiny(n_kv_head=2), PROMPTS[1] + PROMPTS[0]
+    for padded in (False, True):
+        prompts = [text[:4], text[:2]] if padded else [text[:4]]
+        _, cache = prefill(model, prompts, 16, torch.float64)
+        for start, end in ((4, 10), (10, 11), (11, 14)):
+            logits = next_logits(model, torch.tensor([text[start:end]] * len(prompts)), torch.float64, cache)
+            for prompt, found in zip(prompts, logits):
+                torch.testing.assert_close(found, full_logits(model, prompt + text[4:end]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {**LOW, "n_kv_head": 2}])
+def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
+    """Far past the context of 16, where every row goes on from its own first token and its last 8."""
+    model, expected = tiny(**changes), []
+    for prompt in PROMPTS + [list(range(40))]:
+        visible, text = what_fits(prompt, 16), []
+        for _ in range(40):
+            text.append(full_logits(model, visible).argmax().item())
+            visible = what_fits(visible + text[-1:], 16)
+        expected.append(text)
+    steps = list(generate(model, PROMPTS + [list(range(40))], 40, temperature=0, dtype=torch.float64))
+    assert [list(row) for row in zip(*steps)] == expected
+    assert len({tuple(row) for row in expected}) == 4, "the prompts matter"
+
+
+def test_what_is_kept_of_a_text_longer_than_the_context():
+    assert what_fits(list(range(16)), 16) == list(range(16))
+    assert what_fits(list(range(17)), 16) == [0, *range(9, 17)] == what_fits([0, 5, *range(2, 17)], 16)
+    assert what_fits([1, 2, 3], 2) == [1, 3]
+
+
+def test_weights_cast_once_give_what_casting_them_at_every_step_gives():
+    model = tiny(**LOW).float()
+    texts = [list(generate(m, PROMPTS, 12, dtype=torch.bfloat16)) for m in (model, model.to(torch.bfloat16))]
+    assert texts[0] == texts[1]
+
+
+# ---- sampling
+
+def test_the_draws_of_a_seed_are_those_of_the_plain_loop():
+    model, rng = tiny(), torch.Generator().manual_seed(3)
+    tokens = list(PROMPTS[0])
+    for _ in range(11):
+        tokens.append(torch.multinomial(F.softmax(full_logits(model, tokens) / 0.8, dim=-1), 1, generator=rng).item())
+    first, again, other = ([token for token, in generate(model, PROMPTS[:1], 11, seed=seed, dtype=torch.float64)] for seed in (3, 3, 4))
+    assert first == again == tokens[5:] and first != other
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = torch.tensor([[0.5, 0.1, 0.25, 0.15], [0.1, 0.4, 0.2, 0.3]]).log()
+    rng = torch.Generator().manual_seed(0)
+
+    def frequencies(row, temperature=1.0, top_k=0, top_p=1.0, n=4000):
+        drawn = sample(logits[row].expand(n, 4), temperature, top_k, top_p, rng)
+        return (torch.bincount(drawn, minlength=4) / n).tolist()
+
+    near = lambda *values: pytest.approx(values, abs=0.04)
+    for found, expected in (
+            (frequencies(0), (0.5, 0.1, 0.25, 0.15)),
+            (frequencies(0, top_k=9), (0.5, 0.1, 0.25, 0.15)),
+            (frequencies(1, top_k=2), (0, 4 / 7, 0, 3 / 7)),
+            (frequencies(0, top_p=0.5), (1, 0, 0, 0)),
+            (frequencies(0, top_p=0.6), (2 / 3, 0, 1 / 3, 0)),
+            (frequencies(0, top_k=3, top_p=0.8), (2 / 3, 0, 1 / 3, 0)),  # of what top-k has left: 5/9, 5/18, 1/6
+            (frequencies(1, top_p=1e-9), (0, 1, 0, 0)),
+            (frequencies(1, temperature=0.5), (1 / 30, 16 / 30, 4 / 30, 9 / 30)),
+            (frequencies(1, temperature=0), (0, 1, 0, 0)), (frequencies(1, temperature=1e-40), (0, 1, 0, 0))):
+        assert found == near(*expected), expected
+        assert [f > 0 for f in found] == [e > 0 for e in expected], expected
+
+
+def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(engine, "next_logits", lambda model, idx, *rest: shapes.append(tuple(idx.shape)) or next_logits(model, idx, *rest))
+    steps = list(generate(tiny(), PROMPTS[:2], 4, samples=3, dtype=torch.float64))
+    assert shapes == [(2, 11), (6, 1), (6, 1), (6, 1)]
+    assert len({tuple(row) for row in zip(*steps)}) == 6
+    greedy = list(zip(*generate(tiny(), PROMPTS[:2], 4, samples=3, temperature=0, dtype=torch.float64)))
+    assert greedy[0] == greedy[1] == greedy[2] != greedy[3] == greedy[4] == greedy[5]
+
+
+def test_a_row_ends_at_a_stop_token_and_the_text_with_the_last_row():
+    model = tiny()
+    rows = [list(row) for row in zip(*generate(model, PROMPTS, 20, temperature=0, dtype=torch.float64))]
+    stop = (rows[0][4], rows[1][2])
+    ends = [next((i for i, token in enumerate(row) if token in stop), 20) for row in rows]
+    assert len(set(ends)) > 1
+    for prompts, ends, rows in ((PROMPTS, ends, rows), (PROMPTS[:2], ends[:2], rows[:2])):
+        steps = list(generate(model, prompts, 20, temperature=0, stop=stop, dtype=torch.float64))
+        assert len(steps) == max(ends)
+        assert [list(row) for row in zip(*steps)] == [row[:end] + [None] * (max(ends) - end) for row, end in zip(rows, ends)]
+
+
+def test_nothing_to_do_and_nothing_to_begin_with():
+    assert list(generate(tiny(), PROMPTS, 0)) == []
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="a prompt is empty"):
+            next(generate(tiny(), prompts, 3))
+
+
+# ---- forms
+
+def test_the_materialised_model_is_the_same_function():
+    low = tiny(**LOW, matrix_ranks={"v": (2, 0, 2)}, value_embeddings=True, n_kv_head=2)
+    dense = materialised(low)
+    assert not any(name.endswith((".A", ".B")) for name, _ in dense.named_parameters())
+    torch.testing.assert_close(full_logits(dense, PROMPTS[1]), full_logits(low, PROMPTS[1]), atol=1e-12, rtol=0)
+    dense.wte.weight.data.zero_()
+    assert low.wte.weight.abs().max() > 0, "it has its own weights"
+    with pytest.raises(ValueError, match="silu between its factors"):
+        materialised(tiny(**LOW, factor_act="silu"))
