@@ -153,14 +153,14 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
-# In inference mode, which is generation, no function with a backward pass: for one token it costs more than what it computes.
+# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes.
 
 def norm(x):
-    return normalised(x)[0] if torch.is_inference_mode_enabled() else RMSNorm.apply(x)
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
 
 
 def squared_relu_linear(x, weight):
-    return F.linear(F.relu(x).square(), weight) if torch.is_inference_mode_enabled() else SquaredReLULinear.apply(x, weight)
+    return SquaredReLULinear.apply(x, weight) if torch.is_grad_enabled() else F.linear(F.relu(x).square(), weight)
 
 
 def rotate(x, cos, sin):
