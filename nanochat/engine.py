@@ -24,19 +24,19 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype, device, padding=None):
-        shape = (config.n_layer, rows, config.n_kv_head, slots, config.n_embd // config.n_head)
-        self.config, self.length, self.padding = config, 0, padding
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))  # (L, B, K, S, D)
+        shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
+        self.config, self.device, self.length, self.padding = config, device, 0, padding
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2))  # L × (B, K, S, D)
         self.last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
 
     def repeat(self, times: int):
         """Every row `times` times, one after another."""
-        self.keys, self.values = (t.repeat_interleave(times, dim=1) for t in (self.keys, self.values))
+        self.keys, self.values = ([t.repeat_interleave(times, dim=0) for t in tensors] for tensors in (self.keys, self.values))
         self.last = self.last.repeat_interleave(times, dim=0)
         self.padding = None if self.padding is None else self.padding.repeat_interleave(times)
 
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(t.nbytes for t in self.keys + self.values)
 
     def before(self, x):
         """x: (B, T, C), embeddings -> (B, T, C), of the token before each; zeros before the first."""
@@ -46,7 +46,7 @@ class KVCache:
 
     def real(self, start: int, count: int):
         """(B, count) bool: which of the slots from `start` on hold a token, and not padding."""
-        return torch.arange(start, start + count, device=self.padding.device) >= self.padding[:, None]
+        return torch.arange(start, start + count, device=self.device) >= self.padding[:, None]
 
     def first_seen(self, window: int) -> int:
         """The first slot that a query in slot `length` sees; later queries see no earlier one."""
@@ -66,13 +66,13 @@ class KVCache:
         start, end = self.first_seen(window), self.length + T
         plain = T == 1 or (self.length == 0 and window >= T)
         if self.padding is None:
-            return None if plain else window_mask(end - start, window, self.keys.device)[-T:]
+            return None if plain else window_mask(end - start, window, self.device)[-T:]
         real = self.real(start, end - start)[:, None, None]  # (B, 1, 1, n)
         if T == 1:
             return real
         n = end - start
-        itself = torch.eye(n, dtype=torch.bool, device=self.keys.device)[-T:]  # padding too must see something, or it would be NaN
-        return (window_mask(n, window, self.keys.device)[-T:] & real) | itself
+        itself = torch.eye(n, dtype=torch.bool, device=self.device)[-T:]  # padding too must see something, or it would be NaN
+        return (window_mask(n, window, self.device)[-T:] & real) | itself
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
@@ -153,16 +153,19 @@ def generate(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int
 
 # ---- other forms of a model -----------------------------------------------------------------------------------------
 
+def full_rank(config: GPTConfig) -> GPTConfig:
+    return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none", recompute="none")
+
+
 @torch.no_grad()
 def materialised(model: GPT) -> GPT:
     """The same function with every product BA multiplied out. ValueError where something is between the factors."""
-    config = replace(model.config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none", recompute="none")
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             del state[f"{name}.A"], state[f"{name}.B"]
             state[f"{name}.weight"] = module.dense_weight()
     with torch.device("meta"):
-        dense = GPT(config)
+        dense = GPT(full_rank(model.config))
     dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return dense

@@ -5,15 +5,20 @@ import torch.nn.functional as F
 SOFTCAP = 15.0  # logits are squashed into (-15, 15)
 
 
+def normalised(x):
+    """x / rms(x) over the last dimension, and 1 / rms(x), (…, 1), in float32 (float64 stays)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = (size.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()
+    return (x * scale).to(x.dtype), scale
+
+
 class RMSNorm(torch.autograd.Function):
     """y = x / rms(x) over the last dimension. It keeps y, which whatever comes next keeps anyway, and not x."""
 
     @staticmethod
     def forward(ctx, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (size.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()  # (…, 1)
-        y = (x * scale).to(x.dtype)
+        y, scale = normalised(x)
         ctx.save_for_backward(y, scale)
         return y
 

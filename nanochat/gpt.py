@@ -16,10 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, rows_at_once, squashed
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, normalised, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
-EPS = torch.finfo(torch.float32).eps  # of the norm, in whatever dtype
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
 
 
@@ -154,14 +153,14 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
-# In inference mode, which is generation, torch's own functions: for one token, those with a backward pass of ours cost more than what they do.
+# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes.
 
 def norm(x):
-    return F.rms_norm(x, x.shape[-1:], eps=EPS) if torch.is_inference_mode_enabled() else RMSNorm.apply(x)
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
 
 
 def squared_relu_linear(x, weight):
-    return F.linear(F.relu(x).square(), weight) if torch.is_inference_mode_enabled() else SquaredReLULinear.apply(x, weight)
+    return SquaredReLULinear.apply(x, weight) if torch.is_grad_enabled() else F.linear(F.relu(x).square(), weight)
 
 
 def rotate(x, cos, sin):
