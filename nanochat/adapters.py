@@ -109,8 +109,8 @@ def attach(model: GPT, name: str, config: AdapterConfig):
 
     Several may be attached; each is drawn from its own seed. With dropout, recomputation is off: it would drop others.
     """
-    if not name or "." in name:
-        raise InputError(f"adapter {name!r}: a name must not be empty nor have a dot")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):  # its names share their place with a module's attributes
+        raise InputError(f"adapter {name!r}: not a name for an adapter; choose a word without dots, such as wiki")
     if wrapped(model) and name in model.adapter_configs:
         raise InputError(f"adapter {name!r}: there is one of this name already; choose another")
     names = list(matrices(model))

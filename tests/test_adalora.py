@@ -31,7 +31,7 @@ def test_budget_by_hand():
 
 
 def test_orthogonality_is_the_formula_and_drives_the_factors_to_it():
-    _, adapters = adapted()
+    _, adapters = adapted(targets="blocks.0.attn.[qv]")
     expected = 0.0
     for a in adapters.values():
         for G in (a.P.detach().numpy().T @ a.P.detach().numpy(), a.Q.detach().numpy() @ a.Q.detach().numpy().T):
@@ -87,7 +87,6 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
     hand = {name: ByHand(a) for name, a in adapters.items()}
     allocator = Allocator(adapters, steps=4, warmup=0, final=1, every=1)
     optimizer = torch.optim.SGD([p for a in adapters.values() for p in a.parameters()], lr=0.1)
-    lives = []
     for t, b in zip((1, 2, 3), (5, 4, 4)):  # 4 + (6 - 4)(1 - t/3)³ = 4.59, 4.07, 4
         optimizer.zero_grad()
         loss = 0.05 * orthogonality(adapters)
@@ -99,8 +98,10 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
         optimizer.step()
         allocator.allocate()
 
-        ranking = sorted((-score, name, i) for name, h in hand.items()
-                         for i, score in enumerate(h.step(*(d.numpy() for d in data[name]), 0.05, 0.1, 0.85)))
+        expected = {name: h.step(*(d.numpy() for d in data[name]), 0.05, 0.1, 0.85) for name, h in hand.items()}
+        for name, scores in allocator.scores().items():
+            np.testing.assert_allclose(scores.numpy(), expected[name], rtol=1e-12)
+        ranking = sorted((-score, name, i) for name, scores in expected.items() for i, score in enumerate(scores))
         kept = {(name, i) for _, name, i in ranking[:b]}
         for name, h in hand.items():
             for i in range(3):
@@ -111,8 +112,7 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
                 np.testing.assert_allclose(allocator.sensitivity[f"{name}.{key}"], h.mean[key], rtol=1e-12, atol=1e-18)
                 np.testing.assert_allclose(allocator.deviation[f"{name}.{key}"], h.deviation[key], rtol=1e-12, atol=1e-18)
         assert {(name, i) for name, a in adapters.items() for i in range(3) if a.live[i]} == kept
-        lives.append(kept)
-    assert lives[2] and any(h.w["lam"].any() for h in hand.values())
+    assert sum((h.w["lam"] != 0).sum() for h in hand.values()) == 4
 
 
 # ---- the budget
@@ -144,7 +144,7 @@ def test_exactly_the_budget_is_live_after_every_allocation(scores, monkeypatch):
 def test_a_budget_of_parameters_is_never_exceeded_and_no_triplet_more_would_fit():
     scores = {"wide": torch.tensor([9.0, 8.0, 7.0]), "small": torch.tensor([3.0, 2.0, 1.0])}
     costs = {"wide": 50, "small": 10}  # per cost: 0.18 0.16 0.14, 0.3 0.2 0.1
-    for total, expected in ((75, [1, 2]), (80, [1, 3]), (49, [0, 3]), (120, [2, 2]), (9, [0, 0]), (180, [3, 3])):
+    for total, expected in ((75, [1, 2]), (80, [1, 3]), (49, [0, 3]), (100, [1, 3]), (120, [2, 2]), (9, [0, 0]), (180, [3, 3])):
         found = choose(scores, costs, total)
         assert [int(v.sum()) for v in found.values()] == expected, total
         assert all(v.tolist() == sorted(v.tolist(), reverse=True) for v in found.values())
@@ -155,7 +155,7 @@ def test_a_budget_of_parameters_is_never_exceeded_and_no_triplet_more_would_fit(
 
 def test_a_pruned_triplet_may_come_back_before_the_end_phase_and_not_in_it(monkeypatch):
     _, adapters = adapted()
-    first, others = next(iter(adapters)), list(adapters)[1:]
+    first = next(iter(adapters))
     allocator = Allocator(adapters, steps=30, warmup=0, final=10, every=5)
     favourite = [None]
 

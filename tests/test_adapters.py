@@ -152,7 +152,7 @@ def test_training_and_a_thousand_switches_leave_the_base_untouched():
     names = [*logits]
     for i in range(1000):
         use(model, names[i % 4])
-        if i % 50 < 4:
+        if i % 200 < 4:
             assert torch.equal(model(idx), logits[names[i % 4]])
         if i % 100 == 0:
             merge(model)
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_one_clear_line_and_changes_nothing(config, message):
 
 def test_names_of_adapters():
     model = adapted()
-    for name, message in (("a", "there is one of this name"), ("x.y", "dot"), ("", "empty")):
+    for name, message in (("a", "there is one of this name"), ("x.y", "choose a word without dots"), ("", "without dots"), ("keys", "without dots")):
         with pytest.raises(InputError, match=message):
             attach(model, name, AdapterConfig())
     with pytest.raises(InputError, match="adapter 'b': not attached; there are: a"):
