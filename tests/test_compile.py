@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from nanochat.adapters import AdapterConfig, adapters_of, attach
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig, compile_blocks
 
@@ -58,3 +59,21 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
     assert losses[::2] == pytest.approx(losses[1::2], abs=1e-4)
     for a, b in zip(eager.parameters(), compiled.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_adapted_blocks_compile_whole(kind):
+    """The same gradients as without compilation. The first block, where nothing before it is trained, may have a graph of its own."""
+    gradients, idx = [], torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    for compiled in (False, True):
+        model = build(replace(SHAPE, n_layer=2, window_pattern="L"))
+        attach(model, "a", AdapterConfig(kind, rank=2))
+        for adapter in adapters_of(model, "a").values():
+            for p in adapter.parameters():
+                p.data += 0.1
+        if compiled:
+            compile_blocks(model, backend="aot_eager")
+        model(idx, idx).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
