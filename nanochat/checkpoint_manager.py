@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from nanochat.common import InputError, print0, write_atomic
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import load_tokenizer
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -92,3 +94,15 @@ def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:
         except InputError as e:
             print0(f"skipped: {e}")
     return None
+
+
+def load_model(run_folder: Path, step: int, device="cpu") -> tuple:
+    """(model, the tokenizer it was trained with, meta) of a step. InputError if they do not belong together."""
+    tokenizer = load_tokenizer(run_folder / "tokenizer.json")
+    state, meta = load_checkpoint(run_folder, step, device)
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    with torch.device(device):
+        model = GPT(GPTConfig(**meta["model"]))
+    model.load_state_dict(state["model"])
+    return model, tokenizer, meta

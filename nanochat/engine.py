@@ -5,13 +5,12 @@ Rotary scores depend on distances only, so a row may begin at any slot: its logi
 Shapes as in gpt.py; S: slots of the cache, L layers by their position in the stack.
 """
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.functional import SOFTCAP, squashed
-from nanochat.gpt import GPT, GPTConfig, LowRankLinear, window_mask
+from nanochat.gpt import GPT, GPTConfig, window_mask
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -149,23 +148,3 @@ def generate(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int
         else:
             rows = [what_fits(row, context) for row in rows]
             logits, cache = prefill(model, rows, context, dtype)
-
-
-# ---- other forms of a model -----------------------------------------------------------------------------------------
-
-def full_rank(config: GPTConfig) -> GPTConfig:
-    return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none", recompute="none")
-
-
-@torch.no_grad()
-def materialised(model: GPT) -> GPT:
-    """The same function with every product BA multiplied out. ValueError where something is between the factors."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            del state[f"{name}.A"], state[f"{name}.B"]
-            state[f"{name}.weight"] = module.dense_weight()
-    with torch.device("meta"):
-        dense = GPT(full_rank(model.config))
-    dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return dense

@@ -8,19 +8,16 @@ Writes runs/<model-tag>/eval_<step>.json (bpb, sample) and core_<step>.json (cor
 import json
 from argparse import ArgumentTypeError
 
-import torch
 import torch.distributed as dist
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.checkpoint_manager import load_model, saved_steps
 from nanochat.common import InputError, print0, whole_number, write_atomic
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate, sample_texts
-from nanochat.tokenizer import load_tokenizer
 
 PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
 
@@ -30,15 +27,6 @@ def parts(text: str) -> list[str]:
     if not asked or set(asked) - set(PARTS):
         raise ArgumentTypeError(f"{text!r}: give one or more of {','.join(PARTS)}")
     return asked
-
-
-def load_model(folder, step: int, device):
-    """(model, meta) of a run's checkpoint."""
-    state, meta = load_checkpoint(folder, step, device)
-    with torch.device(device):
-        model = GPT(GPTConfig(**meta["model"]))
-    model.load_state_dict(state["model"])
-    return model, meta
 
 
 def known(path, settings: dict) -> dict:
@@ -82,11 +70,8 @@ def main(argv=None):
 
     if missing or core_missing:
         corpus = open_corpus(settings["data"]) if missing else None
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
         dtype = common.compute_dtype(args.dtype, device.type)
-        model, meta = load_model(folder, settings["step"], device)
-        if meta["tokenizer_hash"] != tokenizer.hash:
-            raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+        model, tokenizer, _ = load_model(folder, settings["step"], device)
         T = model.config.sequence_len
     if core_missing:  # what does not fit is said before anything is computed
         asked = questions(bundle, tokenizer, T, args.max_per_task, rank, world_size)

@@ -10,12 +10,10 @@ import sys
 import time
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import saved_steps
+from nanochat.checkpoint_manager import load_model, saved_steps
 from nanochat.common import InputError, whole_number
 from nanochat.engine import generate, what_fits
 from nanochat.plan import number
-from nanochat.tokenizer import load_tokenizer
-from scripts.base_eval import load_model
 
 
 def say(text: str):
@@ -38,10 +36,7 @@ def open_model(tag: str, step: int, device):
     if not saved_steps(folder):
         raise InputError(f"--model-tag {tag}: no checkpoint in {folder}")
     step = step if step >= 0 else saved_steps(folder)[-1]
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    model, meta = load_model(folder, step, device)
-    if meta["tokenizer_hash"] != tokenizer.hash:
-        raise InputError(f"{folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    model, tokenizer, _ = load_model(folder, step, device)
     return model.requires_grad_(False), tokenizer, step
 
 

@@ -14,7 +14,7 @@ quartiles: they hold on a machine that does other work too, milliseconds do not.
 import itertools
 import json
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nanochat import common, plan
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
-from nanochat.engine import full_rank, materialised, next_logits, prefill, sample
+from nanochat.engine import next_logits, prefill, sample
+from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.page import to_markdown
@@ -34,6 +35,10 @@ SAMPLE_SECONDS = 0.05
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
+
+def full_rank(config: GPTConfig) -> GPTConfig:
+    return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none")
+
 
 def random_model(config: GPTConfig, device) -> GPT:
     """Weights of random numbers: their values do not change the time, and orthogonal ones would take long to make."""
@@ -50,7 +55,7 @@ def forms_of(model: GPT, dtype) -> dict[str, GPT]:
         return {"dense": model.to(dtype)}
     forms = {"dense": random_model(full_rank(model.config), model.wte.weight.device), "factored": model}
     if model.config.factor_act == "none":
-        forms["materialised"] = materialised(model)
+        forms["materialised"] = merge(model)
     return {name: form.to(dtype) for name, form in forms.items()}
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, saved_steps
+from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, saved_steps
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
@@ -25,8 +25,6 @@ from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate
 from nanochat.plan import check_ranks, matrix_ranks, matrix_ranks_flag, number, rank_flag, ranks_in_short
 from nanochat.rank import account
-from nanochat.tokenizer import load_tokenizer
-from scripts.base_eval import load_model
 from scripts.base_train import differing_keys
 
 
@@ -90,7 +88,7 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
     device, _, _ = common.init_process(args.device_type)
     dtype = common.compute_dtype(args.dtype, device.type)
-    model, meta = load_model(folder, step, device)
+    model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
     asked = {flag: getattr(args, flag) for flag in ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")}
     source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **asked}
@@ -106,7 +104,6 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     if not args.truncates and not any(map(rank_of, linear_layers(model).values())):
         raise InputError(f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
                          "to truncate them give --energy, --attn-rank or --mlp-rank")
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
     rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens) if eval_tokens else (None, 0)
 
     new, kept = truncate(model, choose) if args.truncates else (merge(model), {})

@@ -10,7 +10,7 @@ import torch
 
 from conftest import TINY, losses
 from nanochat import metrics
-from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
 from nanochat.plan import build_parser, model_config, training_plan
 from scripts import base_eval, base_train
@@ -145,7 +145,7 @@ def test_bits_per_byte_by_hand(train):
     from nanochat.tokenizer import load_tokenizer
     run = train(tag="a")
     folder, tokenizer = metrics.runs_dir() / "a", load_tokenizer()
-    model, _ = base_eval.load_model(folder, 6, "cpu")
+    model, *_ = load_model(folder, 6, "cpu")
     rows = Rows(open_corpus(run.config["flags"]["data"]).val, tokenizer, 32)
     nats, text_nats, text_bytes = [], 0.0, 0
     for i in range(1024 // 32):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import engine
-from nanochat.engine import generate, materialised, next_logits, prefill, sample, what_fits
+from nanochat.engine import generate, next_logits, prefill, sample, what_fits
 from nanochat.gpt import GPT, GPTConfig
 
 LOW = dict(attn_ranks=(4, 8, 16), mlp_ranks=(16, 8, 4), lm_head_rank=8)
@@ -146,16 +146,3 @@ def test_nothing_to_do_and_nothing_to_begin_with():
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="a prompt is empty"):
             next(generate(tiny(), prompts, 3))
-
-
-# ---- forms
-
-def test_the_materialised_model_is_the_same_function():
-    low = tiny(**LOW, matrix_ranks={"v": (2, 0, 2)}, value_embeddings=True, n_kv_head=2)
-    dense = materialised(low)
-    assert not any(name.endswith((".A", ".B")) for name, _ in dense.named_parameters())
-    torch.testing.assert_close(full_logits(dense, PROMPTS[1]), full_logits(low, PROMPTS[1]), atol=1e-12, rtol=0)
-    dense.wte.weight.data.zero_()
-    assert low.wte.weight.abs().max() > 0, "it has its own weights"
-    with pytest.raises(ValueError, match="silu between its factors"):
-        materialised(tiny(**LOW, factor_act="silu"))

@@ -6,7 +6,7 @@ import torch
 
 from conftest import TINY, losses
 from nanochat import metrics
-from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
@@ -15,7 +15,6 @@ from nanochat.plan import parse_flags
 from nanochat.study import configurations, paste_flags
 from nanochat.tokenizer import load_tokenizer
 from scripts import base_train, materialize, tok_train
-from scripts.base_eval import load_model
 from test_base_train import Killed, final_state, kill_after, same  # noqa: F401
 
 NO_SHAPE = TINY[TINY.index("--device-batch-size"):]
@@ -40,7 +39,7 @@ def truncated(train):
 
 def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_began(truncated, go_on, corpus_dir):
     run, source = go_on(truncated, "--seed", 5), metrics.load_run(metrics.runs_dir() / truncated)
-    model, meta = load_model(metrics.runs_dir() / truncated, 12, "cpu")
+    model, _, meta = load_model(metrics.runs_dir() / truncated, 12, "cpu")
     rows = Rows(open_corpus(str(corpus_dir)).train, load_tokenizer(), 32, 5)
     batch = torch.stack([torch.from_numpy(rows.training_row(k)) for k in range(8)])
     assert losses(run)[0] == pytest.approx(model(batch[:, :-1], batch[:, 1:]).item(), abs=1e-5)
