@@ -142,10 +142,12 @@ def tables(result: dict) -> list[tuple]:
     """Blocks of nanochat/page.py: weights, which is faster, then a line for each batch size and form."""
     MiB = lambda n: digits(n / 2**20)
     dense = result["forms"]["dense"]
-    weights = [[name, f"{form['parameters']:,}", MiB(form["weights_bytes"]), MiB(form["blocks_bytes"]), f"{form['weights_bytes'] / dense['weights_bytes']:.2f}",
-                f"{form['blocks_bytes'] / dense['blocks_bytes']:.2f}", MiB(form["cache_bytes_of_a_full_context"])] for name, form in result["forms"].items()]
-    rows = [[str(case["batch"]), name, digits(1e3 * f["prefill seconds"]["median"]), with_quartiles(f["prefill time / dense"]), digits(1e3 * f["step seconds"]["median"]),
-             digits(f["tokens/s"]["median"]), with_quartiles(f["tokens/s / dense"]), f"{f['prefill / step']['median']:.1f}", MiB(f["cache_bytes"]), MiB(f["peak_bytes"])]
+    weights = [[name, f"{form['parameters']:,}", MiB(form["weights_bytes"]), MiB(form["blocks_bytes"]),
+                f"{form['weights_bytes'] / dense['weights_bytes']:.2f}", f"{form['blocks_bytes'] / dense['blocks_bytes']:.2f}",
+                MiB(form["cache_bytes_of_a_full_context"])] for name, form in result["forms"].items()]
+    rows = [[str(case["batch"]), name, digits(1e3 * f["prefill seconds"]["median"]), with_quartiles(f["prefill time / dense"]),
+             digits(1e3 * f["step seconds"]["median"]), digits(f["tokens/s"]["median"]), with_quartiles(f["tokens/s / dense"]),
+             f"{f['prefill / step']['median']:.1f}", MiB(f["cache_bytes"]), MiB(f["peak_bytes"])]
             for case in result["cases"] for name, f in case["forms"].items()]
     said = [("paragraph", verdicts(case)) for case in result["cases"] if "factored" in case["forms"]]
     return [("subheading", "Weights"),
@@ -243,7 +245,8 @@ def main(argv=None):
     dtype = common.compute_dtype(args.dtype, device.type)
     model, step = (random_model(config, device), None) if config else open_model(args.model_tag, args.step, device)[::2]
     if args.prompt_tokens >= model.config.sequence_len:
-        raise InputError(f"--prompt-tokens {args.prompt_tokens}: leaves no room in the model's context of {model.config.sequence_len}; give at most {model.config.sequence_len - 1}")
+        raise InputError(f"--prompt-tokens {args.prompt_tokens}: leaves no room in the model's context of {model.config.sequence_len}; "
+                         f"give at most {model.config.sequence_len - 1}")
 
     machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch.")}
     what = f"run {args.model_tag}, step {step}" if args.model_tag else "random weights"
