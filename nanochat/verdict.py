@@ -364,7 +364,8 @@ def in_short(e: Estimate) -> str:
 
 
 def number(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.4f}"
+    """Two noisy pairs can leave an interval of many powers of ten: that it is wide is all that can be read off."""
+    return "–" if ratio is None else "over 1000" if ratio > 1000 else "under 0.001" if ratio < 0.001 else f"{ratio:.4f}"
 
 
 def percent(share: float) -> str:

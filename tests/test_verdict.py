@@ -9,8 +9,8 @@ from nanochat.common import InputError
 from nanochat.page import to_markdown, to_page
 from nanochat.pairs import MOST, half_width, interval, seeds_to_settle, tuned
 from nanochat.study import configurations
-from nanochat.verdict import (NOT_APPLICABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Comparison, Hypothesis, conclusion, judged, verdict,
-                              verdict_blocks)
+from nanochat.verdict import (NOT_APPLICABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Comparison, Hypothesis, conclusion, judged, number,
+                              verdict, verdict_blocks)
 from test_study import a_run
 
 FULL = [30.0, 30.9, 29.6, 30.3]
@@ -304,3 +304,7 @@ def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
     h2 = verdict(configurations(runs))[1]
     assert [line.name for line in h2.lines] == ["attn 32, mlp 32"] and h2.lines[0].baseline.endswith("parameters × 0.600")
     assert any("attn 160, mlp 160: spares nothing, it has × 1.000" in item for item in h2.left_out)
+
+
+def test_an_interval_of_many_powers_of_ten_is_only_said_to_be_wide():
+    assert [number(ratio) for ratio in (1e30, 1.5, 0.02, 1e-9, None)] == ["over 1000", "1.5000", "0.0200", "under 0.001", "–"]
