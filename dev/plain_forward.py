@@ -39,14 +39,14 @@ def logits(config: dict, weights: dict, idx):  # (B, T) ids -> (B, T, V)
 
     x = weights["wte.weight"][idx]
     x = x0 = norm(x + weights["smear"] * F.pad(x, (0, 0, 1, 0))[:, :-1])  # a share of the token before
-    for i in range(model["n_layer"]):
+    for i, block in enumerate(model["layer_map"] or range(model["n_layer"])):
         def layer(x, name):
-            return linear(x, f"blocks.{i}.{name}", model["factor_act"])
+            return linear(x, f"blocks.{block}.{name}", model["factor_act"])
         x = weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0
         h = norm(x)
         q, k, v = layer(h, "attn.q"), layer(h, "attn.k"), layer(h, "attn.v")
-        if f"value_embeds.{i}.weight" in weights:
-            v = v + weights[f"value_embeds.{i}.weight"][idx]
+        if f"value_embeds.{block}.weight" in weights:
+            v = v + weights[f"value_embeds.{block}.weight"][idx]
         q, k, v = heads(q, True), heads(k, True), heads(v, False)
         k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # query heads share key/value heads in order
         back = position[:, None] - position  # how far a key is behind its query

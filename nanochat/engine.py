@@ -2,7 +2,7 @@
 
 A batch of prompts of unequal lengths is padded on the left, so that all rows write into the same slot of the cache and end in it.
 Rotary scores depend on distances only, so a row may begin at any slot: its logits are those it would have by itself, up to rounding.
-Shapes as in gpt.py; S: slots of the cache, L layers by their position in the stack.
+Shapes as in gpt.py; S: slots of the cache.
 """
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype, device, padding=None):
         shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.config, self.device, self.length, self.padding = config, device, 0, padding
-        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2))  # L × (B, K, S, D)
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for _ in config.positions] for _ in range(2))  # a (B, K, S, D) each
         self.last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
 
     def repeat(self, times: int):
@@ -51,12 +51,12 @@ class KVCache:
         """The first slot that a query in slot `length` sees; later queries see no earlier one."""
         return max(0, self.length + 1 - window)
 
-    def extend(self, layer: int, k, v):
-        """k, v: (B, K, T, D), of the new positions -> the same of all that they see, (B, K, n, D)."""
-        keys, values, T = self.keys[layer], self.values[layer], k.size(2)
+    def extend(self, place: int, k, v):
+        """k, v: (B, K, T, D), of the new positions, at a place in the stack -> the same of all that they see, (B, K, n, D)."""
+        keys, values, T = self.keys[place], self.values[place], k.size(2)
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
-        start = self.first_seen(self.config.window(layer))
+        start = self.first_seen(self.config.window(self.config.positions[place]))
         n = self.length + T - start
         return keys.narrow(2, start, n), values.narrow(2, start, n)
 

@@ -39,7 +39,13 @@ class GPTConfig:
     tie_embeddings: bool = False       # the output head is the token embedding
     value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
     factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
+    layer_map: tuple[int, ...] = ()    # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
     recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The layer at each position of the stack, from the embedding to the head."""
+        return tuple(self.layer_map) or tuple(range(self.n_layer))
 
     def rank(self, matrix: str, layer: int) -> float:
         """matrix: q, k, v, o, up or down."""
@@ -291,8 +297,9 @@ class GPT(nn.Module):
         self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.lm_head = None if config.tie_embeddings else make_linear(C, V, config.lm_head_rank)
-        self.resid_lambdas = nn.Parameter(torch.empty(L))  # scale of the residual stream entering each layer
-        self.x0_lambdas = nn.Parameter(torch.empty(L))     # share of the embedding added there
+        P = len(config.positions)
+        self.resid_lambdas = nn.Parameter(torch.empty(P))  # scale of the residual stream entering each position of the stack
+        self.x0_lambdas = nn.Parameter(torch.empty(P))     # share of the embedding added there
         self.smear = nn.Parameter(torch.empty(C))          # share of the previous token's embedding, by channel
         kv_dim = config.n_kv_head * (C // config.n_head)
         self.value_embeds = nn.ModuleDict({str(layer): Embedding(V, kv_dim)
@@ -333,16 +340,16 @@ class GPT(nn.Module):
         x = x + self.smear.to(compute_dtype) * before  # pairs of tokens, before any attention
         x0 = norm(x)
         x = x0.view_as(x0)  # not the same object, for which the first block would be compiled apart
-        scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (L, 2)
+        scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (positions, 2)
         windows = {self.config.window(i) for i in range(self.config.n_layer)}
         if cache is None:
             masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
         else:
             masks = {window: cache.mask(window, T) for window in windows}
-        for i, block in enumerate(self.blocks):
-            table = self.value_embeds[str(i)] if str(i) in self.value_embeds else None
-            x = block(x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin, masks[self.config.window(i)],
-                      None if cache is None else partial(cache.extend, i))
+        for i, layer in enumerate(self.config.positions):
+            table = self.value_embeds[str(layer)] if str(layer) in self.value_embeds else None
+            x = self.blocks[layer](x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin,
+                                   masks[self.config.window(layer)], None if cache is None else partial(cache.extend, i))
         if cache is not None:
             cache.length += T
         return norm(x)

@@ -1,5 +1,6 @@
 """From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
 import math
+import re
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,12 @@ def matrix_ranks(text: str) -> dict[str, float]:
 
 def matrix_ranks_flag(text: str) -> str:
     return ",".join(f"{name}={rank:g}" for name, rank in sorted(matrix_ranks(text).items()))
+
+
+def layer_map_flag(text: str) -> str:
+    if text not in ("", "twice") and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ArgumentTypeError(f"{text!r}: give the layer at each position, such as 0,0,1,1, or 'twice' for each layer twice in a row")
+    return text
 
 
 def positive_floats(text: str) -> list[float]:
@@ -85,6 +92,8 @@ def build_parser():
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
     add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
+    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; twice = each "
+        "layer twice in a row (MobileLLM, arXiv 2402.14905); '' = each once")
     # rank
     add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0)
@@ -131,7 +140,7 @@ def build_parser():
 
 
 SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
-               "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
+               "layer_map", "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
 
 
 def parse_flags(argv=None) -> Namespace:
@@ -182,10 +191,21 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
-    config = replace(config, attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
+    config = replace(config, layer_map=layer_map(args.layer_map, depth), attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
+
+
+def layer_map(text: str, depth: int) -> tuple[int, ...]:
+    if text == "twice":
+        return tuple(layer for layer in range(depth) for _ in range(2))
+    layers = tuple(map(int, text.split(","))) if text else ()
+    if layers and set(layers) != set(range(depth)):
+        absent = sorted(set(layers) - set(range(depth)))
+        raise InputError(f"--layer-map {text}: " + (f"there is no layer {absent[0]}, the layers are 0 to {depth - 1} (--depth {depth})" if absent else
+                         f"leaves out layer {min(set(range(depth)) - set(layers))} of --depth {depth}, which would never learn"))
+    return layers
 
 
 def lists_ranks(schedule: str) -> bool:
@@ -264,6 +284,8 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 
 def check_depth_is_free(args, flag: str):
+    if args.layer_map[:1].isdigit():
+        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map twice")
     if lists_ranks(args.rank_schedule):
         raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
                          "use --solve rank, or a named schedule")
@@ -380,13 +402,16 @@ def default_tag(args, config: GPTConfig) -> str:
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
     tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
+    tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
     return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     """What --dry-run shows."""
     print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), "
-           f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in range(config.n_layer)]}")
+           f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in config.positions]}")
+    if config.layer_map:
+        print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")
     for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), *config.matrix_ranks.items(), ("lm_head", (config.lm_head_rank,))):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "

@@ -172,7 +172,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     model, costs = on_meta(config), account(config)
     C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
     token = rows * T * dtype_bytes  # bytes of one number for each token
-    kept = [kept_by_block(block, C, K, token, dtype_bytes) for block in model.blocks]
+    kept = [kept_by_block(model.blocks[layer], C, K, token, dtype_bytes) for layer in config.positions]
     activations = sum(kept) + token * 2 * C                    # the embeddings: previous token's share, input of the norm
     width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
     head_grad = 4 * V * width
@@ -181,18 +181,18 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
     # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept
-    last = model.blocks[-1].mlp
+    last = model.blocks[config.positions[-1]].mlp
     in_mlp = token * (C + 4 * C * (3 if last.recompute else 1))
     grads = costs["mem/grads_bytes"]
     at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
     if accumulated:
         at_head, at_backward = at_head + grads, at_backward + grads
-    groups = {}  # Muon works on all matrices of one shape at a time, in about eight copies
+    groups = {}  # Muon works on all matrices of one shape at a time, in about six copies
     for name, p in model.named_parameters():
         if uses_muon(name, p):
             key = (name.rsplit(".", 1)[1], *p.shape)
             groups[key] = groups.get(key, 0) + 4 * p.numel()
-    at_update = grads + 8 * max(groups.values())
+    at_update = grads + 6 * max(groups.values())
     return {"mem/activations_bytes": activations,
             "mem/predicted_peak_bytes": costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"] + max(at_head, at_backward, at_update)}
 
@@ -228,13 +228,22 @@ def parameter_group(name: str) -> str:
     return "other"
 
 
+def matrix_entries(module) -> int:
+    """Entries of the matrices, or factors, of its linear layers."""
+    return sum(p.numel() for m in module.modules() if isinstance(m, (Linear, LowRankLinear)) for p in m.parameters())
+
+
+def head_entries(model: GPT) -> int:
+    return matrix_entries(model.lm_head) if model.lm_head is not None else model.wte.weight.numel()  # a tied head multiplies too
+
+
 def matrix_parameters(model: GPT) -> int:
     """Entries of all matrices that multiply every token: the linear layers and the head, not the look-up tables."""
-    entries = sum(p.numel() for m in model.modules() if isinstance(m, (Linear, LowRankLinear)) for p in m.parameters())
-    return entries + (model.wte.weight.numel() if model.lm_head is None else 0)  # a tied head multiplies too
+    return matrix_entries(model.blocks) + head_entries(model)
 
 
 def flops_per_token(model: GPT) -> int:
     config = model.config
-    scores = sum(config.n_embd * config.window(layer) for layer in range(config.n_layer))  # H·D = n_embd
-    return 6 * matrix_parameters(model) + 12 * scores
+    multiplied = sum(matrix_entries(model.blocks[layer]) for layer in config.positions) + head_entries(model)
+    scores = sum(config.n_embd * config.window(layer) for layer in config.positions)  # H·D = n_embd
+    return 6 * multiplied + 12 * scores

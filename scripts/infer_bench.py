@@ -90,7 +90,7 @@ def peak_bytes(function, device) -> int:
 
 
 def cache_bytes(config: GPTConfig, rows: int, positions: int, dtype) -> int:
-    return 2 * config.n_layer * rows * positions * config.n_kv_head * (config.n_embd // config.n_head) * dtype.itemsize
+    return 2 * len(config.positions) * rows * positions * config.n_kv_head * (config.n_embd // config.n_head) * dtype.itemsize
 
 
 def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, dtype, device, repeats: int) -> dict:

@@ -198,7 +198,7 @@ def export(folder: Path, step: int, file: Path):
     state, meta = load_checkpoint(folder, step)
     config = GPTConfig(**meta["model"])
     said = {"model": asdict(config),
-            "windows": [config.window(layer) for layer in range(config.n_layer)],  # positions back that a query sees, itself included
+            "windows": [config.window(layer) for layer in config.positions],  # positions back that a query sees, itself included
             "logit_softcap": SOFTCAP, "score_scale": SCORE_SCALE / (config.n_embd // config.n_head) ** 0.5,
             "rotary_base": 4.0 * config.sequence_len, "norm_eps": torch.finfo(torch.float32).eps,
             "tokenizer_hash": meta["tokenizer_hash"], "source": {"tag": folder.name, "step": step, "sha256": meta["sha256"]}}

@@ -235,7 +235,7 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
 
     from nanochat.gpt import GPT
     layers = min(2, point.config.n_layer)
-    config = replace(point.config, n_layer=layers, attn_ranks=point.config.attn_ranks[:layers], mlp_ranks=point.config.mlp_ranks[:layers],
+    config = replace(point.config, n_layer=layers, layer_map=(), attn_ranks=point.config.attn_ranks[:layers], mlp_ranks=point.config.mlp_ranks[:layers],
                      matrix_ranks={name: ranks[:layers] for name, ranks in point.config.matrix_ranks.items()})
     per_token, T = account(config)["flops/per_token"], config.sequence_len
     rows = point.args.device_batch_size
