@@ -1,4 +1,4 @@
-"""A finished model in another form: its factors multiplied out, or its matrices cut down to factors by their singular values."""
+"""A finished model in another form: factors multiplied out, matrices cut down to factors by their singular values, layers in another order."""
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -79,6 +79,17 @@ def rebuild(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
         keys = ("weight",) if len(parts) == 1 else ("A", "B")
         state |= {f"{name}.{key}": part.to(model.wte.weight.dtype).contiguous() for key, part in zip(keys, parts)}
     new = on_meta(with_layer_ranks(model.config, ranks))
+    new.load_state_dict(state, assign=True)
+    return new
+
+
+def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
+    """The model that executes these of its layers, in this order, and shares its weights with them; scalars of a position are those that
+    its layer had where it first stood. No training in between.
+    """
+    first = [model.config.positions.index(layer) for layer in layers]
+    state = {name: value[first] if name in ("resid_lambdas", "x0_lambdas") else value for name, value in model.state_dict().items()}
+    new = on_meta(replace(model.config, layer_map=tuple(layers)))
     new.load_state_dict(state, assign=True)
     return new
 

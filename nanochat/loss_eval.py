@@ -4,7 +4,9 @@ import math
 import torch
 import torch.distributed as dist
 
+from nanochat.common import InputError
 from nanochat.dataloader import Rows, batch_of
+from nanochat.dataset import open_corpus
 from nanochat.engine import generate
 
 
@@ -39,3 +41,15 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prom
         prompt = val_rows.row(i)[:prompt_tokens].tolist()
         texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(token for token, in generate(model, [prompt], count, dtype=dtype)))
     return texts
+
+
+def validation_rows(run, tokenizer, T: int, eval_tokens: int) -> tuple[Rows, int]:
+    """The rows that the run was evaluated on, and how many."""
+    data = run.config["flags"]["data"]
+    corpus = open_corpus(data)
+    if (now := corpus.fingerprint("val")) != (then := run.config["derived"]["corpus"]["val_fingerprint"]):
+        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it, or give --eval-tokens 0")
+    rows = Rows(corpus.val, tokenizer, T)
+    if not (count := min(rows.count, eval_tokens // T)):
+        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more, or 0 for none")
+    return rows, count

@@ -17,12 +17,10 @@ import torch
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, saved_steps
 from nanochat.common import InputError, whole_number, write_atomic
-from nanochat.dataloader import Rows
-from nanochat.dataset import open_corpus
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
-from nanochat.loss_eval import evaluate
+from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.plan import check_ranks, matrix_ranks, matrix_ranks_flag, number, rank_flag, ranks_in_short
 from nanochat.rank import account
 from scripts.base_train import differing_keys
@@ -157,18 +155,6 @@ def ranks_to_choose(args, config: GPTConfig) -> dict:
     choose = {name: lambda S, rank=rank: resolve_rank(rank, len(S), len(S))  # a fraction is of the smaller side, as many as there are values
               for name, rank in (ranks | {"lm_head": args.lm_head_rank}).items() if rank}
     return choose | (dict.fromkeys(ranks, partial(rank_of_energy, args.energy)) if args.energy else {})
-
-
-def validation_rows(run: metrics.Run, tokenizer, T: int, eval_tokens: int) -> tuple[Rows, int]:
-    """The rows that the run was evaluated on, and how many."""
-    data = run.config["flags"]["data"]
-    corpus = open_corpus(data)
-    if (now := corpus.fingerprint("val")) != (then := run.config["derived"]["corpus"]["val_fingerprint"]):
-        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it, or give --eval-tokens 0")
-    rows = Rows(corpus.val, tokenizer, T)
-    if not (count := min(rows.count, eval_tokens // T)):
-        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more, or 0 for none")
-    return rows, count
 
 
 def rank_flags(config: GPTConfig) -> dict:
