@@ -98,14 +98,16 @@ def build_parser():
     add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)
-    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
+    add("--matrix-ranks", type=matrix_ranks_flag, default="",
+        help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix")
     add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
     add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
     add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
     add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
     add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
-    add("--recompute", choices=["none", "bottleneck"], default="none", help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")
+    add("--recompute", choices=["none", "bottleneck"], default="none",
+        help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")
     # horizon: the first that is given counts
     add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
     add("--target-flops", type=float, default=-1, help="total training FLOPs")
@@ -133,7 +135,8 @@ def build_parser():
     add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
     add("--save-every", type=whole_number(-1), default=-1, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=whole_number(-1), default=2, help="newest checkpoints to keep; -1 = all")
-    add("--max-bad-steps", type=whole_number(0), default=5, help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
+    add("--max-bad-steps", type=whole_number(0), default=5,
+        help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser
@@ -191,7 +194,8 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
-    config = replace(config, layer_map=layer_map(args.layer_map, depth), attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
+    config = replace(config, layer_map=layer_map(args.layer_map, depth),
+                     attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config

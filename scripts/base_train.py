@@ -33,8 +33,8 @@ from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute", "stop_at_ppl", "keep", "max_bad_steps",
-        "core_metric_every", "core_metric_max_per_task", "core_dir"}
+FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
+        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir"}
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------

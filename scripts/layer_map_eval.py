@@ -128,7 +128,8 @@ def main(argv=None):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["map", "positions", "as_it_is", "val/loss", "val/ppl", "val/bpb"])
-        writer.writerows([" ".join(map(str, row["map"])), len(row["map"]), int(row["as it is"]), row["val/loss"], row["val/ppl"], row["val/bpb"]] for row in found)
+        writer.writerows([" ".join(map(str, row["map"])), len(row["map"]), int(row["as it is"]),
+                          row["val/loss"], row["val/ppl"], row["val/bpb"]] for row in found)
         write_atomic(args.out / "layer_maps.csv", text.getvalue())
         write_atomic(args.out / "layer_maps.png", png(draw(found, layers)))
         print(f"written: {args.out}/layer_maps.csv and .png")
