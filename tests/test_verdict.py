@@ -306,5 +306,12 @@ def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
     assert any("attn 160, mlp 160: spares nothing, it has × 1.000" in item for item in h2.left_out)
 
 
+@pytest.mark.parametrize("flags", [{"factor_act": "silu"}, {"matrix_ranks": "v=128"}])
+def test_another_kind_of_low_rank_is_a_comparison_of_its_own_and_no_tuning(flags):
+    plain, other = low_runs([1.020, 1.022, 1.019, 1.021]), low_runs([1.010, 1.012, 1.009, 1.011], tag="other", flags=flags)
+    h2 = judge(full_runs() + plain + other)[1]
+    assert sorted(line.estimates[0].ratio for line in h2.lines) == pytest.approx([1.0105, 1.0205], abs=1e-3)
+
+
 def test_an_interval_of_many_powers_of_ten_is_only_said_to_be_wide():
     assert [number(ratio) for ratio in (1e30, 1.5, 0.02, 1e-9, None)] == ["over 1000", "1.5000", "0.0200", "under 0.001", "–"]
