@@ -11,7 +11,7 @@ from argparse import ArgumentTypeError
 import torch.distributed as dist
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, saved_steps
+from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, print0, whole_number, write_atomic
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
@@ -52,9 +52,7 @@ def main(argv=None):
     # what is asked for, and what of it an earlier evaluation left
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
-    if not saved_steps(folder):
-        raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
-    of_model = {"model_tag": args.model_tag, "step": args.step if args.step >= 0 else saved_steps(folder)[-1]}
+    of_model = {"model_tag": args.model_tag, "step": step_or_newest(folder, args.step)}
     settings = of_model | {"data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
     out, core_out = (folder / f"{name}_{settings['step']:06d}.json" for name in ("eval", "core"))
     place = device, rank, world_size = common.init_process(args.device_type)

@@ -10,7 +10,7 @@ import sys
 import time
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, saved_steps
+from nanochat.checkpoint_manager import load_model, saved_steps, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.engine import generate, what_fits
 from nanochat.plan import number
@@ -33,9 +33,7 @@ def open_model(tag: str, step: int, device):
     folder = metrics.runs_dir() / tag
     if not (folder / "config.json").is_file():
         raise InputError(f"--model-tag {tag}: no such run in {metrics.runs_dir()}")
-    if not saved_steps(folder):
-        raise InputError(f"--model-tag {tag}: no checkpoint in {folder}")
-    step = step if step >= 0 else saved_steps(folder)[-1]
+    step = step_or_newest(folder, step)
     model, tokenizer, _ = load_model(folder, step, device)
     return model.requires_grad_(False), tokenizer, step
 

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, saved_steps
+from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import with_layer_map
 from nanochat.figures import new_figure, png
@@ -103,11 +103,9 @@ def main(argv=None):
     args = parse(argv)
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
-    if not saved_steps(folder):
-        raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
-    model, tokenizer, _ = load_model(folder, args.step if args.step >= 0 else saved_steps(folder)[-1], device)
+    model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
 
     layers, own = model.config.n_layer, model.config.positions
     if args.all_monotone and args.all_monotone < layers:

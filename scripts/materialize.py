@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, saved_steps
+from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
 from nanochat.functional import SOFTCAP
@@ -68,9 +68,7 @@ def main(argv=None):
     args = parse(argv)
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
-    if not saved_steps(folder):
-        raise InputError(f"--model-tag {args.model_tag}: no checkpoint in {folder}")
-    step = args.step if args.step >= 0 else saved_steps(folder)[-1]
+    step = step_or_newest(folder, args.step)
     if args.out_tag:
         out = metrics.runs_dir() / args.out_tag
         with common.claimed(common.get_base_dir() / "locks" / f"{args.out_tag}.lock", f"--out-tag {args.out_tag}: {out}"):
