@@ -20,6 +20,10 @@ from nanochat.common import InputError, get_base_dir, write_atomic
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
 CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"), ("total_training_flops", "flops"))
 
+# what may differ between a run and its continuation: it changes neither the model nor its data
+FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
+        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir"}
+
 
 def runs_dir() -> Path:
     return get_base_dir() / "runs"
@@ -67,6 +71,18 @@ def read_history(folder: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return [by_step[step] for step in sorted(by_step)]
+
+
+def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
+    """Names of the entries of nested dicts that differ, those in FREE left out."""
+    names = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b and key not in FREE:
+            names.append(f"{prefix}{key} ({a!r} there, {b!r} now)")
+    return names
 
 
 class RunRecord:

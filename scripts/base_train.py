@@ -32,24 +32,8 @@ from nanochat.plan import default_tag, parse_flags, print_frontier, print_plan, 
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
-# what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
-        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir"}
-
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
-
-def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
-    """Names of the entries of nested dicts that differ, those in FREE left out."""
-    names = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b and key not in FREE:
-            names.append(f"{prefix}{key} ({a!r} there, {b!r} now)")
-    return names
-
 
 def open_run(folder, tag: str, config: dict, resume: str):
     """What to do with this tag: None to start, (state, meta) of a checkpoint to go on from, or 'finished'.
@@ -62,7 +46,7 @@ def open_run(folder, tag: str, config: dict, resume: str):
         return None
     before = metrics.load_run(folder)
     same = {key: config[key] for key in ("flags", "derived")}
-    differing = differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
+    differing = metrics.differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
     if differing:
         raise InputError(f"--model-tag {tag}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
     if before.summary.get("status") == "finished":

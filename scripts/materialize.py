@@ -23,7 +23,6 @@ from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.plan import check_ranks, matrix_ranks, matrix_ranks_flag, number, rank_flag, ranks_in_short
 from nanochat.rank import account
-from scripts.base_train import differing_keys
 
 
 def parse(argv):
@@ -136,7 +135,7 @@ def is_done(out: Path, wanted: dict) -> bool:
     there = metrics.load_run(out)
     if "materialized_from" not in there.config["flags"]:
         raise InputError(f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}")
-    if differing := differing_keys({"source": there.config["derived"]["source"], "eval_tokens": there.config["flags"]["eval_tokens"]}, wanted):
+    if differing := metrics.differing_keys({"source": there.config["derived"]["source"], "eval_tokens": there.config["flags"]["eval_tokens"]}, wanted):
         raise InputError(f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}")
     return there.summary.get("status") == "finished"
 

@@ -108,7 +108,6 @@ def prepare_tokenizer(sweep: Sweep):
 
 def check_existing(sweep: Sweep, tokenizer, corpus):
     """Refuse to count a run of an earlier version of the file, or of other text, as one of this sweep."""
-    from scripts.base_train import differing_keys
     derived = {"tokenizer_hash": tokenizer.hash, "corpus.train": corpus.fingerprint("train"), "corpus.val": corpus.fingerprint("val")}
     wrong = {}
     for point in (p for p in sweep.points if p.status() != "new"):
@@ -116,7 +115,7 @@ def check_existing(sweep: Sweep, tokenizer, corpus):
         there = before.get("derived", {}).get("corpus", {})
         there = {"tokenizer_hash": before.get("derived", {}).get("tokenizer_hash"), "corpus.train": there.get("train_fingerprint"),
                  "corpus.val": there.get("val_fingerprint")}
-        differing = differing_keys(before.get("flags", {}), vars(point.args)) + differing_keys(there, derived)
+        differing = metrics.differing_keys(before.get("flags", {}), vars(point.args)) + metrics.differing_keys(there, derived)
         if differing:
             wrong[point.tag] = differing
     if wrong:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, losses, story
+from conftest import losses, story
 from nanochat import core_bundle, metrics
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
 from nanochat.core_eval import MOST_ROWS, batches, chosen, evaluate_core, prompts, question, questions, row_length, score, shots, with_intervals
 from nanochat.gpt import GPT, GPTConfig
-from scripts import base_eval, base_train, report
+from scripts import base_eval, report
 
 
 class Letters:
