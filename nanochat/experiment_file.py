@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.plan import build_parser
+from nanochat.flags import build_parser
 
 if sys.version_info >= (3, 11):
     import tomllib
