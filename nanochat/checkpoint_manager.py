@@ -13,6 +13,7 @@ import torch
 
 from nanochat.common import InputError, print0, write_atomic
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
 
@@ -111,5 +112,8 @@ def load_model(run_folder: Path, step: int, device="cpu") -> tuple:
         raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
     with torch.device(device):
         model = GPT(GPTConfig(**meta["model"]))
-    model.load_state_dict(state["model"])
+    if "subspace" in meta:
+        restore(model, meta["subspace"], state["model"])
+    else:
+        model.load_state_dict(state["model"])
     return model, tokenizer, meta

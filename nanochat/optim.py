@@ -201,13 +201,14 @@ def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
 
 
 def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, scalar_lr: float,
-                     weight_decay: float, pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
+                     weight_decay: float, subspace_lr: float = 0.0, pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon] over one process's pieces of the model (default: all of it), each in exactly one group.
 
     Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters. Weight decay acts on the
     Muon matrices only. unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
+    subspace_lr: of the numbers that a `subspace.GeneratedGPT` makes its matrices of.
     """
-    tables, head, scales, scalars, matrices = {}, {}, {}, {}, {}
+    tables, head, scales, scalars, matrices, generating = {}, {}, {}, {}, {}, {}
     slices = []
     for piece in split_parameters(model, 1)[0] if pieces is None else pieces:
         name, p = piece.name, piece.parameter
@@ -219,6 +220,8 @@ def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, 
             matrices.setdefault((factor, *p.shape), {})[name] = local
         elif name.startswith("lm_head.") or (name == "wte.weight" and model.lm_head is None):
             head[name] = local
+        elif name.startswith("subspace.") and p.ndim == 2:
+            generating[name] = local
         elif p.ndim == 2:
             tables[name] = local
         elif name == "resid_lambdas":
@@ -232,6 +235,7 @@ def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, 
         group(tables, lr=embedding_lr), group(head, lr=unembedding_lr * 768 / model.config.n_embd),
         group(scalars, lr=scalar_lr, eps=SCALAR_EPS),
         group(scales, lr=0.1 * scalar_lr, eps=SCALAR_EPS),  # these multiply from layer to layer: smaller steps
+        group(generating, lr=subspace_lr),
     ], betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
 
     def take_gradients(*_):

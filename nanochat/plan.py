@@ -12,6 +12,7 @@ from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
+from nanochat.study import subspace_name
 
 
 SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
@@ -279,6 +280,7 @@ def default_tag(args, config: GPTConfig) -> str:
     tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
     tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
+    tag += f"_{subspace_name(vars(args)).replace(' ', '-')}" if args.subspace else ""
     return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
@@ -292,7 +294,9 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
            f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+    if accounting["params/trained"] < accounting["params/total"]:
+        print0(f"in a subspace: {accounting['params/trained']:,} numbers are trained and stored, the rest follows from them and a seed")
     for key, value in accounting.items():
-        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") else ""
+        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""
         print0(f"  {key:26}{value:>18,}{share}{unit}")

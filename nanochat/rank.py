@@ -142,7 +142,8 @@ def solve_depth(config_at, budget: int) -> GPTConfig:
 def account(model: GPT | GPTConfig) -> dict:
     """What a model costs, known before training. Used by --dry-run, the run record and the report.
 
-    params/{total,embedding,lm_head,attention,mlp,other}
+    params/{total,embedding,lm_head,attention,mlp,other}, and params/trained and params/stored_bits (32 each), which are fewer in a
+                     subspace (`subspace.costs`)
     flops/per_token  training FLOPs (forward + backward): 6 for each entry of each matrix that multiplies the token, the
                      factors of a low-rank layer counted as they are, embedding look-ups not counted; plus attention
                      scores and values, 12·H·D·window a layer (PaLM, arXiv 2204.02311, appendix B: the causal half of
@@ -158,6 +159,7 @@ def account(model: GPT | GPTConfig) -> dict:
         moments += parameter.numel() + max(parameter.shape) if uses_muon(name, parameter) else 2 * parameter.numel()
     total = sum(params.values())
     return {"params/total": total, **{f"params/{group}": n for group, n in params.items()},
+            "params/trained": total, "params/stored_bits": 32 * total,
             "flops/per_token": flops_per_token(model),
             "mem/weights_bytes": 4 * total, "mem/grads_bytes": 4 * total, "mem/optimizer_bytes": 4 * moments}
 

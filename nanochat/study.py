@@ -130,8 +130,17 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
     return [name if joined.count(name) == 1 else f"{name} ({tag})" for name, tag in zip(joined, tags)]
 
 
+def subspace_name(s: dict) -> str:
+    """"basis 5 layer", "fastfood 1000 global scales", "lora-random 4", "none frozen"; '' of an ordinary run."""
+    kind = s.get("subspace") or ""
+    numbers = (s.get("subspace_dim"), (s.get("subspace_scope") or "global") if s.get("subspace_dim") else "", s.get("subspace_rank"))
+    return " ".join(map(str, filter(None, (kind, *numbers, s.get("subspace_scales") and "scales", s.get("freeze_embeddings") and "frozen")))) if kind else ""
+
+
 def rank_name(s: dict) -> str:
-    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, or "full rank"."""
+    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, "full rank", or the name of a subspace."""
+    if s.get("subspace"):
+        return subspace_name(s)
     parts = []
     for key, label in zip(RANKS, ("attn", "mlp", "head")):
         rank = s.get(key)

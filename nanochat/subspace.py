@@ -126,9 +126,23 @@ def check(config: SubspaceConfig, model: GPTConfig):
             f"the frozen weights were drawn by it, this version draws with {noise.VERSION!r}; use the version of this program that trained the model")
 
 
-def differing(mine: SubspaceConfig, theirs: dict) -> str:
-    """In words, how a saved description (asdict of a config) is of another subspace; '' if it is not."""
-    return ", ".join(f"{key} {theirs.get(key)!r} there, {value!r} here" for key, value in vars(mine).items() if theirs.get(key) != value)
+def from_flags(args, model: GPTConfig) -> SubspaceConfig | None:
+    """The subspace that base_train's flags describe, None without --subspace. InputError where they do not fit together."""
+    given = [flag for flag in ("subspace_dim", "subspace_scope", "subspace_rank", "subspace_scales", "freeze_embeddings") if getattr(args, flag)]
+    if not args.subspace:
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')}: means something with --subspace only; give one of {', '.join(KINDS)}, or leave it out")
+        return None
+    if args.init_from:
+        raise InputError(f"--init-from {args.init_from}: not together with --subspace, whose matrices begin as --seed draws them; leave one of them out")
+    config = SubspaceConfig(args.subspace, args.subspace_dim, args.subspace_scope, args.subspace_rank, args.subspace_scales, args.freeze_embeddings, args.seed)
+    check(config, model)
+    return config
+
+
+def scaled_lr(config: SubspaceConfig, lr: float) -> float:
+    """AdamW moves each of d numbers by about lr, and so α by lr·√d: divided by √d, or √r, a step is a like share of the matrices."""
+    return lr * max(1, config.dim, config.rank) ** -0.5
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -142,10 +156,10 @@ def own_numbers(config: SubspaceConfig, model: GPTConfig) -> int:
 
 
 def state_bytes(config: SubspaceConfig, model: GPTConfig) -> int:
-    """Held beside the trained numbers and the matrices in use, and in no checkpoint: W₀, and what P is made of."""
+    """Held beside the trained numbers and the matrices in use, and in no checkpoint: W₀ where they are not it, and what P is made of."""
     total, groups = sum(m.size for m in matrices(model)), [sum(m.size for m in g) for g in grouped(config, matrices(model))]
     each = {"fastfood": lambda n: 12 * padded(n) + 4 * config.dim, "fft-fastfood": lambda n: 8 * n + 4 * config.dim}.get(config.kind, lambda n: 0)
-    return (0 if config.kind == "basis" else 4 * total) + sum(map(each, groups))
+    return (0 if config.kind in ("basis", "none") else 4 * total) + sum(map(each, groups))
 
 
 def pass_bytes(config: SubspaceConfig, model: GPTConfig, itemsize: int) -> int:
@@ -164,9 +178,12 @@ def costs(config: SubspaceConfig, model: GPTConfig, dense: dict) -> dict:
     """
     own = own_numbers(config, model)
     trained = own + (0 if config.freeze_embeddings else dense["params/embedding"] + dense["params/lm_head"])
-    return dense | {"params/trained": trained, "params/stored_bits": 32 * trained + 64,
-                    "mem/weights_bytes": dense["mem/weights_bytes"] + 4 * own + state_bytes(config, model),
-                    "mem/grads_bytes": 4 * trained, "mem/optimizer_bytes": 8 * trained}
+    found = {"params/trained": trained, "params/stored_bits": 32 * trained + 64,
+             "mem/weights_bytes": dense["mem/weights_bytes"] + 4 * own + state_bytes(config, model),
+             "mem/grads_bytes": 4 * trained, "mem/optimizer_bytes": 8 * trained}
+    if peak := dense.get("mem/predicted_peak_bytes"):  # gradients of the matrices come and go as in the dense model
+        found["mem/predicted_peak_bytes"] = peak + sum(found[key] - dense[key] for key in ("mem/weights_bytes", "mem/optimizer_bytes"))
+    return dense | found
 
 
 def available_bytes(device_type: str) -> int:
@@ -290,6 +307,16 @@ def attach(model: GPT, config: SubspaceConfig):
         freeze_embeddings(model, config.seed)
     model.__class__ = GeneratedGPT
     place(model, torch.float32)
+
+
+def restore(model: GPT, description: dict, state: dict):
+    """Make an empty GPT the one of a checkpoint, to the bit, from asdict of its config and its trained numbers. InputError if its weights
+    were drawn by another generator.
+    """
+    attach(model, SubspaceConfig(**description))
+    model.load_state_dict(state)
+    with torch.no_grad():
+        place(model, torch.float32)
 
 
 def freeze_embeddings(model: GPT, seed: int):
