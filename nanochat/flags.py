@@ -112,7 +112,7 @@ def add_subspace_flags(add):
     add("--subspace-scope", choices=["", *SCOPES], default="", help="what shares them: all matrices, those of a layer, or each has its own; '' = global")
     add("--subspace-rank", type=whole_number(1), default=0, help="of the trained factors that lora-random adds to frozen noise")
     add("--subspace-scales", action="store_true", help="one more trained number for each matrix: its share of fastfood or fft-fastfood")
-    add("--subspace-lr", type=number(0), default=0.02, help="of these numbers, divided by the root of their dimension or rank")
+    add("--subspace-lr", type=number(0), default=0.03, help="of these numbers, divided by the root of their dimension or rank")
     add("--freeze-embeddings", action="store_true", help="in a subspace: tables and head stay as drawn too")
 
 

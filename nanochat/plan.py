@@ -294,8 +294,9 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
            f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
-    if accounting["params/trained"] < accounting["params/total"]:
-        print0(f"in a subspace: {accounting['params/trained']:,} numbers are trained and stored, the rest follows from them and a seed")
+    if within := plan.get("subspace"):
+        flags = {"subspace": within["kind"], **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")}, **within}
+        print0(f"subspace: {subspace_name(flags)}; {accounting['params/trained']:,} numbers are trained and stored, the rest follows from them and a seed")
     for key, value in accounting.items():
         share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""

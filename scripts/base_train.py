@@ -65,11 +65,12 @@ def main(argv=None):
     start = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
+    derived = ({"source": start[1]["source"]} if args.init_from else {}) | ({"subspace": asdict(within)} if within else {})
     if within:
         accounting = subspace.costs(within, config, accounting)
         subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
-        return print_plan(config, plan, accounting)
+        return print_plan(config, plan | derived, accounting)
 
     def build(device) -> Learner:
         torch.manual_seed(args.seed)
@@ -82,7 +83,6 @@ def main(argv=None):
             return Learner(model, rates)
         subspace.attach(model, within)
         return SubspaceLearner(model, rates | {"subspace_lr": subspace.scaled_lr(within, args.subspace_lr)})
-    derived = ({"source": start[1]["source"]} if args.init_from else {}) | ({"subspace": asdict(within)} if within else {})
     run(args, args.model_tag or default_tag(args, config), config, plan, accounting, tokenizer, start, build, **derived)
 
 
