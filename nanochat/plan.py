@@ -77,7 +77,7 @@ def build_parser():
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 1e14 training FLOPs on")
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     # data
-    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
     add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
     # shape: SHAPE_FLAGS, which --init-from answers
     add("--init-from", default=None, metavar="TAG[:STEP]",
