@@ -154,7 +154,7 @@ def build_parser():
     add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
-    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
     add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
     add("--init-from", default=None, metavar="TAG[:STEP]",
         help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "
