@@ -1,6 +1,5 @@
 """From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
 import math
-import re
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import ArgumentParser, InputError, print0, whole_number
 from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
+from nanochat.layer_maps import FORM, of_two, parse_map, well_formed
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
@@ -39,8 +39,8 @@ def matrix_ranks_flag(text: str) -> str:
 
 
 def layer_map_flag(text: str) -> str:
-    if text not in ("", "twice") and not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ArgumentTypeError(f"{text!r}: give the layer at each position, such as 0,0,1,1, or 'twice' for each layer twice in a row")
+    if text and not well_formed(text):
+        raise ArgumentTypeError(f"{text!r}: {FORM}")
     return text
 
 
@@ -92,8 +92,8 @@ def build_parser():
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
     add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
-    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; twice = each "
-        "layer twice in a row (MobileLLM, arXiv 2402.14905); '' = each once")
+    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; mobilellm = "
+        "each layer twice in a row; solar = all but the last quarter, then all but the first; '' = each once")
     # rank
     add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0)
@@ -194,21 +194,21 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
-    config = replace(config, layer_map=layer_map(args.layer_map, depth),
+    config = replace(config, layer_map=tied_map(args.layer_map, depth),
                      attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
 
 
-def layer_map(text: str, depth: int) -> tuple[int, ...]:
-    if text == "twice":
-        return tuple(layer for layer in range(depth) for _ in range(2))
-    layers = tuple(map(int, text.split(","))) if text else ()
-    if layers and set(layers) != set(range(depth)):
-        absent = sorted(set(layers) - set(range(depth)))
-        raise InputError(f"--layer-map {text}: " + (f"there is no layer {absent[0]}, the layers are 0 to {depth - 1} (--depth {depth})" if absent else
-                         f"leaves out layer {min(set(range(depth)) - set(layers))} of --depth {depth}, which would never learn"))
+def tied_map(text: str, depth: int) -> tuple[int, ...]:
+    """--layer-map for a model of so many layers; () without it."""
+    if of_two(text):
+        raise InputError(f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
+                         "give the numbers of its layers, solar or mobilellm")
+    layers = parse_map(text, depth) if text else ()
+    if layers and (left_out := set(range(depth)) - set(layers)):
+        raise InputError(f"--layer-map {text}: leaves out layer {min(left_out)} of --depth {depth}, which would never learn")
     return layers
 
 
@@ -289,7 +289,7 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def check_depth_is_free(args, flag: str):
     if args.layer_map[:1].isdigit():
-        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map twice")
+        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm")
     if lists_ranks(args.rank_schedule):
         raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
                          "use --solve rank, or a named schedule")
