@@ -40,7 +40,7 @@ def draw(rows: list[dict], layers: int, second_tag: str = ""):
         for x, layer in enumerate(row["map"]):
             if layer >= layers:
                 ink = "white" if 2 * (layer % layers) < layers else "black"
-                panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="//////", edgecolor=ink, linewidth=0))
+                panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor=ink, linewidth=0))
     panel.set(xlabel="position in the stack", xticks=range(widest), yticks=[])
     panel.spines[:].set_visible(False)
     panel.set_title("validation perplexity, no training", loc="right", fontsize=9)
