@@ -3,7 +3,6 @@
 state.pt holds tensors and plain numbers only (read with weights_only=True: loading cannot execute code); meta.json holds
 its SHA-256, so a truncated or altered file is noticed before it is used.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import InputError, print0, write_atomic
+from nanochat.common import InputError, print0, sha256, write_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import load_tokenizer
 
@@ -31,14 +30,6 @@ def step_or_newest(run_folder: Path, step: int) -> int:
     if not (steps := saved_steps(run_folder)):
         raise InputError(f"--model-tag {run_folder.name}: no checkpoint in {run_folder}")
     return step if step >= 0 else steps[-1]
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int = -1):

@@ -7,7 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.plan import build_parser, parse_flags
+from nanochat.flags import build_parser
+from nanochat.plan import parse_flags
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,6 +1,7 @@
 """Validation: mean loss, perplexity and bits per byte over a fixed list of rows; text samples."""
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,16 @@ def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int,
     nats, tokens, text_nats, text_bytes = sums.tolist()
     loss = nats / tokens
     return {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0)), "val/bpb": text_nats / math.log(2) / max(1.0, text_bytes)}
+
+
+def reference_losses(train_rows: Rows, val_rows: Rows, count: int, vocab_size: int, most: int = 2**22) -> dict[str, float]:
+    """What models that read nothing reach on validation rows 0 … count-1, in nats a token: `uniform` guesses every token alike, `unigram` by
+    how often it occurs in the training text (the first `most` tokens; one more of each, so that none is impossible).
+    """
+    rows = min(train_rows.count, most // train_rows.T)
+    seen = np.bincount(np.concatenate([train_rows.row(i)[1:] for i in range(rows)]), minlength=vocab_size) + 1.0
+    asked = np.bincount(np.concatenate([val_rows.row(i)[1:] for i in range(count)]), minlength=vocab_size)
+    return {"uniform": math.log(vocab_size), "unigram": float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())}
 
 
 def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prompt_tokens: int = 16, count: int = 48) -> list[str]:

@@ -102,7 +102,7 @@ def rank_over_depth(ranks) -> float | str:
 
 @functools.cache
 def flag_defaults() -> dict:
-    from nanochat.plan import build_parser  # takes torch with it: a second or two that most reports need not pay
+    from nanochat.flags import build_parser  # takes torch with it: a second or two that most reports need not pay
     return vars(build_parser().parse_args([]))
 
 

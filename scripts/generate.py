@@ -13,7 +13,7 @@ from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, saved_steps, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.engine import generate, what_fits
-from nanochat.plan import number
+from nanochat.flags import number
 
 
 def say(text: str):

@@ -26,6 +26,7 @@ from nanochat.common import ArgumentParser, InputError, whole_number, write_atom
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.flags import build_parser, rank_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.page import to_markdown
 from scripts.generate import open_model
@@ -214,7 +215,7 @@ def build_parser():
     add("--n-kv-head", type=whole_number(-1), default=None, help="key/value heads, a divisor of the heads; -1 = as many as heads")
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
-        add(flag, type=plan.rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")
+        add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")
     add("--factor-act", choices=["none", "silu"], default=None, help="between the factors; silu cannot be materialised")
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
@@ -228,7 +229,7 @@ def build_parser():
 def shape_of(args) -> GPTConfig:
     """The model that the shape's flags describe, by base_train's rules."""
     given = {key: getattr(args, key) for key in SHAPE if getattr(args, key) is not None}
-    flags = Namespace(**{**vars(plan.build_parser().parse_args([])), **SHAPE, **given})
+    flags = Namespace(**{**vars(build_parser().parse_args([])), **SHAPE, **given})
     return plan.model_config(flags, flags.vocab_size)
 
 

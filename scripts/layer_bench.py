@@ -26,10 +26,10 @@ import torch
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.flags import rank_flag
 from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear, resolve_rank
 from nanochat.page import to_markdown
-from nanochat.plan import rank_flag
 from nanochat.rank import on_meta
 
 SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long: far more than the clock's grain and a kernel's launch

@@ -18,10 +18,11 @@ from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
+from nanochat.flags import matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate, validation_rows
-from nanochat.plan import check_ranks, matrix_ranks, matrix_ranks_flag, number, rank_flag, ranks_in_short
+from nanochat.plan import check_ranks, ranks_in_short
 from nanochat.rank import account
 
 

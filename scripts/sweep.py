@@ -38,7 +38,7 @@ def build_parser():
     add("experiment", type=Path, help="the file: see dev/experiments/")
     add("--preset", default="", help="which of the file's presets; needed where it has some")
     add("--data", action="append", default=[], metavar="[NAME=]TEXT",
-        help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, or a folder; with NAME= in place of the text that points call so")
+        help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so")
     add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
     add("--run", default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")

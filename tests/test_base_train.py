@@ -1,18 +1,23 @@
 """Training end to end on a tiny model: learning, exact resume, the run folder, and every refusal."""
 import json
+import math
 import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import TINY, losses
-from nanochat import metrics
+from nanochat import metrics, training
 from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
-from nanochat.plan import build_parser, model_config, training_plan
+from nanochat.flags import build_parser
+from nanochat.loss_eval import reference_losses
+from nanochat.plan import model_config, training_plan
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
@@ -25,7 +30,7 @@ class Killed(Exception):
 @pytest.fixture
 def kill_after(monkeypatch):
     """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
-    original = base_train.forward_backward
+    original = training.forward_backward
 
     def arm(n):
         left = [n]
@@ -35,7 +40,7 @@ def kill_after(monkeypatch):
                 raise Killed
             left[0] -= 1
             return original(*args)
-        monkeypatch.setattr(base_train, "forward_backward", original if n is None else step)
+        monkeypatch.setattr(training, "forward_backward", original if n is None else step)
     return arm
 
 
@@ -199,7 +204,7 @@ def test_batch_chosen_for_the_user_grows_with_the_horizon_and_divides():
 
 
 def test_learning_rate_schedule_by_hand():
-    lr = [base_train.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
+    lr = [training.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
     assert lr == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
 
 
@@ -311,15 +316,15 @@ def test_another_tokenizer_is_refused_by_name_on_resume(train, kill_after, corpu
 
 
 def spoiled(monkeypatch, bad_calls, spoil):
-    """base_train.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
-    original, calls = base_train.gradient_norm, [0]
+    """training.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
+    original, calls = training.gradient_norm, [0]
 
     def gradient_norm(model, clip):
         calls[0] += 1
         if calls[0] in bad_calls:
             spoil(model)
         return original(model, clip)
-    monkeypatch.setattr(base_train, "gradient_norm", gradient_norm)
+    monkeypatch.setattr(training, "gradient_norm", gradient_norm)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -346,14 +351,14 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_
 
 def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch):
     straight = train(tag="straight")
-    original, steps = base_train.gradient_norm, []
+    original, steps = training.gradient_norm, []
 
     def signalled(model, clip):
         steps.append(1)
         if len(steps) == 3:
             signal.raise_signal(signal.SIGUSR1)
         return original(model, clip)
-    monkeypatch.setattr(base_train, "gradient_norm", signalled)
+    monkeypatch.setattr(training, "gradient_norm", signalled)
     with pytest.raises(SystemExit) as e:
         train(tag="stopped")
     assert e.value.code == REQUEUE == 75
@@ -399,3 +404,11 @@ def test_a_run_that_is_not_compiled_does_not_load_the_compiler(base_dir, corpus_
     done = subprocess.run([sys.executable, "-c", script, *TINY, "--data", str(corpus_dir), "--sample-every", "3", "--grad-clip", "1.0", "--mlp-rank", "4"],
                           capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("loaded: False"), done.stdout[-300:] + done.stderr[-2000:]
+
+
+def test_reference_losses_are_those_of_the_uniform_and_the_unigram_guess():
+    def rows(*slots):
+        return SimpleNamespace(T=2, count=len(slots), row=lambda i: np.array((0, *slots[i])))  # row 0 begins with BOS, which is not asked
+    found = reference_losses(rows((1, 1), (1, 2)), rows((1, 2), (2, 3), (0, 0)), 2, vocab_size=4)
+    # seen 0, 3, 1, 0 times and once more each, of 8; asked 1, 2, 2, 3
+    assert found == pytest.approx({"uniform": math.log(4), "unigram": -(math.log(4 / 8) + 2 * math.log(2 / 8) + math.log(1 / 8)) / 4})

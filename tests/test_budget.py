@@ -7,7 +7,8 @@ import pytest
 
 from nanochat.common import InputError
 from nanochat.gpt import GPTConfig, resolve_rank
-from nanochat.plan import budget_frontier, build_parser, model_config, ranks_in_short, solve_budget
+from nanochat.flags import build_parser
+from nanochat.plan import budget_frontier, model_config, ranks_in_short, solve_budget
 from nanochat.rank import account, count_parameters, ranks_over_depth, solve_depth, solve_rank
 from scripts import base_train
 

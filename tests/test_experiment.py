@@ -5,7 +5,7 @@ import pytest
 
 from nanochat.common import InputError
 from nanochat.experiment import read_experiment
-from nanochat.plan import build_parser
+from nanochat.flags import build_parser
 from nanochat.rank import count_parameters
 
 FLAGS = """

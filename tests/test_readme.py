@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from nanochat.plan import build_parser
+from nanochat.flags import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

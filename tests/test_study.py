@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from nanochat.metrics import Run
-from nanochat.plan import build_parser
+from nanochat.flags import build_parser
 from nanochat.study import axes, configurations, flag_defaults, pareto, paste_flags, step_seconds
 
 

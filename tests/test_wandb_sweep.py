@@ -8,7 +8,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from nanochat import metrics, wandb_sweep
 from nanochat.common import InputError
-from nanochat.plan import build_parser
+from nanochat.flags import build_parser
 from scripts import sweep
 
 EXPERIMENT = """

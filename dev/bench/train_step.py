@@ -38,9 +38,9 @@ import torch
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.dataloader import Rows, training_batches
+from nanochat.flags import rank_flag
 from nanochat.gpt import GPT, GPTConfig, compile_blocks
 from nanochat.optim import build_optimizers
-from nanochat.plan import rank_flag
 from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")

@@ -1,0 +1,173 @@
+"""The flags of the training scripts, in groups, and how their values are read. What they mean together is nanochat/plan.py's."""
+import math
+import re
+from argparse import ArgumentTypeError
+
+from nanochat.common import ArgumentParser, whole_number
+from nanochat.gpt import MATRICES
+from nanochat.rank import SCHEDULES
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+def rank_flag(text: str) -> float:
+    try:
+        value = float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        value = -1
+    if value < 0 or (isinstance(value, float) and not 0 < value < 1):
+        raise ArgumentTypeError(f"{text!r}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
+    return value
+
+
+def matrix_ranks(text: str) -> dict[str, float]:
+    """'v=128,down=0.5' -> {'v': 128, 'down': 0.5}"""
+    pairs = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    if unknown := sorted(pairs.keys() - set(MATRICES)):
+        raise ArgumentTypeError(f"{text!r}: no matrix is called {', '.join(unknown)}; write e.g. v=128,down=0.5, of {', '.join(MATRICES)}")
+    return {name: rank_flag(rank) for name, rank in pairs.items()}
+
+
+def matrix_ranks_flag(text: str) -> str:
+    return ",".join(f"{name}={rank:g}" for name, rank in sorted(matrix_ranks(text).items()))
+
+
+def layer_map_flag(text: str) -> str:
+    if text not in ("", "twice") and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ArgumentTypeError(f"{text!r}: give the layer at each position, such as 0,0,1,1, or 'twice' for each layer twice in a row")
+    return text
+
+
+def positive_floats(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0.0]
+    if not all(v > 0 and math.isfinite(v) for v in values):
+        raise ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 100,50,30")
+    return values
+
+
+def number(low: float, high: float = math.inf):
+    """argparse type: a finite number in [low, high]."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+# ---- flags, in groups -----------------------------------------------------------------------------------------------
+# add: ArgumentParser.add_argument
+
+def add_machine_flags(add):
+    """Where and how a run computes, and what it is called on the dashboard."""
+    add("--run", default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="compute dtype; master weights are float32")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 1e14 training FLOPs on")
+    add("--recompute", choices=["none", "bottleneck"], default="none",
+        help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")
+
+
+def add_shape_flags(add):
+    """The model but for its ranks."""
+    add("--depth", type=whole_number(1), default=20, help="layers")
+    add("--aspect-ratio", type=whole_number(1), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
+    add("--model-dim", type=whole_number(-1), default=-1, help="width, overriding depth × aspect-ratio")
+    add("--head-dim", type=whole_number(1), default=128)
+    add("--n-kv-head", type=whole_number(-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--max-seq-len", type=whole_number(2), default=2048)
+    add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
+    add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
+    add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
+    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; twice = each "
+        "layer twice in a row (MobileLLM, arXiv 2402.14905); '' = each once")
+
+
+def add_rank_flags(add):
+    """Ranks, and the budget that chooses them."""
+    add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
+    add("--mlp-rank", type=rank_flag, default=0)
+    add("--lm-head-rank", type=rank_flag, default=0)
+    add("--matrix-ranks", type=matrix_ranks_flag, default="",
+        help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
+    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix")
+    add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
+    add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
+    add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
+    add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
+    add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
+
+
+def add_horizon_flags(add):
+    """The batch, and how long to train: of the horizons the first that is given counts."""
+    add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
+    add("--target-flops", type=float, default=-1, help="total training FLOPs")
+    add("--target-param-data-ratio", type=float, default=12, help="tokens per parameter of the matrices, head included")
+    add("--device-batch-size", type=whole_number(1), default=32, help="rows in one forward pass of one process")
+    add("--total-batch-size", type=whole_number(-1), default=-1, help="tokens in one step; -1 = from the training tokens")
+
+
+def add_rate_flags(add):
+    """Learning rates of everything that is trained from scratch."""
+    add("--embedding-lr", type=number(0), default=0.3, help="of the embedding tables")
+    add("--unembedding-lr", type=number(0), default=0.004, help="of the head at width 768; scaled by 768 / width")
+    add("--matrix-lr", type=number(-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
+    add("--scalar-lr", type=number(0), default=0.1, help="of the per-layer and per-channel scalars")
+    add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
+
+
+def add_schedule_flags(add):
+    """What the learning rates do over the steps."""
+    add("--grad-clip", type=float, default=-1, help="largest norm of the gradient; -1 = no clipping")
+    add("--warmup-steps", type=whole_number(0), default=0)
+    add("--warmdown-ratio", type=number(0, 1), default=0.5, help="share of the steps over which the learning rates fall linearly")
+    add("--final-lr-frac", type=number(0, 1), default=0.0, help="where they end, as a fraction")
+
+
+def add_evaluation_flags(add):
+    """What is measured on the way."""
+    add("--eval-every", type=whole_number(-1), default=250, help="steps between evaluations; -1 = only at the end")
+    add("--eval-tokens", type=whole_number(1), default=2**19, help="validation tokens, taken from the start of the validation text")
+    add("--ppl-thresholds", type=positive_floats, default=[100.0, 50.0, 30.0], help="perplexities to time")
+    add("--stop-at-ppl", type=number(-1), default=-1, help="stop at the first evaluation at or below this perplexity")
+    add("--sample-every", type=whole_number(-1), default=2000, help="steps between text samples (and at the end); -1 = none")
+
+
+def add_checkpoint_flags(add):
+    """What is saved, and gone on from."""
+    add("--save-every", type=whole_number(-1), default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--keep", type=whole_number(-1), default=2, help="newest checkpoints to keep; -1 = all")
+    add("--max-bad-steps", type=whole_number(0), default=5,
+        help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
+    add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
+
+
+def build_parser():
+    """The flags of scripts.base_train."""
+    parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
+    add = parser.add_argument
+    add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
+    add_machine_flags(add)
+    add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
+    add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
+    add("--init-from", default=None, metavar="TAG[:STEP]",
+        help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "
+             "shape or rank may be given beside it. The checkpoint has to stay until this run is finished")
+    add_shape_flags(add)  # these two groups are answered by --init-from
+    add_rank_flags(add)
+    add_horizon_flags(add)
+    add_rate_flags(add)
+    add_schedule_flags(add)
+    add_evaluation_flags(add)
+    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
+    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
+    add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+    add_checkpoint_flags(add)
+    add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
+    return parser

@@ -1,0 +1,348 @@
+"""The training loop and what belongs to a run of it, for every script that trains: text, run folder, steps, evaluation, checkpoints.
+
+What is trained is a `Learner`: here all of a GPT; an adapter (scripts/adapter_train.py) brings its own.
+"""
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from nanochat import common, metrics
+from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
+from nanochat.common import InputError, print0
+from nanochat.core_bundle import Unavailable, open_bundle
+from nanochat.core_eval import evaluate_core, questions
+from nanochat.dataloader import Rows, training_batch, training_batches
+from nanochat.dataset import open_corpus
+from nanochat.gpt import GPT, compile_blocks
+from nanochat.loss_eval import evaluate, reference_losses, sample_texts
+from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
+from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
+from nanochat.plan import print_plan
+
+START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0}  # the meta of a run that has no checkpoint yet
+
+
+class Learner:
+    """What a run trains, and what of the model its checkpoints hold. This one trains every parameter that requires a gradient, and keeps them all."""
+    draws = False     # whether a forward pass draws random numbers (dropout): each step's then come from a seed of its own, so that a resumed run draws the same
+    starting = False  # whether the model is evaluated before its first step: it can do something already
+
+    def __init__(self, model: GPT, rates: dict):
+        """rates: the learning rates and settings of `optim.build_optimizers`."""
+        self.model, self.rates = model, rates
+
+    def optimizers(self, pieces) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.model, **self.rates, pieces=pieces)
+
+    def penalty(self):
+        """A term added to the loss of every micro-step; None: none."""
+
+    def before_update(self):
+        """Called with the step's gradients, averaged over the processes, on all of which it must do the same."""
+
+    def after_update(self):
+        """Called once every process has the step's new parameters."""
+
+    def state(self) -> dict:
+        """Tensors, in dicts, that a checkpoint holds beside the optimizer's; `load` takes them back."""
+        return {"model": self.model.state_dict()}
+
+    def load(self, state: dict):
+        self.model.load_state_dict(state["model"])
+
+    def meta(self) -> dict:
+        """What `checkpoint_manager.load_model` needs to know to build the model again, as JSON has it."""
+        return {"model": asdict(self.model.config)}
+
+
+# ---- the run folder -------------------------------------------------------------------------------------------------
+
+def open_run(folder, tag: str, config: dict, resume: str):
+    """What to do with this tag: None to start, (state, meta) of a checkpoint to go on from, or 'finished'.
+
+    InputError: another config under this tag, or a tag with checkpoints and no --resume.
+    """
+    if not (folder / "config.json").exists():
+        if resume not in ("-1", "auto"):
+            raise InputError(f"--resume {resume}: there is no run {tag}")
+        return None
+    before = metrics.load_run(folder)
+    same = {key: config[key] for key in ("flags", "derived")}
+    differing = metrics.differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
+    if differing:
+        raise InputError(f"--model-tag {tag}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
+    if before.summary.get("status") == "finished":
+        return "finished"
+    if resume == "auto":
+        return load_newest(folder)
+    if resume != "-1":
+        return load_checkpoint(folder, int(resume))
+    if saved_steps(folder):
+        raise InputError(f"--model-tag {tag}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
+    return None
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
+    """Linear warmup, constant, linear warmdown to `final`. step: updates done so far."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < steps - warmdown:
+        return 1.0
+    return final + (1 - final) * (steps - step) / warmdown
+
+
+def forward_backward(learner: Learner, batches, micro_steps: int, place, dtype, stop) -> tuple[float, bool]:
+    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all of them, whether any
+    process was asked to stop).
+    """
+    device, rank, world_size = place
+    total = torch.zeros(2, device=device)  # loss, requests to stop
+    for _ in range(micro_steps):
+        x, y = next(batches)
+        loss = learner.model(x, y, dtype) / micro_steps
+        penalty = learner.penalty()
+        (loss if penalty is None else loss + penalty / micro_steps).backward()
+        total[0] += loss.detach()  # without the penalty: comparable between runs
+    total[1] = stop.is_set()
+    if world_size > 1:
+        average_gradients(learner.model.parameters(), world_size)
+        dist.all_reduce(total)
+    loss, stops = total.tolist()
+    return loss / world_size, stops > 0
+
+
+def gradient_norm(model, clip: float) -> float:
+    """The norm before clipping; clip <= 0: none."""
+    if clip > 0:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+def update(optimizers, pieces, place, step: int, lrm: float):
+    """Update number `step` (from 0) from the gradients, each process its own pieces, then exchanged."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lrm
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+        optimizer.step()
+    if place[2] > 1:
+        share_parameters(pieces, place[1])
+
+
+def compiling_pays(device_type: str, flops: float) -> bool:
+    """On a GPU always. On a CPU it takes a minute, as long as 7e12 FLOPs on two cores take to win back (dev/LOG.md), and needs a C++
+    compiler: from 1e14 FLOPs on, where it costs little and a shorter run's first step is not kept waiting.
+    """
+    return device_type == "cuda" or (flops >= 1e14 and any(map(shutil.which, ("g++", "c++", "clang++"))))
+
+
+def core_questions(args, tokenizer, place):
+    """(bundle, this process's questions) for evaluate_core; None if CORE is not measured, or there is no bundle, which is said."""
+    if args.core_metric_every < 1:
+        return None
+    try:
+        bundle = open_bundle(args.core_dir)
+    except Unavailable as e:
+        return print0(f"CORE is not measured: {e}")
+    return bundle, questions(bundle, tokenizer, args.max_seq_len, args.core_metric_max_per_task, *place[1:])
+
+
+def bytes_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+def check_resume(resume: str):
+    if resume not in ("-1", "auto") and not resume.isdigit():
+        raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
+
+
+def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, **derived):
+    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan; exits with common.REQUEUE if it was asked to stop before.
+
+    start: (state, meta) of what a new run begins with, state None: as built. derived: more that config.json is to hold and that a resumed
+    run must have in common with it.
+    """
+    corpus = open_corpus(args.data)
+    device_type = common.pick_device_type(args.device_type)
+    dtype = common.compute_dtype(args.dtype, device_type)
+    place = device, rank, world_size = common.init_process(device_type)
+    folder = metrics.runs_dir() / tag
+
+    # data: tokenised once, then memory-mapped
+    train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
+    val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
+    val_count = min(val_rows.count, args.eval_tokens // args.max_seq_len)
+    for split, rows in (("training", train_rows), ("validation", val_rows)):
+        if not rows.count:
+            raise InputError(f"--data {args.data}: too little {split} text for one row of {args.max_seq_len} tokens; add text or lower --max-seq-len")
+    if not val_count:
+        raise InputError(f"--eval-tokens {args.eval_tokens}: less than one row of --max-seq-len {args.max_seq_len}")
+
+    # the record, and what there already is under this tag
+    run_config = {
+        "flags": vars(args),
+        "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
+                    "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
+                    "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **derived},
+        "reference_losses": reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size),
+        "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
+        "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
+                   "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
+    }
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"--model-tag {tag}: {folder}"))
+        found = open_run(folder, tag, run_config, args.resume)
+        if found == "finished":
+            return print0(f"{tag}: already finished, see {folder}")
+        core = core_questions(args, tokenizer, place)
+        if world_size > 1:
+            dist.barrier()  # every process has looked at the folder before rank 0 writes into it
+        stop = held.enter_context(common.stop_signals())
+        finished = train(args, build(device), run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, core, place, dtype, stop)
+    if not finished:
+        common.end_process()
+        sys.exit(common.REQUEUE)
+
+
+def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, core, place, dtype, stop) -> bool:
+    """From `start`, (state, meta), to the last step; False if it was asked to stop before and saved its state."""
+    (device, rank, world_size), plan = place, run_config["derived"]
+    state, meta = start
+
+    model, config = learner.model, learner.model.config
+    pieces = split_parameters(model, world_size)
+    optimizers = learner.optimizers(pieces[rank])
+    if meta["step"] and "optimizer" not in state:
+        raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another --model-tag")
+    if state:
+        learner.load(state)
+    if meta["step"]:
+        load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
+    del state
+    compiled = args.compile == "on" or (args.compile == "auto" and compiling_pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
+    if compiled:
+        compile_blocks(model)
+
+    record = None
+    if rank == 0:
+        tokenizer.save(folder / "tokenizer.json")
+        record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"])
+        record.summarize("running")
+    print_plan(config, plan, accounting)
+    print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
+           + (f", from step {meta['step']}" if meta["step"] else ""))
+
+    def save(step):
+        if world_size > 1 and (names := differing_parameters(model)):
+            raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
+                             "nothing was saved: continue from the checkpoint before with --resume auto")
+        whole = gather_state(optimizers, model, rank, world_size)
+        if record:
+            save_checkpoint(folder, step, {**learner.state(), "optimizer": whole},
+                            {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash, **learner.meta()}, keep=args.keep)
+
+    if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
+        x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
+        model(x, y, dtype).backward()
+        model.zero_grad()
+
+    # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
+    steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
+    seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0  # bad: not finite
+    peak = metrics.peak_flops(run_config["device"]["name"])
+    batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
+    metrics.reset_peak_memory(device)
+
+    def measure():
+        return evaluate(model, val_rows, plan["val_tokens"] // args.max_seq_len, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
+
+    if learner.starting and meta["step"] == 0:
+        entry = {"step": 0, "total_tokens": 0, "total_training_flops": 0, "total_training_time": 0.0, **measure()}
+        print0(f"before training | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}")
+        if record:
+            record.log(entry)
+    for step in range(meta["step"] + 1, steps + 1):
+        lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        evaluates = step == steps or (args.eval_every > 0 and step % args.eval_every == 0)
+        measures_core = core and (step == steps or step % args.core_metric_every == 0)
+        started = time.perf_counter()
+        if learner.draws:
+            torch.manual_seed(hash((args.seed, step, rank)))  # of whole numbers: the same in every process
+        loss, stopping = forward_backward(learner, batches, plan["grad_accum_steps"], place, dtype, stop)
+        grad_norm = gradient_norm(model, args.grad_clip)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            learner.before_update()
+            update(optimizers, pieces, place, step - 1, lrm)
+            learner.after_update()
+        model.zero_grad()
+        if (evaluates or measures_core) and device.type == "cuda":
+            torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
+        dt = time.perf_counter() - started
+        seconds += dt
+        tokens = step * plan["total_batch_size"]
+        speed = plan["total_batch_size"] / dt
+        entry = {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds,
+                 "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/epoch": step * rows_per_step / train_rows.count}
+        if finite:
+            entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
+            bad_in_a_row = 0
+        else:  # the same on every process: loss and gradients are means over all
+            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+            entry["train/bad_steps"] = bad_steps
+        if peak:
+            entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
+        line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
+        line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
+
+        last = step == steps
+        if evaluates:
+            entry |= measure()
+            line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
+            last = last or entry["val/ppl"] <= args.stop_at_ppl
+        if measures_core or (core and last):
+            measured = evaluate_core(model, *core, dtype, args.device_batch_size * args.max_seq_len)
+            entry["core_metric"] = measured["core_metric"]
+            entry |= {f"centered_results/{label}": value for label, value in measured["centered_results"].items()}
+            line += f" | CORE {measured['core_metric']:.4f}"
+        print0(line)
+        if record:
+            if args.sample_every > 0 and (last or step % args.sample_every == 0):
+                entry["sample"] = sample_texts(model, tokenizer, val_rows, dtype)
+                print0("\n".join(f"  sample: {text!r}" for text in entry["sample"]))
+            entry["mem/peak_bytes"] = metrics.peak_memory_bytes(device)
+            if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
+                entry |= {"mem/weights_bytes": bytes_of(model.parameters()),
+                          "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
+            record.log(entry)
+        if bad_in_a_row > args.max_bad_steps:
+            save(step)  # none of the bad steps was applied: these are the last good weights
+            raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); "
+                             f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder)}; lower the learning rates or set --grad-clip 1.0")
+        stopping = stopping and not last
+        if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
+            save(step)
+            if record:
+                record.summarize("finished" if last else "stopped" if stopping else "running")
+        if last or stopping:
+            break
+    if world_size > 1:
+        dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
+    if record:
+        record.close()
+        print0(f"stopped after step {step} as asked; continue with --resume auto" if stopping else f"finished: {folder}")
+    return not stopping
