@@ -2,11 +2,11 @@
 import math
 from statistics import fmean
 
-from nanochat.figures import COLOURS, COUNT, LINES, MARKERS, human, is_finite, new_figure, plain, tidy
+from nanochat.figures import COLOURS, COUNT, LINES, MARKERS, human, is_finite, new_figure, plain, tidy, unit_of
 from nanochat.methods import d90, line_name, loss_at_start, method, rank_grid, rank_shares, spearman, spearman_interval
 from nanochat.panels import BLACK, GREY, draw_band, draw_line, finish, key_below, label_points, log_axis
 from nanochat.study import Configuration, finished, seed, value
-from nanochat.summaries import baseline, describe, mean_at, outcome
+from nanochat.summaries import baseline, describe, mean_at, outcome, rank_words
 
 BITS = [(1, "bit"), (1e3, "kbit"), (1e6, "Mbit"), (1e9, "Gbit")]
 CURVES = 12    # adapters whose curves are drawn in colour; the others are faint
@@ -52,57 +52,86 @@ def stored_bits(run) -> float | None:
     return value(run, "params/stored_bits") or (32 * total if total else None)
 
 
+def trained_in_blocks(run) -> float | None:
+    """What is trained beside embedding and head, which a subspace leaves as they are."""
+    trained, flags = trained_numbers(run), run.config.get("flags", {})
+    apart = [value(run, f"params/{part}") for part in ("embedding", "lm_head")]
+    return trained if trained is None or flags.get("adapter") or flags.get("freeze_embeddings") else max(0, trained - sum(filter(None, apart)))
+
+
 def kind(c: Configuration) -> str:
-    return method(c.settings) or ("low rank" if c.low_rank else "tied layers" if c.settings.get("layer_map") else "full rank")
+    return method(c.settings) or " and ".join(filter(None, ["low rank" if c.low_rank else "", "tied layers" if tied(c) else ""])) or "full rank"
+
+
+def tied(c: Configuration) -> bool:
+    return bool(c.settings.get("layer_map")) and not c.method
 
 
 def trained_part(configs: list[Configuration]):
+    """Final loss against what is trained (with subspaces also: in the blocks) and against what is stored."""
     shown = [c for c in configs if c.values("val/loss") and mean_at(c, trained_numbers) and mean_at(c, stored_bits)]
     if len(shown) < 2 or all(mean_at(c, trained_numbers) == c.mean("params/total") for c in shown):
         return None
-    fig, spots = new_figure(12, 6), []
-    panels = fig.subplots(1, 2, sharey=True)
-    kinds = list(dict.fromkeys(map(kind, shown)))
-    colours = {name: BLACK if name == "full rank" else COLOURS[i % (len(COLOURS) - 1)] for i, name in enumerate(sorted(kinds, key=lambda k: k == "full rank"))}
-    for panel, quantity, words in zip(panels, (trained_numbers, stored_bits), ("trained parameters", "stored bits")):
+    axes_ = [(trained_numbers, "trained parameters", COUNT), (stored_bits, "stored bits", BITS)]
+    if any(c.settings.get("subspace") for c in shown):
+        axes_.insert(0, (trained_in_blocks, "trained parameters, without embedding and head", COUNT))
+    kinds = sorted(dict.fromkeys(map(kind, shown)), key=lambda name: name == "full rank")
+    colours = {name: BLACK if name == "full rank" else COLOURS[i % (len(COLOURS) - 1)] for i, name in enumerate(kinds)}
+    fig, spots, labels = new_figure(5.6 * len(axes_), 6), [], []
+    panels = fig.subplots(1, len(axes_), sharey=True)
+    for panel, (quantity, words, ladder) in zip(panels, axes_):
+        at = {c.name: x for c in shown if (x := mean_at(c, quantity))}
         for c in shown:
-            x = mean_at(c, quantity)
-            draw_line(panel, [(x, c.values("val/loss"))], color=colours[kind(c)], marker="s" if c.settings.get("adapter") else "o", linestyle="none")
-            spots.append((panel, x, c.mean("val/loss"), f"{describe(c, 'loss')}\n{words} {x:,.0f}"))
-        log_axis(panel.xaxis, subs=(1,) if spread_of(shown, quantity) > 100 else (1, 2, 5))
+            if c.name not in at:  # nothing, which has no place on a logarithmic axis
+                panel.axhline(c.mean("val/loss"), color=colours[kind(c)], linewidth=1, linestyle=":", zorder=0.5)
+                panel.annotate(f"0: {short_name(c)}", (0, c.mean("val/loss")), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8.5)
+                continue
+            draw_line(panel, [(at[c.name], c.values("val/loss"))], color=colours[kind(c)], marker="s" if c.settings.get("adapter") else "o", linestyle="none")
+            spots.append((panel, at[c.name], c.mean("val/loss"), f"{describe(c, 'loss')}\n{words} {at[c.name]:,.0f}"))
+        log_axis(panel.xaxis, subs=(1,) if max(at.values()) > 100 * min(at.values()) else (1, 2, 5))
+        panel.xaxis.set_major_formatter(lambda x, _, ladder=ladder: f"{x / unit_of(x, ladder)[0]:g} {unit_of(x, ladder)[1]}".rstrip())
         panel.margins(x=0.15)
         panel.set_xlabel(words)
         tidy(panel)
-    levels = references(configs)
-    low, high = panels[0].get_ylim()
-    near = {name: level for name, level in levels.items() if level <= high + 0.6 * (high - low)}
-    panels[0].set_ylim(low, max([high, *(level + 0.05 * (high - low) for level in near.values())]))
-    for panel in panels:
-        for name, level in near.items():
-            panel.axhline(level, color=GREY, linewidth=1, linestyle="--", zorder=0.5)
-            panel.annotate(f"{name} {level:.2f}", (0, level), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8.5, color="#555555")
-    if far := [f"{name} {level:.2f}" for name, level in levels.items() if name not in near]:
-        panels[1].text(0.01, 0.985, f"above the frame: {', '.join(far)}", transform=panels[1].transAxes, va="top", fontsize=8.5, color="#555555")
+        points = [(at[c.name], c.mean("val/loss"), short_name(c)) for c in shown if c.name in at]
+        best = {(x, name): min(y for x_, y, name_ in points if (x_, name_) == (x, name)) for x, _, name in points}
+        labels.append((panel, [(x, y, name if y == best[x, name] else "") for x, y, name in points]))
+    draw_references(panels, references(configs))
     panels[0].set_ylabel("validation loss (nats/token)")
     key_below(fig, [panels[0].plot([], [], color=colours[k], marker="o", linestyle="none", label=k)[0] for k in kinds])
     fig.draw_without_rendering()
-    for panel, quantity in zip(panels, (trained_numbers, stored_bits)):
-        points = [(mean_at(c, quantity), c.mean("val/loss"), c.name) for c in shown]
+    for panel, points in labels:
         label_points(fig, panel, points, [(x, y) for x, y, _ in points])
-    rows = [[c.name, f"{mean_at(c, trained_numbers):,.0f}", human(mean_at(c, stored_bits), BITS), f"{c.mean('val/loss'):.4f}", outcome(c, "val/ppl")]
-            for c in sorted(shown, key=lambda c: mean_at(c, trained_numbers))]
-    return "trained.png", (fig, spots), [("table", ["configuration", "trained parameters", "stored", "validation loss", "perplexity"], rows, "numbers")]
+    rows = [[c.name, f"{mean_at(c, trained_numbers):,.0f}", f"{mean_at(c, trained_in_blocks):,.0f}", human(mean_at(c, stored_bits), BITS),
+             f"{c.mean('val/loss'):.4f}", outcome(c, "val/ppl")] for c in sorted(shown, key=lambda c: (mean_at(c, trained_numbers), c.mean("val/loss")))]
+    header = ["configuration", "trained", "without embedding and head", "stored", "validation loss", "perplexity"]
+    return "trained.png", (fig, spots), [("table", header, rows, "numbers")]
 
 
-def spread_of(configs: list[Configuration], quantity) -> float:
-    values = [mean_at(c, quantity) for c in configs]
-    return max(values) / min(values)
+def short_name(c: Configuration) -> str:
+    return rank_words(c) + (f", {len(c.settings['layer_map'].split(','))} positions" if tied(c) else "")
 
 
 def references(configs: list[Configuration]) -> dict[str, float]:
     """Nats per token of what knows nothing of the text, as the first run that has them on record says."""
     found = next((losses for c in configs for run in c.runs if (losses := run.config.get("reference_losses"))), {})
     return {name: level for name, level in found.items() if is_finite(level)}
+
+
+def draw_references(panels, levels: dict[str, float]):
+    """Dashed lines; those far above all points, which they would squeeze together, in words."""
+    low, high = panels[0].get_ylim()
+    near = {name: level for name, level in levels.items() if level <= high + 0.6 * (high - low)}
+    panels[0].set_ylim(low, max([high, *(level + 0.05 * (high - low) for level in near.values())]))
+    for panel in panels:
+        for name, level in near.items():
+            panel.axhline(level, color=GREY, linewidth=1, linestyle="--", zorder=0.5)
+            panel.annotate(f"{name} {level:.2f}", (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                           fontsize=8.5, color="#555555")
+    low, high = panels[0].get_ylim()
+    if far := [f"{name} {level:.2f}" for name, level in levels.items() if name not in near]:
+        panels[-1].text(0.99, 0.985, f"above the frame: {', '.join(far)}", transform=panels[-1].transAxes, ha="right", va="top", fontsize=8.5, color="#555555")
+        panels[0].set_ylim(low, high + 0.05 * (high - low))
 
 
 # ---- loss against the dimension of a subspace -----------------------------------------------------------------------
@@ -219,7 +248,10 @@ def curves_part(configs: list[Configuration]):
     chosen = sorted(curves, key=lambda name: curves[name][1][-1][1])
     if len(chosen) > CURVES:  # from the best to the worst
         chosen = [chosen[round(i * (len(chosen) - 1) / (CURVES - 1))] for i in range(CURVES)]
-    fig, spots, handles = new_figure(9.5, 6), [], []
+    parts = [name.split(", ") for name in curves]
+    common = {part for part in sum(parts, []) if sum(part in other for other in parts) > len(parts) / 2}
+    short = {name: ", ".join([first, *(part for part in rest if part not in common)]) for name, (first, *rest) in zip(curves, parts)}
+    fig, spots, handles = new_figure(9.5, 5 + 0.12 * len(chosen)), [], []
     panel = fig.subplots()
     for name, (_, points) in curves.items():
         if name not in chosen:
@@ -227,7 +259,7 @@ def curves_part(configs: list[Configuration]):
     for i, name in enumerate(chosen):
         steps, losses = zip(*curves[name][1])
         handles += panel.plot(steps, losses, color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=4,
-                              linewidth=1.5, label=plain(name, 60))
+                              linewidth=1.5, label=plain(short[name].replace("layer map", "map"), 48))
         spots += [(panel, step, loss, f"{name}\nstep {step:,}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}") for step, loss in zip(steps, losses)]
     if len(curves) > len(chosen):
         handles += panel.plot([], [], color="#bbbbbb", linewidth=0.7, label=f"{len(curves) - len(chosen)} others")

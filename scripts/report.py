@@ -130,13 +130,14 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
         notes.append(f"Diverged on every seed, so without a mean: {names(wild)}.")
     ordinary = not any(c.method for c in configs) or any(c.low_rank for c in configs)  # else there is no low rank to judge, and nobody asked
     conclusions = judge(configs, margins) if ordinary else []
-    means, front = configurations_table(configs, measure), frontier_table(configs, measure)
-    figures = study_figures(configs, measure)
+    scratch = [c for c in configs if not c.settings.get("adapter")] or configs  # what an adapter costs leaves out the model that it starts from
+    means, front = configurations_table(configs, measure), frontier_table(scratch, measure)
+    figures = study_figures(scratch, measure)
     section, more = method_section(configs, measure)
     one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]
     blocks = [
         *(("warning", w) for w in warnings), *conclusions,
-        ("heading", "Figures"), *(("figure", name, caption(name, configs)) for name in figures), *section,
+        ("heading", "Figures"), *(("figure", name, caption(name, scratch)) for name in figures), *section,
         ("heading", "Results"), *means, ("subheading", "Runs"), runs_table(configs, measure), *front, *([("list", notes)] if notes else []),
         *core_tables(done),
         ("heading", "What was compared"), ("paragraph", "One run of each configuration."), *what_was_compared(one_each),

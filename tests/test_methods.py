@@ -24,7 +24,7 @@ def run(name, loss=3.0, seed=1, start=None, trained=None, total=1000, summary=()
                           "corpus": {"val_fingerprint": "b"}, "tokenizer_hash": "c"},
               "device": {"type": "cpu", "name": "EPYC", "dtype": "float32", "processes": 1, "threads": 2}}
     parts = {} if trained is None else {"params/trained": trained, "params/stored_bits": 32 * trained}
-    return Run(name, config, {"status": "finished", "val/loss": loss, "val/ppl": math.exp(loss), "params/total": total, "mem/predicted_peak_bytes": 1e6,
+    return Run(name, config, {"status": "finished", "val/loss": loss, "val/ppl": math.exp(loss), "params/total": total, "mem/predicted_peak_bytes": 1e6, "params/embedding": 200, "params/lm_head": 100,
                               "total_training_time": 10.0, **parts, **dict(summary)}, history)
 
 
@@ -129,14 +129,16 @@ def test_only_the_pictures_that_the_runs_give_reason_for(runs, names, monkeypatc
 
 def test_what_is_drawn_is_what_was_trained(monkeypatch):
     _, (fig, spots), [table] = trained_part(configurations([run("full", total=2000), lora("a", trained=80, loss=2.5), run("near", 4.9, subspace="none", trained=400)]))
-    assert [(x, y) for _, x, y, _ in spots] == [(2000, 3.0), (80, 2.5), (400, 4.9), (64000, 3.0), (2560, 2.5), (12800, 4.9)]
-    assert [row[1:3] for row in table[2]] == [["80", "2.56 kbit"], ["400", "12.8 kbit"], ["2,000", "64.0 kbit"]]
-    assert "unigram 5.00" in [text.get_text() for text in fig.axes[0].texts]
+    assert [(x, y) for _, x, y, _ in spots] == [(1700, 3.0), (80, 2.5), (100, 4.9), (2000, 3.0), (80, 2.5), (400, 4.9), (64000, 3.0), (2560, 2.5), (12800, 4.9)]
+    assert [row[1:4] for row in table[2]] == [["80", "80", "2.56 kbit"], ["400", "100", "12.8 kbit"], ["2,000", "1,700", "64.0 kbit"]]
+    assert "unigram 5.00" in [text.get_text() for text in fig.axes[1].texts]
     [config] = configurations([lora("a", seed=1, start=3.5, loss=3.0), lora("b", seed=2, start=4.5, loss=2.0)])
     assert mean_steps(config) == [(0, 4.0), (10, 2.5)]
 
 
-def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, capsys):
+def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):
+    monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in tests/test_study_figures.py
+    monkeypatch.setattr("scripts.report.draw_all", lambda *_: {})
     history = [{"step": 0, "val/loss": 4.0, "val/ppl": 54.6, "val/bpb": 1.2}, {"step": 200, "val/loss": 3.0, "val/ppl": 20.0, "val/bpb": 1.0, "total_tokens": 1}]
     for i, text in enumerate(("", "0,0,1", "0,1,1", "0,1,0", "1,0")):
         write_run(base, f"x_l{i}_s1", {"flags": {"adapter": "lora", "rank": 8, "layer_map": text, "model_tag": "x_d4_s1", "run_tag": f"x_l{i}_s1", "seed": 1}},
@@ -146,5 +148,6 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, capsys):
     assert "What is trained" in page and "LoRA 8, no layer map" in page and "Spearman" in page and "The verdict" not in page
     assert {"trained.png", "untrained.png", "adapted.png", "adalora_ranks.png"} <= {p.name for p in (base / "out").iterdir()}
     write_run(base, "full")
-    report.main(["full", "x_l0_s1", "--out", str(base / "two")])
-    assert (base / "two" / "trained.png").exists() and "The verdict" not in (base / "two" / "report.md").read_text()
+    runs = report.load_runs(["full", "x_l0_s1"])
+    _, blocks, figures, _ = report.few(runs, configurations(runs), {})
+    assert "trained.png" in figures and ("heading", "What is trained") in blocks and ("heading", "The verdict") not in blocks
