@@ -387,5 +387,6 @@ def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig
 def resolve_adapted(script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
     """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
     args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
-    config = replace(config, layer_map=parse_map(args.layer_map, config.n_layer) if args.layer_map else config.layer_map)
+    if args.layer_map:  # layers of a second run cost what those of the first do
+        config = replace(config, layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)))
     return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)

@@ -31,14 +31,14 @@ def with_size(settings: dict) -> str:
     if settings.get("adapter") or subspace in (None, "", "none"):
         return name
     size = settings.get("subspace_rank") if subspace == "lora-random" else settings.get("subspace_dim")
-    scope = "" if subspace == "lora-random" else SCOPES.get(settings.get("subspace_scope"), "")
+    scope = "" if subspace == "lora-random" else SCOPES.get(settings.get("subspace_scope") or "global", "")
     first, *rest = name.split(", ")
     return ", ".join([f"{first} {size or 0:g} {scope}".rstrip(), *rest])
 
 
 def line_name(settings: dict) -> str:
     """What runs of one method share that differ in the dimension of their subspace."""
-    return " ".join(filter(None, [method(settings), SCOPES.get(settings.get("subspace_scope"), "")]))
+    return " ".join(filter(None, [method(settings), SCOPES.get(settings.get("subspace_scope") or "global", "")]))
 
 
 def base_name(flags: dict) -> str:
