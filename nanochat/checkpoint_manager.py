@@ -25,10 +25,10 @@ def saved_steps(run_folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def step_or_newest(run_folder: Path, step: int) -> int:
-    """The step or, of -1, the newest one. InputError if the run of --model-tag has no checkpoint at all."""
+def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> int:
+    """The step or, of -1, the newest one. InputError if the run, which the flag named, has no checkpoint at all."""
     if not (steps := saved_steps(run_folder)):
-        raise InputError(f"--model-tag {run_folder.name}: no checkpoint in {run_folder}")
+        raise InputError(f"{flag} {run_folder.name}: no checkpoint in {run_folder}")
     return step if step >= 0 else steps[-1]
 
 

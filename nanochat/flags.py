@@ -1,10 +1,10 @@
 """The flags of the training scripts, in groups, and how their values are read. What they mean together is nanochat/plan.py's."""
 import math
-import re
 from argparse import ArgumentTypeError
 
 from nanochat.common import ArgumentParser, whole_number
 from nanochat.gpt import MATRICES
+from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -32,8 +32,8 @@ def matrix_ranks_flag(text: str) -> str:
 
 
 def layer_map_flag(text: str) -> str:
-    if text not in ("", "twice") and not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ArgumentTypeError(f"{text!r}: give the layer at each position, such as 0,0,1,1, or 'twice' for each layer twice in a row")
+    if text and not well_formed(text):
+        raise ArgumentTypeError(f"{text!r}: {FORM}")
     return text
 
 
@@ -84,8 +84,8 @@ def add_shape_flags(add):
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
     add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
-    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; twice = each "
-        "layer twice in a row (MobileLLM, arXiv 2402.14905); '' = each once")
+    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; mobilellm = "
+        "each layer twice in a row; solar = all but the last quarter, then all but the first; '' = each once")
 
 
 def add_rank_flags(add):

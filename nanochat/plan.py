@@ -9,6 +9,7 @@ from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import InputError, print0
 from nanochat.flags import build_parser, matrix_ranks, rank_flag
 from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
+from nanochat.layer_maps import of_two, parse_map
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
@@ -66,21 +67,21 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
-    config = replace(config, layer_map=layer_map(args.layer_map, depth),
+    config = replace(config, layer_map=tied_map(args.layer_map, depth),
                      attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
 
 
-def layer_map(text: str, depth: int) -> tuple[int, ...]:
-    if text == "twice":
-        return tuple(layer for layer in range(depth) for _ in range(2))
-    layers = tuple(map(int, text.split(","))) if text else ()
-    if layers and set(layers) != set(range(depth)):
-        absent = sorted(set(layers) - set(range(depth)))
-        raise InputError(f"--layer-map {text}: " + (f"there is no layer {absent[0]}, the layers are 0 to {depth - 1} (--depth {depth})" if absent else
-                         f"leaves out layer {min(set(range(depth)) - set(layers))} of --depth {depth}, which would never learn"))
+def tied_map(text: str, depth: int) -> tuple[int, ...]:
+    """--layer-map for a model of so many layers; () without it."""
+    if of_two(text):
+        raise InputError(f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
+                         "give the numbers of its layers, solar or mobilellm")
+    layers = parse_map(text, depth) if text else ()
+    if layers and (left_out := set(range(depth)) - set(layers)):
+        raise InputError(f"--layer-map {text}: leaves out layer {min(left_out)} of --depth {depth}, which would never learn")
     return layers
 
 
@@ -161,7 +162,7 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def check_depth_is_free(args, flag: str):
     if args.layer_map[:1].isdigit():
-        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map twice")
+        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm")
     if lists_ranks(args.rank_schedule):
         raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
                          "use --solve rank, or a named schedule")

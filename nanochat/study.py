@@ -66,7 +66,8 @@ def settings(run: Run, defaults: dict) -> dict:
     derived, device = run.config.get("derived", {}), run.config.get("device", {})
     model, corpus = derived.get("model", {}), derived.get("corpus", {})
     found = {k: v for k, v in (defaults | run.config.get("flags", {})).items() if k not in FREE | RESOLVED}
-    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in ("n_head", "matrix_ranks")}
+    unsaid = {"n_head", "matrix_ranks"} | ({"layer_kinds"} if not model.get("layer_kinds") else set())  # of copied layers alone; older runs lack it
+    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in unsaid}
     found |= {k: whole_ranks(found[k], model) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]

@@ -100,7 +100,7 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     if not args.truncates and not any(map(rank_of, linear_layers(model).values())):
         raise InputError(f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
                          "to truncate them give --energy, --attn-rank or --mlp-rank")
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens) if eval_tokens else (None, 0)
+    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, optional=True) if eval_tokens else (None, 0)
 
     new, kept = truncate(model, choose) if args.truncates else (merge(model), {})
     if args.truncates and not kept:

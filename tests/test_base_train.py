@@ -62,7 +62,7 @@ def same(a, b):
 # ---- what a run does
 
 @pytest.mark.parametrize("flags", [(), LOW, ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1), ("--lm-head-rank", 8),
-                                   (*LOW, "--layer-map", "twice", "--matrix-ranks", "v=16,up=0", "--factor-act", "silu", "--recompute", "bottleneck")])
+                                   (*LOW, "--layer-map", "mobilellm", "--matrix-ranks", "v=16,up=0", "--factor-act", "silu", "--recompute", "bottleneck")])
 def test_a_model_learns_and_the_record_is_complete(train, flags):
     run = train(*flags, "--num-iterations", 30, "--eval-every", 10, "--sample-every", 30, "--ppl-thresholds", "250,100,2")
     s = run.summary
@@ -241,9 +241,11 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
     (["--matrix-ranks", "w=3"], r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, down"),
     (["--matrix-ranks", "v=33"], r"--matrix-ranks: v \(layer 0\): rank 33 does not fit a 32 x 32 matrix"),
     (["--matrix-ranks", "v=8", "--budget-params", "99999", "--solve", "rank"], r"--matrix-ranks: not with --budget-params"),
-    (["--layer-map", "0,1,2"], r"--layer-map 0,1,2: there is no layer 2, the layers are 0 to 1 \(--depth 2\)"),
+    (["--layer-map", "0,1,2"], r"--layer-map 0,1,2: there is no layer 2, the layers are 0 to 1$"),
     (["--layer-map", "1,1"], r"--layer-map 1,1: leaves out layer 0 of --depth 2, which would never learn"),
     (["--layer-map", "thrice"], r"--layer-map: 'thrice': give the layer at each position"),
+    (["--layer-map", "goliath"], r"--layer-map goliath: takes copies from two trained checkpoints"),
+    (["--layer-map", "A:0,B:1"], r"--layer-map A:0,B:1: takes copies from two trained checkpoints"),
     (["--layer-map", "0,1", "--budget-params", "99999", "--solve", "depth"], r"--solve depth: --layer-map 0,1 names the layers"),
     (["--head-dim", 24], r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48"),
     (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
