@@ -30,7 +30,8 @@ from nanochat.dataset import HUB_SETS
 from nanochat.experiment_file import (POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flag_names, flags_of, load_toml, nearest,
                                       whole_numbers)
 from nanochat.gpt import GPTConfig
-from nanochat.plan import layer_map, solve_budget, training_plan
+from nanochat.layer_maps import parse_map
+from nanochat.plan import solve_budget, training_plan
 from nanochat.rank import count_parameters
 
 RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
@@ -386,5 +387,5 @@ def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig
 def resolve_adapted(script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
     """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
     args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
-    config = replace(config, layer_map=layer_map(args.layer_map, config.n_layer) or config.layer_map)
+    config = replace(config, layer_map=parse_map(args.layer_map, config.n_layer) if args.layer_map else config.layer_map)
     return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)

@@ -90,6 +90,7 @@ def verdict(configs: list[Configuration], margin_time: float = 0.0, margin_memor
             raise InputError(f"{flag} {share:g}: give a share such as 0.05, at least 0" + (" and below 1" if high == 1 else ""))
     if not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence:g}: give a share from 0.5 to below 1, such as 0.95")
+    configs = [c for c in configs if not c.method]  # adapters and subspaces are neither low rank nor what it is compared with
     check_one_text(configs)
     left = [f"{run.name}: {run.summary.get('status', 'unfinished')}, not finished" for c in configs for run in c.runs if not finished(run)]
     left += [f"{run.name}: ended before all of its tokens, so its perplexity is left out" for c in configs for run in c.runs
