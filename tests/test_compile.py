@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from nanochat import subspace
 from nanochat.adapters import AdapterConfig, adapters_of, attach
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig, compile_blocks
@@ -77,3 +78,19 @@ def test_adapted_blocks_compile_whole(kind):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+
+
+def test_matrices_made_before_the_pass_are_inputs_of_the_graphs():
+    shape = replace(SHAPE, window_pattern="L")
+    eager, model = build(shape), build(shape)
+    for m in (eager, model):
+        subspace.attach(m, subspace.SubspaceConfig("basis", 3))
+    compile_blocks(model, backend="aot_eager")
+    idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    for step in range(3):  # new matrices each time
+        losses = [m(idx[:, :-1], idx[:, 1:]) for m in (eager, model)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, m.subspace.alpha)[0] for loss, m in zip(losses, (eager, model))))
+        for m in (eager, model):
+            m.subspace.alpha.data[0, step] += 0.5
+    assert counters["stats"]["unique_graphs"] == 1
