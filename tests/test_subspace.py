@@ -233,7 +233,7 @@ def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_
         assert sorted(name for g in groups for name in g["names"]) == model_names
         for name, lr in ((name, g["lr"]) for g in groups for name in g["names"]):
             of_subspace = name.startswith(("subspace.alpha", "subspace.A", "subspace.B"))
-            assert lr == (5.0 / max(1, config.dim, config.rank) ** 0.5 if of_subspace else 6.0 if name == "subspace.scales" else lr)
+            assert lr == pytest.approx(5.0 / max(1, config.dim, config.rank) ** 0.5 if of_subspace else 6.0 if name == "subspace.scales" else lr)
             assert of_subspace == (name.startswith("subspace.") and name != "subspace.scales")
 
 
