@@ -265,7 +265,7 @@ def test_interrupted_download_leaves_only_whole_files(hub):
     process = start(hub.url, "--data", "climbmix", "-n", "2", "-w", "1")
     assert hub.stalled.wait(30)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=5)
+    _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
     assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0
