@@ -113,7 +113,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(stand_in):
 
 
 def test_a_run_whose_launcher_was_killed_is_left_to_itself_until_it_ends(stand_in):
-    other = get_context("fork").Process(target=stand_in, kwargs={"seconds": 2})
+    other = get_context("fork").Process(target=stand_in, kwargs={"seconds": 1})
     other.start()
     wait_for(lambda: stand_in.starts() == ["tiny_full_s1"])
     other.kill()
