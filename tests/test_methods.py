@@ -145,7 +145,7 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch)
                   {"params/trained": 5000, "params/stored_bits": 160_000, "val/loss": 3 + i / 10, "val/ppl": 20.0 + i, "adalora/ranks": RANKS["adalora/ranks"]}, history)
     report.main([*(f"x_l{i}_s1" for i in range(5)), "--out", str(base / "out")])
     page = (base / "out" / "report.md").read_text()
-    assert "What is trained" in page and "LoRA 8, no layer map" in page and "Spearman" in page and "The verdict" not in page
+    assert "What is trained" in page and "LoRA 8, layer map 0,0,1" in page and "Spearman" in page and "The verdict" not in page
     assert {"trained.png", "untrained.png", "adapted.png", "adalora_ranks.png"} <= {p.name for p in (base / "out").iterdir()}
     write_run(base, "full")
     runs = report.load_runs(["full", "x_l0_s1"])
