@@ -4,6 +4,7 @@ import math
 import pytest
 from scipy.stats import spearmanr
 
+from nanochat import method_figures
 from nanochat.metrics import Run
 from nanochat.method_figures import d90_rows, method_section, mean_steps, rho_words, trained_part
 from nanochat.methods import base_name, d90, loss_at_start, rank_grid, rank_shares, ranks, spearman, spearman_interval
@@ -139,6 +140,8 @@ def test_what_is_drawn_is_what_was_trained(monkeypatch):
 def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):
     monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in tests/test_study_figures.py
     monkeypatch.setattr("scripts.report.draw_all", lambda *_: {})
+    finish = method_figures.finish
+    monkeypatch.setattr(method_figures, "finish", lambda *_: (b"a picture", []))
     history = [{"step": 0, "val/loss": 4.0, "val/ppl": 54.6, "val/bpb": 1.2}, {"step": 200, "val/loss": 3.0, "val/ppl": 20.0, "val/bpb": 1.0, "total_tokens": 1}]
     for i, text in enumerate(("", "0,0,1", "0,1,1", "0,1,0", "1,0")):
         write_run(base, f"x_l{i}_s1", {"flags": {"adapter": "lora", "rank": 8, "layer_map": text, "model_tag": "x_d4_s1", "run_tag": f"x_l{i}_s1", "seed": 1}},
@@ -148,6 +151,7 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch)
     assert "What is trained" in page and "LoRA 8, layer map 0,0,1" in page and "Spearman" in page and "The verdict" not in page
     assert {"trained.png", "untrained.png", "adapted.png", "adalora_ranks.png"} <= {p.name for p in (base / "out").iterdir()}
     write_run(base, "full")
+    monkeypatch.setattr(method_figures, "finish", lambda fig, spots: finish(fig, spots) if len(fig.axes) == 2 else (b"", []))
     runs = report.load_runs(["full", "x_l0_s1"])
     _, blocks, figures, _ = report.few(runs, configurations(runs), {})
-    assert "trained.png" in figures and ("heading", "What is trained") in blocks and ("heading", "The verdict") not in blocks
+    assert figures["trained.png"][0].startswith(b"\x89PNG") and len(figures["trained.png"][1]) == 4 and ("heading", "What is trained") in blocks and ("heading", "The verdict") not in blocks
