@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from nanochat.adapters import attach_saved
 from nanochat.common import InputError, print0, sha256, write_atomic
+from nanochat.factorize import stacked
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import load_tokenizer
 
@@ -94,13 +96,45 @@ def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:
     return None
 
 
-def load_model(run_folder: Path, step: int, device="cpu") -> tuple:
-    """(model, the tokenizer it was trained with, meta) of a step. InputError if they do not belong together."""
+def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
+    """(model, the tokenizer it was trained with, meta) of a step; of an adapter run its base, from the folder beside it, with the
+    adapter acting. changes: of the model's config, such as `recompute`. InputError if they do not belong together.
+    """
     tokenizer = load_tokenizer(run_folder / "tokenizer.json")
     state, meta = load_checkpoint(run_folder, step, device)
     if meta["tokenizer_hash"] != tokenizer.hash:
         raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    if "adapter" in meta:
+        return adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes), tokenizer, meta
     with torch.device(device):
-        model = GPT(GPTConfig(**meta["model"]))
+        model = GPT(GPTConfig(**meta["model"] | changes))
     model.load_state_dict(state["model"])
     return model, tokenizer, meta
+
+
+# ---- adapter runs ---------------------------------------------------------------------------------------------------
+
+ADAPTER = "adapter"  # its name in the models of adapter runs
+
+
+def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[GPT]:
+    """The models that an adapter run begins with: {"tag", "step", "sha256"} of each. InputError if a checkpoint is no longer the one of the sum."""
+    models = []
+    for base in bases:
+        model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
+        if meta["sha256"] != base["sha256"]:
+            raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on (its sum is {meta['sha256'][:12]}, "
+                             f"that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again")
+        models.append(model)
+    return models
+
+
+def adapted(runs: Path, said: dict, tensors: dict, device, **changes) -> GPT:
+    """The base of an adapter run with its adapter. said, tensors: what its checkpoint has under "adapter", of meta and of state.
+
+    said: {"description" (`adapters.describe`), "origin": {"bases", "layer_map": layers at each position ([] = the base's own), "tied"}}.
+    """
+    origin = said["origin"]
+    model = stacked(*load_bases(runs, origin["bases"], device, **changes), layers=tuple(origin["layer_map"]), tied=origin["tied"])
+    attach_saved(model, ADAPTER, said["description"], tensors)
+    return model

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.nn as nn
 
+from nanochat.adapters import plain
 from nanochat.common import InputError
 from nanochat.gpt import MATRICES, GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.rank import on_meta
@@ -41,7 +42,8 @@ def check_linear(model: GPT):
 
 @torch.no_grad()
 def merge(model: GPT) -> GPT:
-    """The same function with every product BA as one matrix. ValueError: see `check_linear`."""
+    """The same function with every product BA as one matrix, and an adapter inside it. ValueError: see `check_linear`."""
+    model = plain(model)
     check_linear(model)
     return rebuild(model, {name: (product(layer),) for name, layer in linear_layers(model).items() if rank_of(layer)})
 
@@ -101,9 +103,11 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
     its layer had where it first stood. No training in between.
     """
     first = [first_place(model, layer) for layer in layers]
-    state = {name: value[first] if name in ("resid_lambdas", "x0_lambdas") else value for name, value in model.state_dict().items()}
-    new = on_meta(replace(model.config, layer_map=tuple(layers)))
-    new.load_state_dict(state, assign=True)
+    new = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # adapters included
+    new.config, new.compiled = replace(model.config, layer_map=tuple(layers)), False
+    for name in ("resid_lambdas", "x0_lambdas"):
+        scalars = getattr(model, name)
+        setattr(new, name, nn.Parameter(torch.stack([scalars.detach()[place] for place in first]), scalars.requires_grad))
     return new
 
 
@@ -147,6 +151,29 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
         scalars = torch.stack([getattr(source, name).detach()[place] for source, _, place in origins])
         setattr(new, name, nn.Parameter(scalars, getattr(model, name).requires_grad))
     return new
+
+
+def stacked(base: GPT, second: GPT | None = None, *, layers: tuple[int, ...] = (), tied: bool = True) -> GPT:
+    """The base with a module of its own at each position of a map (() = its own positions), so that each position can be adapted by
+    itself. tied: positions that execute one layer share its weights, as in `with_layer_map`; else each has a copy. Same function, to the bit.
+    """
+    positions = layers or base.config.positions
+    if second is None and positions == tuple(range(base.config.n_layer)) and not base.config.layer_map:
+        return base
+    model = with_copied_layers(base, layers, second) if layers else copied_out(base)
+    if tied:
+        for i, layer in enumerate(positions):
+            share(model.blocks[i], base.blocks[layer])
+            if str(i) in model.value_embeds:
+                share(model.value_embeds[str(i)], base.value_embeds[str(layer)])
+    return model
+
+
+def share(module: nn.Module, source: nn.Module):
+    """Let a copy of a module hold the very parameters of the other."""
+    for name, parameter in source.named_parameters():
+        owner, _, key = name.rpartition(".")
+        setattr(module.get_submodule(owner), key, parameter)
 
 
 def check_same_shape(config: GPTConfig, second: GPTConfig, name: str = "second model"):

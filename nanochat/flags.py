@@ -147,6 +147,13 @@ def add_checkpoint_flags(add):
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
 
 
+def add_core_flags(add):
+    """The CORE metric on the way."""
+    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
+    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
+    add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+
+
 def build_parser():
     """The flags of scripts.base_train."""
     parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
@@ -165,9 +172,7 @@ def build_parser():
     add_rate_flags(add)
     add_schedule_flags(add)
     add_evaluation_flags(add)
-    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
-    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
-    add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+    add_core_flags(add)
     add_checkpoint_flags(add)
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser

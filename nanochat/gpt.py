@@ -223,7 +223,7 @@ class Attention(nn.Module):
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
         layers, x = (self.q, self.k, self.v), norm(x)
         if x.size(1) == 1:  # one new token: putting the weights together would take longer than the products
-            return torch.cat([layer.narrow(x) for layer in layers], dim=-1)
+            return torch.cat([F.linear(x, layer.first_factor().to(x.dtype)) for layer in layers], dim=-1)
         first = torch.cat([layer.first_factor() for layer in layers])  # one matmul for the three
         return F.linear(x, first.to(x.dtype))
 

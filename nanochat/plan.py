@@ -8,7 +8,7 @@ from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import InputError, print0
 from nanochat.flags import build_parser, matrix_ranks, rank_flag
-from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
+from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
@@ -247,7 +247,12 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
 
 def training_plan(args, config: GPTConfig, world_size: int) -> dict:
     """Tokens a step, steps, gradient accumulation, matrix learning rate. InputError where they do not divide."""
-    model = on_meta(config)
+    plan = batch_and_horizon(args, on_meta(config), world_size)
+    return plan | {"matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])}
+
+
+def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
+    """Tokens a step, steps, gradient accumulation of the horizon flags."""
     cost, counted = account(model)["flops/per_token"], matrix_parameters(model)
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
     total = args.total_batch_size
@@ -268,8 +273,7 @@ def training_plan(args, config: GPTConfig, world_size: int) -> dict:
         steps = max(1, round(args.target_param_data_ratio * counted / total))
     else:
         raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
-    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total,
-            "matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(steps)}
+    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
 
 
 def default_tag(args, config: GPTConfig) -> str:
@@ -291,9 +295,10 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
         print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")
     for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), *config.matrix_ranks.items(), ("lm_head", (config.lm_head_rank,))):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
+    rate = f"matrix lr {plan['matrix_lr']:.4g}" if "matrix_lr" in plan else f"lr {plan['lr']:.4g}"
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
-           f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+           f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
     for key, value in accounting.items():
-        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") else ""
+        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""
         print0(f"  {key:26}{value:>18,}{share}{unit}")

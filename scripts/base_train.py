@@ -25,6 +25,8 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
         return None, meta
     folder, step = starting_point(args.init_from)
     state, theirs = load_checkpoint(folder, step)
+    if "adapter" in theirs:
+        raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
     if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
         raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, {tokenizer_path()} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
