@@ -31,7 +31,7 @@ fi
 : "${EVAL_TOKENS:=$((GPUS > 0 ? 10485760 : 32768))}"
 : "${SAVE_EVERY:=$((GPUS > 0 ? 1000 : 50))}"
 
-case "$DATA" in tinystories|climbmix|fineweb-edu) python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;; esac
+case "$DATA" in tinystories|climbmix|fineweb-edu|c4) python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;; esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
 python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
 

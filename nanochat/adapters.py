@@ -205,6 +205,18 @@ def fold_in(model: GPT):
     model.config = config_of_layers(model)
 
 
+def plain(model: GPT) -> GPT:
+    """A plain GPT of its own, no tensor shared, with the active adapter inside its matrices; of a model without adapters that model itself."""
+    if not wrapped(model):
+        return model
+    folded = copy.deepcopy(model)
+    fold_in(folded)
+    with torch.device("meta"):
+        new = GPT(folded.config)
+    new.load_state_dict({name: tensor.clone() for name, tensor in folded.state_dict().items()}, assign=True)  # tied layers become copies
+    return new
+
+
 def config_of_layers(model: GPT):
     """The model's config with the ranks of its matrices as they are."""
     config = copy.deepcopy(model.config)

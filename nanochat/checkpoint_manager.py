@@ -3,7 +3,6 @@
 state.pt holds tensors and plain numbers only (read with weights_only=True: loading cannot execute code); meta.json holds
 its SHA-256, so a truncated or altered file is noticed before it is used.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import InputError, print0, write_atomic
+from nanochat.adapters import attach_saved
+from nanochat.common import InputError, print0, sha256, write_atomic
+from nanochat.factorize import stacked
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
@@ -27,19 +28,11 @@ def saved_steps(run_folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def step_or_newest(run_folder: Path, step: int) -> int:
-    """The step or, of -1, the newest one. InputError if the run of --model-tag has no checkpoint at all."""
+def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> int:
+    """The step or, of -1, the newest one. InputError if the run, which the flag named, has no checkpoint at all."""
     if not (steps := saved_steps(run_folder)):
-        raise InputError(f"--model-tag {run_folder.name}: no checkpoint in {run_folder}")
+        raise InputError(f"{flag} {run_folder.name}: no checkpoint in {run_folder}")
     return step if step >= 0 else steps[-1]
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int = -1):
@@ -104,16 +97,48 @@ def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:
     return None
 
 
-def load_model(run_folder: Path, step: int, device="cpu") -> tuple:
-    """(model, the tokenizer it was trained with, meta) of a step. InputError if they do not belong together."""
+def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
+    """(model, the tokenizer it was trained with, meta) of a step; of an adapter run its base, from the folder beside it, with the
+    adapter acting. changes: of the model's config, such as `recompute`. InputError if they do not belong together.
+    """
     tokenizer = load_tokenizer(run_folder / "tokenizer.json")
     state, meta = load_checkpoint(run_folder, step, device)
     if meta["tokenizer_hash"] != tokenizer.hash:
         raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
+    if "adapter" in meta:
+        return adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes), tokenizer, meta
     with torch.device(device):
-        model = GPT(GPTConfig(**meta["model"]))
+        model = GPT(GPTConfig(**meta["model"] | changes))
     if "subspace" in meta:
         restore(model, meta["subspace"], state["model"])
     else:
         model.load_state_dict(state["model"])
     return model, tokenizer, meta
+
+
+# ---- adapter runs ---------------------------------------------------------------------------------------------------
+
+ADAPTER = "adapter"  # its name in the models of adapter runs
+
+
+def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[GPT]:
+    """The models that an adapter run begins with: {"tag", "step", "sha256"} of each. InputError if a checkpoint is no longer the one of the sum."""
+    models = []
+    for base in bases:
+        model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
+        if meta["sha256"] != base["sha256"]:
+            raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on (its sum is {meta['sha256'][:12]}, "
+                             f"that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again")
+        models.append(model)
+    return models
+
+
+def adapted(runs: Path, said: dict, tensors: dict, device, **changes) -> GPT:
+    """The base of an adapter run with its adapter. said, tensors: what its checkpoint has under "adapter", of meta and of state.
+
+    said: {"description" (`adapters.describe`), "origin": {"bases", "layer_map": layers at each position ([] = the base's own), "tied"}}.
+    """
+    origin = said["origin"]
+    model = stacked(*load_bases(runs, origin["bases"], device, **changes), layers=tuple(origin["layer_map"]), tied=origin["tied"])
+    attach_saved(model, ADAPTER, said["description"], tensors)
+    return model

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import signal
 import socket
@@ -15,6 +16,11 @@ from pathlib import Path
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what would be right."""
+
+
+def first_line(e: BaseException) -> str:
+    """What an error of another library says, short enough for ours."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 def run_script(main):
@@ -90,6 +96,15 @@ def write_atomic(path: Path, content: str | bytes):
         if isinstance(e, OSError):
             e.filename = str(path)
         raise
+
+
+def sha256(path: Path) -> str:
+    """Of the file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

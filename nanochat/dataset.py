@@ -4,27 +4,27 @@ Download:  python -m nanochat.dataset --data climbmix -n 8 -w 4
 """
 import argparse
 import contextlib
-import errno
 import functools
+import gzip
 import hashlib
 import json
 import os
-import shutil
 import sys
 import sysconfig
-import time
+import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
+from nanochat.common import ArgumentParser, InputError, first_line, get_base_dir, locked, run_script, sha256, whole_number
+from nanochat.hub import HUB_SETS, download
 
 MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 VAL_NAMES = ("val", "validation")
 
-# A parquet file larger than all its samples together is fingerprinted by samples.
+# A compressed file larger than all its samples together is fingerprinted by samples.
+COMPRESSED = (".parquet", ".gz")
 SAMPLES, SAMPLE_BYTES = 64, 2**20
 
 
@@ -32,23 +32,23 @@ SAMPLES, SAMPLE_BYTES = 64, 2**20
 class Shard:
     """A unit of text that is tokenised and cached by itself."""
     name: str
-    paths: tuple[Path, ...]  # one parquet or jsonl file, or many files of one document each
+    paths: tuple[Path, ...]  # one file of many documents, or many files of one document each
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the content, read once; file names and times do not count.
 
-        Large parquet files (downloaded sets go to hundreds of GB) are not read whole at every start: their size and
-        evenly spaced blocks are hashed, from the first to the last one, which holds the footer. The footer has the
-        offset, length and statistics of every column chunk, so other text nearly always means another footer.
+        Large compressed files (downloaded sets go to hundreds of GB) are not read whole at every start: their size and
+        evenly spaced blocks are hashed, from the first to the last one. Other text nearly always means another last one:
+        it has the offset, length and statistics of every column chunk of a parquet, and the checksum of all text in a gzip.
         """
-        return _short_hash(_sampled_sha256(path) if path.suffix.lower() == ".parquet"
-                           and path.stat().st_size > SAMPLES * SAMPLE_BYTES else _sha256(path) for path in self.paths)
+        return _short_hash(_sampled_sha256(path) if path.suffix.lower() in COMPRESSED
+                           and path.stat().st_size > SAMPLES * SAMPLE_BYTES else sha256(path) for path in self.paths)
 
     def documents(self) -> Iterator[str]:
         """The non-empty documents, in order.
 
-        InputError: a file that is not what its suffix says, a parquet without a string column `text`, a jsonl line
+        InputError: a file that is not what its suffix says, a parquet without a string column `text`, a JSON line
         that is no object with a string `text`, invalid UTF-8, a document longer than MAX_DOCUMENT_CHARS.
         """
         for path in self.paths:
@@ -117,15 +117,22 @@ def _read_parquet(path: Path):
                     where = f"{path}: row {row}"
                     yield where, _decode(value.as_py() or b"", where)
         except (pa.ArrowException, OSError) as e:
-            raise InputError(f"{path}: not a readable parquet file ({_first_line(e)})")
+            raise InputError(f"{path}: not a readable parquet file ({first_line(e)})")
 
 
-def _read_jsonl(path: Path):
-    with open(path, "rb") as f:
+def _read_jsonl(path: Path, opened=open):
+    with opened(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(_max_bytes() + 1), b""), 1):
             if not line.isspace():
                 where = f"{path}: line {number}"
                 yield where, _text_field(_decode(line, where), where)
+
+
+def _read_json_gz(path: Path):
+    try:
+        yield from _read_jsonl(path, gzip.open)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise InputError(f"{path}: not a readable gzip file ({first_line(e)})")
 
 
 def _text_field(line: str, where: str) -> str:
@@ -149,7 +156,7 @@ def _read_source(path: Path):
         yield from _read_text(path)
 
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_text, ".py": _read_source}
+_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_json_gz, ".txt": _read_text, ".py": _read_source}
 
 
 def _decode(data: bytes, where) -> str:
@@ -169,19 +176,7 @@ def _too_long(where) -> InputError:
     return InputError(f"{where}: a document of more than {MAX_DOCUMENT_CHARS:,} characters; split it")
 
 
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
-
-
 # ---- fingerprints ---------------------------------------------------------------------------------------------------
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
 
 def _sampled_sha256(path: Path) -> str:
     size = path.stat().st_size
@@ -259,36 +254,11 @@ def _shards(files: list[Path]) -> tuple[Shard, ...]:
 
 # ---- downloaded sets ------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class HubSet:
-    """A public dataset of parquet files. Files are given by the start of their path in the repository."""
-    repo: str
-    train_file: str  # to be formatted with the number of the shard
-    train_files: int
-    val_file: str
-
-    def files(self, train_files: int) -> list[str]:
-        """The validation file and the first training files."""
-        return [self.val_file] + [self.train_file.format(i) for i in range(train_files)]
-
-
-HUB_SETS = {
-    "tinystories": HubSet("roneneldan/TinyStories", "data/train-{:05d}-of-00004", 4, "data/validation-00000-of-00001"),
-    "climbmix": HubSet("karpathy/climbmix-400b-shuffle", "shard_{:05d}", 6542, "shard_06542"),
-    "fineweb-edu": HubSet("karpathy/fineweb-edu-100b-shuffle", "shard_{:05d}", 1822, "shard_01822"),
-}
-ATTEMPTS = 3  # at a file, each with huggingface_hub's own retries inside
-
-
-def _local_name(hub_file: str) -> str:
-    """Without the folder and the hash that the file may have in the repository."""
-    return hub_file.rpartition("/")[2] + ".parquet"
-
-
 def _open_downloaded(name: str) -> Corpus:
     folder = get_base_dir() / "data" / name
     present = set(os.listdir(folder)) if folder.is_dir() else set()
-    val, *train = map(_local_name, HUB_SETS[name].files(HUB_SETS[name].train_files))
+    hub_set = HUB_SETS[name]
+    val, *train = map(hub_set.local_name, hub_set.files(hub_set.train_files))
     train = [file for file in train if file in present]
     if not train or val not in present:
         problem = f"the validation file {val} is missing" if train else "no training file is downloaded"
@@ -311,87 +281,16 @@ def main(argv=None):
     files = hub_set.files(hub_set.train_files if count == -1 else count)
 
     folder = get_base_dir() / "data" / args.data
-    targets = {f: folder / _local_name(f) for f in files}
+    targets = {f: folder / hub_set.local_name(f) for f in files}
     with locked(folder / ".lock"):  # a second process waits, and then finds the files
         missing = {f: path for f, path in targets.items() if not path.exists()}
-        failures = _download(hub_set.repo, missing, folder / ".incoming", args.w) if missing else {}
+        failures = download(hub_set, missing, folder / ".incoming", args.w) if missing else {}
     for path, reason in sorted(failures.items()):
         print(f"missing {path.name}: {reason}", file=sys.stderr)
     if failures:
         raise InputError(f"--data {args.data}: {len(failures)} of {len(targets)} files missing; "
                          "the others are kept, run the same command again to fetch the rest")
     print(f"{args.data}: {len(targets) - 1} training files and the validation file are in {folder}")
-
-
-def _download(repo: str, missing: dict[str, Path], staging: Path, workers: int) -> dict[Path, str]:
-    """Fetch {start of a file's path in the repository: where to put it}; return why each failed one is missing."""
-    from huggingface_hub import constants, utils
-    from tqdm import tqdm
-
-    utils.disable_progress_bars()  # ours counts files
-    utils.logging.set_verbosity_error()  # no line for each of its retries
-    host = constants.ENDPOINT
-    try:
-        revision, entries = _persistently(lambda: _list_files(repo))
-    except InputError as e:
-        raise InputError(f"cannot list dataset {repo} at {host}: {e} (network down? HF_ENDPOINT names another host)")
-
-    pool = ThreadPoolExecutor(workers)
-    futures, failures = {}, {}
-    try:
-        for hub_file, path in missing.items():
-            entry = next((e for e in entries if e.path.startswith(hub_file)), None)
-            if entry is None:
-                failures[path] = f"{repo} at {host} has no file {hub_file}*.parquet"
-            else:
-                fetch = functools.partial(_fetch, repo, revision, entry, path, staging)
-                futures[pool.submit(_persistently, fetch)] = path
-        for future in tqdm(as_completed(futures), total=len(futures), desc=repo, unit="file", disable=None):
-            try:
-                future.result()
-            except InputError as e:
-                failures[futures[future]] = f"{repo}: {e}"
-    except KeyboardInterrupt:
-        os._exit(130)  # threads cannot be interrupted, and no file is visible before it is whole
-    finally:
-        pool.shutdown(cancel_futures=True)
-        shutil.rmtree(staging, ignore_errors=True)
-    return failures
-
-
-def _list_files(repo: str):
-    """The current revision of the repository, so that one call never mixes two, and its parquet files."""
-    from huggingface_hub import HfApi
-
-    revision = HfApi().dataset_info(repo, timeout=10).sha
-    entries = HfApi().list_repo_tree(repo, repo_type="dataset", revision=revision, recursive=True)
-    return revision, [e for e in entries if e.path.endswith(".parquet")]
-
-
-def _fetch(repo: str, revision: str, entry, target: Path, staging: Path):
-    """Download one file next to its place, compare it with the hub's size and checksum, and only then put it there."""
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(repo, entry.path, repo_type="dataset", revision=revision, local_dir=staging))
-    if path.stat().st_size != entry.size or (entry.lfs and _sha256(path) != entry.lfs.sha256):
-        path.unlink()
-        raise InputError(f"{entry.path} arrived with another size or checksum than the hub's")
-    os.replace(path, target)
-
-
-def _persistently(action):
-    """action(), repeated when it fails in a way that may pass. InputError says what failed last."""
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
-        try:
-            return action()
-        except Exception as e:  # of httpx, requests or xet, as the version and the transport of huggingface_hub have it
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise  # and no other file will fit either
-            failure = e.__cause__ or e  # huggingface_hub wraps "an error happened" around what happened
-            if getattr(getattr(failure, "response", None), "status_code", None) in (401, 403, 404):
-                break
-    raise InputError(_first_line(failure))
 
 
 if __name__ == "__main__":

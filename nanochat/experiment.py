@@ -8,6 +8,9 @@
                                                  ranks, under the same seed; `paired-with = "NAME"` in a point names another partner
     processes = 1                                of one run, started by torchrun where there are several
     budget-params = "NAME"                       in a point: as many parameters as the point NAME of this file has
+    script = "adapter_train"                     a point that starts from the finished run of base = "NAME", under the same seed (or the first
+                                                 that NAME has); its flags are adapter_train's, and it may name a text of its own in `data`
+    [evals.NAME]                                 script = "layer_map_eval", base = "NAME" of a point, flags: made after the runs, beside the report
     question, cost                               a line each, for the reader
     [preset.NAME]                                any of these again; what it says replaces or adds to what stands above
 
@@ -17,21 +20,24 @@ import itertools
 import os
 import re
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from nanochat import metrics
 from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import HUB_SETS
-from nanochat.experiment_file import check_flags, check_point, choose_preset, load_toml, nearest, whole_numbers
+from nanochat.experiment_file import (POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flag_names, flags_of, load_toml, nearest,
+                                      whole_numbers)
 from nanochat.gpt import GPTConfig
-from nanochat.plan import parse_flags, solve_budget, training_plan
+from nanochat.layer_maps import parse_map
+from nanochat.plan import solve_budget, training_plan
 from nanochat.rank import count_parameters
 
 RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "rank-schedule": "",
-         "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps"}
+         "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps",
+         "layer-map": "map", "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,15 @@ class Point:
     tag: str                  # of the run folder: <sweep>_<label>_s<seed>
     label: str                # what tells it from the other points: "medium", "scan_lr0.02"
     seed: int
-    argv: tuple[str, ...]     # for scripts.base_train, complete but for --run
+    argv: tuple[str, ...]     # for its script, complete but for --run
     processes: int
     varying: tuple[str, ...]  # "attn-rank=64", …: the flags that not all points share
     pair: str                 # tag of its full-rank partner; "" where it has none
-    args: Namespace           # argv as base_train reads it
+    args: Namespace           # argv as its script reads it
     config: GPTConfig         # the model
     plan: dict                # see nanochat.plan.training_plan
+    script: str = "base_train"
+    base: str = ""            # tag of the run that it starts from; "" where it starts from scratch
 
     @property
     def folder(self) -> Path:
@@ -58,6 +66,15 @@ class Point:
             return "new"
         summary = self.folder / "summary.json"
         return metrics.read_json(summary).get("status", "running") if summary.exists() else "running"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """A measurement of one finished run, made after all of them."""
+    name: str                 # of its folder beside the report
+    base: str                 # tag of the run
+    script: str
+    argv: tuple[str, ...]     # complete but for --out
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,17 @@ class Sweep:
     processes: int            # of each run
     points: tuple[Point, ...]
     same: tuple[tuple[str, str], ...] = ()  # (label, label of the point that is the same run)
+    evals: tuple[Eval, ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()  # (name in a point, what it stands for) of texts beside `data`
 
     @property
     def folder(self) -> Path:
         """Logs, scripts and the report of this sweep. The runs themselves are where all runs are."""
         return get_base_dir() / "sweeps" / self.name
+
+    def data_flags(self) -> list[str]:
+        """--data as scripts.sweep takes it, for the same texts from anywhere."""
+        return ["--data", self.data, *(word for name, text in self.texts for word in ("--data", f"{name}={text}"))]
 
     def point(self, tag: str) -> Point:
         for point in self.points:
@@ -89,19 +112,22 @@ class Sweep:
 @dataclass
 class Variant:
     """A point before its seeds are dealt out."""
-    label: str
+    table: dict                                         # the point, as it stands in the file
+    label: str                                          # with what varies in it
     flags: dict                                         # flag -> value, as in the file
     seeds: list[int]
     processes: int
     own: set[str] = field(default_factory=set)          # flags that are its own: not the same in all points
     paired_with: str = ""                               # the point that its full-rank partner is a case of; "": made from its own flags
     partner: "Variant | None" = None
+    script: str = "base_train"
+    base: "Variant | None" = None                       # the point that it starts from
 
 
 # ---- from a file to points ------------------------------------------------------------------------------------------
 
-def read_experiment(path: Path, preset: str = "", data: str = "") -> Sweep:
-    """All points of an experiment file. data: the text, in place of the file's.
+def read_experiment(path: Path, preset: str = "", data: str = "", texts: dict[str, str] | None = None) -> Sweep:
+    """All points of an experiment file. data: the text, in place of the file's; texts: {name of a text in the file: where it is}.
 
     InputError, one line: an unknown key, flag or preset, a value that a flag refuses, an impossible model or horizon, two
     points of one name. Depends on the file and the arguments alone.
@@ -109,13 +135,13 @@ def read_experiment(path: Path, preset: str = "", data: str = "") -> Sweep:
     path = Path(path)
     spec = choose_preset(load_toml(path), preset, path)
     try:
-        return plan_sweep(spec, path, preset, data)
+        return plan_sweep(spec, path, preset, data, texts or {})
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
 
 
-def plan_sweep(spec: dict, path: Path, preset: str, data: str) -> Sweep:
-    spec = {"flags": {}, "grid": {}, "seeds": [], "processes": 1, **spec, "points": spec.get("points") or {"": {}}}
+def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, str]) -> Sweep:
+    spec = {"flags": {}, "grid": {}, "evals": {}, "seeds": [], "processes": 1, **spec, "points": spec.get("points") or {"": {}}}
     base = spec["flags"]
     check_flags("[flags]", base, lists=False)
     check_flags("[grid]", spec["grid"], shared=False, scalars=False)
@@ -125,19 +151,26 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str) -> Sweep:
     whole_numbers("processes", [spec["processes"]], 1)
     if "vocab-size" not in base:
         raise InputError("[flags]: vocab-size is missing; the tokenizer of the sweep is trained with it, for example vocab-size = 4096")
-    base = {**base, "data": where_text_is(data or str(base.get("data", "stdlib")))}
+    main = str(base.get("data", "stdlib"))
+    texts = name_texts(spec, {**({main: data} if data else {}), **texts})
+    base = {**base, "data": texts.pop(main)}
 
     variants = [v for name, table in spec["points"].items() for v in expand(name, table, base, spec)]
     for v in variants:
         resolve_budget(v, base, spec)
+        if v.script != "base_train":
+            v.base = point_called(f"point {v.label}: base", v.table["base"], v, variants, base, spec)
+            v.flags["data"] = texts.get(v.flags["data"], base["data"]) if "data" in v.table else base["data"]
     pair_up(variants, base, spec)
     variants, same = merge_equal(variants)
     name = f"{file_name(path.stem)}-{preset}" if preset else file_name(path.stem)
     check_names(name, variants)
+    variants.sort(key=lambda v: v.base is not None)  # what others start from comes first
     points = [make_point(name, v, seed) for seed in dict.fromkeys(s for v in variants for s in v.seeds)
               for v in variants if seed in v.seeds]  # all of one seed near one another in time
     return Sweep(name, path, preset, spec.get("question", ""), spec.get("cost", ""), base["data"], points[0].args.vocab_size,
-                 spec["processes"], tuple(points), tuple(same))
+                 spec["processes"], tuple(points), tuple(same), make_evals(name, variants, base, spec),
+                 tuple(texts.items()))
 
 
 # ---- points ---------------------------------------------------------------------------------------------------------
@@ -145,6 +178,14 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str) -> Sweep:
 def where_text_is(data: str) -> str:
     """A folder by its absolute path, so that the same command from elsewhere means the same run; names as they are."""
     return data if data in ("stdlib", *HUB_SETS) else os.path.abspath(os.path.expanduser(data))
+
+
+def name_texts(spec: dict, given: dict[str, str]) -> dict[str, str]:
+    """{text, as the file names it: where it is}, of [flags] and of the points that have their own. given: {name: where} in their place."""
+    named = [str(spec["flags"].get("data", "stdlib")), *(str(table["data"]) for table in spec["points"].values() if "data" in table)]
+    if unknown := sorted(given.keys() - set(named)):
+        raise InputError(f"--data {unknown[0]}=…: no text of this file is called so; it names {', '.join(dict.fromkeys(named))}")
+    return {name: where_text_is(given.get(name, name)) for name in named}
 
 
 def check_names(sweep: str, variants: list[Variant]):
@@ -160,7 +201,7 @@ def check_names(sweep: str, variants: list[Variant]):
 
 def expand(name: str, table: dict, base: dict, spec: dict) -> list[Variant]:
     """A point at every combination of its lists and of the grid; a flag of its own is not taken from the grid."""
-    own = {k: v for k, v in table.items() if k not in ("seeds", "paired-with")}
+    own = {k: v for k, v in table.items() if k not in POINTS_OWN}
     axes = {**{k: v for k, v in own.items() if isinstance(v, list)}, **{k: v for k, v in spec["grid"].items() if k not in own}}
     seeds = whole_numbers(f"[points.{name}]: seeds", table.get("seeds", spec["seeds"]), 0)
     if not seeds:
@@ -169,7 +210,8 @@ def expand(name: str, table: dict, base: dict, spec: dict) -> list[Variant]:
     for values in itertools.product(*axes.values()):
         varied = dict(zip(axes, values))
         label = "_".join(filter(None, [name, *(short(flag, value) for flag, value in varied.items())]))
-        variants.append(Variant(label, {**base, **own, **varied}, list(seeds), spec["processes"], {*own, *axes}, table.get("paired-with", "")))
+        variants.append(Variant(table, label, {**base, **own, **varied}, list(seeds), spec["processes"], {*own, *axes}, table.get("paired-with", ""),
+                                script=table.get("script", "base_train")))
     return variants
 
 
@@ -204,6 +246,20 @@ def at_same_place(where: str, name: str, grid: dict, base: dict, spec: dict) -> 
     return found[0]
 
 
+def point_called(where: str, name: str, v: Variant, variants: list[Variant], base: dict, spec: dict) -> Variant:
+    """The point of base_train with this label or, of the points of this name, the one at the place of the grid where v stands."""
+    found = next((other for other in variants if other.label == name), None)
+    if not found:
+        place = {flag: value for flag, value in combination(v, spec).items() if flag not in v.table}
+        label = at_same_place(where, name, place, base, spec).label
+        found = next((other for other in variants if other.label == label), None)
+        if not found:
+            raise InputError(f"{where} {name!r}: there is no run {label}; a flag of [grid] that this point sets itself leaves open which one is meant")
+    if found.script != "base_train":
+        raise InputError(f"{where} {name!r}: is itself a run of {found.script}; name a point that starts from scratch")
+    return found
+
+
 def resolve_budget(v: Variant, base: dict, spec: dict):
     """A budget that names a point becomes that point's number of parameters, so that no run has to wait for another."""
     budget = str(v.flags.get("budget-params", ""))
@@ -223,12 +279,12 @@ def pair_up(variants: list[Variant], base: dict, spec: dict):
             partner = at_same_place(f"point {v.label}: paired-with", v.paired_with, combination(v, spec), base, spec)
             resolve_budget(partner, base, spec)
             partner.seeds = []
-        elif spec.get("baseline", True) and low_rank(v):
+        elif spec.get("baseline", True) and not v.base and low_rank(v):
             flags = {flag: value for flag, value in v.flags.items() if flag not in RANK_FLAGS}
             own = [flag for flag in flags if flag in v.own]
             label = "_".join(["full", *(short(flag, flags[flag]) for flag in own)])
             label = label.replace("full", "full-rank", 1) if any(label == other.label for other in variants) else label
-            partner = Variant(label, flags, [], v.processes, set(own))
+            partner = Variant({}, label, flags, [], v.processes, set(own))
         else:
             continue
         if identity(partner) not in known:
@@ -254,17 +310,37 @@ def merge_equal(variants: list[Variant]) -> tuple[list[Variant], list]:
             kept.partner = kept.partner or v.partner
     for v in first.values():
         v.partner = v.partner and first[identity(v.partner)]
+        v.base = v.base and first[identity(v.base)]
     return list(first.values()), same
 
 
 def make_point(sweep: str, v: Variant, seed: int) -> Point:
-    _, config, plan = resolved(v)
+    args, config, plan = resolved(v)
     tag = tag_of(sweep, v.label, seed)
-    saving = {"save-every": max(1, plan["num_iterations"] // 10), "keep": 1}  # a tenth of a run is what a power cut may cost
-    argv = to_argv({**saving, **v.flags, "seed": seed, "model-tag": tag, "resume": "auto"})
+    base = tag_of(sweep, v.base.label, seed if seed in v.base.seeds else v.base.seeds[0]) if v.base else ""
+    every = {"save-every": max(1, plan["num_iterations"] // 10), "keep": 1, **v.flags, "resume": "auto"}  # a tenth of a run is what a power cut may cost
+    tags = {"model-tag": base, "run-tag": tag} if base else {"model-tag": tag}
+    argv = to_argv({**known(every, v), "seed": seed, **tags})
     varying = tuple(flag if value is True else f"{flag}={value}" for flag, value in v.flags.items() if flag in v.own and value is not False)
     pair = tag_of(sweep, v.partner.label, seed) if v.partner else ""
-    return Point(tag, v.label, seed, argv, v.processes, varying, pair, parse_flags(argv), config, plan)
+    return Point(tag, v.label, seed, argv, v.processes, varying, pair, flags_of(v.script, argv), config, plan, v.script, base)
+
+
+def make_evals(sweep: str, variants: list[Variant], base: dict, spec: dict) -> tuple[Eval, ...]:
+    """Each of the first seed of its point. InputError where its script refuses its flags."""
+    made = []
+    for name, table in spec["evals"].items():
+        check_eval(name, table)
+        anywhere = Variant({}, "", {**base, **{flag: values[0] for flag, values in spec["grid"].items()}}, [], 1)
+        v = point_called(f"[evals.{name}]: base", table["base"], anywhere, variants, base, spec)
+        tag = tag_of(sweep, v.label, v.seeds[0])
+        argv = to_argv({"model-tag": tag, **{flag: value for flag, value in table.items() if flag not in POINTS_OWN}})
+        try:
+            flags_of(table["script"], argv)
+        except InputError as e:
+            raise InputError(f"[evals.{name}]: {e}") from None
+        made.append(Eval(name, tag, table["script"], argv))
+    return tuple(made)
 
 
 def to_argv(flags: dict) -> tuple[str, ...]:
@@ -273,16 +349,26 @@ def to_argv(flags: dict) -> tuple[str, ...]:
                  for word in ((f"--{flag}",) if value is True else (f"--{flag}", str(value))))
 
 
-# ---- what base_train makes of it ------------------------------------------------------------------------------------
+# ---- what the scripts make of it ------------------------------------------------------------------------------------
+
+def known(flags: dict, v: Variant) -> dict:
+    """Those that the point's script has; its own ones it judges itself."""
+    names = flag_names(v.script)
+    return {flag: value for flag, value in flags.items() if flag in names or flag in v.table}
+
 
 def identity(v: Variant) -> tuple:
-    """Equal for points that are the same run: all flags, the defaults of those not given included."""
-    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in vars(resolved(v)[0]).items()))
+    """Equal for points that are the same run: all flags, the defaults of those not given included, and what they start from."""
+    flags = sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in vars(resolved(v)[0]).items())
+    return (v.script, *flags, *(identity(v.base) if v.base else ()))
 
 
 def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
-    """(flags, model, plan) as base_train would have them. InputError names the point and says what base_train would say."""
+    """(flags, model, plan) as the script would have them. InputError names the point and says what the script would say."""
     try:
+        if v.base:
+            own = to_argv({**known(v.flags, v), "model-tag": v.base.label or "base", "run-tag": v.label})
+            return resolve_adapted(v.script, own, to_argv(v.base.flags), v.processes)
         return resolve(to_argv(v.flags), v.processes)
     except InputError as e:
         raise InputError(f"point {v.label or '(all)'}: {e}") from None
@@ -290,8 +376,17 @@ def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
 
 @cache
 def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
-    args = parse_flags(list(argv))
+    args = flags_of("base_train", argv)
     if args.vocab_size < 1:
         raise InputError(f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258")
     config = solve_budget(args, args.vocab_size)
     return args, config, training_plan(args, config, processes)
+
+
+@cache
+def resolve_adapted(script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
+    """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
+    args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
+    if args.layer_map:  # layers of a second run cost what those of the first do
+        config = replace(config, layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)))
+    return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)

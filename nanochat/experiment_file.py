@@ -1,19 +1,25 @@
 """The experiment file as it is written: TOML, its presets, and the names and kinds of what it holds. See nanochat/experiment.py."""
 import difflib
+import importlib
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from nanochat.common import InputError
 from nanochat.flags import build_parser
+from nanochat.plan import parse_flags
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-KEYS = {"question": str, "cost": str, "baseline": bool, "seeds": list, "processes": int, "flags": dict, "points": dict, "grid": dict}
-SWEEPS_OWN = {"model-tag": "the sweep names the runs", "run": "give --run to scripts.sweep", "resume": "the sweep resumes by itself",
+KEYS = {"question": str, "cost": str, "baseline": bool, "seeds": list, "processes": int, "flags": dict, "points": dict, "grid": dict,
+        "evals": dict}
+SCRIPTS = ("base_train", "adapter_train")
+POINTS_OWN = ("seeds", "paired-with", "script", "base")  # what stands in a point and is no flag
+SWEEPS_OWN = {"model-tag": "the sweep names the runs", "run-tag": "the sweep names the runs", "run": "give --run to scripts.sweep", "resume": "the sweep resumes by itself",
               "seed": "write seeds = [1, 2]", "dry-run": "use scripts.sweep --plan", "plan": "use scripts.sweep --plan"}
 SHARED = ("data", "vocab-size")  # perplexities of another text or vocabulary are no points of one comparison
 
@@ -46,7 +52,7 @@ def check_keys(where, table: dict, known: dict):
 
 
 def choose_preset(content: dict, preset: str, path: Path) -> dict:
-    """The file's content under a preset: flags, grid and points are added to, everything else is replaced."""
+    """The file's content under a preset: flags, grid, points and evals are added to, everything else is replaced."""
     presets = content.get("preset", {})
     if presets and not preset:
         raise InputError(f"--preset is missing: {path} has {', '.join(presets)}")
@@ -54,8 +60,8 @@ def choose_preset(content: dict, preset: str, path: Path) -> dict:
         raise InputError(f"--preset {preset}: {path} has {', '.join(presets) or 'no presets'}{nearest(preset, presets)}")
     spec = {key: value for key, value in content.items() if key != "preset"}
     for key, value in presets.get(preset, {}).items():
-        if key == "points":
-            before = spec.get("points", {})
+        if key in ("points", "evals"):
+            before = spec.get(key, {})
             value = {name: merged(before.get(name, {}), value.get(name, {})) for name in {**before, **value}}
         elif isinstance(value, dict):
             value = {**spec.get(key, {}), **value}
@@ -69,8 +75,14 @@ def merged(before, after):
 
 # ---- checks of what is written --------------------------------------------------------------------------------------
 
-def flag_names() -> list[str]:
-    return [name.replace("_", "-") for name in vars(build_parser().parse_args([]))]
+def flag_names(script: str = "base_train") -> list[str]:
+    args = build_parser().parse_args([]) if script == "base_train" else flags_of(script, ("--model-tag", "base", "--run-tag", "new", "--adapter", "lora"))
+    return [name.replace("_", "-") for name in vars(args)]
+
+
+def flags_of(script: str, argv) -> Namespace:
+    """argv as the script reads it: checked, and without a look at any file. InputError as the script would have it."""
+    return parse_flags(list(argv)) if script == "base_train" else importlib.import_module(f"scripts.{script}").parse(list(argv))
 
 
 def nearest(word: str, words) -> str:
@@ -79,9 +91,9 @@ def nearest(word: str, words) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True):
-    """Names and kinds of values; the flags themselves judge the values."""
-    names = flag_names()
+def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True, script="base_train"):
+    """Names and kinds of values; the flags themselves judge the values, and those of another script their names too."""
+    names = flag_names() if script == "base_train" else table
     for flag, value in table.items():
         if flag in SWEEPS_OWN:
             raise InputError(f"{where}: {flag} is not to be given: {SWEEPS_OWN[flag]}")
@@ -104,9 +116,30 @@ def check_point(name: str, table):
         raise InputError(f"points.{name} is not a table; write [points.{name}] and its flags below")
     if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"{where}: a name of letters, digits, '.', '-' and '_', for it becomes the name of a folder")
-    check_flags(where, {k: v for k, v in table.items() if k not in ("seeds", "paired-with")}, shared=False)
-    if not isinstance(table.get("paired-with", ""), str):
-        raise InputError(f"{where}: paired-with is to be the name of a point")
+    for key in ("paired-with", "script", "base"):
+        if not isinstance(table.get(key, ""), str):
+            raise InputError(f"{where}: {key} is to be the name of a {'script' if key == 'script' else 'point'}")
+    script = table.get("script", "base_train")
+    if script not in SCRIPTS:
+        raise InputError(f"{where}: script {script!r}: a point is a run of {' or '.join(SCRIPTS)}")
+    if (script == "adapter_train") != ("base" in table):
+        raise InputError(f'{where}: script = "adapter_train" and base = "POINT", the run that it starts from, go together')
+    if isinstance(table.get("data"), list):
+        raise InputError(f"{where}: data is to be one text; perplexities of several are no points of one comparison")
+    if script != "base_train" and "paired-with" in table:
+        raise InputError(f"{where}: paired-with is for points of base_train, which may be low-rank")
+    check_flags(where, {k: v for k, v in table.items() if k not in POINTS_OWN}, shared=script != "base_train", script=script)
+
+
+def check_eval(name: str, table):
+    where = f"[evals.{name}]"
+    if not isinstance(table, dict) or table.get("script") != "layer_map_eval" or not isinstance(table.get("base"), str):
+        raise InputError(f'{where}: give script = "layer_map_eval", base = "POINT" and flags of that script')
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"{where}: a name of letters, digits, '.', '-' and '_', for it becomes the name of a folder")
+    if "out" in table:
+        raise InputError(f"{where}: out is not to be given: it goes into the report's folder, under its name")
+    check_flags(where, {k: v for k, v in table.items() if k not in POINTS_OWN}, lists=False, script=table["script"])
 
 
 def whole_numbers(where: str, values, minimum: int) -> list[int]:

@@ -1,10 +1,10 @@
 """The flags of the training scripts, in groups, and how their values are read. What they mean together is nanochat/plan.py's."""
 import math
-import re
 from argparse import ArgumentTypeError
 
 from nanochat.common import ArgumentParser, whole_number
 from nanochat.gpt import MATRICES
+from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
 
@@ -33,8 +33,8 @@ def matrix_ranks_flag(text: str) -> str:
 
 
 def layer_map_flag(text: str) -> str:
-    if text not in ("", "twice") and not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ArgumentTypeError(f"{text!r}: give the layer at each position, such as 0,0,1,1, or 'twice' for each layer twice in a row")
+    if text and not well_formed(text):
+        raise ArgumentTypeError(f"{text!r}: {FORM}")
     return text
 
 
@@ -85,8 +85,8 @@ def add_shape_flags(add):
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
     add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
-    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; twice = each "
-        "layer twice in a row (MobileLLM, arXiv 2402.14905); '' = each once")
+    add("--layer-map", type=layer_map_flag, default="", help="the layer that each position of the stack executes, weights tied: 0,0,1,2,2; mobilellm = "
+        "each layer twice in a row; solar = all but the last quarter, then all but the first; '' = each once")
 
 
 def add_rank_flags(add):
@@ -160,6 +160,13 @@ def add_checkpoint_flags(add):
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
 
 
+def add_core_flags(add):
+    """The CORE metric on the way."""
+    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
+    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
+    add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+
+
 def build_parser():
     """The flags of scripts.base_train."""
     parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
@@ -167,7 +174,7 @@ def build_parser():
     add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
-    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder of parquet / jsonl / txt files")
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
     add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
     add("--init-from", default=None, metavar="TAG[:STEP]",
         help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "
@@ -179,9 +186,7 @@ def build_parser():
     add_rate_flags(add)
     add_schedule_flags(add)
     add_evaluation_flags(add)
-    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
-    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
-    add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+    add_core_flags(add)
     add_checkpoint_flags(add)
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser

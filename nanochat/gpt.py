@@ -40,6 +40,7 @@ class GPTConfig:
     value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
     factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
     layer_map: tuple[int, ...] = ()    # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
+    layer_kinds: tuple[str, ...] = ()  # of copied layers, what each was where it was copied from (see `kind`); () = as the patterns above have it
     recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
 
     @property
@@ -52,13 +53,20 @@ class GPTConfig:
         ranks = self.matrix_ranks.get(matrix) or (self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks)
         return ranks[layer] if ranks else 0
 
+    def kind(self, layer: int) -> str:
+        """S or L, its window, and then v if it has a value table: "S", "L", "Sv" or "Lv"."""
+        if self.layer_kinds:
+            return self.layer_kinds[layer]
+        from_end = self.n_layer - 1 - layer
+        window = self.window_pattern[layer % len(self.window_pattern)] if from_end else "L"
+        return window + "v" * (self.value_embeddings and from_end % 2 == 0)
+
     def window(self, layer: int) -> int:
         """How many positions back, itself included, a query of this layer sees."""
-        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
-        return max(1, self.sequence_len // 2) if short else self.sequence_len
+        return max(1, self.sequence_len // 2) if self.kind(layer).startswith("S") else self.sequence_len
 
     def has_value_embedding(self, layer: int) -> bool:
-        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+        return self.kind(layer).endswith("v")
 
 
 def resolve_rank(rank: float, in_features: int, out_features: int) -> int:
@@ -215,7 +223,7 @@ class Attention(nn.Module):
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
         layers, x = (self.q, self.k, self.v), norm(x)
         if x.size(1) == 1:  # one new token: putting the weights together would take longer than the products
-            return torch.cat([layer.narrow(x) for layer in layers], dim=-1)
+            return torch.cat([F.linear(x, layer.first_factor().to(x.dtype)) for layer in layers], dim=-1)
         first = torch.cat([layer.first_factor() for layer in layers])  # one matmul for the three
         return F.linear(x, first.to(x.dtype))
 

@@ -57,6 +57,10 @@ def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
                 elif outcome not in ("finished", "stopped"):
                     failed[run.point.tag] = (outcome, log_of(sweep, run.point), last_lines(log_of(sweep, run.point)))
                 show.event(run.point, outcome)
+            for point in [p for p in waiting if p.base in failed]:
+                waiting.remove(point)
+                failed[point.tag] = (f"cannot start: {point.base} failed", log_of(sweep, point), [])
+                show.event(point, failed[point.tag][0])
             if asked:
                 pass_on(running, len(asked))
             else:
@@ -139,12 +143,15 @@ def claim(path: Path):
 
 
 def start(sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set[int], task_command, show) -> list[Running]:
-    """Fill the free places with the first waiting points that no other sweep has. Removes them, and those found finished, from `waiting`."""
-    started = []
+    """Fill the free places with the first waiting points that no other sweep has, and whose base is finished. Removes them, and those found
+    finished, from `waiting`.
+    """
+    started, bases = [], {p.base for p in waiting} - {""}
+    unfinished = {tag for tag in bases if sweep.point(tag).status() != "finished"}
     for number in (n for n in range(len(here)) if n not in taken):
         gpus = [claim(common.get_base_dir() / "locks" / f"gpu-{socket.gethostname()}-{gpu}.lock") for gpu in here[number]["gpus"]]
         for point in list(waiting) if all(gpus) else ():
-            lock = claim(claim_path(point.tag))
+            lock = None if point.base in unfinished else claim(claim_path(point.tag))
             if not lock:
                 continue
             waiting.remove(point)

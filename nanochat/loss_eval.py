@@ -54,13 +54,13 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prom
     return texts
 
 
-def validation_rows(run, tokenizer, T: int, eval_tokens: int) -> tuple[Rows, int]:
-    """The rows that the run was evaluated on, and how many."""
+def validation_rows(run, tokenizer, T: int, eval_tokens: int, optional: bool = False) -> tuple[Rows, int]:
+    """The rows that the run was evaluated on, and how many. optional: the caller can do without, by --eval-tokens 0."""
     data = run.config["flags"]["data"]
     corpus = open_corpus(data)
     if (now := corpus.fingerprint("val")) != (then := run.config["derived"]["corpus"]["val_fingerprint"]):
-        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it, or give --eval-tokens 0")
+        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it{', or give --eval-tokens 0' * optional}")
     rows = Rows(corpus.val, tokenizer, T)
     if not (count := min(rows.count, eval_tokens // T)):
-        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more, or 0 for none")
+        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more{', or 0 for none' * optional}")
     return rows, count

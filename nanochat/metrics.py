@@ -119,7 +119,7 @@ class RunRecord:
 
     def summarize(self, status: str):
         """Rewrite summary.json (and wandb's summary): the last value of every metric, and the thresholds reached."""
-        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str))}
+        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
         values |= time_to_ppl(self.evals, self.thresholds)
         write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
         if self.wandb:

@@ -17,9 +17,9 @@ POLAR_EXPRESS = (
     (1.876379705, -1.251532147, 0.375153243),
 )
 
-# Both factors of a product move in one step, so each moves less than a full matrix would. Of 0.35, 0.5 and 0.7 the best at
-# ranks of a third of the width (dev/LOG.md).
-FACTOR_SCALE = 0.7
+# Both factors of a product move in one step, so each moves less than a full matrix would. With 0.5 ranks from 1/16 to 1/2 of the width
+# are trained best within a step of √2 of full rank's best learning rate (dev/LOG.md): one --matrix-lr serves all.
+FACTOR_SCALE = 0.5
 
 # AdamW's epsilon for the per-layer and per-channel scalars: far above the rounding errors of their gradients (about 1e-8) and far
 # below the gradients (1e-4 to 1e-1). At the second step the gradients of the residual scales are rounding errors alone, because
@@ -136,10 +136,10 @@ def muon_momentum(step: int) -> float:
 
 
 def default_matrix_lr(steps: int) -> float:
-    """Muon's learning rate for a run of so many steps: 0.04 up to 200 steps, as tuned here (dev/LOG.md), falling with the
-    fourth root of the steps to nanochat's 0.02 from 3200 steps on.
+    """Muon's learning rate for a run of so many steps: 0.057 up to 200 steps, as tuned here (dev/LOG.md), falling with the
+    fourth root of the steps to nanochat's 0.02 from 13,000 steps on.
     """
-    return 0.04 * min(1.0, max(200 / steps, 1 / 16)) ** 0.25
+    return max(0.02, 0.057 * min(1.0, 200 / steps) ** 0.25)
 
 
 def matmul_dtype(x):
@@ -159,9 +159,12 @@ def update_scale(role: str, out_features: int, in_features: int) -> float:
 
 # ---- who gets what --------------------------------------------------------------------------------------------------
 
+ADDED = (".adapters.", "subspace")  # in the names of parameters that are not a GPT's own: AdamW's, with settings of their own
+
+
 def uses_muon(name: str, parameter) -> bool:
-    """Muon for the matrices, full or factored, inside the blocks; AdamW for tables, the head and the per-layer scalars."""
-    return name.startswith("blocks.") and parameter.ndim == 2
+    """Muon for the matrices, full or factored, inside the blocks; AdamW for tables, the head, the per-layer scalars and what is added."""
+    return name.startswith("blocks.") and parameter.ndim == 2 and not any(part in name for part in ADDED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,28 +203,31 @@ def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
     return pieces
 
 
-def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, matrix_lr: float, scalar_lr: float,
-                     weight_decay: float, subspace_lr: float = 0.0, pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: float = 0.0, matrix_lr: float = 0.0, scalar_lr: float = 0.0,
+                     weight_decay: float = 0.0, extra: dict[str, dict] | None = None,
+                     pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon] over one process's pieces of the model (default: all of it), each in exactly one group.
 
     Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters. Weight decay acts on the
     Muon matrices only. unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
-    subspace_lr: of the numbers that a `subspace.GeneratedGPT` makes its matrices of.
+    extra: {a part of a name, as in ADDED: AdamW's settings (lr, betas, eps, weight_decay) of the parameters that have it}; there
+    weight decay acts on matrices only. Rates of what a model does not train may be left out.
     """
-    tables, head, scales, scalars, matrices, generating = {}, {}, {}, {}, {}, {}
+    tables, head, scales, scalars, matrices = {}, {}, {}, {}, {}
+    added = {(part, decays): {} for part in extra or () for decays in (True, False)}
     slices = []
     for piece in split_parameters(model, 1)[0] if pieces is None else pieces:
         name, p = piece.name, piece.parameter
         local = p if piece.whole else torch.nn.Parameter(piece.of(p.data))  # a slice shares the parameter's memory
         if local is not p:
             slices.append((piece, local))
-        if uses_muon(name, p):
+        if part := next((part for part in extra or () if part in name), None):
+            added[part, p.ndim == 2][name] = local
+        elif uses_muon(name, p):
             factor = name.rsplit(".", 1)[1]  # 'weight', 'A' or 'B'
             matrices.setdefault((factor, *p.shape), {})[name] = local
         elif name.startswith("lm_head.") or (name == "wte.weight" and model.lm_head is None):
             head[name] = local
-        elif name.startswith("subspace.") and p.ndim == 2:
-            generating[name] = local
         elif p.ndim == 2:
             tables[name] = local
         elif name == "resid_lambdas":
@@ -231,11 +237,14 @@ def build_optimizers(model: GPT, *, embedding_lr: float, unembedding_lr: float, 
 
     def group(named, **settings):
         return dict(params=list(named.values()), names=list(named), **settings)
+
+    def extra_group(part, decays, named):
+        return group(named, **(extra[part] | ({} if decays else {"weight_decay": 0.0})))
     adamw = AdamW([
         group(tables, lr=embedding_lr), group(head, lr=unembedding_lr * 768 / model.config.n_embd),
         group(scalars, lr=scalar_lr, eps=SCALAR_EPS),
         group(scales, lr=0.1 * scalar_lr, eps=SCALAR_EPS),  # these multiply from layer to layer: smaller steps
-        group(generating, lr=subspace_lr),
+        *(extra_group(*key, named) for key, named in added.items()),
     ], betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
 
     def take_gradients(*_):

@@ -13,9 +13,8 @@ from nanochat.study import MACHINE, RANKS, Configuration, finished, seed, value
 # The data and their order (a function of text, tokenizer, length and seed), the number of tokens, the schedule, the arithmetic.
 CONTEXT = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens", "max_seq_len", "total_batch_size", "num_iterations",
            "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype", "init_from", "materialized_from")
-SUBSPACE = ("subspace", "subspace_dim", "subspace_scope", "subspace_rank", "subspace_scales", "freeze_embeddings")  # another method, not another rank
-FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings", *SUBSPACE)
-SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "layer_map", *FAMILY)
+FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
+SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "layer_map", "layer_kinds", *FAMILY)
 RANK = (*RANKS, "rank_schedule", "matrix_ranks", "factor_act")
 COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
 LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "subspace_lr", "weight_decay", "grad_clip"}  # the other way round

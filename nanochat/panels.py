@@ -22,7 +22,7 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
 
     Of many ranks: one colour for each combination of factored matrices, paler the lower the rank; of one combination a scale of colours.
     """
-    ranks = {rank_words(c): factored(c) for c in sorted(configs, key=mean_rank) if c.low_rank}
+    ranks = {rank_words(c): factored(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
     ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
     kinds, depths = list(dict.fromkeys(ranks.values())), sorted({depth(c) for c in configs})
     colours = {}
@@ -38,14 +38,14 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
             colours[words] = matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * i / len(ranks)))
     found = {}
     for c in configs:
-        marker = depths.index(depth(c)) if len(depths) > 1 else 1 + list(ranks).index(rank_words(c)) if c.low_rank else 0
-        found[c.name] = {"color": colours[rank_words(c)] if c.low_rank else BLACK, "marker": MARKERS[marker % len(MARKERS)]}
+        marker = depths.index(depth(c)) if len(depths) > 1 else 0 if c.full_rank else 1 + list(ranks).index(rank_words(c))
+        found[c.name] = {"color": BLACK if c.full_rank else colours[rank_words(c)], "marker": MARKERS[marker % len(MARKERS)]}
     return found
 
 
 def short_labels(configs: list[Configuration]) -> dict[str, str]:
     """{name: what the legend's colours and markers do not tell}: of many configurations only what is unusual about each."""
-    many, ranks = len(configs) > FEW, {rank_words(c) for c in configs if c.low_rank}
+    many, ranks = len(configs) > FEW, {rank_words(c) for c in configs if not c.full_rank}
     depths, rates = {depth(c) for c in configs}, {key for key in axes(configs) if key.endswith("_lr")}
     found = {}
     for c in configs:

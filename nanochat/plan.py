@@ -8,11 +8,12 @@ from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import InputError, print0
 from nanochat.flags import build_parser, matrix_ranks, rank_flag
-from nanochat.gpt import MATRICES, GPTConfig, resolve_rank
+from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
+from nanochat.layer_maps import of_two, parse_map
+from nanochat.methods import with_size
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
-from nanochat.study import subspace_name
 
 
 SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
@@ -67,21 +68,21 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
-    config = replace(config, layer_map=layer_map(args.layer_map, depth),
+    config = replace(config, layer_map=tied_map(args.layer_map, depth),
                      attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
 
 
-def layer_map(text: str, depth: int) -> tuple[int, ...]:
-    if text == "twice":
-        return tuple(layer for layer in range(depth) for _ in range(2))
-    layers = tuple(map(int, text.split(","))) if text else ()
-    if layers and set(layers) != set(range(depth)):
-        absent = sorted(set(layers) - set(range(depth)))
-        raise InputError(f"--layer-map {text}: " + (f"there is no layer {absent[0]}, the layers are 0 to {depth - 1} (--depth {depth})" if absent else
-                         f"leaves out layer {min(set(range(depth)) - set(layers))} of --depth {depth}, which would never learn"))
+def tied_map(text: str, depth: int) -> tuple[int, ...]:
+    """--layer-map for a model of so many layers; () without it."""
+    if of_two(text):
+        raise InputError(f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
+                         "give the numbers of its layers, solar or mobilellm")
+    layers = parse_map(text, depth) if text else ()
+    if layers and (left_out := set(range(depth)) - set(layers)):
+        raise InputError(f"--layer-map {text}: leaves out layer {min(left_out)} of --depth {depth}, which would never learn")
     return layers
 
 
@@ -162,7 +163,7 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def check_depth_is_free(args, flag: str):
     if args.layer_map[:1].isdigit():
-        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map twice")
+        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm")
     if lists_ranks(args.rank_schedule):
         raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
                          "use --solve rank, or a named schedule")
@@ -247,7 +248,12 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
 
 def training_plan(args, config: GPTConfig, world_size: int) -> dict:
     """Tokens a step, steps, gradient accumulation, matrix learning rate. InputError where they do not divide."""
-    model = on_meta(config)
+    plan = batch_and_horizon(args, on_meta(config), world_size)
+    return plan | {"matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])}
+
+
+def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
+    """Tokens a step, steps, gradient accumulation of the horizon flags."""
     cost, counted = account(model)["flops/per_token"], matrix_parameters(model)
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
     total = args.total_batch_size
@@ -268,8 +274,7 @@ def training_plan(args, config: GPTConfig, world_size: int) -> dict:
         steps = max(1, round(args.target_param_data_ratio * counted / total))
     else:
         raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
-    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total,
-            "matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(steps)}
+    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
 
 
 def default_tag(args, config: GPTConfig) -> str:
@@ -280,7 +285,7 @@ def default_tag(args, config: GPTConfig) -> str:
     tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
     tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
-    tag += f"_{subspace_name(vars(args)).replace(' ', '-')}" if args.subspace else ""
+    tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
     return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
@@ -292,11 +297,14 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
         print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")
     for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), *config.matrix_ranks.items(), ("lm_head", (config.lm_head_rank,))):
         print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
+    rate = f"matrix lr {plan['matrix_lr']:.4g}" if "matrix_lr" in plan else f"lr {plan['lr']:.4g}"
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
-           f"{plan['grad_accum_steps']} micro-step(s), matrix lr {plan['matrix_lr']:.4g}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+           f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
     if within := plan.get("subspace"):
         flags = {"subspace": within["kind"], **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")}, **within}
-        print0(f"subspace: {subspace_name(flags)}; {accounting['params/trained']:,} numbers are trained and stored, the rest follows from them and a seed")
+        print0(f"subspace: {subspace_name(flags)}")
+    if accounting["params/trained"] < accounting["params/total"]:
+        print0(f"trained: {accounting['params/trained']:,} of its numbers" + (", the rest follows from them and a seed" if within else ""))
     for key, value in accounting.items():
         share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""

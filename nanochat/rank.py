@@ -5,7 +5,7 @@ from heapq import heapify, heappop, heappush
 import torch
 
 from nanochat.functional import rows_at_once
-from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear, resolve_rank
+from nanochat.gpt import GPT, GPTConfig, LowRankLinear, resolve_rank
 from nanochat.optim import uses_muon
 
 SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
@@ -142,26 +142,30 @@ def solve_depth(config_at, budget: int) -> GPTConfig:
 def account(model: GPT | GPTConfig) -> dict:
     """What a model costs, known before training. Used by --dry-run, the run record and the report.
 
-    params/{total,embedding,lm_head,attention,mlp,other}, and params/trained and params/stored_bits (32 each), which are fewer in a
-                     subspace (`subspace.costs`)
+    params/{total,embedding,lm_head,attention,mlp,other}
+    params/trained   those that require a gradient
+    params/stored_bits   of a checkpoint's weights
     flops/per_token  training FLOPs (forward + backward): 6 for each entry of each matrix that multiplies the token, the
                      factors of a low-rank layer counted as they are, embedding look-ups not counted; plus attention
                      scores and values, 12·H·D·window a layer (PaLM, arXiv 2204.02311, appendix B: the causal half of
-                     the scores is not taken off)
-    mem/{weights,grads,optimizer}_bytes  float32 masters, their gradients, and Muon's momentum with a number for each line of
-                     the longer side, or AdamW's two moments
+                     the scores is not taken off). Of a frozen entry 4: it has no gradient, but passes one on; where nothing
+                     before it is trained 2, and a third of the attention
+    mem/{weights,grads,optimizer}_bytes  float32 masters; of what is trained the gradients, and Muon's momentum with a number for
+                     each line of the longer side, or AdamW's two moments
     """
     model = on_meta(model) if isinstance(model, GPTConfig) else model
     params = dict.fromkeys(("embedding", "lm_head", "attention", "mlp", "other"), 0)
-    moments = 0
+    trained = moments = 0
     for name, parameter in model.named_parameters():
         params[parameter_group(name)] += parameter.numel()
-        moments += parameter.numel() + max(parameter.shape) if uses_muon(name, parameter) else 2 * parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            moments += parameter.numel() + max(parameter.shape) if uses_muon(name, parameter) else 2 * parameter.numel()
     total = sum(params.values())
     return {"params/total": total, **{f"params/{group}": n for group, n in params.items()},
-            "params/trained": total, "params/stored_bits": 32 * total,
+            "params/trained": trained, "params/stored_bits": 32 * total,
             "flops/per_token": flops_per_token(model),
-            "mem/weights_bytes": 4 * total, "mem/grads_bytes": 4 * total, "mem/optimizer_bytes": 4 * moments}
+            "mem/weights_bytes": 4 * total, "mem/grads_bytes": 4 * trained, "mem/optimizer_bytes": 4 * moments}
 
 
 def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
@@ -231,21 +235,33 @@ def parameter_group(name: str) -> str:
 
 
 def matrix_entries(module) -> int:
-    """Entries of the matrices, or factors, of its linear layers."""
-    return sum(p.numel() for m in module.modules() if isinstance(m, (Linear, LowRankLinear)) for p in m.parameters())
+    """Entries of the matrices, or factors, of blocks or a head; tied ones once."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def head_entries(model: GPT) -> int:
-    return matrix_entries(model.lm_head) if model.lm_head is not None else model.wte.weight.numel()  # a tied head multiplies too
+def head_of(model: GPT):
+    return model.lm_head if model.lm_head is not None else model.wte  # a tied head multiplies too
 
 
 def matrix_parameters(model: GPT) -> int:
     """Entries of all matrices that multiply every token: the linear layers and the head, not the look-up tables."""
-    return matrix_entries(model.blocks) + head_entries(model)
+    return matrix_entries(model.blocks) + matrix_entries(head_of(model))
 
 
 def flops_per_token(model: GPT) -> int:
-    config = model.config
-    multiplied = sum(matrix_entries(model.blocks[layer]) for layer in config.positions) + head_entries(model)
-    scores = sum(config.n_embd * config.window(layer) for layer in config.positions)  # H·D = n_embd
-    return 6 * multiplied + 12 * scores
+    config, flops = model.config, 0
+    reached = model.wte.weight.requires_grad or model.smear.requires_grad  # by the backward pass: something before is trained
+    for layer in config.positions:
+        block = model.blocks[layer]
+        reached = reached or trains(block)
+        flops += multiplications(block, reached) + (12 if reached else 4) * config.n_embd * config.window(layer)  # H·D = n_embd
+    return flops + multiplications(head_of(model), reached)
+
+
+def trains(module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def multiplications(module, reached: bool) -> int:
+    """FLOPs of its matrices: forward 2 an entry, backward 2 for the input's gradient, where that is asked for, and 2 for its own."""
+    return sum((2 + 2 * reached + 2 * p.requires_grad) * p.numel() for p in module.parameters() if p.ndim == 2)

@@ -1,7 +1,8 @@
 """A sweep on a Slurm cluster: a job array with one task a run, then a job that makes the report.
 
-A task that is preempted, or comes near its time limit, gets a signal, lets its run save its state, and puts itself back into the
-queue, where it goes on from there. A run that is finished or still in the queue is not submitted again.
+Runs that start from other runs are a second array, which waits until all tasks of the first have ended well. A task that is preempted,
+or comes near its time limit, gets a signal, lets its run save its state, and puts itself back into the queue, where it goes on from
+there. A run that is finished or still in the queue is not submitted again.
 """
 import json
 import os
@@ -56,14 +57,19 @@ def submit(sweep: Sweep, args):
               + (f" as job {', '.join(jobs)}" if jobs else "") + f", {len(points)} to submit")
         if not points:
             return
-        job = sbatch(sweep.folder / "slurm.sh", runs_script(sweep, points, args))
-        jobs[job] = {str(task): p.tag for task, p in enumerate(points)}
-        common.write_atomic(record_of(sweep), json.dumps(jobs, indent=2) + "\n")
+        submitted = []
+        for name, stage in (("slurm.sh", [p for p in points if not p.base]), ("slurm_adapters.sh", [p for p in points if p.base])):
+            if stage:
+                bases = {p.base for p in stage}
+                awaited = [job for job, tasks in jobs.items() if bases & set(tasks.values())]
+                submitted.append(sbatch(sweep.folder / name, runs_script(sweep, stage, args, awaited)))
+                jobs[submitted[-1]] = {str(task): p.tag for task, p in enumerate(stage)}
+                common.write_atomic(record_of(sweep), json.dumps(jobs, indent=2) + "\n")
         report = sbatch(sweep.folder / "slurm_report.sh", report_script(sweep, list(jobs), args))
-    print(f"submitted as job {job}, the report as job {report}")
+    print(f"submitted as job {', '.join(submitted)}, the report as job {report}")
     for what, command in (("what waits and runs", ["squeue", f"--jobs={','.join([*jobs, report])}"]),
                           ("one run", ["tail", "-f", f"{sweep.folder / 'logs' / points[0].tag}.log"]),
-                          ("save, and go on later", ["scontrol", "requeue", job]),
+                          ("save, and go on later", ["scontrol", "requeue", submitted[0]]),
                           ("save and stop; submitting again goes on", ["scancel", *jobs, report])):
         print(f"  {what + ':':40} {shlex.join(command)}")
 
@@ -117,11 +123,12 @@ def sbatch(path: Path, script: str) -> str:
 
 # ---- batch scripts --------------------------------------------------------------------------------------------------
 
-def runs_script(sweep: Sweep, points: list[Point], args) -> str:
-    """The job array over `points`: task k runs points[k]."""
+def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()) -> str:
+    """The job array over `points`: task k runs points[k], once the jobs `awaited` have ended well; where one has not, never."""
+    after = {"dependency": f"afterok:{':'.join(awaited)}", "kill-on-invalid-dep": "yes"} if awaited else {}
     return "\n".join([
         *head(sweep, args.sbatch, {"job-name": sweep.name, "output": sweep.folder / "logs" / "slurm-%A_%a.log", "signal": f"B:USR1@{SAVING_SECONDS}"},
-              {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else "")}),
+              {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else ""), **after}),
         f"LOGS={shlex.quote(str(sweep.folder / 'logs'))}",
         f"PROCESSES={sweep.processes}",
         f"SWEEP=({shlex.join(sweep_command(sweep, args))})",
@@ -151,4 +158,4 @@ def head(sweep: Sweep, given: str, defaults: dict, fixed: dict) -> list[str]:
 def sweep_command(sweep: Sweep, args) -> list[str]:
     """This sweep's command line, as another machine with the same files would run it; --task or --report is to be added."""
     return [sys.executable, "-m", "scripts.sweep", str(sweep.file.absolute()), *(["--preset", sweep.preset] if sweep.preset else []),
-            "--data", sweep.data, "--run", args.run, *(["--out", os.path.abspath(args.out)] if args.out else [])]
+            *sweep.data_flags(), "--run", args.run, *(["--out", os.path.abspath(args.out)] if args.out else [])]

@@ -5,10 +5,11 @@ import shlex
 from dataclasses import dataclass
 from statistics import median
 
+from nanochat.methods import base_name, method, with_size
 from nanochat.metrics import Run
 
 # Flags that change neither the model nor its training nor what it costs ...
-FREE = {"run", "model_tag", "seed", "resume", "dry_run", "plan", "save_every", "sample_every", "keep", "max_bad_steps", "eval_every",
+FREE = {"run", "model_tag", "run_tag", "seed", "resume", "dry_run", "plan", "save_every", "sample_every", "keep", "max_bad_steps", "eval_every",
         "ppl_thresholds", "core_metric_every", "core_metric_max_per_task", "core_dir"}
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
 RESOLVED = {"aspect_ratio", "rank_end", "budget_params", "solve", "target_flops", "target_param_data_ratio", "data", "eval_tokens",
@@ -26,6 +27,12 @@ class Configuration:
     runs: tuple[Run, ...]   # ordered by seed
     low_rank: bool          # any rank above 0
     settings: dict          # flag (underscored) -> what it was resolved to; a rank is a number, or "100-50-20-5" where it varies over depth
+    method: str = ""        # "LoRA", "Fastfood", … of runs that train a part of their numbers, or a trained model; "" of ordinary ones
+
+    @property
+    def full_rank(self) -> bool:
+        """An ordinary run without low rank: what low rank is compared with."""
+        return not self.low_rank and not self.method
 
     def values(self, key: str) -> list[float]:
         """Finite values of a summary key, or of step_time (seconds), over the finished runs."""
@@ -64,15 +71,19 @@ def settings(run: Run, defaults: dict) -> dict:
     the data by their fingerprints; and the machine. defaults: of flags that the run's version did not have.
     """
     derived, device = run.config.get("derived", {}), run.config.get("device", {})
-    model, corpus = derived.get("model", {}), derived.get("corpus", {})
-    found = {k: v for k, v in (defaults | run.config.get("flags", {})).items() if k not in FREE | RESOLVED}
-    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in ("n_head", "matrix_ranks")}
+    model, corpus, flags = derived.get("model", {}), derived.get("corpus", {}), run.config.get("flags", {})
+    found = {k: v for k, v in (defaults | flags).items() if k not in FREE | RESOLVED}
+    unsaid = {"n_head", "matrix_ranks"} | ({"layer_kinds"} if not model.get("layer_kinds") else set())  # of copied layers alone; older runs lack it
+    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in unsaid}
     found |= {k: whole_ranks(found[k], model) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]
     found |= {k: derived[k] for k in PLAN if k in derived}
     found |= {f"{split}_fingerprint": corpus.get(f"{split}_fingerprint") for split in ("train", "val")}
     found |= {key: device.get(key.removeprefix("device_")) for key in MACHINE}
+    if flags.get("adapter"):
+        found["base"] = base_name(flags)
+        found |= {"layer_map": flags["layer_map"]} if flags.get("layer_map") else {}  # the model on record may be the base alone
     return {k: rank_over_depth(v) if k in RANKS else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
 
 
@@ -110,12 +121,13 @@ def configurations(runs: list[Run]) -> list[Configuration]:
             groups.append((ours, members := []))
         members.append(run)
     names = short_names([s for s, _ in groups], [members[0].name for _, members in groups])
-    return [Configuration(name, tuple(sorted(members, key=seed)), any(s.get(key) for key in (*RANKS, "matrix_ranks")), s)
+    return [Configuration(name, tuple(sorted(members, key=seed)), not method(s) and any(s.get(key) for key in (*RANKS, "matrix_ranks")), s, method(s))
             for name, (s, members) in zip(names, groups)]
 
 
 def short_names(described: list[dict], tags: list[str]) -> list[str]:
-    """The ranks, and then one differing setting after the other until all names differ."""
+    """The ranks or the method, and then one differing setting after the other until all names differ."""
+    mixed = len({bool(s.get("adapter")) for s in described}) > 1  # of two scripts, whose flags are not the same
     names = [[rank_name(s)] for s in described]
     order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
     others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks"})
@@ -125,22 +137,15 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
             kinds.setdefault(tuple(name), set()).add(s.get(key))
         if any(len(values) > 1 for values in kinds.values()) or (key in order[:2] and len({s.get(key) for s in described}) > 1):
             for name, s in zip(names, described):
-                name.append(setting_name(key, s.get(key)))
+                name.append("" if mixed and s.get(key) is None else setting_name(key, s.get(key)))
     joined = [", ".join(filter(None, name)) for name in names]
     return [name if joined.count(name) == 1 else f"{name} ({tag})" for name, tag in zip(joined, tags)]
 
 
-def subspace_name(s: dict) -> str:
-    """"basis 5 layer", "fastfood 1000 global scales", "lora-random 4", "none frozen"; '' of an ordinary run."""
-    kind = s.get("subspace") or ""
-    numbers = (s.get("subspace_dim"), (s.get("subspace_scope") or "global") if s.get("subspace_dim") else "", s.get("subspace_rank"))
-    return " ".join(map(str, filter(None, (kind, *numbers, s.get("subspace_scales") and "scales", s.get("freeze_embeddings") and "frozen")))) if kind else ""
-
-
 def rank_name(s: dict) -> str:
-    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, "full rank", or the name of a subspace."""
-    if s.get("subspace"):
-        return subspace_name(s)
+    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, or "full rank"; "LoRA 8" of another method."""
+    if method(s):
+        return with_size(s)
     parts = []
     for key, label in zip(RANKS, ("attn", "mlp", "head")):
         rank = s.get(key)
@@ -158,6 +163,8 @@ def setting_name(key: str, setting) -> str:
         return f"{words} unset"  # in a run of a version without it
     if isinstance(setting, bool):
         return words if setting else f"no {words}"
+    if setting == "":
+        return ""  # such as no layer map
     shown = f"{setting:g}" if isinstance(setting, float) else str(setting)
     return {"depth": f"{shown} layers", "model_dim": f"width {shown}", "rank_schedule": shown, "device_name": f"on {shown}",
             "threads": f"{shown} threads", "processes": f"{shown} processes"}.get(key, f"{words} {shown}")
@@ -191,6 +198,10 @@ def paste_flags(config: Configuration) -> str:
     from nanochat.plan import SHAPE_FLAGS
     run, defaults = config.runs[0], flag_defaults()
     flags, words = run.config.get("flags", {}), []
+    if flags.get("adapter"):
+        given = {key: flag for key, flag in flags.items() if key not in ("run", "run_tag", "seed", "resume") and flag not in (None, False, "")}
+        words = [f"--{key.replace('_', '-')}" + ("" if flag is True else f" {shlex.quote(str(flag))}") for key, flag in given.items()]
+        return f"(behind python -m scripts.adapter_train) {' '.join(words)}"
     if "materialized_from" in flags:
         return f"made by scripts.materialize from {flags['materialized_from']}"
     for key, given in flags.items():

@@ -136,6 +136,7 @@ def draw_clusters(configs: list[Configuration], measure: str):
 def draw_depth_rank(configs: list[Configuration], measure: str):
     """Rows: depth, columns: rank; the mean and its spread in each cell."""
     y_key, y_words = MEASURES[measure]
+    configs = [c for c in configs if not c.method]
     cells = best_of(configs, lambda c: (depth(c), rank_words(c)), y_key)
     rows, columns = sorted({layers for layers, _ in cells}), ranks_in_order(configs)
     if sum(sum(layers == row for layers, _ in cells) > 1 for row in rows) < 2:
@@ -212,7 +213,7 @@ def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list
 def draw_thresholds(configs: list[Configuration], measure: str):
     """A panel a threshold (the hardest three): time to it against rank, a line for each depth and what is factored, full rank dashed."""
     chosen = list(best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values())
-    low, full = [c for c in chosen if c.low_rank], {depth(c): c for c in chosen if not c.low_rank}
+    low, full = [c for c in chosen if c.low_rank], {depth(c): c for c in chosen if c.full_rank}
     asked = [p for p in thresholds_of(chosen) if sum(bool(times_to(c, p)) for c in chosen) > 1 and any(times_to(c, p) for c in low)][-3:]
     if measure != "loss" or not asked or len({mean_rank(c) for c in low}) < 2 or not one_machine(configs):
         return None

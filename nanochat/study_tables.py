@@ -84,4 +84,5 @@ def frontier_table(configs: list[Configuration], measure: str) -> list[tuple]:
 def pair_keys(configs: list[Configuration]) -> dict[str, str]:
     """{run's name: "group:seed"}: in one group are the runs whose data, tokens, batch, schedule, depth and width are the same."""
     groups = {}
-    return {run.name: f"{groups.setdefault(key(c, (*CONTEXT, *SHAPE)), len(groups) + 1)}:{seed(run)}" for c in configs for run in c.runs}
+    alike = {c.name: (*key(c, (*CONTEXT, *SHAPE)), c.name if c.method else "") for c in configs}  # of another method none may be paired
+    return {run.name: f"{groups.setdefault(alike[c.name], len(groups) + 1)}:{seed(run)}" for c in configs for run in c.runs}

@@ -32,6 +32,7 @@ from nanochat import noise
 from nanochat.common import InputError
 from nanochat.generated import Combination, Fastfood, FFTFastfood, padded
 from nanochat.gpt import GPT, MATRICES, GPTConfig
+from nanochat.optim import SCALAR_EPS
 
 KINDS = ("none", "basis", "fastfood", "fft-fastfood", "lora-random")
 SCOPES = ("global", "layer", "matrix")
@@ -140,9 +141,12 @@ def from_flags(args, model: GPTConfig) -> SubspaceConfig | None:
     return config
 
 
-def scaled_lr(config: SubspaceConfig, lr: float) -> float:
-    """AdamW moves each of d numbers by about lr, and so α by lr·√d: divided by √d, or √r, a step is a like share of the matrices."""
-    return lr * max(1, config.dim, config.rank) ** -0.5
+def adamw_settings(config: SubspaceConfig, lr: float, scales_lr: float) -> dict[str, dict]:
+    """{part of a name: AdamW's settings}, for `optim.build_optimizers`, of the numbers that the matrices are made of.
+
+    AdamW moves each of d numbers by about lr, and so α by lr·√d: divided by √d, or √r, a step is a like share of the matrices.
+    """
+    return {"subspace.scales": {"lr": scales_lr, "eps": SCALAR_EPS}, "subspace.": {"lr": lr * max(1, config.dim, config.rank) ** -0.5}}
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def describe(config: Configuration, measure: str) -> str:
 
 def baseline(configs: list[Configuration], y_key: str) -> Configuration | None:
     """Of the full-rank configurations with the most seeds, the one that ended best."""
-    full = [c for c in configs if not c.low_rank]
+    full = [c for c in configs if c.full_rank]
     most = max((len(c.values(y_key)) for c in full), default=0)
     return min((c for c in full if len(c.values(y_key)) == most), key=lambda c: c.mean(y_key), default=None)
 
@@ -58,6 +58,12 @@ def pairs(config: Configuration, x_key: str, y_key: str) -> list[tuple[float, fl
     """(x, y) of the finished runs that have both."""
     found = [(value(run, x_key), value(run, y_key)) for run in config.runs if finished(run)]
     return [(x, y) for x, y in found if x is not None and y is not None]
+
+
+def mean_at(config: Configuration, quantity) -> float | None:
+    """The mean of a function of a run over the finished runs for which it is not None."""
+    found = [number for run in config.runs if finished(run) and (number := quantity(run)) is not None]
+    return fmean(found) if found else None
 
 
 def diverged(config: Configuration, key: str) -> bool:
@@ -89,7 +95,9 @@ def one_machine(configs: list[Configuration]) -> bool:
 
 
 def mean_rank(config: Configuration) -> float:
-    """Over the factored layers of attention and MLP; infinity for full rank."""
+    """Over the factored layers of attention and MLP; infinity for full rank, and for other methods."""
+    if config.method:
+        return math.inf
     model = config.runs[0].config.get("derived", {}).get("model", {})
     ranks = [r for key in ("attn_ranks", "mlp_ranks") for r in whole_ranks(model.get(key) or [], model) if r]
     return fmean(ranks) if ranks else math.inf
@@ -98,12 +106,12 @@ def mean_rank(config: Configuration) -> float:
 def rank_words(config: Configuration) -> str:
     """As in the configuration's name, but "rank 64" where attention and MLP have the same."""
     s = config.settings
-    same = s.get("attn_rank") and s.get("attn_rank") == s.get("mlp_rank") and not s.get("lm_head_rank")
+    same = not config.method and s.get("attn_rank") and s.get("attn_rank") == s.get("mlp_rank") and not s.get("lm_head_rank")
     return rank_name({**s, "mlp_rank": 0}).replace("attn", "rank") if same else rank_name(s)
 
 
 def factored(config: Configuration) -> tuple:
-    return tuple(bool(config.settings.get(key)) for key in RANKS)
+    return (*(not config.method and bool(config.settings.get(key)) for key in RANKS), *filter(None, [config.method]))
 
 
 def best_of(configs: list[Configuration], key, y_key: str) -> dict:
@@ -117,7 +125,7 @@ def best_of(configs: list[Configuration], key, y_key: str) -> dict:
 
 def ranks_in_order(configs: list[Configuration]) -> list[str]:
     """The distinct rank descriptions, what is factored together, from low to high, full rank last."""
-    order = {rank_words(c): (not c.low_rank, factored(c), mean_rank(c)) for c in configs}
+    order = {rank_words(c): (not c.low_rank, factored(c), mean_rank(c)) for c in configs}  # other methods come after full rank
     return sorted(order, key=order.get)
 
 

@@ -206,7 +206,7 @@ def describe_ranks(ranks) -> str:
 def samples(runs: list[Run]) -> list[tuple]:
     """The last texts each run wrote, side by side."""
     last = [next((h for h in reversed(run.history) if isinstance(h.get("sample"), list)), {}) for run in runs]
-    rows = max(len(h.get("sample", ())) for h in last)
+    rows = max((len(h.get("sample", ())) for h in last), default=0)
     if not rows:
         return []
     lines = [(f"sample {i + 1}", [clean(h["sample"][i]) if i < len(h.get("sample", ())) else "–" for h in last])

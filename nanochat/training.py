@@ -50,6 +50,10 @@ class Learner:
     def after_update(self):
         """Called once every process has the step's new parameters."""
 
+    def findings(self) -> dict:
+        """What the record's entry of an evaluation holds besides."""
+        return {}
+
     def state(self) -> dict:
         """Tensors, in dicts, that a checkpoint holds beside the optimizer's; `load` takes them back."""
         return {"model": self.model.state_dict()}
@@ -64,20 +68,20 @@ class Learner:
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
-def open_run(folder, tag: str, config: dict, resume: str):
-    """What to do with this tag: None to start, (state, meta) of a checkpoint to go on from, or 'finished'.
+def open_run(folder, given: str, config: dict, resume: str):
+    """What to do with this run: None to start, (state, meta) of a checkpoint to go on from, or 'finished'. given: the flag that names it, and its tag.
 
     InputError: another config under this tag, or a tag with checkpoints and no --resume.
     """
     if not (folder / "config.json").exists():
         if resume not in ("-1", "auto"):
-            raise InputError(f"--resume {resume}: there is no run {tag}")
+            raise InputError(f"--resume {resume}: there is no run {folder.name}")
         return None
     before = metrics.load_run(folder)
     same = {key: config[key] for key in ("flags", "derived")}
     differing = metrics.differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
     if differing:
-        raise InputError(f"--model-tag {tag}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
+        raise InputError(f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
     if before.summary.get("status") == "finished":
         return "finished"
     if resume == "auto":
@@ -85,7 +89,7 @@ def open_run(folder, tag: str, config: dict, resume: str):
     if resume != "-1":
         return load_checkpoint(folder, int(resume))
     if saved_steps(folder):
-        raise InputError(f"--model-tag {tag}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
+        raise InputError(f"{given}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
     return None
 
 
@@ -169,11 +173,11 @@ def check_resume(resume: str):
         raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
 
 
-def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, **derived):
+def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, tag_flag: str = "--model-tag", **derived):
     """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan; exits with common.REQUEUE if it was asked to stop before.
 
-    start: (state, meta) of what a new run begins with, state None: as built. derived: more that config.json is to hold and that a resumed
-    run must have in common with it.
+    start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named it.
+    derived: more that config.json is to hold and that a resumed run must have in common with it.
     """
     corpus = open_corpus(args.data)
     device_type = common.pick_device_type(args.device_type)
@@ -204,8 +208,8 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
     }
     with contextlib.ExitStack() as held:
         if rank == 0:
-            held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"--model-tag {tag}: {folder}"))
-        found = open_run(folder, tag, run_config, args.resume)
+            held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"{tag_flag} {tag}: {folder}"))
+        found = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
         if found == "finished":
             return print0(f"{tag}: already finished, see {folder}")
         core = core_questions(args, tokenizer, place)
@@ -227,7 +231,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     pieces = split_parameters(model, world_size)
     optimizers = learner.optimizers(pieces[rank])
     if meta["step"] and "optimizer" not in state:
-        raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another --model-tag")
+        raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another tag")
     if state:
         learner.load(state)
     if meta["step"]:
@@ -311,7 +315,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
         last = step == steps
         if evaluates:
-            entry |= measure()
+            entry |= measure() | learner.findings()
             line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
             last = last or entry["val/ppl"] <= args.stop_at_ppl
         if measures_core or (core and last):

@@ -90,6 +90,7 @@ def verdict(configs: list[Configuration], margin_time: float = 0.0, margin_memor
             raise InputError(f"{flag} {share:g}: give a share such as 0.05, at least 0" + (" and below 1" if high == 1 else ""))
     if not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence:g}: give a share from 0.5 to below 1, such as 0.95")
+    configs = [c for c in configs if not c.method]  # adapters and subspaces are neither low rank nor what it is compared with
     check_one_text(configs)
     left = [f"{run.name}: {run.summary.get('status', 'unfinished')}, not finished" for c in configs for run in c.runs if not finished(run)]
     left += [f"{run.name}: ended before all of its tokens, so its perplexity is left out" for c in configs for run in c.runs
@@ -113,7 +114,8 @@ def verdict(configs: list[Configuration], margin_time: float = 0.0, margin_memor
                    perplexity_lines([c for c in low if c.settings.get("attn_rank") and c.settings.get("mlp_rank")], full, 1 + margin_ppl)),
         hypothesis("H3", "at equal parameters a deeper low-rank network beats the full-rank baseline",
                    f"perplexity below × 1, with numbers of parameters within {100 * equal_params:g} %",
-                   f"finished low-rank runs that are deeper than a full-rank run of the same {ALIKE} and have its number of parameters",
+                   f"finished low-rank runs that are deeper than a full-rank run of the same {ALIKE} and have its number of parameters (a tied "
+                   "layer counts as often as it is executed)",
                    deeper_lines(low, full, equal_params))]
 
 
@@ -183,8 +185,7 @@ def deeper_lines(low, full, tolerance: float) -> tuple[list[tuple], list[str]]:
     """Each deeper low-rank shape against the best full-rank shape of as many parameters: the hardest baseline that the runs offer."""
     alike, lines, unpaired = (*CONTEXT, *FAMILY), [], []
     for group in grouped(low, lambda c: key(c, (*CONTEXT, *SHAPE, *RANK))):
-        depth = group[0].settings.get("depth", 0)
-        shallower = [c for c in full if key(c, alike) == key(group[0], alike) and c.settings.get("depth", 0) < depth]
+        shallower = [c for c in full if key(c, alike) == key(group[0], alike) and positions(c) < positions(group[0])]
         shares = {c.name: share for c in shallower if (share := parameters(group[0], c)) is not None}
         equal = [c for c in shallower if abs(shares.get(c.name, math.inf) - 1) <= tolerance + 1e-9]
         if not equal:
@@ -205,6 +206,12 @@ def deeper_lines(low, full, tolerance: float) -> tuple[list[tuple], list[str]]:
         else:
             unpaired.append(f"{common_name(group)}: {seeds_apart(group, equal)}")
     return lines, unpaired
+
+
+def positions(config: Configuration) -> int:
+    """How many layers a token passes, one that is executed again counted again."""
+    layer_map = config.settings.get("layer_map")
+    return len(layer_map.split(",")) if layer_map else config.settings.get("depth", 0)
 
 
 def parameters(config: Configuration, base: Configuration) -> float | None:

@@ -37,6 +37,12 @@ def register(sweep: Sweep, args):
           f"  CUDA_VISIBLE_DEVICES=0 wandb agent --project {project} {sweep_id}")
 
 
+def check(sweep: Sweep):
+    """InputError where runs start from other runs."""
+    if later := next((p for p in sweep.points if p.base), None):
+        raise InputError(f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm")
+
+
 def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
     """The W&B sweep over `points`, each once. run: the wandb name to log under."""
     return {
@@ -47,5 +53,5 @@ def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
         "metric": {"name": "val/ppl", "goal": "minimize"},
         "parameters": {"task": {"values": [p.tag for p in points]}},
         "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", str(sweep.file), *(["--preset", sweep.preset] if sweep.preset else []),
-                    "--data", sweep.data, "--run", sweep.name if run == "dummy" else run, "${args}"],
+                    *sweep.data_flags(), "--run", sweep.name if run == "dummy" else run, "${args}"],
     }

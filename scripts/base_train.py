@@ -27,6 +27,8 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
         return None, meta
     folder, step = starting_point(args.init_from)
     state, theirs = load_checkpoint(folder, step)
+    if "adapter" in theirs:
+        raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
     if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
         raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, {tokenizer_path()} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
@@ -82,7 +84,7 @@ def main(argv=None):
         if not within:
             return Learner(model, rates)
         subspace.attach(model, within)
-        return SubspaceLearner(model, rates | {"subspace_lr": subspace.scaled_lr(within, args.subspace_lr)})
+        return SubspaceLearner(model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)})
     run(args, args.model_tag or default_tag(args, config), config, plan, accounting, tokenizer, start, build, **derived)
 
 

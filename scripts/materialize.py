@@ -1,8 +1,9 @@
-"""A checkpoint in another form: factors multiplied out, matrices cut down to factors by SVD, or a file for plain PyTorch.
+"""A checkpoint in another form: factors multiplied out, an adapter merged, matrices cut down to factors by SVD, or a file for plain PyTorch.
 
     python -m scripts.materialize --model-tag low --out-tag low_dense                          every product BA as one matrix: the same logits
     python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd    the nearest matrices of these ranks
     python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90             the smallest ranks that keep 90% of each Σ s²
+    python -m scripts.materialize --model-tag wiki --out-tag wiki_merged               an adapter inside the matrices of its base
     python -m scripts.materialize --model-tag low --safetensors low.safetensors                as it is, for dev/plain_forward.py
 The new run folder is as whole as any: scripts.base_eval and scripts.report read it, and base_train --init-from trains it on.
 """
@@ -15,10 +16,11 @@ import safetensors.torch
 import torch
 
 from nanochat import common, metrics
+from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
-from nanochat.flags import matrix_ranks, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import build_parser, matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate, validation_rows
@@ -94,20 +96,26 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
         return print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
 
     # what cannot be done is said before the text is read
+    whole = plain(model)  # of an adapter run the model with the adapter inside
+    merges_adapter = whole is not model
     try:
-        check_linear(model)
+        if args.truncates or not merges_adapter:
+            check_linear(whole)
     except ValueError as e:
         raise InputError(f"--model-tag {args.model_tag}: {e}; it can be neither merged nor truncated") from None
-    choose = ranks_to_choose(args, model.config)
-    if not args.truncates and not any(map(rank_of, linear_layers(model).values())):
+    choose = ranks_to_choose(args, whole.config)
+    if not (args.truncates or merges_adapter) and not any(map(rank_of, linear_layers(model).values())):
         raise InputError(f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
                          "to truncate them give --energy, --attn-rank or --mlp-rank")
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens) if eval_tokens else (None, 0)
+    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, optional=True) if eval_tokens else (None, 0)
 
-    new, kept = truncate(model, choose) if args.truncates else (merge(model), {})
+    new, kept = truncate(whole, choose) if args.truncates else (whole if merges_adapter else merge(whole), {})
     if args.truncates and not kept:
         raise InputError(f"--out-tag {args.out_tag}: at these ranks no matrix would have fewer parameters than it has; give lower ones")
-    print_matrices(model, new, kept)
+    if merges_adapter:
+        print_adapter(meta["adapter"], model, whole)
+    if new is not whole:
+        print_matrices(whole, new, kept)
     values = {"step": step}
     if count:
         before, after = (evaluate(m, rows, count, tokenizer.token_bytes(), args.device_batch_size, device, dtype) for m in (model, new))
@@ -118,9 +126,9 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
 
     # the run; its step, tokens, time and FLOPs are those of the training that led to its source
     values |= next(({key: entry[key] for key, _ in metrics.CLOCKS if key in entry} for entry in run.history if entry["step"] == step), {})
-    flags = {**run.config["flags"], **rank_flags(new.config), "model_tag": args.out_tag, "eval_tokens": eval_tokens,
+    flags = {**(of_base_train(run.config["flags"]) if merges_adapter else run.config["flags"]), **rank_flags(new.config), "model_tag": args.out_tag, "eval_tokens": eval_tokens,
              "materialized_from": f"{args.model_tag}:{step}"}
-    derived = {**run.config["derived"], "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
+    derived = {**{key: value for key, value in run.config["derived"].items() if key != "origin"}, "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
     tokenizer.save(out / "tokenizer.json")
     record = metrics.RunRecord(out, {**run.config, "flags": flags, "derived": derived, "git": metrics.git_state(), "versions": metrics.versions()},
                                account(new.config), "dummy", [])
@@ -164,6 +172,19 @@ def rank_flags(config: GPTConfig) -> dict:
             "factor_act": config.factor_act, "rank_schedule": "constant", "rank_end": 0, "budget_params": "", "solve": None}
 
 
+def of_base_train(flags: dict) -> dict:
+    """The flags of an adapter run as base_train's, which a merged model is a model of: without a layer map, its layers are copied."""
+    return {name: flags.get(name, default) for name, default in vars(build_parser().parse_args([])).items()} | {"layer_map": ""}
+
+
+def print_adapter(said: dict, model, whole):
+    """What became of an adapter, and of layers that several positions shared."""
+    size, description = (account(m)["params/total"] for m in (model, whole)), said["description"]
+    print("{} on {}: inside {} matrices, {:,} → {:,} parameters".format(description["kind"], said["origin"]["bases"][0]["tag"], len(description["matrices"]), *size))
+    if len({id(next(block.parameters())) for block in model.blocks}) < len(model.blocks):
+        print(f"its positions shared layers: first copied out, to {len(whole.blocks)} layers of their own")
+
+
 def print_matrices(model, new, kept: dict[str, float]):
     """A line for each matrix: rank and parameters before and after, and what it kept."""
     def size(layer):
@@ -182,6 +203,8 @@ def print_matrices(model, new, kept: dict[str, float]):
 def export(folder: Path, step: int, file: Path):
     """The weights of a checkpoint as safetensors and, beside them, all that one needs to compute logits from them as JSON."""
     state, meta = load_checkpoint(folder, step)
+    if "adapter" in meta:
+        raise InputError(f"--safetensors {file}: {folder.name} is an adapter; give --out-tag too, the run that is to hold the merged model")
     config = GPTConfig(**meta["model"])
     said = {"model": asdict(config),
             "windows": [config.window(layer) for layer in config.positions],  # positions back that a query sees, itself included

@@ -13,6 +13,7 @@ from pathlib import Path
 from nanochat.common import ArgumentParser, InputError, run_script, write_atomic
 from nanochat.figures import draw_all
 from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
+from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.page import encode, in_markdown, to_markdown, to_page
 from nanochat.study import Configuration, configurations, finished
@@ -97,16 +98,18 @@ def few(runs: list[Run], configs: list[Configuration], margins: dict):
     """Some runs side by side."""
     broken, warnings, notes = check_comparable(runs)
     tables = result_tables(runs, broken)
-    both = {c.low_rank for c in configs} == {True, False}
+    both = {c.low_rank for c in configs if not c.method} == {True, False}
+    measure = "bpb" if broken[TEXT] or broken[TOKENIZER] else "loss"
+    section, more = method_section(configs, measure)
     blocks = [
         ("heading", "Results"), *(("warning", w) for w in warnings), *glance(runs, broken), *tables,
         *([("list", notes)] if notes else []),
         *core_tables(runs), *(judge(configs, margins) if both else []),
-        ("heading", "Figures"), *(("figure", name, caption_) for name, caption_ in FIGURES),
+        ("heading", "Figures"), *(("figure", name, caption_) for name, caption_ in FIGURES), *section,
         ("heading", "What was compared"), *what_was_compared(runs),
         *samples(runs),
     ]
-    figures = draw_all(runs, "bpb" if broken[TEXT] or broken[TOKENIZER] else "loss")
+    figures = draw_all(runs, measure) | more
     return "Training report: " + names([run.name for run in runs]), blocks, figures, [*(("warning", w) for w in warnings), *tables]
 
 
@@ -125,13 +128,16 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
         notes.append(f"Unfinished, and left out of the verdict, the means and the figures: {names([run.name for run in runs if run not in done])}.")
     if wild := [c.name for c in configs if any(map(finished, c.runs)) and not c.values(MEASURES[measure][0])]:
         notes.append(f"Diverged on every seed, so without a mean: {names(wild)}.")
-    conclusions = judge(configs, margins)
-    means, front = configurations_table(configs, measure), frontier_table(configs, measure)
-    figures = study_figures(configs, measure)
+    ordinary = not any(c.method for c in configs) or any(c.low_rank for c in configs)  # else there is no low rank to judge, and nobody asked
+    conclusions = judge(configs, margins) if ordinary else []
+    scratch = [c for c in configs if not c.settings.get("adapter")] or configs  # what an adapter costs leaves out the model that it starts from
+    means, front = configurations_table(configs, measure), frontier_table(scratch, measure)
+    figures = study_figures(scratch, measure)
+    section, more = method_section(configs, measure)
     one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]
     blocks = [
         *(("warning", w) for w in warnings), *conclusions,
-        ("heading", "Figures"), *(("figure", name, caption(name, configs)) for name in figures),
+        ("heading", "Figures"), *(("figure", name, caption(name, scratch)) for name in figures), *section,
         ("heading", "Results"), *means, ("subheading", "Runs"), runs_table(configs, measure), *front, *([("list", notes)] if notes else []),
         *core_tables(done),
         ("heading", "What was compared"), ("paragraph", "One run of each configuration."), *what_was_compared(one_each),
@@ -139,7 +145,7 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
     ]
     brief = [block for block in conclusions if block[0] in ("warning", "paragraph")]
     title = f"Training report: {len(configs)} configuration{'s' * (len(configs) > 1)}, {len(runs)} runs"
-    return title, blocks, figures, [*(("warning", w) for w in warnings), *brief, *means]
+    return title, blocks, figures | more, [*(("warning", w) for w in warnings), *brief, *means]
 
 
 def judge(configs: list[Configuration], margins: dict) -> list[tuple]:

@@ -1,4 +1,5 @@
-"""Run an experiment file: every point is a run of scripts.base_train, and one report over all of them comes out.
+"""Run an experiment file: every point is a run of scripts.base_train, or of scripts.adapter_train on such a run, and one report over all
+of them comes out.
 
     python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset small --plan     what it is and what it costs
     python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset small            run it, here
@@ -8,7 +9,9 @@ The same command again, after whatever ended it: finished runs are skipped, inte
 The format of the file is in nanochat/experiment.py; logs and report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
 """
 import contextlib
+import importlib
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -34,7 +37,8 @@ def build_parser():
     add = parser.add_argument
     add("experiment", type=Path, help="the file: see dev/experiments/")
     add("--preset", default="", help="which of the file's presets; needed where it has some")
-    add("--data", default="", help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, or a folder")
+    add("--data", action="append", default=[], metavar="[NAME=]TEXT",
+        help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so")
     add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
     add("--run", default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
@@ -62,11 +66,13 @@ def main(argv=None):
     if args.launcher == "slurm":
         from nanochat import slurm
         slurm.check(args.sbatch)
+    if args.launcher == "wandb":
+        from nanochat import wandb_sweep
+        wandb_sweep.check(sweep)
     prepare(sweep)
     if args.launcher == "slurm":
         return slurm.submit(sweep, args)
     if args.launcher == "wandb":
-        from nanochat import wandb_sweep
         return wandb_sweep.register(sweep, args)
     failed, stopped = run_all(sweep, args, task_command)
     if stopped:
@@ -81,17 +87,25 @@ def main(argv=None):
 
 
 def load(args) -> Sweep:
-    return read_experiment(args.experiment, args.preset, args.data)
+    named = [re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", word) for word in args.data]
+    main = [word for word, match in zip(args.data, named) if not match]
+    if len(main) > 1:
+        raise InputError(f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is")
+    return read_experiment(args.experiment, args.preset, *(main or [""]), texts=dict(match.groups() for match in named if match))
 
 
 # ---- what all runs share --------------------------------------------------------------------------------------------
 
 def prepare(sweep: Sweep):
     """Tokenizer and token cache, once, before the runs that need them. InputError if a run of this name is another run."""
-    tokenizer, corpus = prepare_tokenizer(sweep), open_corpus(sweep.data)
-    check_existing(sweep, tokenizer, corpus)
-    for shard in (*corpus.train, *corpus.val):
-        cached_tokens(shard, tokenizer)
+    for name, text in sweep.texts:
+        if os.path.isabs(text) and not os.path.exists(text):
+            raise InputError(f"{sweep.file}: there is no {text}; say where the text {name} is: --data {name}=FOLDER")
+    tokenizer, corpora = prepare_tokenizer(sweep), {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)}
+    check_existing(sweep, tokenizer, corpora)
+    for corpus in corpora.values():
+        for shard in (*corpus.train, *corpus.val):
+            cached_tokens(shard, tokenizer)
 
 
 def prepare_tokenizer(sweep: Sweep):
@@ -106,11 +120,12 @@ def prepare_tokenizer(sweep: Sweep):
     return tokenizer
 
 
-def check_existing(sweep: Sweep, tokenizer, corpus):
+def check_existing(sweep: Sweep, tokenizer, corpora: dict):
     """Refuse to count a run of an earlier version of the file, or of other text, as one of this sweep."""
-    derived = {"tokenizer_hash": tokenizer.hash, "corpus.train": corpus.fingerprint("train"), "corpus.val": corpus.fingerprint("val")}
     wrong = {}
     for point in (p for p in sweep.points if p.status() != "new"):
+        corpus = corpora[point.args.data]
+        derived = {"tokenizer_hash": tokenizer.hash, "corpus.train": corpus.fingerprint("train"), "corpus.val": corpus.fingerprint("val")}
         before = metrics.load_run(point.folder).config
         there = before.get("derived", {}).get("corpus", {})
         there = {"tokenizer_hash": before.get("derived", {}).get("tokenizer_hash"), "corpus.train": there.get("train_fingerprint"),
@@ -129,12 +144,14 @@ def check_existing(sweep: Sweep, tokenizer, corpus):
 
 def task_command(sweep: Sweep, point: Point, args) -> list[str]:
     """A command that runs this point in the foreground."""
-    given = (("--preset", sweep.preset), ("--data", sweep.data), ("--run", args.run))
-    return [sys.executable, "-m", "scripts.sweep", str(sweep.file), *(word for pair in given if pair[1] for word in pair), "--task", point.tag]
+    preset = ["--preset", sweep.preset] if sweep.preset else []
+    return [sys.executable, "-m", "scripts.sweep", str(sweep.file), *preset, *sweep.data_flags(), "--run", args.run, "--task", point.tag]
 
 
 def run_task(sweep: Sweep, point: Point, args):
-    """Run one point here, to its end or until it is told to stop; exits with base_train's code."""
+    """Run one point here, to its end or until it is told to stop; exits with its script's code."""
+    if point.base and (status := sweep.point(point.base).status()) != "finished":
+        raise InputError(f"--task {point.tag}: starts from {point.base}, which is not finished ({status}); run --task {point.base} first")
     base = common.get_base_dir()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor_cache"))  # compiled once for all runs of a shape
     argv = [*point.argv]
@@ -150,8 +167,7 @@ def run_task(sweep: Sweep, point: Point, args):
         prepare_tokenizer(sweep)
         if point.processes > 1:
             sys.exit(torchrun(point, argv))
-        from scripts import base_train
-        base_train.main(argv)
+        importlib.import_module(f"scripts.{point.script}").main(argv)
 
 
 def stop_without(parent: int):
@@ -167,7 +183,7 @@ def torchrun(point: Point, argv: list[str]) -> int:
     """The exit code of a run of several processes. A request to stop goes to these, not to torchrun, which would kill them after 30 s."""
     with common.stop_signals() as stop:
         launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.processes}",
-                                     "-m", "scripts.base_train", *argv])
+                                     "-m", f"scripts.{point.script}", *argv])
         told = False
         while launcher.poll() is None:
             if stop.wait(0.5) and not told:
@@ -197,15 +213,15 @@ def print_plan(sweep: Sweep, args):
         rate, source = measured_rate(sweep.points[0], device_type)
     if device_type == "cuda":
         rate *= sweep.processes
+    itemsize = common.compute_dtype(sweep.points[0].args.dtype, device_type).itemsize
     rows, total, left = [], 0, 0
     for p in sweep.points:
         cost, status = account(p.config), p.status()
-        itemsize = common.compute_dtype(p.args.dtype, device_type).itemsize
-        peak = predict_peak(p.config, p.args.device_batch_size, itemsize, p.plan["grad_accum_steps"] > 1)["mem/predicted_peak_bytes"]
+        peak = predicted_peak(p, itemsize)
         flops = p.plan["tokens"] * cost["flops/per_token"]
         total, left = total + flops, left + flops * (status != "finished")
         rows.append([p.tag, status, human(cost["params/total"], COUNT), human(cost["flops/per_token"], FLOP), human(p.plan["tokens"], COUNT),
-                     human(flops, FLOP), human(peak, BYTES), human(flops / rate, TIME)])
+                     human(flops, FLOP), human(peak, BYTES) if peak else "–", human(flops / rate, TIME)])
     header = ["run", "status", "parameters", "FLOPs/token", "tokens", "FLOPs", "peak memory", "time"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     print(*filter(None, [sweep.question, sweep.cost and f"cost, as the file has it: {sweep.cost}", ""]), sep="\n")
@@ -215,10 +231,19 @@ def print_plan(sweep: Sweep, args):
     print(f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(left, FLOP)}, an estimated {human(left / rate / at_once, TIME)} of training "
           f"on this machine, {at_once} at a time; starts, evaluations and checkpoints come on top")
     print(f"rate: {human(rate, FLOP)}/s a run, {source}; memory: the tensors of one process of a run, {itemsize * 8}-bit")
+    if any(p.base for p in sweep.points):
+        print("note: of a run that starts from another, parameters and FLOPs are those of its base with every weight trained: an upper bound")
     for label, kept in sweep.same:
         print(f"note: {label} is the same run as {kept}: it runs once")
     if len({p.plan["tokens"] for p in sweep.points}) > 1:
         print("note: not all runs see the same number of tokens; fix it with num-iterations and total-batch-size if it is not what varies")
+
+
+def predicted_peak(point: Point, itemsize: int) -> int | None:
+    """Bytes; None of a run that starts from another, whose frozen weights have neither gradients nor optimizer state."""
+    if point.base:
+        return None
+    return predict_peak(point.config, point.args.device_batch_size, itemsize, point.plan["grad_accum_steps"] > 1)["mem/predicted_peak_bytes"]
 
 
 def places_here(sweep: Sweep, j) -> int:
@@ -262,12 +287,19 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 def make_report(sweep: Sweep, args):
-    """scripts.report over the finished runs, a full-rank one first."""
+    """scripts.report over the finished runs, a full-rank one first; of several texts, which do not compare, each by itself. Then the evals."""
     from scripts import report
-    tags = [p.tag for p in sorted(sweep.points, key=lambda p: bool(p.pair)) if p.status() == "finished"]
-    if not tags:
+    out, finished = Path(args.out or sweep.folder / "report"), [p for p in sweep.points if p.status() == "finished"]
+    if not finished:
         raise InputError(f"{sweep.name}: no run is finished, so there is nothing to report on")
-    report.main([*tags, "--out", args.out or str(sweep.folder / "report")])
+    texts = {sweep.data: Path(sweep.data).name, **{where: name for name, where in sweep.texts if where != sweep.data}}
+    for text, name in texts.items():
+        tags = [p.tag for p in sorted(finished, key=lambda p: (bool(p.base), bool(p.pair))) if p.args.data == text]
+        if tags:
+            report.main([*tags, "--out", str(out / name if len(texts) > 1 else out)])
+    for measured in sweep.evals:
+        if not (out / measured.name).exists() and sweep.point(measured.base).status() == "finished":
+            importlib.import_module(f"scripts.{measured.script}").main([*measured.argv, "--out", str(out / measured.name)])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def gpt2_encoding():
 
 def main(argv=None):
     parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
-    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder")
+    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
     parser.add_argument("--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on")
     args = parser.parse_args(argv)
     tokenizer, corpus, gpt2 = load_tokenizer(), open_corpus(args.data), gpt2_encoding()

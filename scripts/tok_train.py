@@ -22,7 +22,7 @@ def capped(documents, doc_cap: int, max_chars: int):
 
 def main(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
-    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, or a folder")
+    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
     parser.add_argument("--vocab-size", type=whole_number(258), default=32768, help="ids in all, the BOS token included")
     parser.add_argument("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")

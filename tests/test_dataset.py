@@ -1,4 +1,5 @@
 """Corpora: the embedded one, folders of the user's files, and downloaded sets as they lie on disk."""
+import gzip
 import json
 import os
 import subprocess
@@ -51,6 +52,18 @@ def test_jsonl_documents(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": ""}\n{"text": "two \\u4e09 \xe4\xb8\x89", "x": [1]}')
     assert documents(path) == ["one", "two 三 三"]
+
+
+def test_gzipped_json_lines(tmp_path):
+    path = tmp_path / "a.json.gz"
+    whole = gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in TEXTS * 50).encode())
+    path.write_bytes(whole)
+    assert documents(path) == [t for t in TEXTS if t] * 50
+    for broken in (b"not gzip", whole[:-9], whole[:-8] + b"\xff" * 8, whole[:30] + b"\xff" * 20 + whole[50:]):
+        path.write_bytes(broken)
+        refuses("a.json.gz: not a readable gzip file", documents, path)
+    path.write_bytes(gzip.compress(b'{"text": "fine"}\n{"content": "x"}\n'))
+    refuses("a.json.gz: line 2: not a JSON object with a string 'text'", documents, path)
 
 
 def test_a_txt_is_one_document_and_keeps_its_line_ends(tmp_path):
@@ -128,16 +141,18 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
     assert first != Shard("a", (a, a)).fingerprint
 
 
-def test_fingerprint_of_a_large_parquet_sees_head_tail_and_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.parquet", "a.json.gz"])
+def test_fingerprint_of_a_large_file_sees_head_tail_and_size(tmp_path, monkeypatch, name):
     monkeypatch.setattr(dataset, "SAMPLES", 3)
     monkeypatch.setattr(dataset, "SAMPLE_BYTES", 10)
-    path = tmp_path / "a.parquet"
-    contents = [bytes(100), b"x" + bytes(99), bytes(99) + b"x", bytes(50) + b"x" + bytes(49), bytes(101), bytes(29)]
-    prints = set()
-    for content in contents:
+    path = tmp_path / name
+
+    def fingerprint(content):
         path.write_bytes(content)
-        prints.add(Shard("a", (path,)).fingerprint)
-    assert len(prints) == len(contents)
+        return Shard("a", (path,)).fingerprint
+    contents = [bytes(100), b"x" + bytes(99), bytes(99) + b"x", bytes(50) + b"x" + bytes(49), bytes(101), bytes(29)]
+    assert len(set(map(fingerprint, contents))) == len(contents)
+    assert fingerprint(bytes(20) + b"x" + bytes(79)) == fingerprint(bytes(100)), "between the samples nothing is read"
 
 
 def test_corpus_fingerprint_depends_on_the_order_of_shards_and_not_on_their_names(tmp_path):
@@ -273,7 +288,7 @@ def test_folders_that_do_not_do(tmp_path):
         return str(tmp_path / name)
 
     for unknown in (str(tmp_path / "absent"), "wikipedia", ""):
-        refuses("neither a folder nor one of stdlib, tinystories, climbmix, fineweb-edu", open_corpus, unknown)
+        refuses("neither a folder nor one of stdlib, tinystories, climbmix, fineweb-edu, c4", open_corpus, unknown)
     refuses("a file; give the folder it is in", open_corpus, fill("f", "a.txt") + "/a.txt")
     refuses("no .parquet, .jsonl, .txt file", open_corpus, fill("empty"))
     refuses("no .parquet, .jsonl, .txt file", open_corpus, fill("other", "a.csv", ".a.txt"))

@@ -1,6 +1,7 @@
 """`python -m nanochat.dataset` as a subprocess, against a local server that speaks the hub's calls and misbehaves."""
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset
+from nanochat import hub as hub_files
 from nanochat.common import InputError
 from nanochat.dataset import open_corpus
 
@@ -66,10 +68,13 @@ class Handler(BaseHTTPRequestHandler):
         if hub.repo in path:
             hub.tokens.add(self.headers.get("Authorization"))
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{COMMIT}/"
-        if path in (api, f"{api}/tree/{COMMIT}"):
-            fault = self.next_fault(method, "info" if path == api else "list")
-            listing = {"id": hub.repo, "sha": COMMIT} if path == api else [self.tree_entry(f) for f in hub.files]
-            self.send(fault or 200, json.dumps(listing).encode())
+        tree = f"{api}/tree/{COMMIT}"
+        if path == api:
+            self.send(self.next_fault(method, "info") or 200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode())
+        elif path == tree or path.startswith(tree + "/"):
+            folder = path[len(tree):].strip("/")
+            listing = [self.tree_entry(f) for f in hub.files if f.rpartition("/")[0] == folder]
+            self.send(self.next_fault(method, "list") or 200, json.dumps(listing).encode())
         elif path.startswith(resolve) and (file := path.removeprefix(resolve)) in hub.files:
             hub.requests.append((method, file))
             self.send_file(method, file, self.next_fault(method, file))
@@ -139,11 +144,16 @@ def base_dir(tmp_path, monkeypatch):
     return tmp_path
 
 
+# `python -m nanochat.dataset` that waits a twentieth of the seconds before it tries again
+HURRIED = ("import runpy, time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 20); "
+           "runpy.run_module('nanochat.dataset', run_name='__main__', alter_sys=True)")
+
+
 def start(url, *args, token=None):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": url, "HF_HOME": os.environ["NANOCHAT_BASE_DIR"] + "/hf", "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_TOKEN": token} if token else {}
-    return subprocess.Popen([sys.executable, "-m", "nanochat.dataset", *args], cwd=Path(dataset.__file__).parents[1],
+    return subprocess.Popen([sys.executable, "-c", HURRIED, *args], cwd=Path(dataset.__file__).parents[1],
                             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -243,12 +253,24 @@ def test_tinystories_files_are_found_by_the_start_of_their_names():
         assert set(corpus.documents("val")) == {names[4]}
 
 
+def test_c4_files_are_those_of_its_english_folder():
+    names = ["c4-train.00000-of-01024.json.gz", "c4-train.00001-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"]
+    files = {f"{folder}/{name}": gzip.compress(json.dumps({"text": f"{folder} {name}", "url": "u"}).encode())
+             for folder in ("en", "en.noclean") for name in names}
+    with serve("allenai/c4", files) as hub:
+        hub.faults["GET", f"en/{names[1]}"] = ["truncate"]
+        code, _, errors = download(hub.url, "--data", "c4", "-n", "2")
+        assert (code, errors) == (0, []) and folder_of("c4") == {name: files[f"en/{name}"] for name in names}
+    corpus = open_corpus("c4")
+    assert list(corpus.documents("train")) == [f"en {name}" for name in names[:2]] and list(corpus.documents("val")) == [f"en {names[2]}"]
+
+
 def test_interrupted_download_leaves_only_whole_files(hub):
     hub.faults["GET", "shard_00001.parquet"] = ["stall"]
     process = start(hub.url, "--data", "climbmix", "-n", "2", "-w", "1")
     assert hub.stalled.wait(30)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=5)
+    _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
     assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0
@@ -283,5 +305,5 @@ def test_a_full_disk_ends_the_download_at_once():
         raise OSError(errno.ENOSPC, "No space left on device")
     attempts = []
     with pytest.raises(OSError, match="No space left"):
-        dataset._persistently(full)
+        hub_files.persistently(full)
     assert len(attempts) == 1

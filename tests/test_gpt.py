@@ -240,47 +240,6 @@ def test_value_embeddings_join_every_other_layer_and_change_the_output():
     assert (model(tokens(1, 16)) - before).abs().max() > 1e-3
 
 
-# ---- layer maps
-
-MAP = (0, 1, 1, 0, 2)
-
-
-def copied(model: GPT) -> GPT:
-    """Each position of the stack with weights of its own."""
-    other = tiny(n_layer=len(MAP), window_pattern="L", attn_ranks=(4, 8, 8, 4, 0), value_embeddings=False).double()
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("blocks.")}
-    for i, layer in enumerate(MAP):
-        state |= {f"blocks.{i}.{name}": tensor for name, tensor in model.blocks[layer].state_dict().items()}
-    other.load_state_dict(state)
-    return other
-
-
-def test_tied_layers_are_copied_ones_and_their_gradient_is_the_sum():
-    tied, idx = tiny(layer_map=MAP, window_pattern="L", attn_ranks=(4, 8, 0)).double(), tokens(2, 16)
-    each = copied(tied)
-    for model in (tied, each):
-        model(idx, idx, torch.float64).backward()
-    torch.testing.assert_close(tied(idx, compute_dtype=torch.float64), each(idx, compute_dtype=torch.float64), atol=0, rtol=0)
-    for name, p in tied.blocks.named_parameters():
-        layer, rest = name.split(".", 1)
-        parts = [each.blocks[i].get_parameter(rest).grad for i, source in enumerate(MAP) if source == int(layer)]
-        torch.testing.assert_close(p.grad, sum(parts), atol=1e-12, rtol=1e-9)
-    assert tied.resid_lambdas.shape == (5,)  # by position
-
-
-def test_the_identity_map_changes_no_bit():
-    plain, mapped, idx = tiny(value_embeddings=True), tiny(value_embeddings=True, layer_map=(0, 1, 2)), tokens(2, 16)
-    assert torch.equal(plain(idx), mapped(idx)) and account(plain) == account(mapped)
-
-
-def test_a_tied_layer_keeps_its_window_and_its_value_table():
-    model = tiny(value_embeddings=True, layer_map=(0, 2, 2, 1))
-    assert [model.config.window(layer) for layer in model.config.positions] == [8, 16, 16, 8]
-    before = model(tokens(1, 16))
-    model.value_embeds["2"].weight.data.add_(1.0)
-    assert (model(tokens(1, 16)) - before).abs().max() > 1e-3 and list(model.value_embeds) == ["0", "2"]
-
-
 # ---- counts
 
 @pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5), dict(tie_embeddings=True, n_kv_head=2),
@@ -301,11 +260,6 @@ def test_counted_parameters_are_those_that_exist():
     assert counts["params/mlp"] == 3 * 2 * 3 * (32 + 128)
     assert counts["params/embedding"] == 3 * 50 * 32  # wte and value tables of layers 0 and 2
     assert counts["params/other"] == 6 + 32  # residual and shortcut scales, smear
-
-
-def test_tied_layers_count_once_as_parameters():
-    once, often = account(tiny()), account(tiny(layer_map=(0, 0, 1, 1, 2, 2)))
-    assert often["params/total"] == once["params/total"] + 3 * 2 and often["flops/per_token"] > 1.5 * once["flops/per_token"]
 
 
 def test_bfloat16_compute_keeps_float32_masters():

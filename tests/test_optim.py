@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from nanochat import optim
+from nanochat.adapters import AdapterConfig, attach
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import Muon, build_optimizers, orthogonalize, update_scale
+from nanochat.optim import Muon, build_optimizers, orthogonalize, split_parameters, update_scale, uses_muon
 from nanochat.rank import account
 
 LRS = dict(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02, scalar_lr=0.01, weight_decay=0.1)
@@ -169,3 +170,27 @@ def test_the_shares_together_make_the_step_of_one_process():
             model.zero_grad()
     for (name, a), b in zip(one.named_parameters(), shared.parameters()):
         torch.testing.assert_close(a, b, msg=name)
+
+def test_extra_groups_of_adamw_take_what_is_added_to_a_model_in_any_number_of_processes():
+    """Adapters and the like: torch's own AdamW with their settings, decay on matrices only, and never Muon."""
+    def adapted():
+        model = small_model()
+        attach(model, "a", AdapterConfig("adalora", rank=2))
+        return model
+    settings = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
+    models = [adapted() for _ in range(2)]
+    trained = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trained[0] and all(".adapters." in name and not uses_muon(name, p) for name, p in trained[0].items())
+    shares = split_parameters(models[0], 3)
+    ours = [o for pieces in shares for o in build_optimizers(models[0], extra={".adapters.": settings}, pieces=pieces)]
+    theirs = torch.optim.AdamW([{"params": [p for p in trained[1].values() if p.ndim == 2]},
+                                {"params": [p for p in trained[1].values() if p.ndim < 2], "weight_decay": 0.0}], **settings)
+    assert sum(p.numel() for o in ours for g in o.param_groups for p in g["params"]) == sum(p.numel() for p in trained[0].values())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for a, b in zip(trained[0].values(), trained[1].values()):
+            a.grad = b.grad = torch.randn(a.shape, generator=generator)
+        for optimizer in (*ours, theirs):
+            optimizer.step()
+    for name in trained[0]:
+        torch.testing.assert_close(trained[0][name], trained[1][name], msg=name)

@@ -52,7 +52,11 @@ def test_a_shape_is_what_it_was_resolved_to():
     asked = a_run("asked", attn=64, mlp=64, flags={"budget_params": "full", "solve": "rank", "attn_rank": 0.5, "mlp_rank": 0.5, "aspect_ratio": 32})
     older = a_run("older", seed=3, attn=64, mlp=64)
     del older.config["flags"]["grad_clip"]
-    assert len(configurations([asked, a_run("given", seed=2, attn=64, mlp=64), older])) == 1
+    newer = a_run("newer", seed=4, attn=64, mlp=64)
+    newer.config["derived"]["model"]["layer_kinds"] = []
+    assert len(configurations([asked, a_run("given", seed=2, attn=64, mlp=64), older, newer])) == 1
+    newer.config["derived"]["model"]["layer_kinds"] = ["L", "S", "L", "S"]
+    assert len(configurations([older, newer])) == 2
 
 
 def test_names_tell_configurations_apart():

@@ -225,13 +225,16 @@ def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkey
 
 
 def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_rate():
-    rates = dict(embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0, weight_decay=0.0, subspace_lr=5.0)
+    rates = dict(embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0, weight_decay=0.0)
     for config in ALL:
-        groups = [g for o in build_optimizers(inside(config), **rates) for g in o.param_groups]
+        extra = subspace.adamw_settings(config, 5.0, 6.0)
+        groups = [g for o in build_optimizers(inside(config), **rates, extra=extra) for g in o.param_groups]
         model_names = sorted(name for name, _ in inside(config).named_parameters())
         assert sorted(name for g in groups for name in g["names"]) == model_names
-        for g in groups:
-            assert all((g["lr"] == 5.0) == name.startswith(("subspace.alpha", "subspace.A", "subspace.B")) for name in g["names"])
+        for name, lr in ((name, g["lr"]) for g in groups for name in g["names"]):
+            of_subspace = name.startswith(("subspace.alpha", "subspace.A", "subspace.B"))
+            assert lr == pytest.approx(5.0 / max(1, config.dim, config.rank) ** 0.5 if of_subspace else 6.0 if name == "subspace.scales" else lr)
+            assert of_subspace == (name.startswith("subspace.") and name != "subspace.scales")
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ def test_a_run_in_a_subspace_learns_resumes_to_the_bit_and_is_restored(train, ki
 
 
 @pytest.mark.parametrize("flags", [("none",), ("basis", "--subspace-dim", 5), ("fft-fastfood", "--subspace-dim", 50, "--freeze-embeddings"),
-                                   ("lora-random", "--subspace-rank", 2, "--tie-embeddings", "--layer-map", "twice")])
+                                   ("lora-random", "--subspace-rank", 2, "--tie-embeddings", "--layer-map", "mobilellm")])
 def test_every_method_trains(train, flags):
     run = train("--subspace", *flags, "--num-iterations", 20)
     assert losses(run)[-1] < losses(run)[0] - 0.1 and run.summary["status"] == "finished"

@@ -106,6 +106,12 @@ def test_h3_wants_depth_and_equal_parameters():
     assert judge(full_runs() + low_runs([0.97, 0.97, 0.98, 0.97], summary={"params/total": 5_000_000}))[2].verdict == NOT_APPLICABLE
 
 
+def test_tied_layers_make_a_run_deeper():
+    tied = low_runs([0.970, 0.975, 0.972, 0.971], summary={"params/total": 4_950_000}, flags={"layer_map": "0,0,1,1,2,2,3,3"})
+    assert judge(full_runs() + tied)[2].verdict == SUPPORTED
+    assert judge(full_runs(flags={"layer_map": "0,0,1,1,2,2,3,3"}) + tied)[2].verdict == NOT_APPLICABLE  # as deep
+
+
 def test_h3_is_held_against_the_best_full_rank_shape():
     deep = low_runs([0.985, 0.987, 0.986, 0.985], depth=8, summary={"params/total": 5_000_000})
     better = full_runs([p * 0.95 for p in FULL], depth=5)

@@ -18,7 +18,7 @@ from nanochat.common import ArgumentParser, whole_number
 from nanochat.dataloader import training_batches
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
-from nanochat.subspace import SubspaceConfig, attach
+from nanochat.subspace import SubspaceConfig, adamw_settings, attach
 
 TARGET, DIM = 2.0, 5  # of the time of a basis, and its d
 GROWING = (1, 5, 50)  # d of which the peaks are compared
@@ -32,7 +32,8 @@ def make_subject(name: str, config: GPTConfig, subspace: SubspaceConfig | None, 
     if subspace:
         attach(model, subspace)
     rows = noise_rows(config.vocab_size, config.sequence_len)
-    return Subject(name, model, build_optimizers(model, **RATES, subspace_lr=0.01), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+    extra = adamw_settings(subspace, 0.01, 0.1) if subspace else None
+    return Subject(name, model, build_optimizers(model, **RATES, extra=extra), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
 
 
 def peak_mib(subject: Subject, device) -> float:

@@ -1,0 +1,123 @@
+"""Runs that train a part of their numbers, adapters on a trained model and random subspaces: their names, and what is measured of them alone."""
+import math
+import os
+import re
+from statistics import fmean
+
+import numpy as np
+
+ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "ia3": "IA3", "none": "full fine-tuning"}
+SUBSPACES = {"none": "embeddings only", "basis": "basis", "fastfood": "Fastfood", "fft-fastfood": "FFT-Fastfood", "lora-random": "LoRA on noise"}
+SCOPES = {"global": "in all", "layer": "a layer", "matrix": "a matrix"}
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+def method(settings: dict) -> str:
+    """'LoRA', 'Fastfood', …, from the flags; '' for an ordinary run, in which every number of the model is trained from scratch."""
+    if adapter := settings.get("adapter"):
+        return ADAPTERS.get(adapter, adapter)
+    subspace = settings.get("subspace") or ""
+    words = SUBSPACES.get(subspace, subspace)
+    words = f"structure-aware {words}" if words and settings.get("subspace_scales") else words
+    return words + ", no embeddings" if words and settings.get("freeze_embeddings") else words
+
+
+def with_size(settings: dict) -> str:
+    """'LoRA 8', 'basis 5 a layer', 'IA3'; '' for an ordinary run."""
+    name, subspace = method(settings), settings.get("subspace")
+    if settings.get("adapter") in ("lora", "adalora"):
+        return f"{name} {settings.get('rank', 0):g}"
+    if settings.get("adapter") or subspace in (None, "", "none"):
+        return name
+    size = settings.get("subspace_rank") if subspace == "lora-random" else settings.get("subspace_dim")
+    scope = "" if subspace == "lora-random" else SCOPES.get(settings.get("subspace_scope") or "global", "")
+    first, *rest = name.split(", ")
+    return ", ".join([f"{first} {size or 0:g} {scope}".rstrip(), *rest])
+
+
+def line_name(settings: dict) -> str:
+    """What runs of one method share that differ in the dimension of their subspace."""
+    return " ".join(filter(None, [method(settings), SCOPES.get(settings.get("subspace_scope") or "global", "")]))
+
+
+def base_name(flags: dict) -> str:
+    """The run that an adapter's run starts from, without its seed and without what its name shares with the adapter's: the sweep's name."""
+    base, own = flags.get("model_tag") or "", flags.get("run_tag") or ""
+    shared = os.path.commonprefix([base, own])
+    return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1:])
+
+
+# ---- the dimension that is enough -----------------------------------------------------------------------------------
+
+def loss_at_start(run) -> float | None:
+    """Nats per token before the first step: as evaluated, or else that of equal probabilities, near which an untrained model lies."""
+    first = run.history[0] if run.history else {}
+    if first.get("step") == 0 and "val/loss" in first:
+        return first["val/loss"]
+    uniform = run.config.get("reference_losses", {}).get("uniform")
+    vocabulary = run.config.get("derived", {}).get("model", {}).get("vocab_size")
+    return uniform or (math.log(vocabulary) if vocabulary else None)
+
+
+def d90(points: list[tuple[float, float]], start: float, full: float) -> float | None:
+    """The smallest dimension whose loss closes 90 % of start - full (arXiv 1804.08838, for losses), from points (dimension, loss).
+
+    Between the last dimension that does not and the first that does, linear in the logarithm of the dimension. None: not reached.
+    """
+    target, before = start - 0.9 * (start - full), None
+    for dimension, loss in sorted(points):
+        if loss <= target:
+            if before is None:
+                return dimension  # an upper bound: no smaller one was tried
+            share = (before[1] - target) / (before[1] - loss)
+            return math.exp((1 - share) * math.log(before[0]) + share * math.log(dimension))
+        before = dimension, loss
+    return None
+
+
+# ---- does one order predict the other -------------------------------------------------------------------------------
+
+def ranks(values) -> np.ndarray:
+    """1 for the smallest; equal values share the mean of their places."""
+    _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(x, y) -> float:
+    """Correlation of the ranks; NaN where either has one value only."""
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    size = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else math.nan
+
+
+def spearman_interval(x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """Percentile bootstrap over the pairs; None for fewer than four, of which nothing can be said, and where there is no correlation."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) < 4 or math.isnan(spearman(x, y)):
+        return None
+    drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+    found = [rho for of in drawn if not math.isnan(rho := spearman(x[of], y[of]))]  # a resample may be one pair over and over
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+# ---- where AdaLoRA's ranks went -------------------------------------------------------------------------------------
+
+def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
+    """(layers, matrices, mean final rank over the runs by matrix and layer; NaN where a layer has no such matrix)."""
+    found = {}
+    for run in runs:
+        for name, rank in run.summary.get("adalora/ranks", {}).items():
+            if match := re.fullmatch(r"\w+\.(\d+)\.(.+)", name):
+                found.setdefault((match[2], int(match[1])), []).append(rank)
+    layers, matrices = sorted({layer for _, layer in found}), list(dict.fromkeys(matrix for matrix, _ in found))
+    return layers, matrices, [[fmean(found.get((matrix, layer), [math.nan])) for layer in layers] for matrix in matrices]
+
+
+def rank_shares(layers: list[int], matrices: list[str], grid: list[list[float]]) -> tuple[float, float]:
+    """(share of all ranks in the later half of the layers, share in the MLP). Of an odd number the middle layer counts half."""
+    table = np.nan_to_num(np.asarray(grid, float))
+    half = len(layers) / 2
+    late = sum(table[:, i].sum() * min(1.0, max(0.0, i + 1 - half)) for i in range(len(layers)))
+    return float(late / table.sum()), float(sum(row.sum() for matrix, row in zip(matrices, table) if matrix.startswith("mlp")) / table.sum())
