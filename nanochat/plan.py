@@ -302,7 +302,7 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
            f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
     if within := plan.get("subspace"):
         flags = {"subspace": within["kind"], **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")}, **within}
-        print0(f"subspace: {subspace_name(flags)}")
+        print0(f"subspace: {with_size(flags)}")
     if accounting["params/trained"] < accounting["params/total"]:
         print0(f"trained: {accounting['params/trained']:,} of its numbers" + (", the rest follows from them and a seed" if within else ""))
     for key, value in accounting.items():

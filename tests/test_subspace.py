@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from conftest import losses
-from nanochat import generated, metrics, noise, pairs, study, subspace, training
+from nanochat import generated, metrics, noise, subspace, training
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError
 from nanochat.gpt import GPT, GPTConfig
@@ -327,13 +327,3 @@ def test_a_run_in_a_subspace_learns_resumes_to_the_bit_and_is_restored(train, ki
 def test_every_method_trains(train, flags):
     run = train("--subspace", *flags, "--num-iterations", 20)
     assert losses(run)[-1] < losses(run)[0] - 0.1 and run.summary["status"] == "finished"
-
-
-def test_a_report_names_a_subspace_and_never_takes_it_for_full_or_low_rank():
-    flags = {"subspace": "fastfood", "subspace_dim": 9, "subspace_scope": "", "subspace_rank": 0, "subspace_scales": True, "freeze_embeddings": False}
-    assert study.rank_name(flags) == "fastfood 9 global scales" and study.rank_name({"subspace": "", "attn_rank": 4}) == "attn 4"
-    runs = [metrics.Run(tag, {"flags": {"seed": 0, "attn_rank": rank, "mlp_rank": 0, "lm_head_rank": 0, "matrix_ranks": "", **more}, "derived": {}}, {}, [])
-            for tag, rank, more in (("full", 0, {"subspace": ""}), ("low", 4, {"subspace": ""}), ("few", 0, flags))]
-    full, low, few = study.configurations(runs)
-    assert not few.low_rank and low.low_rank  # no run of low rank, and no full-rank run to compare one with
-    assert pairs.key(low, pairs.FAMILY) != pairs.key(few, pairs.FAMILY)
