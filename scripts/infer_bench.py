@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nanochat import common, plan
+from nanochat import common, flags, plan
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
-from nanochat.flags import build_parser, rank_flag
+from nanochat.flags import rank_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.page import to_markdown
 from scripts.generate import open_model
@@ -229,8 +229,8 @@ def build_parser():
 def shape_of(args) -> GPTConfig:
     """The model that the shape's flags describe, by base_train's rules."""
     given = {key: getattr(args, key) for key in SHAPE if getattr(args, key) is not None}
-    flags = Namespace(**{**vars(build_parser().parse_args([])), **SHAPE, **given})
-    return plan.model_config(flags, flags.vocab_size)
+    asked = Namespace(**{**vars(flags.build_parser().parse_args([])), **SHAPE, **given})
+    return plan.model_config(asked, asked.vocab_size)
 
 
 def main(argv=None):
