@@ -20,19 +20,16 @@ import itertools
 import os
 import re
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import metrics
 from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import HUB_SETS
-from nanochat.experiment_file import (POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flag_names, flags_of, load_toml, nearest,
-                                      whole_numbers)
+from nanochat.experiment_file import POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flags_of, load_toml, nearest, whole_numbers
 from nanochat.gpt import GPTConfig
-from nanochat.layer_maps import parse_map
-from nanochat.plan import solve_budget, training_plan
 from nanochat.rank import count_parameters
+from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
 RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "rank-schedule": "",
@@ -107,21 +104,6 @@ class Sweep:
             if point.tag == tag:
                 return point
         raise InputError(f"--task {tag}: {self.file} has no such point{nearest(tag, [p.tag for p in self.points])}; --plan lists them")
-
-
-@dataclass
-class Variant:
-    """A point before its seeds are dealt out."""
-    table: dict                                         # the point, as it stands in the file
-    label: str                                          # with what varies in it
-    flags: dict                                         # flag -> value, as in the file
-    seeds: list[int]
-    processes: int
-    own: set[str] = field(default_factory=set)          # flags that are its own: not the same in all points
-    paired_with: str = ""                               # the point that its full-rank partner is a case of; "": made from its own flags
-    partner: "Variant | None" = None
-    script: str = "base_train"
-    base: "Variant | None" = None                       # the point that it starts from
 
 
 # ---- from a file to points ------------------------------------------------------------------------------------------
@@ -294,11 +276,6 @@ def pair_up(variants: list[Variant], base: dict, spec: dict):
         v.partner.seeds += [seed for seed in v.seeds if seed not in v.partner.seeds]
 
 
-def low_rank(v: Variant) -> bool:
-    config = resolved(v)[1]
-    return any(map(any, (config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values())))
-
-
 def merge_equal(variants: list[Variant]) -> tuple[list[Variant], list]:
     """Points that are the same run, as where scans cross, become one, under all their seeds. Returns (points, [(name, name of the first)])."""
     first, same = {}, []
@@ -341,52 +318,3 @@ def make_evals(sweep: str, variants: list[Variant], base: dict, spec: dict) -> t
             raise InputError(f"[evals.{name}]: {e}") from None
         made.append(Eval(name, tag, table["script"], argv))
     return tuple(made)
-
-
-def to_argv(flags: dict) -> tuple[str, ...]:
-    """Flags as base_train takes them: a switch stands alone, or not at all."""
-    return tuple(word for flag, value in flags.items() if value is not False
-                 for word in ((f"--{flag}",) if value is True else (f"--{flag}", str(value))))
-
-
-# ---- what the scripts make of it ------------------------------------------------------------------------------------
-
-def known(flags: dict, v: Variant) -> dict:
-    """Those that the point's script has; its own ones it judges itself."""
-    names = flag_names(v.script)
-    return {flag: value for flag, value in flags.items() if flag in names or flag in v.table}
-
-
-def identity(v: Variant) -> tuple:
-    """Equal for points that are the same run: all flags, the defaults of those not given included, and what they start from."""
-    flags = sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in vars(resolved(v)[0]).items())
-    return (v.script, *flags, *(identity(v.base) if v.base else ()))
-
-
-def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
-    """(flags, model, plan) as the script would have them. InputError names the point and says what the script would say."""
-    try:
-        if v.base:
-            own = to_argv({**known(v.flags, v), "model-tag": v.base.label or "base", "run-tag": v.label})
-            return resolve_adapted(v.script, own, to_argv(v.base.flags), v.processes)
-        return resolve(to_argv(v.flags), v.processes)
-    except InputError as e:
-        raise InputError(f"point {v.label or '(all)'}: {e}") from None
-
-
-@cache
-def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
-    args = flags_of("base_train", argv)
-    if args.vocab_size < 1:
-        raise InputError(f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258")
-    config = solve_budget(args, args.vocab_size)
-    return args, config, training_plan(args, config, processes)
-
-
-@cache
-def resolve_adapted(script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
-    """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
-    args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
-    if args.layer_map:  # layers of a second run cost what those of the first do
-        config = replace(config, layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)))
-    return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)
