@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanochat.adapters import attach_saved
-from nanochat.common import InputError, print0, sha256, write_atomic
+from nanochat.common import InputError, first_line, print0, sha256, write_atomic
 from nanochat.factorize import stacked
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.subspace import restore
@@ -56,7 +56,8 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
         sync_folder(folder.parent)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(building, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the checkpoint ({str(e).splitlines()[0]}); earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
+        raise InputError(f"{folder}: cannot write the checkpoint ({first_line(e)}); "
+                         f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
                          "make room or give write permission, and continue with --resume auto") from None
     for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
         shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)

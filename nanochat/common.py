@@ -71,6 +71,12 @@ def whole_number(minimum: int):
     return parse
 
 
+def device_flags(add, dtype: str):
+    """--device-type and --dtype, for pick_device_type and compute_dtype. `dtype` says what is of that dtype."""
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=dtype)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def get_base_dir() -> Path:

@@ -215,7 +215,8 @@ def with_intervals(results: dict, seed: int = 0) -> dict:
     binomial, and that is what is drawn. A task with none or all right has an interval of no width.
     """
     rng = np.random.default_rng(seed)
-    draws = {label: centered(rng.binomial(t["examples"], t["accuracy"], DRAWS) / t["examples"], t["baseline"]) for label, t in results["tasks"].items()}
+    draws = {label: centered(rng.binomial(t["examples"], t["accuracy"], DRAWS) / t["examples"], t["baseline"])
+             for label, t in results["tasks"].items()}
 
     def interval(values):
         return np.quantile(values, [0.025, 0.975]).tolist()

@@ -31,7 +31,8 @@ from nanochat.gpt import GPTConfig
 from nanochat.rank import count_parameters
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
-RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve", "factor-act", "recompute")
+RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve",
+              "factor-act", "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "rank-schedule": "",
          "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps",
          "layer-map": "map", "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
@@ -224,7 +225,8 @@ def at_same_place(where: str, name: str, grid: dict, base: dict, spec: dict) -> 
         raise InputError(f"{where} {name!r}: no point of this file; there are {', '.join(filter(None, points)) or 'none with names'}")
     found = expand(name, points[name], base, {**spec, "grid": {flag: [value] for flag, value in grid.items()}})
     if len(found) > 1:
-        raise InputError(f"{where} {name!r}: that is {len(found)} points, {', '.join(v.label for v in found[:3])}, …; name one with a single value of each flag")
+        raise InputError(f"{where} {name!r}: that is {len(found)} points, {', '.join(v.label for v in found[:3])}, …; "
+                         "name one with a single value of each flag")
     return found[0]
 
 

@@ -102,7 +102,8 @@ def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True, 
         if flag in SHARED and not shared:
             raise InputError(f"{where}: {flag} has to be the same in all runs: write it in [flags]")
         if isinstance(value, list) and not lists:
-            raise InputError(f"{where}: {flag} has a list: what varies belongs into [grid] or a point; a list of one flag is text, as in {flag} = \"100,50\"")
+            raise InputError(f"{where}: {flag} has a list: what varies belongs into [grid] or a point; "
+                             f"a list of one flag is text, as in {flag} = \"100,50\"")
         if not isinstance(value, list) and not scalars:
             raise InputError(f"{where}: {flag} has one value: write it in [flags], or as a list")
         values = value if isinstance(value, list) else [value]

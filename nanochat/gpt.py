@@ -337,7 +337,9 @@ class GPT(nn.Module):
         self.smear.zero_()
 
     def rotary(self, T: int, device, dtype, start: int = 0):
-        """cos, sin: (T, D/2), of the positions from `start` on. The slowest pair of channels turns once in 2π · 4 contexts (base 8192 at 2048 tokens)."""
+        """cos, sin: (T, D/2), of the positions from `start` on. The slowest pair of channels turns once in 2π · 4 contexts
+        (base 8192 at 2048 tokens).
+        """
         D = self.config.n_embd // self.config.n_head
         inverse_frequency = (4.0 * self.config.sequence_len) ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
         angle = torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * inverse_frequency

@@ -76,7 +76,8 @@ class Signals(list):
 
     def __enter__(self):
         self.event = threading.Event()
-        self.before = {s: signal.signal(s, lambda number, _: (self.append(number), self.event.set())) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.before = {s: signal.signal(s, lambda number, _: (self.append(number), self.event.set()))
+                       for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
@@ -108,7 +109,8 @@ def places(sweep: Sweep, j: int | None) -> list[dict]:
         gpus = visible_gpus()
         groups = [tuple(gpus[i:i + sweep.processes]) for i in range(0, len(gpus) - sweep.processes + 1, sweep.processes)]
         if not groups:
-            raise InputError(f"{sweep.file}: a run wants {sweep.processes} GPU(s), this machine has {len(gpus)}; set processes, or use --launcher slurm")
+            raise InputError(f"{sweep.file}: a run wants {sweep.processes} GPU(s), this machine has {len(gpus)}; "
+                             "set processes, or use --launcher slurm")
         return [{"gpus": group, "threads": None} for group in groups[:j]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     j = j or 1
@@ -178,8 +180,8 @@ def launch(sweep: Sweep, point: Point, args, place: dict, held: list, task_comma
     log = log_of(sweep, point)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as out:
-        return subprocess.Popen([*task_command(sweep, point, args), "--launched", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
-                                start_new_session=True, pass_fds=[lock.fileno() for lock in held])
+        return subprocess.Popen([*task_command(sweep, point, args), "--launched", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                env=environment, start_new_session=True, pass_fds=[lock.fileno() for lock in held])
 
 
 def outcome_of(run: Running, asked: bool) -> str:
@@ -278,7 +280,8 @@ class Display:
         if not seen:
             return f"  {point.tag}  starting"
         left = (steps - seen["step"]) * seen["total_training_time"] / seen["step"]
-        return f"  {point.tag}  step {seen['step']}/{steps}" + (f"  ppl {seen['val/ppl']:.2f}" if "val/ppl" in seen else "") + f"  ETA {human(left, TIME)}"
+        ppl = f"  ppl {seen['val/ppl']:.2f}" if "val/ppl" in seen else ""
+        return f"  {point.tag}  step {seen['step']}/{steps}{ppl}  ETA {human(left, TIME)}"
 
     def event(self, point: Point, what: str):
         self.done += what.startswith("finished")

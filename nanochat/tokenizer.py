@@ -84,5 +84,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)
     if tokenizer.vocab_size != vocab_size:
-        raise InputError(f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size} tokens; give more text or at most --vocab-size {tokenizer.vocab_size}")
+        raise InputError(f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size} tokens; "
+                         f"give more text or at most --vocab-size {tokenizer.vocab_size}")
     return tokenizer

@@ -45,8 +45,7 @@ def main(argv=None):
     parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
     parser.add_argument("--max-per-task", type=whole_number(-1), default=-1, help="examples asked in each task of CORE; -1 = all")
     parser.add_argument("--device-batch-size", type=whole_number(1), default=32)
-    parser.add_argument("--device-type", choices=["", "cuda", "cpu"], default="")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    common.device_flags(parser.add_argument, "of the computation; weights are float32")
     args = parser.parse_args(argv)
 
     # what is asked for, and what of it an earlier evaluation left

@@ -24,7 +24,8 @@ def newest_finished_run() -> str:
     finished = [(path.stat().st_mtime, path.parent.name) for path in metrics.runs_dir().glob("*/summary.json")
                 if metrics.read_json(path).get("status") == "finished" and saved_steps(path.parent)]
     if not finished:
-        raise InputError(f"{metrics.runs_dir()}: no finished run with a checkpoint; train one with scripts.base_train, or name a run with --model-tag")
+        raise InputError(f"{metrics.runs_dir()}: no finished run with a checkpoint; "
+                         "train one with scripts.base_train, or name a run with --model-tag")
     return max(finished)[1]
 
 
@@ -74,7 +75,8 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
     for text in texts[1:]:
         text.add(None)
         print(f"\n{prompt}{text.text}", flush=True)
-    say(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; {1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}")
+    say(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; "
+            f"{1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}")
 
 
 def main(argv=None):
@@ -89,8 +91,7 @@ def main(argv=None):
     add("--top-k", type=whole_number(0), default=0, help="draw from the k likeliest tokens; 0 = from all")
     add("--top-p", type=number(0, 1), default=1.0, help="draw from the likeliest tokens that together have this probability")
     add("--seed", type=whole_number(0), default=0)
-    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    common.device_flags(add, "of the computation; weights are float32")
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("-p: the prompt is empty; give some text, or leave -p out and type it")

@@ -152,7 +152,8 @@ def tables(result: dict) -> list[tuple]:
             for case in result["cases"] for name, f in case["forms"].items()]
     said = [("paragraph", verdicts(case)) for case in result["cases"] if "factored" in case["forms"]]
     return [("subheading", "Weights"),
-            ("table", ["form", "parameters", "MiB", "in the blocks, MiB", "/ dense", "blocks / dense", "cache of one full context, MiB"], weights, "numbers"),
+            ("table", ["form", "parameters", "MiB", "in the blocks, MiB", "/ dense", "blocks / dense",
+                       "cache of one full context, MiB"], weights, "numbers"),
             ("subheading", "Which is faster"), *(said or [("paragraph", "The model has no low-rank layer: there is nothing to compare.")]),
             ("subheading", "Time and memory"),
             ("paragraph", "Prefill over step: how many times as long a token takes, or longer, if what was computed for the prompt is not kept."),
@@ -170,7 +171,8 @@ def draw(result: dict):
         for i, name in enumerate(names):
             found = [case["forms"][name][key] for case in cases]
             errors = [[scale * (f["median"] - f["low"]) for f in found], [scale * (f["high"] - f["median"]) for f in found]]
-            panel.errorbar(batches, [scale * f["median"] for f in found], errors, **colour_and_marker(i), linewidth=1.5, markersize=5, elinewidth=1, label=name)
+            panel.errorbar(batches, [scale * f["median"] for f in found], errors, **colour_and_marker(i),
+                           linewidth=1.5, markersize=5, elinewidth=1, label=name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -188,7 +190,8 @@ def draw(result: dict):
         heights = []
         for batch, name in bars:
             f, weights = next(case for case in cases if case["batch"] == batch)["forms"][name], result["forms"][name]["weights_bytes"]
-            heights.append({"weights": weights, "cache": f["cache_bytes"], "activations": max(0, f["peak_bytes"] - weights - f["cache_bytes"])}[part] / 2**20)
+            rest = max(0, f["peak_bytes"] - weights - f["cache_bytes"])
+            heights.append({"weights": weights, "cache": f["cache_bytes"], "activations": rest}[part] / 2**20)
         memory.bar(range(len(bars)), heights, bottom=below, color=colour, label=part, width=0.75)
         below += heights
     memory.set_xticks(range(len(bars)), [f"{name}, {batch}" for batch, name in bars], rotation=40, ha="right", fontsize=8.5)
@@ -220,8 +223,7 @@ def build_parser():
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
     add("--repeats", type=whole_number(1), default=8, help="turns of each form")
-    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of weights and activations")
+    common.device_flags(add, "of weights and activations")
     add("--out", type=Path, default=None, metavar="DIR", help="folder for infer_bench.md, .json and .png")
     return parser
 
@@ -249,9 +251,11 @@ def main(argv=None):
         raise InputError(f"--prompt-tokens {args.prompt_tokens}: leaves no room in the model's context of {model.config.sequence_len}; "
                          f"give at most {model.config.sequence_len - 1}")
 
-    machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch.")}
+    machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "dtype": str(dtype).removeprefix("torch.")}
     what = f"run {args.model_tag}, step {step}" if args.model_tag else "random weights"
-    about = (f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; {what}: width {model.config.n_embd}, "
+    about = (f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; "
+             f"{what}: width {model.config.n_embd}, "
              f"{model.config.n_layer} layers, vocabulary {model.config.vocab_size}; prompts of {args.prompt_tokens} tokens, {args.repeats} repeats")
     print(about, flush=True)
     forms, cases = forms_of(model, dtype), []
@@ -272,7 +276,8 @@ def main(argv=None):
     if args.out:
         write_atomic(args.out / "infer_bench.json", json.dumps(result, indent=1) + "\n")
         write_atomic(args.out / "infer_bench.png", png(draw(result)))
-        page = [("heading", "Inference bench"), ("paragraph", about), ("figure", "infer_bench.png", "Speed over batch sizes, and memory at the peak; bars are quartiles"), *blocks]
+        page = [("heading", "Inference bench"), ("paragraph", about),
+                ("figure", "infer_bench.png", "Speed over batch sizes, and memory at the peak; bars are quartiles"), *blocks]
         write_atomic(args.out / "infer_bench.md", to_markdown(page))
         print(f"written: {args.out / 'infer_bench.md'}, .json, .png")
 

@@ -294,8 +294,7 @@ def build_parser():
     add("--ranks", type=list_of(low_rank), default="0.125,0.25,0.33,0.5,0.75,0.95",
         help="whole numbers, or fractions of min(in, out) of each matrix")
     add("--tokens", type=list_of(whole_number(1)), default="1024,4096", help="tokens in a batch; one token by itself is always measured")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the activations; weights are float32")
-    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    common.device_flags(add, "of the activations; weights are float32")
     add("--repeats", type=whole_number(1), default=20, help="turns of each variant")
     add("--out", type=Path, default=None, metavar="DIR", help="folder for layer_bench.md, .json and .png")
     return parser

@@ -258,7 +258,7 @@ def test_c4_files_are_those_of_its_english_folder():
     files = {f"{folder}/{name}": gzip.compress(json.dumps({"text": f"{folder} {name}", "url": "u"}).encode())
              for folder in ("en", "en.noclean") for name in names}
     with serve("allenai/c4", files) as hub:
-        hub.faults["GET", f"en/{names[1]}"] = ["truncate"]
+        hub.faults["GET", f"en/{names[1]}"] = ["corrupt"]
         code, _, errors = download(hub.url, "--data", "c4", "-n", "2")
         assert (code, errors) == (0, []) and folder_of("c4") == {name: files[f"en/{name}"] for name in names}
     corpus = open_corpus("c4")
