@@ -2,10 +2,14 @@
 
 A training step, with `adapters = adapters_of(model, name)` and `allocator = Allocator(adapters, ...)`:
 
-    (model(x, y) + 0.1 * orthogonality(adapters)).backward()
-    allocator.observe()      # scores, from parameters and gradients before the update
+    model(x, y).backward()
+    allocator.observe()                              # scores, from parameters and gradients before the update
+    (0.1 * orthogonality(adapters)).backward()       # the objective is the loss plus this
     optimizer.step()
-    allocator.allocate()     # the triplets beyond the budget: λ = 0
+    allocator.allocate()                             # the triplets beyond the budget: λ = 0
+
+The paper scores by the gradient of the whole objective. Here the loss's alone counts: in a small model that of the orthogonality is so
+much larger that it would choose by the matrices' shapes (all triplets in attention, none in the MLP; dev/LOG.md).
 
 The parameters are those of `adapter_layers.Triplets`. Resuming takes the adapter's tensors, the optimizer's state and `allocator.state_dict()`.
 """

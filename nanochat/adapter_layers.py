@@ -63,8 +63,8 @@ class LoRA(Update):
 
 class Triplets(Update):
     """s·P(λ ∘ Q x), P: (out, r), λ: (r,), Q: (r, in): AdaLoRA's form of an SVD (arXiv 2303.10512). λ = 0 at the start, P and Q
-    Gaussian with the 0.02 of its authors' code. A triplet is one λᵢ, its column of P and its row of Q; those not `live` have λᵢ = 0.
-    rank: at the start; end_rank: this matrix's share of the budget at the end.
+    Gaussian, their columns and rows of length about 1 and near to orthonormal. A triplet is one λᵢ, its column of P and its row of Q;
+    those not `live` have λᵢ = 0. rank: at the start; end_rank: this matrix's share of the budget at the end.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, end_rank: int, scale: float, dropout: float = 0.0):
@@ -76,8 +76,8 @@ class Triplets(Update):
         self.register_buffer("live", torch.ones(rank, dtype=torch.bool))
 
     def init(self, generator):
-        for factor in (self.P, self.Q):
-            nn.init.normal_(factor, std=0.02, generator=generator)
+        for factor, length in ((self.P, len(self.P)), (self.Q, self.Q.size(1))):
+            nn.init.normal_(factor, std=length**-0.5, generator=generator)
 
     def inner(self, x):  # (..., in) -> (..., r)
         return F.linear(self.dropped(x), self.Q.to(x.dtype))

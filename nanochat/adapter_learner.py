@@ -24,12 +24,10 @@ class AdapterLearner(Learner):
     def optimizers(self, pieces):
         return build_optimizers(self.model, extra={".adapters.": self.settings}, pieces=pieces)
 
-    def penalty(self):
-        return self.orthogonality_weight * orthogonality(self.adapters) if self.allocator and self.orthogonality_weight else None
-
     def before_update(self):
         if self.allocator:
             self.allocator.observe()
+            (self.orthogonality_weight * orthogonality(self.adapters)).backward()  # added to the gradients that are there
 
     def after_update(self):
         if self.allocator:

@@ -41,11 +41,8 @@ class Learner:
     def optimizers(self, pieces) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.model, **self.rates, pieces=pieces)
 
-    def penalty(self):
-        """A term added to the loss of every micro-step; None: none."""
-
     def before_update(self):
-        """Called with the step's gradients, averaged over the processes, on all of which it must do the same."""
+        """Called with the step's gradients, averaged over the processes; what it does to them it must do alike on all."""
 
     def after_update(self):
         """Called once every process has the step's new parameters."""
@@ -105,7 +102,7 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def forward_backward(learner: Learner, batches, micro_steps: int, place, dtype, stop) -> tuple[float, bool]:
+def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float, bool]:
     """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all of them, whether any
     process was asked to stop).
     """
@@ -113,13 +110,12 @@ def forward_backward(learner: Learner, batches, micro_steps: int, place, dtype, 
     total = torch.zeros(2, device=device)  # loss, requests to stop
     for _ in range(micro_steps):
         x, y = next(batches)
-        loss = learner.model(x, y, dtype) / micro_steps
-        penalty = learner.penalty()
-        (loss if penalty is None else loss + penalty / micro_steps).backward()
-        total[0] += loss.detach()  # without the penalty: comparable between runs
+        loss = model(x, y, dtype) / micro_steps
+        loss.backward()
+        total[0] += loss.detach()
     total[1] = stop.is_set()
     if world_size > 1:
-        average_gradients(learner.model.parameters(), world_size)
+        average_gradients(model.parameters(), world_size)
         dist.all_reduce(total)
     loss, stops = total.tolist()
     return loss / world_size, stops > 0
@@ -286,7 +282,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         started = time.perf_counter()
         if learner.draws:
             torch.manual_seed(hash((args.seed, step, rank)))  # of whole numbers: the same in every process
-        loss, stopping = forward_backward(learner, batches, plan["grad_accum_steps"], place, dtype, stop)
+        loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
         grad_norm = gradient_norm(model, args.grad_clip)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
