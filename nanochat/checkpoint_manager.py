@@ -14,6 +14,7 @@ from nanochat.adapters import attach_saved
 from nanochat.common import InputError, print0, sha256, write_atomic
 from nanochat.factorize import stacked
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
 
@@ -108,7 +109,10 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
         return adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes), tokenizer, meta
     with torch.device(device):
         model = GPT(GPTConfig(**meta["model"] | changes))
-    model.load_state_dict(state["model"])
+    if "subspace" in meta:
+        restore(model, meta["subspace"], state["model"])
+    else:
+        model.load_state_dict(state["model"])
     return model, tokenizer, meta
 
 

@@ -6,6 +6,7 @@ from nanochat.common import ArgumentParser, whole_number
 from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
+from nanochat.subspace import KINDS, SCOPES
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 
@@ -103,6 +104,18 @@ def add_rank_flags(add):
     add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
 
 
+def add_subspace_flags(add):
+    """Matrices made of a few trained numbers and a seed."""
+    add("--subspace", choices=["", *KINDS], default="", help="how the matrices in the blocks follow from a few trained numbers and --seed; none = they stay as "
+        "drawn, which leaves embeddings and head to train; '' = they are trained themselves")
+    add("--subspace-dim", type=whole_number(1), default=0, help="trained numbers of basis, fastfood and fft-fastfood, in each part of the scope")
+    add("--subspace-scope", choices=["", *SCOPES], default="", help="what shares them: all matrices, those of a layer, or each has its own; '' = global")
+    add("--subspace-rank", type=whole_number(1), default=0, help="of the trained factors that lora-random adds to frozen noise")
+    add("--subspace-scales", action="store_true", help="one more trained number for each matrix: its share of fastfood or fft-fastfood")
+    add("--subspace-lr", type=number(0), default=0.02, help="of these numbers, divided by the root of their dimension or rank")
+    add("--freeze-embeddings", action="store_true", help="in a subspace: tables and head stay as drawn too")
+
+
 def add_horizon_flags(add):
     """The batch, and how long to train: of the horizons the first that is given counts."""
     add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
@@ -168,6 +181,7 @@ def build_parser():
              "shape or rank may be given beside it. The checkpoint has to stay until this run is finished")
     add_shape_flags(add)  # these two groups are answered by --init-from
     add_rank_flags(add)
+    add_subspace_flags(add)
     add_horizon_flags(add)
     add_rate_flags(add)
     add_schedule_flags(add)

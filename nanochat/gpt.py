@@ -328,6 +328,10 @@ class GPT(nn.Module):
                 linear.init(zero=True)    # every block starts as the identity
         if self.lm_head is not None:
             self.lm_head.init(zero=True)  # every token equally likely
+        self.init_scalars()
+
+    @torch.no_grad()
+    def init_scalars(self):
         self.resid_lambdas.fill_(1.0)
         self.x0_lambdas.fill_(0.1)
         self.smear.zero_()

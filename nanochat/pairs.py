@@ -17,7 +17,7 @@ FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
 SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "layer_map", "layer_kinds", *FAMILY)
 RANK = (*RANKS, "rank_schedule", "matrix_ranks", "factor_act")
 COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
-LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "grad_clip"}  # the other way round
+LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "subspace_lr", "weight_decay", "grad_clip"}  # the other way round
 NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, "vocab_size", "stop_at_ppl"}
 MOST = 100  # more seeds than that are no advice
 

@@ -10,6 +10,7 @@ from nanochat.common import InputError, print0
 from nanochat.flags import build_parser, matrix_ranks, rank_flag
 from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
 from nanochat.layer_maps import of_two, parse_map
+from nanochat.methods import with_size
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
@@ -284,6 +285,7 @@ def default_tag(args, config: GPTConfig) -> str:
     tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
     tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
+    tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
     return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
@@ -298,6 +300,8 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     rate = f"matrix lr {plan['matrix_lr']:.4g}" if "matrix_lr" in plan else f"lr {plan['lr']:.4g}"
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
            f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+    if accounting["params/trained"] < accounting["params/total"]:
+        print0(f"trained: {accounting['params/trained']:,} of its numbers")
     for key, value in accounting.items():
         share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""

@@ -164,7 +164,7 @@ def setting_name(key: str, setting) -> str:
     if isinstance(setting, bool):
         return words if setting else f"no {words}"
     if setting == "":
-        return f"no {words}"
+        return ""  # such as no layer map
     shown = f"{setting:g}" if isinstance(setting, float) else str(setting)
     return {"depth": f"{shown} layers", "model_dim": f"width {shown}", "rank_schedule": shown, "device_name": f"on {shown}",
             "threads": f"{shown} threads", "processes": f"{shown} processes"}.get(key, f"{words} {shown}")

@@ -330,7 +330,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
                 print0("\n".join(f"  sample: {text!r}" for text in entry["sample"]))
             entry["mem/peak_bytes"] = metrics.peak_memory_bytes(device)
             if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
-                entry |= {"mem/weights_bytes": bytes_of(model.parameters()),
+                entry |= {"mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
                           "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
             record.log(entry)
         if bad_in_a_row > args.max_bad_steps:

@@ -6,9 +6,11 @@
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 """
+from dataclasses import asdict
+
 import torch
 
-from nanochat import common
+from nanochat import common, subspace
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.gpt import GPT
@@ -30,7 +32,16 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
         raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, {tokenizer_path()} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
+    if "subspace" in theirs:
+        raise InputError(f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it")
     return {"model": state["model"]}, meta | {"source": {"tag": folder.name, "step": step, "sha256": theirs["sha256"]}}
+
+
+class SubspaceLearner(Learner):
+    """The numbers that the matrices are made of, embeddings and head: all the parameters that a model in a subspace has."""
+
+    def meta(self) -> dict:
+        return super().meta() | {"subspace": asdict(self.model.subspace.config)}
 
 
 def main(argv=None):
@@ -52,9 +63,13 @@ def main(argv=None):
     if args.plan:
         return print_frontier(args, vocab_size, world_size, dtype.itemsize)
     config = solve_budget(args, vocab_size)
+    within = subspace.from_flags(args, config)
     start = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
+    if within:
+        accounting = subspace.costs(within, config, accounting)
+        subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
         return print_plan(config, plan, accounting)
 
@@ -63,10 +78,14 @@ def main(argv=None):
         with torch.device(device):
             model = GPT(config)
             model.init_weights()
-        return Learner(model, dict(embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
-                                   scalar_lr=args.scalar_lr, weight_decay=args.weight_decay))
-    source = {"source": start[1]["source"]} if args.init_from else {}
-    run(args, args.model_tag or default_tag(args, config), config, plan, accounting, tokenizer, start, build, **source)
+        rates = dict(embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
+                     scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
+        if not within:
+            return Learner(model, rates)
+        subspace.attach(model, within)
+        return SubspaceLearner(model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)})
+    derived = ({"source": start[1]["source"]} if args.init_from else {}) | ({"subspace": asdict(within)} if within else {})
+    run(args, args.model_tag or default_tag(args, config), config, plan, accounting, tokenizer, start, build, **derived)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def main(argv=None):
     folder = metrics.runs_dir() / args.model_tag
     run = metrics.load_run(folder)
     step = step_or_newest(folder, args.step)
+    if run.config["flags"].get("subspace"):
+        raise InputError(f"--model-tag {args.model_tag}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it")
     if args.out_tag:
         out = metrics.runs_dir() / args.out_tag
         with common.claimed(common.get_base_dir() / "locks" / f"{args.out_tag}.lock", f"--out-tag {args.out_tag}: {out}"):

@@ -1,11 +1,15 @@
 """A tiny world for the tests: a corpus of simple sentences, its tokenizer, and a function that trains a tiny model."""
 import json
 import random
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
 from nanochat import metrics
 
+ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran away home again".split()
 
 
@@ -44,6 +48,20 @@ def train(base_dir, corpus_dir):
     def run(*flags, tag="tiny"):
         base_train.main([*TINY, "--data", str(corpus_dir), "--model-tag", tag, *map(str, flags)])
         return metrics.load_run(metrics.runs_dir() / tag)
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command('scripts/x.py', '--flag', value, …) -> (exit code, stdout, stderr) of `python scripts/x.py --flag value …`, run in this process."""
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            return end.code, *capfd.readouterr()
+        return 0, *capfd.readouterr()
     return run
 
 

@@ -1,4 +1,4 @@
-"""Processes of one run as torchrun starts them, but forked from one that has torch loaded already, which saves each of them seconds."""
+"""One process, or those of one run as torchrun starts them, forked from one that has torch loaded already: that saves each of them seconds."""
 import os
 import socket
 import time
@@ -12,13 +12,13 @@ fork_server.set_forkserver_preload(["torch", "scripts.base_train"])
 
 
 class Launched:
-    """function(*arguments) in `count` processes of one group, which end as a script does. `output` takes what they print."""
+    """function(*arguments) in a process or in a group of `count`, which end as a script does. `output` takes what they print."""
 
     def __init__(self, count, output, function, *arguments):
         self.output = output
         group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        self.processes = [fork_server.Process(target=as_script, args=(output, environment(RANK=rank, LOCAL_RANK=rank, **group), function, arguments))
-                          for rank in range(count)]
+        places = [{"RANK": rank, "LOCAL_RANK": rank, **group} for rank in range(count)] if count > 1 else [{}]
+        self.processes = [fork_server.Process(target=as_script, args=(output, environment(**place), function, arguments)) for place in places]
         for process in self.processes:
             process.start()
 

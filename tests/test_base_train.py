@@ -18,6 +18,7 @@ from nanochat.common import REQUEUE, InputError
 from nanochat.flags import build_parser
 from nanochat.loss_eval import reference_losses
 from nanochat.plan import model_config, training_plan
+from processes import Launched
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
@@ -372,7 +373,9 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
 
 
 def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):
-    code = f"import time; from nanochat.common import claimed; from pathlib import Path\nwith claimed(Path({str(metrics.runs_dir().parent / 'locks/tiny.lock')!r}), 'x'): print('held', flush=True); time.sleep(60)"
+    lock = metrics.runs_dir().parent / "locks/tiny.lock"
+    code = ("import time; from nanochat.common import claimed; from pathlib import Path\n"
+            f"with claimed(Path({str(lock)!r}), 'x'): print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"--model-tag tiny: .*/runs/tiny is in use by process {holder.pid} on {socket.gethostname()}"):
@@ -388,24 +391,27 @@ def test_the_newest_checkpoints_are_kept(train, keep, kept):
     assert saved_steps(metrics.runs_dir() / "tiny") == kept
 
 
-def test_the_command_prints_one_line_and_exits_with_2(base_dir):
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--attn-rank", "99"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: --attn-rank (layer 0): rank 99 does not fit a 32 x 32 matrix")
+def test_the_command_prints_one_line_and_exits_with_2(base_dir, command):
+    code, _, stderr = command("scripts/base_train.py", *TINY, "--attn-rank", "99")
+    assert code == 2 and stderr.count("\n") == 1
+    assert stderr.startswith("error: --attn-rank (layer 0): rank 99 does not fit a 32 x 32 matrix")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(base_dir, corpus_dir, tmp_path):
-    (tmp_path / "base/runs").write_text("a file where the folder should be")
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "runs" in done.stderr
+def test_a_folder_that_cannot_be_written_is_one_line(base_dir, corpus_dir, command):
+    (base_dir / "runs").write_text("a file where the folder should be")
+    code, _, stderr = command("scripts/base_train.py", *TINY, "--data", corpus_dir)
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and "runs" in stderr
 
 
-def test_a_run_that_is_not_compiled_does_not_load_the_compiler(base_dir, corpus_dir):
+def trained_without_the_compiler(*flags):
+    base_train.main(list(flags))
+    assert "torch._dynamo" not in sys.modules
+
+
+def test_a_run_that_is_not_compiled_does_not_load_the_compiler(base_dir, corpus_dir, tmp_path):
     """It would take 1.4 s of the start and 71 MB of every process."""
-    script = "import sys; from scripts import base_train; base_train.main(sys.argv[1:]); print('loaded:', 'torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, *TINY, "--data", str(corpus_dir), "--sample-every", "3", "--grad-clip", "1.0", "--mlp-rank", "4"],
-                          capture_output=True, text=True, timeout=60)
-    assert done.stdout.rstrip().endswith("loaded: False"), done.stdout[-300:] + done.stderr[-2000:]
+    flags = [*TINY, "--data", str(corpus_dir), "--sample-every", "3", "--grad-clip", "1.0", "--mlp-rank", "4"]
+    assert Launched(1, tmp_path / "output", trained_without_the_compiler, *flags).codes() == [0], (tmp_path / "output").read_text()[-2000:]
 
 
 def test_reference_losses_are_those_of_the_uniform_and_the_unigram_guess():

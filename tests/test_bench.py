@@ -4,38 +4,28 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conftest import ROOT
 from nanochat.common import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.rank import account
 
-ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "dev/bench"
 TINY = ["--depth", "2", "--model-dim", "64", "--head-dim", "32", "--max-seq-len", "64", "--device-batch-size", "4", "--vocab-size", "512",
         "--device-type", "cpu"]
 
 
-def run(*command, **env):
-    """One thread: beside other work two would mostly wait for each other."""
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=240)
-
-
-def bench(script: str, *flags):
-    return run(sys.executable, str(BENCH / script), *map(str, flags))
-
-
 @pytest.fixture(scope="module")
 def bench_modules():
-    """The scripts as modules, found as they find each other."""
+    """The scripts as modules, found as they find each other. One thread: beside other work two would mostly wait for each other."""
     sys.path.insert(0, str(BENCH))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield SimpleNamespace(train_step=import_module("train_step"), gpu=import_module("gpu"))
+    yield SimpleNamespace(**{name: import_module(name) for name in ("train_step", "gpu", "loss_memory")})
     torch.set_num_threads(threads)
     sys.path.remove(str(BENCH))
 
@@ -64,20 +54,20 @@ def check(result: dict):
         assert ratio["step over flops"] == pytest.approx(ratio["seconds"]["step"]["median"] / ratio["flops"])
 
 
-def test_train_step_table_and_json(tmp_path):
-    done = bench("train_step.py", *TINY, "--repeats", 3, "--attn-rank", 0.25, "--mlp-rank", 24, "--out", tmp_path / "step.json")
-    assert done.returncode == 0, done.stderr
+def test_train_step_table_and_json(bench_modules, tmp_path, capsys):
+    bench_modules.train_step.main([*TINY, "--repeats", "3", "--attn-rank", "0.25", "--mlp-rank", "24", "--out", str(tmp_path / "step.json")])
+    stdout = capsys.readouterr().out
     result = json.loads((tmp_path / "step.json").read_text())
     check(result)
     assert list(result["models"]) == ["dense", "low-rank"] and result["models"]["low-rank"]["config"]["mlp_ranks"] == [24, 24]
     assert len(result["seconds by round"]["dense"]["step"]) == 3
     for line in ("| tokens/s |", "| optimizer, ms |", "| activations + temporaries, MB |", "| / dense |"):
-        assert line in done.stdout
+        assert line in stdout
 
 
-def test_bad_flags_are_one_line(bench_modules):
-    done = bench("train_step.py", "--device-type", "cpu", "--head-dim", "48")
-    assert done.returncode == 2 and done.stderr.startswith("error: --model-dim 256: not a multiple") and done.stderr.count("\n") == 1
+def test_bad_flags_are_one_line(bench_modules, command):
+    code, _, stderr = command("dev/bench/train_step.py", "--device-type", "cpu", "--head-dim", "48")
+    assert code == 2 and stderr.startswith("error: --model-dim 256: not a multiple") and stderr.count("\n") == 1
     for flags, words in ((["--reference", "--depth", "3"], "--depth: --reference"), (["--mlp-rank", "999"], "rank 999"),
                          (["--window-pattern", "SX"], "SX")):
         with pytest.raises(InputError, match=words):
@@ -112,10 +102,9 @@ def test_allocated_on_the_cpu_sees_the_peak_inside_each_part(bench_modules):
     assert found["first"] == pytest.approx(24000, abs=300) and found["second"] == pytest.approx(12000, abs=300)
 
 
-def test_loss_memory(tmp_path):
-    done = bench("loss_memory.py", "--vocab-size", 4096, "--device-batch-size", 4, "--max-seq-len", 256, "--model-dim", 32, "--repeats", 2,
-                 "--device-type", "cpu", "--out", tmp_path / "loss.json")
-    assert done.returncode == 0, done.stderr
+def test_loss_memory(bench_modules, tmp_path):
+    bench_modules.loss_memory.main(["--vocab-size", "4096", "--device-batch-size", "4", "--max-seq-len", "256", "--model-dim", "32",
+                                    "--repeats", "2", "--device-type", "cpu", "--out", str(tmp_path / "loss.json")])
     result = json.loads((tmp_path / "loss.json").read_text())
     assert max(result["relative difference"].values()) < 1e-5
     assert result["peak bytes"]["plain"] > 3 * 4 * 1024 * 4096  # the logits, three times at least
@@ -123,7 +112,9 @@ def test_loss_memory(tmp_path):
 
 
 def test_gpu_bench_on_the_cpu(tmp_path):
-    done = run("bash", str(BENCH / "gpu.sh"), "--device-type", "cpu", "--tiny", OUT=str(tmp_path / "out"), PYTHON=sys.executable)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(BENCH / "gpu.sh"), "--device-type", "cpu", "--tiny"], env=environment, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/gpu.json").read_text())
     assert all(entry["ok"] for entry in report["smoke"] + report["loss"]) and len(report["smoke"]) == 4
@@ -137,6 +128,8 @@ def test_gpu_bench_on_the_cpu(tmp_path):
     assert "| dense | full |" in text and "r = d/2, recompute" in text and "Skipped: nothing" in text
 
 
-def test_gpu_bench_says_what_it_had_no_time_for(bench_modules, tmp_path):
+def test_gpu_bench_says_what_it_had_no_time_for(bench_modules, tmp_path, monkeypatch):
+    for name in ("smoke", "loss_check"):  # shown above
+        monkeypatch.setattr(bench_modules.gpu, name, lambda *_: [])
     bench_modules.gpu.main(["--device-type", "cpu", "--tiny", "--seconds", "1", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "gpu.json").read_text())["skipped"][-1] == "tiny, rank d/8: no time left"

@@ -1,6 +1,5 @@
 """Token cache and packed rows: nothing lost, nothing twice, a pure function, safe builders."""
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from nanochat.common import InputError
 from nanochat.dataloader import Rows, cached_tokens, training_batch
 from nanochat.dataset import open_corpus
 from nanochat.tokenizer import load_tokenizer
+from processes import Launched
 
 CORPORA = Path(__file__).parents[2] / "shared/corpora"
 
@@ -124,17 +124,13 @@ def build(log):
 
 def test_two_builders_at_once_read_the_text_once(base_dir, tmp_path):
     log = tmp_path / "log"
-    context = multiprocessing.get_context("spawn")
-    builders = [context.Process(target=build, args=(log,)) for _ in range(2)]
-    [p.start() for p in builders]
-    [p.join() for p in builders]
-    assert [p.exitcode for p in builders] == [0, 0] and log.read_text() == "read\n"
+    builders = [Launched(1, tmp_path / "output", build, log) for _ in range(2)]
+    assert [b.codes() for b in builders] == [[0], [0]] and log.read_text() == "read\n"
 
 
 def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tmp_path):
     log = tmp_path / "log"
-    victim = multiprocessing.get_context("spawn").Process(target=build, args=(log,))
-    victim.start()
+    victim, = Launched(1, tmp_path / "output", build, log).processes
     while not log.exists():
         assert victim.is_alive()
         time.sleep(0.01)

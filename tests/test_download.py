@@ -144,11 +144,16 @@ def base_dir(tmp_path, monkeypatch):
     return tmp_path
 
 
+# `python -m nanochat.dataset` that waits a twentieth of the seconds before it tries again
+HURRIED = ("import runpy, time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 20); "
+           "runpy.run_module('nanochat.dataset', run_name='__main__', alter_sys=True)")
+
+
 def start(url, *args, token=None):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": url, "HF_HOME": os.environ["NANOCHAT_BASE_DIR"] + "/hf", "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_TOKEN": token} if token else {}
-    return subprocess.Popen([sys.executable, "-m", "nanochat.dataset", *args], cwd=Path(dataset.__file__).parents[1],
+    return subprocess.Popen([sys.executable, "-c", HURRIED, *args], cwd=Path(dataset.__file__).parents[1],
                             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -265,7 +270,7 @@ def test_interrupted_download_leaves_only_whole_files(hub):
     process = start(hub.url, "--data", "climbmix", "-n", "2", "-w", "1")
     assert hub.stalled.wait(30)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=5)
+    _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
     assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0

@@ -4,6 +4,7 @@ import math
 import pytest
 from scipy.stats import spearmanr
 
+from nanochat import method_figures
 from nanochat.metrics import Run
 from nanochat.method_figures import d90_rows, method_section, mean_steps, rho_words, trained_part
 from nanochat.methods import base_name, d90, loss_at_start, rank_grid, rank_shares, ranks, spearman, spearman_interval
@@ -60,14 +61,14 @@ def test_d90_is_by_method_and_seed_against_the_full_run_of_that_seed():
 @pytest.mark.parametrize("x, y", [([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]), ([1, 1, 2, 3, 3, 3], [5, 4, 4, 1, 0, 1]), ([0.1, 9, 3, 3], [1, 2, 2, 2])])
 def test_rank_correlation_is_scipys_ties_included(x, y):
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    low, high = spearman_interval(x, y)
-    assert -1 <= low <= spearman(x, y) <= high <= 1 and spearman_interval(x, y) == (low, high)
+    low, high = spearman_interval(x, y, resamples=200)
+    assert -1 <= low <= spearman(x, y) <= high <= 1 and spearman_interval(x, y, resamples=200) == (low, high)
 
 
 def test_rank_correlation_of_little():
     assert ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2] and math.isnan(spearman([1, 1], [1, 2]))
     assert spearman_interval([1, 2, 3], [1, 2, 3]) is None and rho_words([(1, 1), (2, 2), (3, 3)]) == "1.00 (too few for an interval), 3 maps"
-    assert spearman_interval(range(30), range(30)) == (1, 1)
+    assert spearman_interval(range(30), range(30), resamples=100) == pytest.approx((1, 1))
 
 
 def test_adaloras_ranks_by_layer_and_matrix():
@@ -139,15 +140,18 @@ def test_what_is_drawn_is_what_was_trained(monkeypatch):
 def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):
     monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in tests/test_study_figures.py
     monkeypatch.setattr("scripts.report.draw_all", lambda *_: {})
+    finish = method_figures.finish
+    monkeypatch.setattr(method_figures, "finish", lambda *_: (b"a picture", []))
     history = [{"step": 0, "val/loss": 4.0, "val/ppl": 54.6, "val/bpb": 1.2}, {"step": 200, "val/loss": 3.0, "val/ppl": 20.0, "val/bpb": 1.0, "total_tokens": 1}]
     for i, text in enumerate(("", "0,0,1", "0,1,1", "0,1,0", "1,0")):
         write_run(base, f"x_l{i}_s1", {"flags": {"adapter": "lora", "rank": 8, "layer_map": text, "model_tag": "x_d4_s1", "run_tag": f"x_l{i}_s1", "seed": 1}},
                   {"params/trained": 5000, "params/stored_bits": 160_000, "val/loss": 3 + i / 10, "val/ppl": 20.0 + i, "adalora/ranks": RANKS["adalora/ranks"]}, history)
     report.main([*(f"x_l{i}_s1" for i in range(5)), "--out", str(base / "out")])
     page = (base / "out" / "report.md").read_text()
-    assert "What is trained" in page and "LoRA 8, no layer map" in page and "Spearman" in page and "The verdict" not in page
+    assert "What is trained" in page and "LoRA 8, layer map 0,0,1" in page and "Spearman" in page and "The verdict" not in page
     assert {"trained.png", "untrained.png", "adapted.png", "adalora_ranks.png"} <= {p.name for p in (base / "out").iterdir()}
     write_run(base, "full")
+    monkeypatch.setattr(method_figures, "finish", lambda fig, spots: finish(fig, spots) if len(fig.axes) == 2 else (b"", []))
     runs = report.load_runs(["full", "x_l0_s1"])
     _, blocks, figures, _ = report.few(runs, configurations(runs), {})
-    assert "trained.png" in figures and ("heading", "What is trained") in blocks and ("heading", "The verdict") not in blocks
+    assert figures["trained.png"][0].startswith(b"\x89PNG") and len(figures["trained.png"][1]) == 4 and ("heading", "What is trained") in blocks and ("heading", "The verdict") not in blocks

@@ -1,11 +1,11 @@
 """The two commands as a newcomer calls them, at a size of seconds."""
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 SMALL = dict(VOCAB_SIZE="300", DEPTH="2", MODEL_DIM="32", HEAD_DIM="16", MAX_SEQ_LEN="32", ATTN_RANK="8", MLP_RANK="0.25",
              DEVICE_BATCH_SIZE="4", TOTAL_BATCH_SIZE="256", NUM_ITERATIONS="6", EVAL_EVERY="3", EVAL_TOKENS="512", SAVE_EVERY="3",
              PPL_THRESHOLDS="250,10", NPROC="1")

@@ -2,6 +2,7 @@
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import TINY
 from nanochat import local, metrics, slurm, wandb_sweep
 from nanochat.common import ArgumentParser, InputError
 from nanochat.experiment import read_experiment
+from nanochat.experiment_file import flag_names
+from nanochat.rank import count_parameters
 from scripts import sweep as sweeps
 
 
@@ -244,3 +247,21 @@ def test_a_run_of_another_text_or_flags_is_refused(write, base_dir, corpus_dir, 
     record.write_text(json.dumps({"flags": {**flags, "rank": 64}, "derived": {**derived, "tokenizer_hash": "other"}}))
     with pytest.raises(InputError, match=r"two_lora_s1: .* is another run: rank \(64 there, 8 now\); tokenizer_hash \('other' there"):
         sweeps.prepare(sweep)
+
+
+@pytest.mark.parametrize("name, preset, runs, later", [
+    ("virtual_layers", "small", 19, 16), ("virtual_layers", "full", 54, 48), ("adapters", "small", 15, 14), ("adapters", "full", 34, 33), ("depth_for_free", "small", 12, 0),
+    ("five_parameters", "small", 15, 0), ("intrinsic_dimension", "small", 15, 0), ("loss_versus_bits", "small", 15, 4)])
+def test_the_published_experiments_are_well_formed(name, preset, runs, later, monkeypatch):
+    monkeypatch.delitem(sys.modules, "scripts.adapter_train")
+    pytest.importorskip("scripts.adapter_train")
+    if "subspace" not in flag_names() and name not in ("virtual_layers", "adapters", "depth_for_free"):
+        pytest.skip("base_train has no --subspace yet")
+    sweep = read_experiment(Path(__file__).parent.parent / "dev" / "experiments" / f"{name}.toml", preset)
+    tags = [p.tag for p in sweep.points]
+    assert len(set(tags)) == len(tags) == runs and sum(bool(p.base) for p in sweep.points) == later and sweep.question and sweep.cost
+    assert all(not p.base or p.base in tags[:tags.index(p.tag)] for p in sweep.points if preset == "small")
+    if name == "depth_for_free":
+        size = {p.label: count_parameters(p.config) for p in sweep.points}
+        assert all(0.98 < n / size["full"] < 1.0001 for n in size.values())  # a tied position has two scalars of its own
+        assert {p.label: len(p.config.positions) for p in sweep.points} == {"full": 4, "low-rank": 8, "tied": 8, "low-rank-tied": 16}

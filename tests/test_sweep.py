@@ -1,7 +1,6 @@
 """A sweep goes from a file to a report: alone, beside another one, through failures, kills and resumes."""
 import os
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing import get_context
@@ -13,9 +12,8 @@ from conftest import TINY
 from nanochat import local, metrics
 from nanochat.common import REQUEUE, InputError
 from nanochat.experiment import read_experiment
+from processes import Launched
 from scripts import sweep as sweeps
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -115,7 +113,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(stand_in):
 
 
 def test_a_run_whose_launcher_was_killed_is_left_to_itself_until_it_ends(stand_in):
-    other = get_context("fork").Process(target=stand_in, kwargs={"seconds": 2})
+    other = get_context("fork").Process(target=stand_in, kwargs={"seconds": 1})
     other.start()
     wait_for(lambda: stand_in.starts() == ["tiny_full_s1"])
     other.kill()
@@ -149,22 +147,21 @@ def test_plan_lists_every_run_and_its_cost_and_starts_nothing(experiment, capsys
     assert not metrics.runs_dir().exists()
 
 
-def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the_report(experiment, capsys):
+def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the_report(experiment, tmp_path, capsys):
     path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
-    path.write_text("baseline = false\n" + path.read_text().replace("num-iterations = 6\neval-every = 3", "num-iterations = 300\neval-every = 100"))
+    path.write_text("baseline = false\n" + path.read_text().replace("num-iterations = 6\neval-every = 3", "num-iterations = 150\neval-every = 50")
+                    .replace("device-batch-size = 4", "device-batch-size = 8"))
     low = metrics.runs_dir() / "tiny_low_s1"
-    process = subprocess.Popen([sys.executable, "-m", "scripts.sweep", str(path)], stdout=subprocess.DEVNULL,
-                               env={**ENVIRONMENT, "NANOCHAT_BASE_DIR": os.environ["NANOCHAT_BASE_DIR"]})
+    sweep, = Launched(1, tmp_path / "output", sweeps.main, [str(path)]).processes
     wait_for(lambda: len(metrics.read_history(low)) >= 20, 60)
-    process.kill()
-    process.wait()
+    sweep.kill()
     wait_for(lambda: status(low.name) == "stopped")  # without its launcher it saves and stops by itself
-    assert 20 <= len(metrics.read_history(low)) < 300
+    assert 20 <= len(metrics.read_history(low)) < 150
     sweeps.main([str(path)])
     out = capsys.readouterr().out
     assert "tiny_low_s1: resumes" in out and "1 runs, 0 finished" in out
     run = metrics.load_run(low)
-    assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, 301))
+    assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, 151))
     report = sweeps.load(sweeps.build_parser().parse_args([str(path)])).folder / "report"
     assert (report / "report.html").stat().st_size > 10_000 and "tiny_low_s1" in (report / "report.csv").read_text()
 

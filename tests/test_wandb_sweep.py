@@ -1,14 +1,11 @@
 """A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, one run of it logged offline."""
-import os
-import subprocess
-import sys
-
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from nanochat import metrics, wandb_sweep
 from nanochat.common import InputError
 from nanochat.flags import build_parser
+from processes import Launched
 from scripts import sweep
 
 EXPERIMENT = """
@@ -114,18 +111,30 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
         register()
 
 
-def test_an_agents_run_logs_under_its_group_name_and_tags(register, base_dir):
+def showing_what_is_logged(argv):
+    import wandb
+    start = wandb.init
+
+    def init(**given):
+        run = start(**given)
+        print("logged:", run.group, run.name, *run.tags, run.offline, flush=True)
+        return run
+    wandb.init = init
+    sweep.main(argv)
+
+
+def test_an_agents_run_logs_under_its_group_name_and_tags(register, base_dir, tmp_path, monkeypatch):
     _, config = register("--run", "try")
     command = next(c for c in agent_commands(config) if "attn4_lr0.02_s2" in c[-1])
-    show = ("import wandb; start = wandb.init\n"
-            "def init(**given):\n    run = start(**given); print('logged:', run.group, run.name, *run.tags, run.offline); return run\n"
-            "wandb.init = init\n"
-            "import sys; from scripts import sweep; sweep.main(sys.argv[1:])")
-    env = {k: v for k, v in os.environ.items() if k not in ("WANDB_RUN_GROUP", "WANDB_TAGS")} | {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "run42"}
-    out = subprocess.run([sys.executable, "-c", show, *command[4:]], capture_output=True, text=True, env=env)
-    tag = command[-1].removeprefix("--task=")
-    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished", out.stderr
-    logged = next(line for line in out.stdout.splitlines() if line.startswith("logged:")).split()
+    for name in ("WANDB_RUN_GROUP", "WANDB_TAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc123")
+    monkeypatch.setenv("WANDB_RUN_ID", "run42")
+    agent = Launched(1, tmp_path / "output", showing_what_is_logged, command[4:])
+    assert agent.codes() == [0], agent.output.read_text()
+    output, tag = agent.output.read_text(), command[-1].removeprefix("--task=")
+    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished"
+    logged = next(line for line in output.splitlines() if line.startswith("logged:")).split()
     assert logged[1:3] == ["question-small", f"try-{tag.removeprefix('question-small_')}"] and logged[-1] == "True"
     assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(logged[3:])
     assert list((metrics.runs_dir() / tag / "wandb").glob("offline-run-*-run42")), "the run that the agent asked for"

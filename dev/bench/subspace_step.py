@@ -1,0 +1,80 @@
+"""What a training step in a random subspace costs beside the dense one, in turn in one process.
+
+    python dev/bench/subspace_step.py        # 4 layers, width 256, 4096 tokens; with the target for a basis of d = 5
+
+A round is one step of each model; times are medians over the rounds, ratios to the dense step medians of the rounds' ratios. Peak: the
+most that a step allocates on top of the model and its optimizer, by torch's own record (see train_step.py); of a basis it must not grow
+with d.
+"""
+
+import numpy as np
+import train_step
+from train_step import RATES, Subject, allocated, noise_rows  # first: it finds nanochat in a bare checkout
+
+import torch
+
+from nanochat import common
+from nanochat.common import ArgumentParser, whole_number
+from nanochat.dataloader import training_batches
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import build_optimizers
+from nanochat.subspace import SubspaceConfig, attach
+
+TARGET, DIM = 2.0, 5  # of the time of a basis, and its d
+GROWING = (1, 5, 50)  # d of which the peaks are compared
+
+
+def make_subject(name: str, config: GPTConfig, subspace: SubspaceConfig | None, batch_size: int, device, dtype) -> Subject:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT(config)
+        model.init_weights()
+    if subspace:
+        attach(model, subspace)
+    rows = noise_rows(config.vocab_size, config.sequence_len)
+    return Subject(name, model, build_optimizers(model, **RATES, subspace_lr=0.01), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+
+
+def peak_mib(subject: Subject, device) -> float:
+    return max(allocated(subject.step, device).values()) / 2**20
+
+
+def main(argv=None):
+    parser = ArgumentParser("Training steps in random subspaces beside the dense step.")
+    add = parser.add_argument
+    add("--depth", type=whole_number(1), default=4)
+    add("--model-dim", type=whole_number(64), default=256)
+    add("--vocab-size", type=whole_number(2), default=4096)
+    add("--max-seq-len", type=whole_number(2), default=512)
+    add("--device-batch-size", type=whole_number(1), default=8)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
+    add("--repeats", type=whole_number(1), default=5)
+    args = parser.parse_args(argv)
+    device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
+    config = GPTConfig(args.max_seq_len, args.vocab_size, args.depth, args.model_dim // 64, args.model_dim // 64, args.model_dim, "L")
+    kinds = {"dense": None, f"basis, d = {DIM}": SubspaceConfig("basis", DIM), f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),
+             "fastfood, d = 1000": SubspaceConfig("fastfood", 1000), "fft-fastfood, d = 1000": SubspaceConfig("fft-fastfood", 1000),
+             "lora-random, r = 4": SubspaceConfig("lora-random", rank=4), "none": SubspaceConfig("none")}
+    subjects = [make_subject(name, config, kind, args.device_batch_size, device, dtype) for name, kind in kinds.items()]
+    seconds = {subject.name: [] for subject in subjects}
+    for turn in range(args.repeats + 1):
+        for subject in subjects:
+            taken = train_step.timed_step(subject, device)["step"]
+            if turn:
+                seconds[subject.name].append(taken)
+
+    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.dtype}; {args.depth} layers, width "
+          f"{args.model_dim}, vocabulary {args.vocab_size}, batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
+          "| | step, ms | ratio | peak, MiB | target | |\n|---|---:|---:|---:|---|---|")
+    for subject in subjects:
+        ratio = np.median(np.array(seconds[subject.name]) / seconds["dense"])
+        verdict = f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}" if subject.name == f"basis, d = {DIM}" else " | "
+        print(f"| {subject.name} | {np.median(seconds[subject.name]) * 1e3:.0f} | {ratio:.2f} | {peak_mib(subject, device):,.0f} | {verdict} |", flush=True)
+    del subjects, subject
+    print("\npeak of a basis, MiB: " + ", ".join(
+        f"d = {d}: {peak_mib(make_subject('', config, SubspaceConfig('basis', d), args.device_batch_size, device, dtype), device):,.1f}" for d in GROWING))
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,113 @@
+"""Random numbers that are a function of where they stand: entry i of stream (seed, labels) is the same on every device, in every
+process and however many are drawn at once, and torch's own random state is not touched.
+
+A counter and two 32-bit keys are mixed by integer operations that cannot overflow 64 bits, and what becomes a float is rounded at most
+once; so the numbers are equal to the bit. This matters: a model may be stored as the seed of its weights.
+"""
+from functools import lru_cache
+
+import torch
+
+VERSION = "mix32x2-1"  # of the streams below: a checkpoint made with another cannot be restored
+MASK = 0xFFFFFFFF
+WORDS = {"cpu": 2**13, "cuda": 2**20}  # mixed at a time: what a cache holds; enough to fill a GPU
+
+FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(7)  # the first label of a stream: what it is for
+
+
+def words_at_once(device) -> int:
+    return WORDS.get(torch.device(device).type, 2**13)
+
+
+def mix(x):
+    """A bijection of the 32-bit numbers in which every output bit hangs on every input bit. x: an int below 2^32, or an int64 tensor of
+    such, which is overwritten.
+
+    Shifts and multipliers are those that TheIronBorn found with C. Wellons' hash-prospector (github.com/skeeto/hash-prospector, issue
+    19). Both multipliers are below 2^31, so that no product overflows int64.
+    """
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x &= MASK
+    x ^= x >> 15
+    x *= 0x735A2D97
+    x &= MASK
+    x ^= x >> 15
+    return x
+
+
+def stream(seed: int, *labels: int) -> tuple[int, int]:
+    """The keys of a stream: 64 bits, mixed from a seed below 2^64 and any labels below 2^32."""
+    keys = 0x9E3779B9, 0x7F4A7C15
+    for label in (seed & MASK, seed >> 32, *labels):
+        keys = tuple(mix(key ^ label) for key in keys)
+    return keys
+
+
+def words(keys, counters):
+    """The 32-bit numbers, int64, at int64 `counters` of a stream. keys: of `stream`, or tensors that broadcast with the counters."""
+    return mix(mix((counters & MASK) ^ keys[0]) ^ keys[1] ^ (counters >> 32))
+
+
+def span(keys, start: int, end: int, device):
+    return words(keys, torch.arange(start, end, device=device))
+
+
+# ---- signs ----------------------------------------------------------------------------------------------------------
+
+@lru_cache
+def signs_of_bytes(device, dtype):
+    """(256, 8): row b holds the bits of b, lowest first, as 1 and -1."""
+    with torch.inference_mode(False), torch.no_grad():
+        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+        return ((bits & 1) * 2 - 1).to(dtype)
+
+
+def signs(keys, start: int, end: int, device, dtype=torch.float32):
+    """Entries start to end of streams of ±1, each word giving 32 of them. keys: one stream's, or (count, 1) tensors -> (count, end - start)."""
+    device = torch.device(device)
+    found = span(keys, start // 32, -(-end // 32), device)
+    octets = (found[..., None] >> torch.arange(0, 32, 8, device=device)) & 255
+    entries = signs_of_bytes(device, dtype).index_select(0, octets.flatten()).view(*found.shape[:-1], -1)
+    return entries[..., start % 32:start % 32 + end - start]
+
+
+def numbered(keys: tuple[int, int], first: int, end: int, device):
+    """The keys, (end - first, 1) each, of streams `first` to `end` under those of one stream; all differ."""
+    k = torch.arange(first, end, device=device)[:, None]
+    return tuple(mix(k ^ key) for key in keys)
+
+
+# ---- other laws -----------------------------------------------------------------------------------------------------
+
+def filled(n: int, words_each: int, device, draw):
+    """(n,) float32 of draw(start, end), a piece at a time."""
+    out = torch.empty(n, device=device)
+    step = words_at_once(device) // words_each
+    for i in range(0, n, step):
+        out[i:i + step] = draw(i, min(n, i + step))
+    return out
+
+
+def uniform(keys, n: int, bound: float, device="cpu"):
+    """(n,) float32, uniform in (-bound, bound): 24 bits each, symmetric."""
+    def draw(start, end):
+        odd = (span(keys, start, end, device) >> 8) * 2 - (2**24 - 1)  # exact in float32
+        return odd.float().mul_(bound / 2**24)
+    return filled(n, 1, device, draw)
+
+
+def gaussian(keys, n: int, device="cpu"):
+    """(n,) float32 of mean 0 and variance 1: the sum of twelve 16-bit uniform numbers, exact, of kurtosis 2.9 where a Gaussian has 3.
+
+    Formulas with logarithms and cosines would differ in their last bits between devices.
+    """
+    def draw(start, end):
+        six = span(keys, 6 * start, 6 * end, device).view(-1, 6)
+        return ((six >> 16) + (six & 0xFFFF)).sum(1).sub_(6 * 65535).float().div_(65536)
+    return filled(n, 6, device, draw)
+
+
+def permutation(keys, n: int, device="cpu"):
+    """(n,) int64: the order of n words, which all differ below 2^32."""
+    return torch.argsort(span(keys, 0, n, device), stable=True)
