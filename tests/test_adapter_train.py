@@ -12,6 +12,7 @@ from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
 from nanochat.factorize import stacked, with_layer_map
 from nanochat.gpt import GPTConfig
+from nanochat.optim import default_matrix_lr
 from nanochat.rank import account, on_meta
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
 from test_base_train import Killed, final_state, kill_after, same  # noqa: F401
@@ -110,7 +111,7 @@ def test_the_whole_model_is_trained_at_a_fraction_of_base_trains_rates(adapt, wo
     assert run.summary["params/trained"] == run.summary["params/total"] == base.summary["params/total"]
     assert logits(loaded("whole")).shape == (2, 20, V)
     args = adapter_train.parse(["--model-tag", "base", "--run-tag", "x", "--adapter", "none", "--lr", "0.5"])
-    assert adapter_train.rates(args, 100) == pytest.approx(dict(embedding_lr=0.15, unembedding_lr=0.002, matrix_lr=0.02, scalar_lr=0.05, weight_decay=0))
+    assert adapter_train.rates(args, 100) == pytest.approx(dict(embedding_lr=0.15, unembedding_lr=0.002, matrix_lr=0.5 * default_matrix_lr(100), scalar_lr=0.05, weight_decay=0))
 
 
 # ---- layers executed more than once
