@@ -13,7 +13,8 @@ class AdapterLearner(Learner):
     """The adapter `ADAPTER` of a model. With an `Allocator` AdaLoRA's: its budget falls, and its factors are held to be orthogonal."""
     starting = True
 
-    def __init__(self, model: GPT, origin: dict, lr: float, weight_decay: float, allocator: Allocator | None = None, orthogonality_weight: float = 0.0):
+    def __init__(self, model: GPT, origin: dict, lr: float, weight_decay: float, allocator: Allocator | None = None,
+                 orthogonality_weight: float = 0.0):
         """origin: where the base is from, see `checkpoint_manager.adapted`. weight_decay: of the factors; vectors do not decay."""
         self.model, self.origin, self.allocator, self.orthogonality_weight = model, origin, allocator, orthogonality_weight
         self.settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)

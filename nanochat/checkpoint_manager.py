@@ -128,8 +128,8 @@ def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[G
     for base in bases:
         model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
         if meta["sha256"] != base["sha256"]:
-            raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on (its sum is {meta['sha256'][:12]}, "
-                             f"that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again")
+            raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on "
+                             f"(its sum is {meta['sha256'][:12]}, that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again")
         models.append(model)
     return models
 

@@ -106,8 +106,7 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
     new = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # adapters included
     new.config, new.compiled = replace(model.config, layer_map=tuple(layers)), False
     for name in ("resid_lambdas", "x0_lambdas"):
-        scalars = getattr(model, name)
-        setattr(new, name, nn.Parameter(torch.stack([scalars.detach()[place] for place in first]), scalars.requires_grad))
+        setattr(new, name, scalars_of(name, [(model, place) for place in first]))
     return new
 
 
@@ -148,9 +147,17 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
     new.value_embeds = nn.ModuleDict({str(i): deepcopy(source.value_embeds[str(layer)]) for i, (source, layer, _) in enumerate(origins)
                                       if own.has_value_embedding(i)})
     for name in ("resid_lambdas", "x0_lambdas"):
-        scalars = torch.stack([getattr(source, name).detach()[place] for source, _, place in origins])
-        setattr(new, name, nn.Parameter(scalars, getattr(model, name).requires_grad))
+        setattr(new, name, scalars_of(name, [(source, place) for source, _, place in origins]))
     return new
+
+
+def scalars_of(name: str, places: list[tuple[GPT, int]]) -> nn.Parameter:
+    """resid_lambdas or x0_lambdas, of positions of models. (On the meta device torch.stack and cat would load torch's compiler.)"""
+    like = getattr(places[0][0], name)
+    scalars = torch.empty(len(places), dtype=like.dtype, device=like.device)
+    for i, (model, place) in enumerate(places):
+        scalars[i:i + 1].copy_(getattr(model, name).detach()[place:place + 1])
+    return nn.Parameter(scalars, like.requires_grad)
 
 
 def stacked(base: GPT, second: GPT | None = None, *, layers: tuple[int, ...] = (), tied: bool = True) -> GPT:

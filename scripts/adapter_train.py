@@ -60,11 +60,13 @@ def parse(argv=None):
     add_machine_flags(add)
     # what is trained
     add("--adapter", choices=["lora", "adalora", "ia3", "none"], default="lora", help="none = every parameter of the model, with no adapter")
-    add("--targets", default="", metavar="REGEX", help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down")
+    add("--targets", default="", metavar="REGEX",
+        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down")
     add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
     add("--alpha", type=number(0), default=16.0, help="the update is scaled by alpha / rank")
     add("--rslora", action="store_true", help="by alpha / √rank instead (arXiv 2312.03732)")
-    add("--ranks", type=by_pattern(whole_number(1)), default="", metavar="REGEX=N,…", help="ranks of matrices that a pattern finds, the first that does; else --rank")
+    add("--ranks", type=by_pattern(whole_number(1)), default="", metavar="REGEX=N,…",
+        help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank")
     add("--alphas", type=by_pattern(number(0)), default="", metavar="REGEX=X,…", help="likewise")
     add("--dropout", type=number(0, 1), default=0.0, help="of the adapter's input, in training")
     add("--adalora-initial", type=float, default=1.5, help="ranks at the start, over those at the end")
@@ -74,11 +76,12 @@ def parse(argv=None):
     add("--adalora-orthogonality", type=number(0), default=0.1, help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss")
     add("--adalora-per-parameter", action="store_true", help="the budget counts parameters, not triplets")
     # on which model
-    add("--layer-map", type=layer_map_flag, default="", help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two "
-        "runs: A:0,B:0,… or goliath; '' = as the base has them")
+    add("--layer-map", type=layer_map_flag, default="",
+        help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them")
     add("--second-tag", default="", metavar="TAG", help="the run whose newest checkpoint is B in such a map")
     tying = parser.add_mutually_exclusive_group()
-    tying.add_argument("--tied", dest="tied", action="store_true", default=True, help="positions of one layer share its weights; each has an adapter of its own")
+    tying.add_argument("--tied", dest="tied", action="store_true", default=True,
+                       help="positions of one layer share its weights; each has an adapter of its own")
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
     # how
     add("--lr", type=number(-1), default=-1, help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
@@ -98,10 +101,12 @@ def parse(argv=None):
     if args.adapter != "none":
         adapter_config(args)
     if args.adalora_warmup + args.adalora_final >= 1:
-        raise InputError(f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together have to be below 1, so that the budget can fall in between")
-    if of_two(args.layer_map) != bool(args.second_tag):
-        raise InputError(f"--second-tag {args.second_tag}: " + ("no map takes its layers; give --layer-map with B:0, B:1, …, or goliath" if args.second_tag else
-                         f"--layer-map {args.layer_map} takes layers of a second run; name it"))
+        raise InputError(f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together have to be below 1, "
+                         "so that the budget can fall in between")
+    if of_two(args.layer_map) and not args.second_tag:
+        raise InputError(f"--layer-map {args.layer_map}: takes layers of a second run; name it with --second-tag")
+    if args.second_tag and not of_two(args.layer_map):
+        raise InputError(f"--second-tag {args.second_tag}: no map takes its layers; give --layer-map with B:0, B:1, …, or goliath")
     if args.second_tag and args.tied:
         raise InputError(f"--layer-map {args.layer_map}: layers of two runs are copied; give --copied")
     if args.lr < 0:
@@ -136,7 +141,8 @@ def base_run(flag: str, tag: str, step: int = -1) -> tuple[metrics.Run, dict, GP
 
 def check_map(args, layers: tuple[int, ...], depth: int):
     if args.adapter == "none" and args.tied and layers and (left_out := set(range(depth)) - set(layers)):
-        raise InputError(f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the model and never learn; give --copied")
+        raise InputError(f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the model and never learn; "
+                         "give --copied")
 
 
 def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:

@@ -126,9 +126,10 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
 
     # the run; its step, tokens, time and FLOPs are those of the training that led to its source
     values |= next(({key: entry[key] for key, _ in metrics.CLOCKS if key in entry} for entry in run.history if entry["step"] == step), {})
-    flags = {**(of_base_train(run.config["flags"]) if merges_adapter else run.config["flags"]), **rank_flags(new.config), "model_tag": args.out_tag, "eval_tokens": eval_tokens,
+    flags = {**of_base_train(run.config["flags"]), **rank_flags(new.config), "model_tag": args.out_tag, "eval_tokens": eval_tokens,
              "materialized_from": f"{args.model_tag}:{step}"}
-    derived = {**{key: value for key, value in run.config["derived"].items() if key != "origin"}, "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
+    derived = {**run.config["derived"], "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
+    derived.pop("origin", None)  # of an adapter run
     tokenizer.save(out / "tokenizer.json")
     record = metrics.RunRecord(out, {**run.config, "flags": flags, "derived": derived, "git": metrics.git_state(), "versions": metrics.versions()},
                                account(new.config), "dummy", [])
@@ -173,8 +174,11 @@ def rank_flags(config: GPTConfig) -> dict:
 
 
 def of_base_train(flags: dict) -> dict:
-    """The flags of an adapter run as base_train's, which a merged model is a model of: without a layer map, its layers are copied."""
-    return {name: flags.get(name, default) for name, default in vars(build_parser().parse_args([])).items()} | {"layer_map": ""}
+    """The flags of a run; of adapter_train's as base_train has them, whose kind of model comes out: under no layer map if that was copied out."""
+    if "adapter" not in flags:
+        return flags
+    usual = vars(build_parser().parse_args([]))
+    return {name: flags.get(name, default) for name, default in usual.items()} | ({"layer_map": ""} if flags["adapter"] != "none" else {})
 
 
 def print_adapter(said: dict, model, whole):

@@ -13,7 +13,9 @@ from nanochat.checkpoint_manager import ADAPTER, load_checkpoint, load_model, sa
 from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
 from nanochat.factorize import stacked, with_layer_map
-from nanochat.rank import account
+from nanochat.gpt import GPTConfig
+from nanochat.optim import default_matrix_lr
+from nanochat.rank import account, on_meta
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
 from test_base_train import Killed, final_state, kill_after, same  # noqa: F401
 
@@ -47,6 +49,10 @@ def files(folder) -> dict:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def losses(run) -> list[float]:
+    return [entry["train/loss"] for entry in run.history if "train/loss" in entry]
+
+
 def logits(model):
     with torch.no_grad():
         return model(torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(0)))
@@ -58,12 +64,15 @@ def loaded(tag: str):
 
 # ---- training
 
+LORA = ("--rank", 4, "--eval-every", 3)
+TIED = ("--layer-map", "0,1,0,1,1", "--rank", 2)
+WHOLE = ("--adapter", "none", "--lr", 0.1, "--weight-decay", 0.01)
 ADALORA = ("--adapter", "adalora", "--rank", 2, "--dropout", 0.2, "--adalora-warmup", 0.2, "--adalora-every", 2, "--num-iterations", 10, "--lr", 0.01)
 
 
 def test_a_run_starts_at_the_base_learns_and_leaves_it_alone(adapt, world):
     before = files(world / "runs/base")
-    run = adapt("--rank", 4, "--eval-every", 3, tag="lora")
+    run = adapt(*LORA, tag="lora")
     base, s = metrics.load_run(world / "runs/base"), run.summary
     start, *rest = run.history
     assert start["step"] == 0 and start["val/loss"] == base.summary["val/loss"] and "train/loss" not in start
@@ -90,10 +99,6 @@ def test_resuming_within_adaloras_schedule_with_dropout_is_the_uninterrupted_run
     assert ranks == resumed.summary["adalora/ranks"] and sum(ranks.values()) == 2 * 6 * L and len(set(ranks.values())) > 1
 
 
-def losses(run) -> list[float]:
-    return [entry["train/loss"] for entry in run.history if "train/loss" in entry]
-
-
 def test_the_orthogonality_of_adalora_is_in_the_gradient_and_not_in_the_loss(adapt):
     flags = ("--adapter", "adalora", "--rank", 2, "--num-iterations", 2, "--adalora-warmup", 0, "--adalora-final", 0)
     with_it, without = adapt(*flags, tag="orthogonal"), adapt(*flags, "--adalora-orthogonality", 0, tag="free")
@@ -103,20 +108,19 @@ def test_the_orthogonality_of_adalora_is_in_the_gradient_and_not_in_the_loss(ada
 
 
 def test_the_whole_model_is_trained_at_a_fraction_of_base_trains_rates(adapt, world):
-    run = adapt("--adapter", "none", "--lr", 0.1, "--weight-decay", 0.01, tag="whole")
+    run = adapt(*WHOLE, tag="whole")
     base = metrics.load_run(world / "runs/base")
     assert run.history[0]["val/loss"] == base.summary["val/loss"] > run.summary["val/loss"]
     assert run.summary["params/trained"] == run.summary["params/total"] == base.summary["params/total"]
     assert logits(loaded("whole")).shape == (2, 20, V)
     args = adapter_train.parse(["--model-tag", "base", "--run-tag", "x", "--adapter", "none", "--lr", "0.5"])
-    assert adapter_train.rates(args, 100) == pytest.approx(dict(embedding_lr=0.15, unembedding_lr=0.002, matrix_lr=0.02, scalar_lr=0.05, weight_decay=0))
+    assert adapter_train.rates(args, 100) == pytest.approx(dict(embedding_lr=0.15, unembedding_lr=0.002, matrix_lr=0.5 * default_matrix_lr(100), scalar_lr=0.05, weight_decay=0))
 
 
 # ---- layers executed more than once
 
 def test_tied_and_copied_positions_learn_the_same_and_differ_in_memory_alone(adapt, world):
-    flags = ("--layer-map", "0,1,0,1,1", "--rank", 2)
-    tied, copied = adapt(*flags, tag="tied"), adapt(*flags, "--copied", tag="copied")
+    tied, copied = adapt(*TIED, tag="tied"), adapt(*TIED, "--copied", tag="copied")
     base = metrics.load_run(world / "runs/base").summary
     assert losses(tied) == losses(copied) and same(final_state(tied), final_state(copied))
     assert torch.equal(logits(loaded("tied")), logits(loaded("copied")))
@@ -124,7 +128,7 @@ def test_tied_and_copied_positions_learn_the_same_and_differ_in_memory_alone(ada
     assert tied.summary["params/total"] == base["params/total"] + 6 + tied.summary["params/trained"], "three positions more, with two scalars each"
     assert copied.summary["params/total"] > tied.summary["params/total"] + 3 * 12 * C * C
     assert tied.summary["flops/per_token"] == copied.summary["flops/per_token"]
-    whole = adapt("--adapter", "none", *flags[:2], tag="whole_tied")
+    whole = adapt("--adapter", "none", *TIED[:2], tag="whole_tied")
     assert whole.history[0]["val/loss"] == tied.history[0]["val/loss"] and loaded("whole_tied").config.layer_map == [0, 1, 0, 1, 1]
 
 
@@ -139,10 +143,22 @@ def test_stacked_layers_are_the_mapped_model_and_their_gradients_add_up(adapt, w
         gradients.append(model.blocks[0].mlp.up.weight.grad.clone())
     torch.testing.assert_close(*gradients)
     assert stacked(base) is base
+    tied = with_layer_map(base, layers)
+    again = stacked(tied)
+    assert again.config.n_layer == 4 and account(again)["params/total"] == account(tied)["params/total"] < account(stacked(tied, tied=False))["params/total"]
+
+
+def test_layers_of_two_runs_are_copied_and_both_are_asked_for_again(adapt, world):
+    adapt(*WHOLE, tag="whole")
+    run = adapt("--layer-map", "A:0,B:0,B:1", "--second-tag", "whole", "--copied", "--rank", 2, tag="two")
+    assert [base["tag"] for base in run.config["derived"]["origin"]["bases"]] == ["base", "whole"]
+    model, second = loaded("two"), loaded("whole")
+    assert torch.equal(model.blocks[2].mlp.up.base.weight, second.blocks[1].mlp.up.weight)
+    assert not torch.equal(model.blocks[0].mlp.up.base.weight, model.blocks[1].mlp.up.base.weight)
 
 
 def test_cached_decoding_of_an_adapted_stack_is_the_full_forward_pass(adapt):
-    adapt("--layer-map", "0,1,0,1,1", "--rank", 2, tag="tied")
+    adapt(*TIED, tag="tied")
     model, tokens = loaded("tied"), torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         read, cache = prefill(model, tokens[:, :15].tolist(), 20, torch.float32)
@@ -154,8 +170,6 @@ def test_cached_decoding_of_an_adapted_stack_is_the_full_forward_pass(adapt):
 
 def test_flops_are_those_of_what_is_passed_back_and_trained():
     args = adapter_train.parse(["--model-tag", "a", "--run-tag", "b", "--targets", r"blocks\.1\.attn\.q", "--rank", "4"])
-    from nanochat.gpt import GPTConfig
-    from nanochat.rank import on_meta
     config = GPTConfig(sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
     costs, whole = account(adapter_train.put_together(args, (), on_meta(config))), account(config)
     matrices, scores, adapter = 12 * 32 * 32, 32 * 16, 4 * (32 + 32)
@@ -168,7 +182,7 @@ def test_flops_are_those_of_what_is_passed_back_and_trained():
 # ---- use
 
 def test_other_scripts_take_it_as_any_run(adapt, capsys):
-    run = adapt("--layer-map", "0,1,0,1,1", "--rank", 2, tag="tied")
+    run = adapt(*TIED, tag="tied")
     base_eval.main(["--model-tag", "tied", "--eval-tokens", "1024"])
     found = json.loads((metrics.runs_dir() / "tied/eval_000006.json").read_text())
     assert found["val/loss"] == pytest.approx(run.summary["val/loss"], rel=1e-6) and found["sample"]
@@ -179,7 +193,7 @@ def test_other_scripts_take_it_as_any_run(adapt, capsys):
 
 
 def test_merged_it_is_a_plain_model_that_trains_on(adapt, corpus_dir, capsys):
-    run = adapt("--layer-map", "0,1,0,1,1", "--rank", 2, tag="tied")
+    run = adapt(*TIED, tag="tied")
     materialize.main(["--model-tag", "tied", "--out-tag", "merged"])
     out = capsys.readouterr().out
     assert "lora on base: inside 30 matrices" in out and "first copied out, to 5 layers of their own" in out and out.count("ppl") == 2
@@ -207,8 +221,10 @@ def refused(flags, message, tag="refused"):
     (("--run-tag", "base"), "--run-tag base: is the base itself"),
     (("--layer-map", "0,2"), "--layer-map 0,2: there is no layer 2, the layers are 0 to 1"),
     (("--layer-map", "0,0", "--adapter", "none"), "leaves out layer 1"),
-    (("--layer-map", "A:0,B:1", "--copied"), "--second-tag : --layer-map A:0,B:1 takes layers of a second run"),
+    (("--layer-map", "A:0,B:1", "--copied"), "--layer-map A:0,B:1: takes layers of a second run; name it with --second-tag"),
     (("--layer-map", "A:0,B:1", "--second-tag", "b"), "are copied; give --copied"),
+    (("--layer-map", "0,1", "--second-tag", "b"), "--second-tag b: no map takes its layers"),
+    (("--layer-map", "A:0,B:1", "--second-tag", "b", "--copied"), "--second-tag b: no such run"),
     (("--targets", r"attn\.[xyz]$"), r"no matrix has such a name; the nearest are blocks\.0\.attn\.q"),
     (("--rank", 33), r"rank 33: blocks\.0\.attn\.q is 32 x 32; give 1 to 32"),
     (("--ranks", "attn"), "write PATTERN=N"),
@@ -226,7 +242,7 @@ def test_what_cannot_be_is_one_line_before_any_work(adapt, flags, message):
 
 
 def test_unfinished_bases_adapters_and_changed_flags_are_refused(adapt, world):
-    adapt("--rank", 4, "--eval-every", 3, tag="lora")
+    adapt(*LORA, tag="lora")
     refused(("--model-tag", "lora"), "--model-tag lora: is an adapter on base; make a plain model of it first: python -m scripts.materialize")
     refused(("--rank", 2), r"--run-tag lora: exists with another config: .*flags\.rank \(4 there, 2 now\)", tag="lora")
     with pytest.raises(InputError, match="--init-from lora:6: is an adapter"):
@@ -239,8 +255,8 @@ def test_unfinished_bases_adapters_and_changed_flags_are_refused(adapt, world):
 
 
 def test_an_adapter_does_not_load_onto_another_base(adapt, world, tmp_path, monkeypatch):
-    adapt("--rank", 4, "--eval-every", 3, tag="lora")
-    adapt("--adapter", "none", "--lr", 0.1, "--weight-decay", 0.01, tag="whole")
+    adapt(*LORA, tag="lora")
+    adapt(*WHOLE, tag="whole")
     shutil.copytree(world / "runs/lora", tmp_path / "runs/lora")
     shutil.copytree(world / "runs/whole", tmp_path / "runs/base")
     (tmp_path / "runs/base/checkpoints/step_000006").rename(tmp_path / "runs/base/checkpoints/step_000012")

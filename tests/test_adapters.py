@@ -323,7 +323,10 @@ def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
 
 def test_eager_adapters_do_not_load_the_compiler():
     script = ("import sys, torch; from nanochat.gpt import GPT, GPTConfig; from nanochat.adapters import *; from nanochat.optim import AdamW\n"
+              "from nanochat.factorize import stacked, with_layer_map; from nanochat.rank import account, on_meta\n"
               "m = GPT(GPTConfig(8, 20, 1, 1, 1, 8)); m.init_weights(); x = torch.zeros(1, 8, dtype=torch.long)\n"
+              "shape = stacked(on_meta(m.config), layers=(0, 0)); attach(shape, 'a', AdapterConfig(rank=2)); account(shape)\n"  # as a plan of a run does
+              "with_layer_map(on_meta(m.config), (0, 0))\n"
               "for kind in ('lora', 'adalora', 'ia3'):\n"
               "    attach(m, kind, AdapterConfig(kind, rank=2, dropout=0.1)); m(x, x).backward(); AdamW(optimizer_groups(m, kind, 0.1)).step(); merge(m)\n"
               "print('loaded:', 'torch._dynamo' in sys.modules)")
