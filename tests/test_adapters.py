@@ -22,11 +22,11 @@ KINDS = {"lora": AdapterConfig("lora", rank=4, alpha=6.0), "adalora": AdapterCon
 
 
 def awaken(model, name="a", seed=2):
-    """Adapter parameters as training might leave them."""
+    """Adapter parameters as training might leave them: AdaLoRA's P and Q near to orthonormal, as they begin."""
     rng = torch.Generator().manual_seed(seed)
     for adapter in adapters_of(model, name).values():
-        for p in adapter.parameters():
-            p.data += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+        for key, p in adapter.named_parameters():
+            p.data += (0.05 if key in "PQ" else 0.3) * torch.randn(p.shape, generator=rng, dtype=p.dtype)
 
 
 def adapted(kind="lora", base="full", **changes):
