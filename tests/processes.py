@@ -6,7 +6,7 @@ from multiprocessing import get_context
 
 from nanochat.common import run_script
 
-WAIT = 120  # seconds until a run counts as hung
+WAIT = 240  # seconds until a run counts as hung
 fork_server = get_context("forkserver")  # an interpreter of its own that loads torch once
 fork_server.set_forkserver_preload(["torch", "scripts.base_train"])
 
