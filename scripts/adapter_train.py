@@ -138,6 +138,9 @@ def base_run(flag: str, tag: str, step: int = -1) -> tuple[metrics.Run, dict, GP
     if "adapter" in meta:
         raise InputError(f"{flag} {tag}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; make a plain model of it first: "
                          f"python -m scripts.materialize --model-tag {tag} --out-tag {tag}_merged")
+    if "subspace" in meta:
+        raise InputError(f"{flag} {tag}: its matrices are made of a few numbers (--subspace {meta['subspace']['kind']}), there is nothing beside which an adapter could stand; "
+                         "give a run trained without --subspace")
     return run, {"tag": tag, "step": step, "sha256": meta["sha256"]}, GPTConfig(**meta["model"])
 
 

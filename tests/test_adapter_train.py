@@ -249,6 +249,8 @@ def test_unfinished_bases_adapters_and_changed_flags_are_refused(adapt, world):
         base_train.main(["--init-from", "lora", "--device-batch-size", "4"])
     with pytest.raises(InputError, match="lora is an adapter; give --out-tag too"):
         materialize.main(["--model-tag", "lora", "--safetensors", str(world / "x.safetensors")])
+    base_train.main([*TINY, "--data", metrics.load_run(world / "runs/base").config["flags"]["data"], "--num-iterations", "1", "--subspace", "none", "--model-tag", "few"])
+    refused(("--model-tag", "few"), "--model-tag few: its matrices are made of a few numbers .--subspace none.")
     shutil.copytree(world / "runs/base", world / "runs/half")
     (world / "runs/half/summary.json").write_text('{"status": "stopped"}')
     refused(("--model-tag", "half"), "--model-tag half: is not finished")
