@@ -277,7 +277,7 @@ class Display:
 
     def line(self, point: Point, seen: dict) -> str:
         steps = point.plan["num_iterations"]
-        if not seen:
+        if not seen.get("step"):  # step 0: an adapter's model, evaluated before it is trained
             return f"  {point.tag}  starting"
         left = (steps - seen["step"]) * seen["total_training_time"] / seen["step"]
         ppl = f"  ppl {seen['val/ppl']:.2f}" if "val/ppl" in seen else ""

@@ -261,3 +261,8 @@ def test_the_published_experiments_are_well_formed(name, preset, runs, later, mo
         size = {p.label: count_parameters(p.config) for p in sweep.points}
         assert all(0.98 < n / size["full"] < 1.0001 for n in size.values())  # a tied position has two scalars of its own
         assert {p.label: len(p.config.positions) for p in sweep.points} == {"full": 4, "low-rank": 8, "tied": 8, "low-rank-tied": 16}
+
+
+def test_the_display_of_a_run_that_was_only_evaluated_so_far():
+    line = local.Display.line(None, SimpleNamespace(tag="a", plan={"num_iterations": 9}), {"step": 0, "total_training_time": 0.0, "val/ppl": 7.0})
+    assert line == "  a  starting"
