@@ -130,7 +130,10 @@ def check_existing(sweep: Sweep, tokenizer, corpora: dict):
         there = before.get("derived", {}).get("corpus", {})
         there = {"tokenizer_hash": before.get("derived", {}).get("tokenizer_hash"), "corpus.train": there.get("train_fingerprint"),
                  "corpus.val": there.get("val_fingerprint")}
-        differing = metrics.differing_keys(before.get("flags", {}), vars(point.args)) + metrics.differing_keys(there, derived)
+        given, flags = vars(point.args), before.get("flags", {})
+        if point.base:  # it took the shape and the number of the checkpoint from its base when it ran
+            flags = {key: value for key, value in flags.items() if key in given} | {"step": given.get("step")}
+        differing = metrics.differing_keys(flags, given) + metrics.differing_keys(there, derived)
         if differing:
             wrong[point.tag] = differing
     if wrong:

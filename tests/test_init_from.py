@@ -10,8 +10,8 @@ from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
-from nanochat.experiment import resolve
 from nanochat.plan import parse_flags
+from nanochat.variant import resolve
 from nanochat.study import configurations, paste_flags
 from nanochat.tokenizer import load_tokenizer
 from scripts import base_train, materialize, tok_train
