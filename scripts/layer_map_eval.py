@@ -45,7 +45,7 @@ def draw(rows: list[dict], layers: int, second_tag: str = ""):
     panel.spines[:].set_visible(False)
     panel.set_title("validation perplexity, no training", loc="right", fontsize=9)
     key = fig.colorbar(image, ax=panel, ticks=range(layers), location="bottom", aspect=40, fraction=0.4 / height)
-    key.set_label("layer executed" + f"; hatched: of {second_tag}" * bool(second_tag))
+    key.set_label("layer executed" + f"\nhatched: of {second_tag}" * bool(second_tag))
     return fig
 
 
