@@ -2,7 +2,7 @@
 import math
 from argparse import ArgumentTypeError
 
-from nanochat.common import ArgumentParser, whole_number
+from nanochat.common import ArgumentParser, device_flags, whole_number
 from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
@@ -67,8 +67,7 @@ def number(low: float, high: float = math.inf):
 def add_machine_flags(add):
     """Where and how a run computes, and what it is called on the dashboard."""
     add("--run", default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
-    add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="compute dtype; master weights are float32")
+    device_flags(add, "compute dtype; master weights are float32")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 1e14 training FLOPs on")
     add("--recompute", choices=["none", "bottleneck"], default="none",
         help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")

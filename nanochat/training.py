@@ -197,7 +197,6 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
         "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
                     "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
                     "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **derived},
-        "reference_losses": reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size),
         "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
         "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
@@ -209,6 +208,8 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
         if found == "finished":
             return print0(f"{tag}: already finished, see {folder}")
         core = core_questions(args, tokenizer, place)
+        if rank == 0:
+            run_config["reference_losses"] = reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size)
         if world_size > 1:
             dist.barrier()  # every process has looked at the folder before rank 0 writes into it
         stop = held.enter_context(common.stop_signals())

@@ -64,8 +64,7 @@ def parse(argv):
     add("--seed", type=whole_number(0), default=0, help="of random maps")
     add("--eval-tokens", type=whole_number(-1), default=-1, help="validation tokens; -1 = as many as in the run")
     add("--device-batch-size", type=whole_number(1), default=32)
-    add("--device-type", choices=["", "cuda", "cpu"], default="")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    common.device_flags(add, "of the evaluation; weights are float32")
     add("--out", type=Path, default=None, help="folder of layer_maps.csv and layer_maps.png")
     args = parser.parse_args(argv)
     if not (args.maps.strip() or args.all_monotone or args.random):

@@ -42,8 +42,7 @@ def parse(argv):
         help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values")
     add("--eval-tokens", type=whole_number(-1), default=-1, help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
     add("--device-batch-size", type=whole_number(1), default=32)
-    add("--device-type", choices=["", "cuda", "cpu"], default="")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the evaluation; weights are float32")
+    common.device_flags(add, "of the evaluation; weights are float32")
     add("--safetensors", type=Path, default=None, metavar="FILE.safetensors",
         help="write it, with FILE.json beside it: the new run or, without --out-tag, the checkpoint as it is")
     args = parser.parse_args(argv)

@@ -65,5 +65,34 @@ def command(monkeypatch, capfd):
     return run
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
+    from nanochat import training
+    original = training.forward_backward
+
+    def arm(n):
+        left = [n]
+
+        def step(*args):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return original(*args)
+        monkeypatch.setattr(training, "forward_backward", original if n is None else step)
+    return arm
+
+
 def losses(run) -> list[float]:
     return [entry["train/loss"] for entry in run.history]
+
+
+def tiny_experiment(path, text: str, seeds, data: str = ""):
+    """Write an experiment file of runs with TINY's flags and these points, on a text if it names one; returns its path."""
+    flags = {"vocab-size": 300, **({"data": f"'{data}'"} if data else {}), **{name[2:]: value for name, value in zip(TINY[::2], TINY[1::2])}}
+    path.write_text(f"seeds = {list(seeds)}\n[flags]\n" + "".join(f"{name} = {value}\n" for name, value in flags.items()) + text)
+    return path

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from conftest import TINY
+from conftest import TINY, Killed
 from nanochat import metrics
 from nanochat.adalora import orthogonality
 from nanochat.adapters import adapters_of
@@ -17,7 +17,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import account, on_meta
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
-from test_base_train import Killed, final_state, kill_after, same  # noqa: F401
+from test_base_train import final_state, same
 
 HORIZON = ["--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "6", "--eval-tokens", "1024", "--sample-every", "-1"]
 L, C, V = 2, 32, 300  # of the base: layers, width, vocabulary
@@ -87,7 +87,7 @@ def test_a_run_starts_at_the_base_learns_and_leaves_it_alone(adapt, world):
 
 
 @pytest.mark.parametrize("stop", [3, 6])
-def test_resuming_within_adaloras_schedule_with_dropout_is_the_uninterrupted_run_to_the_bit(adapt, kill_after, stop):  # noqa: F811
+def test_resuming_within_adaloras_schedule_with_dropout_is_the_uninterrupted_run_to_the_bit(adapt, kill_after, stop):
     straight = adapt(*ADALORA, tag="straight")  # of both cases the same; the second time only read
     kill_after(stop)
     with pytest.raises(Killed):

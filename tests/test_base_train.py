@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, losses
+from conftest import TINY, Killed, losses
 from nanochat import metrics, training
 from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
@@ -20,27 +20,6 @@ from processes import Launched
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def kill_after(monkeypatch):
-    """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
-    original = training.forward_backward
-
-    def arm(n):
-        left = [n]
-
-        def step(*args):
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            return original(*args)
-        monkeypatch.setattr(training, "forward_backward", original if n is None else step)
-    return arm
 
 
 def final_state(run):

@@ -4,7 +4,7 @@ import shlex
 import pytest
 import torch
 
-from conftest import TINY, losses
+from conftest import TINY, Killed, losses
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.common import InputError
@@ -15,7 +15,7 @@ from nanochat.variant import resolve
 from nanochat.study import configurations, paste_flags
 from nanochat.tokenizer import load_tokenizer
 from scripts import base_train, materialize, tok_train
-from test_base_train import Killed, final_state, kill_after, same  # noqa: F401
+from test_base_train import final_state, same
 
 NO_SHAPE = TINY[TINY.index("--device-batch-size"):]
 
@@ -55,7 +55,7 @@ def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_bega
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_resuming_such_a_run_is_the_uninterrupted_run_to_the_bit(train, go_on, kill_after, stop):  # noqa: F811
+def test_resuming_such_a_run_is_the_uninterrupted_run_to_the_bit(train, go_on, kill_after, stop):
     train("--attn-rank", 4, tag="low")
     straight = go_on("low", tag="straight")
     kill_after(stop)

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from conftest import TINY
+from conftest import tiny_experiment
 from nanochat import local, metrics, slurm, wandb_sweep
 from nanochat.common import ArgumentParser, InputError
 from nanochat.experiment import read_experiment
@@ -44,10 +44,7 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
 
     def experiment(text, seeds=(1, 2)):
-        flags = "".join(f"{name[2:]} = {value}\n" for name, value in zip(TINY[::2], TINY[1::2]))
-        path = tmp_path / "two.toml"
-        path.write_text(f"seeds = {list(seeds)}\n[flags]\nvocab-size = 300\n{flags}[points.d2]\n{text}")
-        return path
+        return tiny_experiment(tmp_path / "two.toml", f"[points.d2]\n{text}", seeds)
     return experiment
 
 

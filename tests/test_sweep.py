@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import TINY
+from conftest import tiny_experiment
 from nanochat import local, metrics
 from nanochat.common import REQUEUE, InputError
 from nanochat.experiment import read_experiment
@@ -20,10 +20,7 @@ from scripts import sweep as sweeps
 def experiment(tmp_path, base_dir, corpus_dir):
     """experiment(text) -> path of a file of tiny runs under seeds 1 and 2, with these points."""
     def write(text, seeds=(1, 2)):
-        flags = "".join(f"{name[2:]} = {value}\n" for name, value in zip(TINY[::2], TINY[1::2]))
-        path = tmp_path / "tiny.toml"
-        path.write_text(f"seeds = {list(seeds)}\n[flags]\nvocab-size = 300\ndata = '{corpus_dir}'\n{flags}{text}")
-        return path
+        return tiny_experiment(tmp_path / "tiny.toml", text, seeds, corpus_dir)
     return write
 
 
