@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from nanochat.common import ArgumentParser, InputError, run_script, write_atomic
+from nanochat.equal_cost import equal_cost_table
 from nanochat.figures import draw_all
 from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
 from nanochat.method_figures import method_section
@@ -131,7 +132,7 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
     ordinary = not any(c.method for c in configs) or any(c.low_rank for c in configs)  # else there is no low rank to judge, and nobody asked
     conclusions = judge(configs, margins) if ordinary else []
     scratch = [c for c in configs if not c.settings.get("adapter")] or configs  # what an adapter costs leaves out the model that it starts from
-    means, front = configurations_table(configs, measure), frontier_table(scratch, measure)
+    means, front = configurations_table(configs, measure) + equal_cost_table(scratch), frontier_table(scratch, measure)
     figures = study_figures(scratch, measure)
     section, more = method_section(configs, measure)
     one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]

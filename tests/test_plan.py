@@ -42,6 +42,6 @@ def test_learning_rate_schedule_by_hand():
 
 def test_matrix_learning_rate_follows_the_number_of_steps_unless_given():
     rate = lambda *flags: plan_of(*flags)[1]["matrix_lr"]
-    assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.057
-    assert rate("--num-iterations", 3200) == pytest.approx(0.057 / 2) and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
+    assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.08
+    assert rate("--num-iterations", 1600) == pytest.approx(0.08 / 2) and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
     assert rate("--matrix-lr", 0.01) == 0.01
