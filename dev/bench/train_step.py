@@ -38,7 +38,7 @@ import torch
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.dataloader import Rows, training_batches
-from nanochat.flags import rank_flag
+from nanochat.flags import matrix_ranks, matrix_ranks_flag, rank_flag
 from nanochat.gpt import GPT, GPTConfig, compile_blocks
 from nanochat.optim import build_optimizers
 from nanochat.rank import account, predict_peak
@@ -376,7 +376,7 @@ def target_table(found: list[dict]) -> str:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank")
+SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank", "matrix_ranks", "factor_act")
 
 
 def build_parser():
@@ -391,7 +391,9 @@ def build_parser():
     add("--vocab-size", type=whole_number(2), default=4096)
     add("--window-pattern", default="SSSL", help="as in scripts.base_train")
     add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
-    add("--mlp-rank", type=rank_flag, default=0.25, help="with both ranks 0 there is only the dense model")
+    add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
+    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
+    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
@@ -400,7 +402,7 @@ def build_parser():
     return parser
 
 
-def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0) -> GPTConfig:
+def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **more) -> GPTConfig:
     if width % args.head_dim:
         raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}")
     if args.window_pattern.strip("SL") or not args.window_pattern:
@@ -408,7 +410,7 @@ def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0) ->
     heads = width // args.head_dim
     return GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
                      n_embd=width, window_pattern=args.window_pattern,
-                     attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth)
+                     attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth, **more)
 
 
 def chosen(args) -> tuple[dict, dict]:
@@ -417,8 +419,9 @@ def chosen(args) -> tuple[dict, dict]:
         return ({"dense 256": model_config(args, 256), "dense 512": model_config(args, 512),
                  "low-rank 512": model_config(args, 512, 0.25, 0.25)}, {"low-rank 512": "dense 512"})
     configs, controls = {"dense": model_config(args, args.model_dim)}, {}
-    if args.attn_rank or args.mlp_rank:
-        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank)
+    if args.attn_rank or args.mlp_rank or args.matrix_ranks:
+        single = {name: (rank,) * args.depth for name, rank in matrix_ranks(args.matrix_ranks).items()}
+        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank, matrix_ranks=single, factor_act=args.factor_act)
         controls["low-rank"] = "dense"
     return configs, controls
 
@@ -438,7 +441,7 @@ def main(argv=None):
         subjects = [make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled)
                     for name, config in configs.items()]
     except ValueError as e:  # a rank that does not fit
-        raise InputError(f"--attn-rank, --mlp-rank: {e}")
+        raise InputError(f"--attn-rank, --mlp-rank, --matrix-ranks: {e}")
 
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result = {"machine": machine(device, dtype, compiled), "flags": flags,
