@@ -111,12 +111,18 @@ def verdict(configs: list[Configuration], margin_time: float = 0.0, margin_memor
                    cost_lines(low, full, 1 - margin_time, 1 - margin_memory)),
         hypothesis("H2", "low rank in both attention and MLP costs little perplexity", f"perplexity below × {1 + margin_ppl:g}",
                    f"finished runs with low rank in both attention and MLP, and full-rank runs of the same {ALIKE}, depth and width",
-                   perplexity_lines([c for c in low if c.settings.get("attn_rank") and c.settings.get("mlp_rank")], full, 1 + margin_ppl)),
+                   perplexity_lines([c for c in low if factored_in(c, "attn", "qkvo") and factored_in(c, "mlp", ("up", "down"))], full, 1 + margin_ppl)),
         hypothesis("H3", "at equal parameters a deeper low-rank network beats the full-rank baseline",
                    f"perplexity below × 1, with numbers of parameters within {100 * equal_params:g} %",
                    f"finished low-rank runs that are deeper than a full-rank run of the same {ALIKE} and have its number of parameters (a tied "
                    "layer counts as often as it is executed)",
                    deeper_lines(low, full, equal_params))]
+
+
+def factored_in(config: Configuration, group: str, matrices) -> bool:
+    """Whether the group, attn or mlp, or at least one of its matrices has a rank."""
+    single = dict(part.split("=") for part in (config.settings.get("matrix_ranks") or "").split(",") if part)
+    return bool(config.settings.get(f"{group}_rank")) or any(float(single.get(name, 0)) for name in matrices)
 
 
 def check_one_text(configs: list[Configuration]):
