@@ -12,16 +12,18 @@ GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: nanochat's d20 and its data
   : "${DATA:=climbmix}" "${DATA_SHARDS:=120}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
   : "${DEPTH:=20}" "${MODEL_DIM:=1280}" "${HEAD_DIM:=128}" "${MAX_SEQ_LEN:=2048}"
-  : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.25}"
+  : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.297}"
   : "${DEVICE_BATCH_SIZE:=32}" "${TOTAL_BATCH_SIZE:=524288}" "${NUM_ITERATIONS:=-1}"
   : "${EVAL_EVERY:=250}" "${PPL_THRESHOLDS:=100,50,30,25,20}"
 else                                               # a laptop: the same story in miniature, in minutes
   : "${DATA:=stdlib}" "${DATA_SHARDS:=8}" "${VOCAB_SIZE:=2048}" "${TOKENIZER_CHARS:=5000000}"
   : "${DEPTH:=4}" "${MODEL_DIM:=192}" "${HEAD_DIM:=64}" "${MAX_SEQ_LEN:=256}"
-  : "${ATTN_RANK:=64}" "${MLP_RANK:=64}"
+  : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.297}"
   : "${DEVICE_BATCH_SIZE:=16}" "${TOTAL_BATCH_SIZE:=4096}" "${NUM_ITERATIONS:=120}"
   : "${EVAL_EVERY:=25}" "${PPL_THRESHOLDS:=200,100,50}"
 fi
+: "${MATRIX_RANKS=v=0,o=0}"       # of single matrices, in place of ATTN_RANK or MLP_RANK: v and o stay full; '' = none
+: "${FACTOR_ACT:=none}"          # silu: between the factors, which then merge into no matrix
 : "${RANK_SCHEDULE:=constant}"   # constant | linear | step | exponential | quadratic | r0,r1,…
 : "${RANK_END:=0}"               # rank of the last layer, for the schedules that change
 : "${SEED:=42}"
@@ -49,6 +51,9 @@ wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 BASE_TAG="$(basename "$DATA")_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
 FULL="${BASE_TAG}_full"
 LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
+SINGLE="${MATRIX_RANKS//=/}"
+LOWRANK="${LOWRANK}${SINGLE:+_${SINGLE//,/_}}"
+[ "$FACTOR_ACT" = none ] || LOWRANK="${LOWRANK}_${FACTOR_ACT}"
 [ "$RANK_SCHEDULE" = constant ] || LOWRANK="${LOWRANK}_${RANK_SCHEDULE//,/-}_end${RANK_END}"
 COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HEAD_DIM" --max-seq-len "$MAX_SEQ_LEN"
         --device-batch-size "$DEVICE_BATCH_SIZE" --total-batch-size "$TOTAL_BATCH_SIZE" --seed "$SEED"
@@ -59,7 +64,8 @@ launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run "$(wandb_name
 # the same number of steps as the baseline took, also where that was derived from its size
 STEPS=$(python -c 'import sys; from nanochat.metrics import load_run, runs_dir; print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
 launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run "$(wandb_name lowrank)" --num-iterations "$STEPS" \
-  --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
+  --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" \
+  --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
 
 for TAG in "$FULL" "$LOWRANK"; do
   launch scripts.base_eval --model-tag "$TAG" --eval-tokens "$EVAL_TOKENS" --device-batch-size "$DEVICE_BATCH_SIZE"
