@@ -130,7 +130,7 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
     mixed = len({bool(s.get("adapter")) for s in described}) > 1  # of two scripts, whose flags are not the same
     names = [[rank_name(s)] for s in described]
     order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
-    others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks"})
+    others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks", "factor_act"})
     for key in order + others:
         kinds = {}  # name so far -> values of this setting among those that bear it
         for name, s in zip(names, described):
@@ -143,7 +143,7 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
 
 
 def rank_name(s: dict) -> str:
-    """"attn 96, mlp 96", "mlp 96, v 128", "attn 100…5" over many layers, or "full rank"; "LoRA 8" of another method."""
+    """"attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, or "full rank"; "LoRA 8" of another method."""
     if method(s):
         return with_size(s)
     parts = []
@@ -153,8 +153,9 @@ def rank_name(s: dict) -> str:
             rank = f"{rank.split('-')[0]}…{rank.split('-')[-1]}"
         if rank:
             parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
-    parts += (s.get("matrix_ranks") or "").replace("=", " ").split(",")
-    return ", ".join(filter(None, parts)) or "full rank"
+    parts += filter(None, (s.get("matrix_ranks") or "").replace("=", " ").split(","))
+    parts += [s["factor_act"]] if parts and s.get("factor_act", "none") != "none" else []
+    return ", ".join(parts) or "full rank"
 
 
 def setting_name(key: str, setting) -> str:

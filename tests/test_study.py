@@ -47,6 +47,12 @@ def test_what_makes_another_configuration(change):
     assert len(both) == 2 and both[0].name != both[1].name
 
 
+def test_linear_and_not_linear_are_told_apart_by_name():
+    ranks = {"matrix_ranks": "k=0.25,q=0.25"}
+    named = configurations([a_run("linear", mlp=64, flags=ranks), a_run("act", mlp=64, flags={**ranks, "factor_act": "silu"}), a_run("full")])
+    assert [c.name for c in named] == ["mlp 64, k 0.25, q 0.25", "mlp 64, k 0.25, q 0.25, silu", "full rank"]
+
+
 def test_a_shape_is_what_it_was_resolved_to():
     """The same depth and rank, asked for as a budget or given: one configuration. So is a default that an older version lacked."""
     asked = a_run("asked", attn=64, mlp=64, flags={"budget_params": "full", "solve": "rank", "attn_rank": 0.5, "mlp_rank": 0.5, "aspect_ratio": 32})
