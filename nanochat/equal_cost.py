@@ -18,7 +18,7 @@ def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
     if not control:
         return []
     rows = []
-    for model in models:
+    for model in sorted(models, key=lambda model: -share(model, control, parameters_of_blocks)):
         cells = [difference(model, control, cost) for cost, _ in COSTS]
         if key(model[0], ALIKE) == key(control[0], ALIKE) and model[0] is not control[0] and any(cells):
             sizes = [f"× {ratio:.3f}" for ratio in (share(model, control, parameters_of_blocks), share(model, control, "flops/per_token"))]
