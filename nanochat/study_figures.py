@@ -211,7 +211,11 @@ def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list
 
 
 def draw_thresholds(configs: list[Configuration], measure: str):
-    """A panel a threshold (the hardest three): time to it against rank, a line for each depth and what is factored, full rank dashed."""
+    """A panel a threshold (the hardest three): time to it against rank, a line for each depth and what is factored, full rank dashed.
+
+    Without models in which matrices have ranks of their own, which have no one rank, or an activation between the factors.
+    """
+    configs = [c for c in configs if not c.settings.get("matrix_ranks") and c.settings.get("factor_act", "none") == "none"]
     chosen = list(best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values())
     low, full = [c for c in chosen if c.low_rank], {depth(c): c for c in chosen if c.full_rank}
     asked = [p for p in thresholds_of(chosen) if sum(bool(times_to(c, p)) for c in chosen) > 1 and any(times_to(c, p) for c in low)][-3:]

@@ -74,6 +74,13 @@ def test_time_to_a_threshold_needs_every_seed():
     assert (threshold, config.name, ours, theirs) == (30, fast.name, 20, 35)
 
 
+@pytest.mark.parametrize("own", [{"matrix_ranks": "q=8"}, {"factor_act": "silu"}])
+def test_time_against_rank_leaves_out_what_has_no_one_rank_or_is_not_linear(own):
+    runs = [run("full"), run("a", attn=8, reach=20), run("b", attn=16, reach=25)]
+    assert "threshold_rank.png" in study_figures(configurations(runs), "loss")
+    assert "threshold_rank.png" not in study_figures(configurations([*runs[:2], run("b", attn=16, reach=25, **own)]), "loss")
+
+
 def test_mean_curve_is_over_seeds_at_the_evaluations_of_all():
     [config] = configurations([run("a", 1, ppl=20, seconds=100), run("b", 2, ppl=30, seconds=140)])
     config.runs[1].history.pop(0)
