@@ -4,6 +4,7 @@ from statistics import fmean
 
 from nanochat.pairs import CONTEXT, FAMILY, RANK, SHAPE, by_seed, differences, ended, grouped, interval, key, tuned, tuning
 from nanochat.study import Configuration
+from nanochat.verdict import common_name
 
 COSTS = [("total_tokens", "tokens"), ("total_training_flops", "FLOPs"), ("total_training_time", "training time")]
 ALIKE = tuple(name for name in (*CONTEXT, *FAMILY) if name != "num_iterations")
@@ -48,7 +49,7 @@ def losses(model: list[Configuration]) -> dict[int, float]:
 
 def difference(model: list[Configuration], control: list[Configuration], cost: str) -> dict[int, float]:
     """{seed: loss of the model at the control's cost − loss of the control}, of the seeds where the model's lengths reach it."""
-    lengths = [(by_seed(group, cost, ended), losses(group)) for group in grouped(model, lambda c: c.settings.get("num_iterations"))]
+    lengths = [(by_seed(group, cost, ended), losses(group)) for group in grouped(model, lambda c: key(c, ("num_iterations",)))]
     found = {}
     for seed, wanted in by_seed(control, cost, ended).items():
         points = sorted((costs[seed], loss[seed]) for costs, loss in lengths if seed in costs and seed in loss)
@@ -79,9 +80,9 @@ def share(model, control, quantity) -> float:
 
 
 def model_name(model: list[Configuration]) -> str:
-    """The parts that the names of its lengths and settings share."""
-    parts = [part for part in model[0].name.split(", ") if all(part in c.name.split(", ") for c in model)]
-    return ", ".join(part for part in parts if not part.startswith(("num iterations", "matrix lr"))) or model[0].name
+    """What the names of its lengths and settings share, without a length or a rate that happens to be the same in all of them."""
+    parts = common_name(model).split(", ")
+    return ", ".join(part for part in parts if not part.startswith(("num iterations", "matrix lr")))
 
 
 def in_words(found: dict[int, float]) -> str:
