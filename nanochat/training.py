@@ -142,9 +142,9 @@ def update(optimizers, pieces, place, step: int, lrm: float):
 
 def compiling_pays(device_type: str, flops: float) -> bool:
     """On a GPU always. On a CPU it takes a minute, as long as 7e12 FLOPs on two cores take to win back (dev/LOG.md), and needs a C++
-    compiler: from 1e14 FLOPs on, where it costs little and a shorter run's first step is not kept waiting.
+    compiler: from 2e13 FLOPs on, minutes of training, where a first step is not kept waiting for nothing.
     """
-    return device_type == "cuda" or (flops >= 1e14 and any(map(shutil.which, ("g++", "c++", "clang++"))))
+    return device_type == "cuda" or (flops >= 2e13 and any(map(shutil.which, ("g++", "c++", "clang++"))))
 
 
 def core_questions(args, tokenizer, place):
