@@ -393,7 +393,7 @@ def build_parser():
     add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
-    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
+    add("--factor-act", choices=["none", "silu", "silu-mlp"], default="none", help="between the factors")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
