@@ -2,8 +2,8 @@
 
     python dev/candidates.py spectron --model-tag try --depth 4 --model-dim 256 --mlp-rank 0.3 --matrix-lr 0.08
 
-Initialisations: gaussian, cola, spectral. Paths beside BA: diagonal, repeat, abba, self-guided. Steps: adamw, spectron, lora-muon, whose
-rate may follow (spectron=0.16). After each step: product-decay, rebalance. One process, not compiled, from the first step on, with
+Initialisations: gaussian, cola, spectral. Paths beside BA, or in its place: diagonal, repeat, abba, silu-mlp,
+self-guided. Steps: adamw, spectron, lora-muon, whose rate may follow (spectron=0.16). After each step: product-decay, rebalance. One process, not compiled, from the first step on, with
 --num-iterations given. Formulas are held against explicit ones in tests/test_candidates.py.
 """
 import math
@@ -131,6 +131,13 @@ class Abba(OneMatmul):
         nn.init.orthogonal_(self.B2, gain=math.sqrt(self.out_features * self.in_features / self.rank))
 
 
+class SiluMLP(LowRankLinear):
+    """y = B silu(A x) in the MLP, whose matrices are the ones not square, and BA x in attention."""
+
+    def __init__(self, in_features, out_features, rank, act="none"):
+        super().__init__(in_features, out_features, rank, "none" if in_features == out_features else "silu")
+
+
 class SelfGuided(OneMatmul):
     """y = α W x + (1 − α) BA x, W dense and equal to BA at first; α from 1 to 0 over the first half by a cosine (Wei et al., arXiv 2407.09835)."""
     share = 1.0  # α, of all layers
@@ -229,7 +236,8 @@ def rebalance(A, B):
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 
-LAYERS = {"gaussian": Gaussian, "cola": Cola, "spectral": Spectral, "diagonal": Diagonal, "repeat": Repeat, "abba": Abba, "self-guided": SelfGuided}
+LAYERS = {"gaussian": Gaussian, "cola": Cola, "spectral": Spectral, "diagonal": Diagonal, "repeat": Repeat, "abba": Abba, "silu-mlp": SiluMLP,
+          "self-guided": SelfGuided}
 RULES = {"spectron": spectron, "lora-muon": lora_muon}
 VALUES = {"adamw": 0.006, "spectron": 0.08, "lora-muon": 0.08,  # rates of the factors; whole matrices keep --matrix-lr
           "product-decay": 0.05, "rebalance": 25}               # λ, by the rate of the step; steps between

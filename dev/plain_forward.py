@@ -41,8 +41,7 @@ def logits(config: dict, weights: dict, idx):  # (B, T) ids -> (B, T, V)
     x = x0 = norm(x + weights["smear"] * F.pad(x, (0, 0, 1, 0))[:, :-1])  # a share of the token before
     for i, block in enumerate(model["layer_map"] or range(model["n_layer"])):
         def layer(x, name):
-            in_mlp = model["factor_act"] == "silu-mlp" and name.startswith("mlp")
-            return linear(x, f"blocks.{block}.{name}", "silu" if in_mlp else model["factor_act"])
+            return linear(x, f"blocks.{block}.{name}", model["factor_act"])
         x = weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0
         h = norm(x)
         q, k, v = layer(h, "attn.q"), layer(h, "attn.k"), layer(h, "attn.v")

@@ -95,8 +95,7 @@ def add_rank_flags(add):
     add("--lm-head-rank", type=rank_flag, default=0)
     add("--matrix-ranks", type=matrix_ranks_flag, default="",
         help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
-    add("--factor-act", choices=["none", "silu", "silu-mlp"], default="none",
-        help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix; silu-mlp: in the MLP alone")
+    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix")
     add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
     add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
     add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")

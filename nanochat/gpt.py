@@ -38,7 +38,7 @@ class GPTConfig:
     lm_head_rank: float = 0
     tie_embeddings: bool = False       # the output head is the token embedding
     value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
-    factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940); "silu-mlp": of the MLP alone
+    factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
     layer_map: tuple[int, ...] = ()    # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
     layer_kinds: tuple[str, ...] = ()  # of copied layers, what each was where it was copied from (see `kind`); () = as the patterns above have it
     recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
@@ -52,10 +52,6 @@ class GPTConfig:
         """matrix: q, k, v, o, up or down."""
         ranks = self.matrix_ranks.get(matrix) or (self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks)
         return ranks[layer] if ranks else 0
-
-    def act(self, matrix: str) -> str:
-        """What is between the factors of q, k, v, o, up or down: "none" or "silu"."""
-        return "silu" if self.factor_act == "silu" or (self.factor_act == "silu-mlp" and matrix in ("up", "down")) else "none"
 
     def kind(self, layer: int) -> str:
         """S or L, its window, and then v if it has a value table: "S", "L", "Sv" or "Lv"."""
@@ -211,10 +207,10 @@ class Attention(nn.Module):
         C = config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
         kv_dim, ranks = self.n_kv_head * self.head_dim, {name: config.rank(name, layer) for name in "qkvo"}
-        self.q = make_linear(C, C, ranks["q"], config.act("q"))
-        self.k = make_linear(C, kv_dim, ranks["k"], config.act("k"))
-        self.v = make_linear(C, kv_dim, ranks["v"], config.act("v"))
-        self.o = make_linear(C, C, ranks["o"], config.act("o"))
+        self.q = make_linear(C, C, ranks["q"], config.factor_act)
+        self.k = make_linear(C, kv_dim, ranks["k"], config.factor_act)
+        self.v = make_linear(C, kv_dim, ranks["v"], config.factor_act)
+        self.o = make_linear(C, C, ranks["o"], config.factor_act)
         self.recompute = config.recompute == "bottleneck" and any(ranks.values())
 
     def forward(self, x, value_embedding, cos, sin, mask, extend=None):
@@ -256,8 +252,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, up, down = config.n_embd, config.rank("up", layer), config.rank("down", layer)
-        self.up = make_linear(C, 4 * C, up, config.act("up"))
-        self.down = make_linear(4 * C, C, down, config.act("down"))
+        self.up = make_linear(C, 4 * C, up, config.factor_act)
+        self.down = make_linear(4 * C, C, down, config.factor_act)
         self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
@@ -284,19 +280,6 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-def compile_blocks(model, backend: str = "inductor"):
-    """Compile the blocks for training; one compilation serves all blocks of the same window, ranks and kind.
-
-    Everything in which blocks differ otherwise is an argument. Evaluation and generation stay eager (`GPT.eager`): their batches
-    have other shapes.
-    """
-    from torch._dynamo import config as dynamo  # slow to import
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))  # under a rank schedule all blocks differ
-    for block in model.blocks:
-        block.compile(dynamic=False, fullgraph=True, backend=backend)
-    model.compiled = True
-
-
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
@@ -304,7 +287,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.compiled = config, False  # see compile_blocks
+        self.config, self.compiled = config, False  # see nanochat/compiler.py
         C, V, L = config.n_embd, config.vocab_size, config.n_layer
         self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))

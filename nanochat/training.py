@@ -5,7 +5,6 @@ What is trained is a `Learner`: here all of a GPT; an adapter (scripts/adapter_t
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -13,14 +12,14 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from nanochat import common, metrics
+from nanochat import common, compiler, metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
 from nanochat.common import InputError, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
 from nanochat.dataloader import Rows, training_batch, training_batches
 from nanochat.dataset import open_corpus
-from nanochat.gpt import GPT, compile_blocks
+from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
 from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
@@ -140,13 +139,6 @@ def update(optimizers, pieces, place, step: int, lrm: float):
         share_parameters(pieces, place[1])
 
 
-def compiling_pays(device_type: str, flops: float) -> bool:
-    """On a GPU always. On a CPU it takes a minute, as long as 7e12 FLOPs on two cores take to win back (dev/LOG.md), and needs a C++
-    compiler: from 2e13 FLOPs on, minutes of training, where a first step is not kept waiting for nothing.
-    """
-    return device_type == "cuda" or (flops >= 2e13 and any(map(shutil.which, ("g++", "c++", "clang++"))))
-
-
 def core_questions(args, tokenizer, place):
     """(bundle, this process's questions) for evaluate_core; None if CORE is not measured, or there is no bundle, which is said."""
     if args.core_metric_every < 1:
@@ -234,9 +226,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     if meta["step"]:
         load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
     del state
-    compiled = args.compile == "on" or (args.compile == "auto" and compiling_pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
+    compiled = args.compile == "on" or (args.compile == "auto" and compiler.pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
     if compiled:
-        compile_blocks(model)
+        compiler.compile_blocks(model)
 
     record = None
     if rank == 0:

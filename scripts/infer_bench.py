@@ -219,7 +219,7 @@ def build_parser():
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
         add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")
-    add("--factor-act", choices=["none", "silu", "silu-mlp"], default=None, help="between the factors; silu cannot be materialised")
+    add("--factor-act", choices=["none", "silu"], default=None, help="between the factors; silu cannot be materialised")
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
     add("--repeats", type=whole_number(1), default=8, help="turns of each form")

@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 from nanochat import subspace
 from nanochat.adapters import AdapterConfig, adapters_of, attach
 from nanochat.engine import generate
-from nanochat.gpt import GPT, GPTConfig, compile_blocks
+from nanochat.compiler import compile_blocks, knows_all_vector_instructions
+from nanochat.gpt import GPT, GPTConfig
 
 SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
 
@@ -94,3 +95,15 @@ def test_matrices_made_before_the_pass_are_inputs_of_the_graphs():
         for m in (eager, model):
             m.subspace.alpha.data[0, step] += 0.5
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name,version,known", [("g++", "12", True), ("g++", "10.2.1", False), ("clang++", "14.0.6", True), ("clang++", "11.0", False),
+                                                ("icpx", "2024", False), ("g++", "", False)])
+def test_only_a_new_compiler_is_trusted_with_all_vector_instructions(name, version, known, tmp_path, monkeypatch):
+    program = tmp_path / name
+    program.write_text(f"#!/bin/sh\necho {version}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert knows_all_vector_instructions() == known
+    monkeypatch.setenv("CXX", str(tmp_path / "none" / name))
+    assert not knows_all_vector_instructions()

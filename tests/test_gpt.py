@@ -222,17 +222,6 @@ def test_matrices_may_have_ranks_of_their_own():
     assert account(model)["params/attention"] == 3 * (2 * 4 * 64 + 32 * 32 + 8 * 64)
 
 
-def test_silu_in_the_mlp_alone_leaves_attention_linear():
-    both, mlp, none = (tiny(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3, factor_act=act) for act in ("silu", "silu-mlp", "none"))
-    for a, b, c in zip(both.blocks, mlp.blocks, none.blocks):
-        x = torch.randn(2, 8, a.attn.q.in_features)
-        for name in ("q", "k", "v", "o"):
-            assert torch.equal(getattr(b.attn, name).dense_weight(), getattr(c.attn, name).dense_weight())
-        assert torch.equal(b.mlp.up(x), a.mlp.up(x)) and not torch.equal(b.mlp.up(x), c.mlp.up(x))
-        with pytest.raises(ValueError, match="silu between its factors"):
-            b.mlp.down.dense_weight()
-
-
 @pytest.mark.parametrize("changes", [dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3), dict(matrix_ranks={"v": (4,) * 3, "down": (4,) * 3}),
                                      dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3, factor_act="silu")])
 def test_recomputing_changes_no_gradient(changes):

@@ -37,9 +37,9 @@ import torch
 
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
-from nanochat.dataloader import Rows, training_batches
+from nanochat.compiler import compile_blocks
 from nanochat.flags import matrix_ranks, matrix_ranks_flag, rank_flag
-from nanochat.gpt import GPT, GPTConfig, compile_blocks
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.rank import account, predict_peak
 
@@ -393,7 +393,7 @@ def build_parser():
     add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
-    add("--factor-act", choices=["none", "silu", "silu-mlp"], default="none", help="between the factors")
+    add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
