@@ -38,6 +38,7 @@ import torch
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.compiler import compile_blocks
+from nanochat.dataloader import Rows, training_batches
 from nanochat.flags import matrix_ranks, matrix_ranks_flag, rank_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
