@@ -1,6 +1,7 @@
 """The pictures of a study, runs over several axes and seeds: configurations in, PNG bytes and hover texts out."""
 import math
 import re
+from dataclasses import replace
 from statistics import fmean
 
 from nanochat.figures import (COLOURS, COUNT, LINES, MARKERS, TIME, draw_memory, draw_parameters, human, is_finite, loss_limits,
@@ -23,7 +24,7 @@ CAPTIONS = {
     "depth_rank.png": "Depth × rank; darker is better. Of several configurations in one cell the one that ended best is shown, which flatters "
                       "cells where more were tried.",
     "learning_rate.png": "Learning rates: a line a rank and depth. The ring marks the best rate tried, a × at the top a rate at which a run "
-                         "diverged. Along a line nothing else varies; of several lines at one rank and depth the one with most rates is shown.",
+                         "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one rank and depth the one with most rates is shown.",
     "threshold_rank.png": "Training time to a perplexity, interpolated between the evaluations around it. Dashed: full rank at the same depth, with "
                           "its spread. A × at the top: not every seed got there. Of several configurations at one rank the one that ended "
                           "best is shown.",
@@ -207,7 +208,13 @@ def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list
         worth = len(line), -min((c.mean(y_key) for c in line if c.values(y_key)), default=math.inf)
         if len(line) > 1 and worth[1] > -math.inf and (of not in chosen or worth > chosen[of][0]):
             chosen[of] = worth, sorted(line, key=lambda c: c.settings[flag])
-    return [line for _, line in chosen.values()]
+    return [over_common_seeds(line) for _, line in chosen.values()]
+
+
+def over_common_seeds(line: list[Configuration]) -> list[Configuration]:
+    """The same over the seeds that all of them finished, if there are any: where a rate tuned on one seed is run on others, rates would else compare seeds."""
+    common = set.intersection(*({seed(run) for run in c.runs if finished(run)} for c in line))
+    return [replace(c, runs=tuple(run for run in c.runs if seed(run) in common)) for c in line] if common else line
 
 
 def draw_thresholds(configs: list[Configuration], measure: str):

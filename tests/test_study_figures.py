@@ -99,6 +99,15 @@ def test_along_a_line_of_learning_rates_nothing_else_varies():
     assert [len(line) for line in rate_lines(configs, "embedding_lr", "val/ppl")] == [2]
 
 
+def test_rates_are_compared_on_the_seeds_that_all_of_them_have():
+    """Tuned on seed 0, the best rate then run on seeds 1 and 2, which are easier."""
+    tuned = [run("a", 0, lr=0.01, ppl=21), run("b", 0, lr=0.02, ppl=20), run("b1", 1, lr=0.02, ppl=10), run("b2", 2, lr=0.02, ppl=10)]
+    [line] = rate_lines(configurations(tuned), "matrix_lr", "val/ppl")
+    assert [c.mean("val/ppl") for c in line] == [21, 20]
+    [line] = rate_lines(configurations([*tuned, run("c", 3, lr=0.04, ppl=15)]), "matrix_lr", "val/ppl")  # none in common
+    assert [len(c.runs) for c in line] == [1, 3, 1]
+
+
 # ---- which figures --------------------------------------------------------------------------------------------------
 
 ALWAYS = {"frontier.png", "loss_time.png"}
