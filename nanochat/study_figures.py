@@ -24,7 +24,8 @@ CAPTIONS = {
     "depth_rank.png": "Depth × rank; darker is better. Of several configurations in one cell the one that ended best is shown, which flatters "
                       "cells where more were tried.",
     "learning_rate.png": "Learning rates: a line a rank and depth. The ring marks the best rate tried, a × at the top a rate at which a run "
-                         "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one rank and depth the one with most rates is shown.",
+                         "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one "
+                         "rank and depth the one with most rates is shown.",
     "threshold_rank.png": "Training time to a perplexity, interpolated between the evaluations around it. Dashed: full rank at the same depth, with "
                           "its spread. A × at the top: not every seed got there. Of several configurations at one rank the one that ended "
                           "best is shown.",
