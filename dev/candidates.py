@@ -2,9 +2,9 @@
 
     python dev/candidates.py spectron --model-tag try --depth 4 --model-dim 256 --mlp-rank 0.3 --matrix-lr 0.08
 
-Initialisations: gaussian, cola, spectral. Paths beside BA, or in its place: diagonal, repeat, abba, silu-mlp,
-self-guided. Steps: adamw, spectron, lora-muon, whose rate may follow (spectron=0.16). After each step: product-decay, rebalance. One process, not compiled, from the first step on, with
---num-iterations given. Formulas are held against explicit ones in tests/test_candidates.py.
+Initialisations: gaussian, cola, spectral. Paths beside BA, or in its place: diagonal, repeat, abba, silu-mlp, self-guided. Steps: adamw,
+spectron, lora-muon, whose rate may follow (spectron=0.16). After each step: product-decay, rebalance. One process, not compiled, from the
+first step on, with --num-iterations given. Formulas are held against explicit ones in tests/test_candidates.py.
 """
 import math
 import sys
@@ -264,10 +264,11 @@ class CandidateLearner(Learner):
     def after_update(self):
         self.done += 1
         SelfGuided.share = guide(self.done / self.steps)
-        for layer in factor_pairs(self.model):
-            if self.candidate == "product-decay":
+        if self.candidate == "product-decay":
+            for layer in factor_pairs(self.model):
                 decay_product(layer.A, layer.B, self.value * self.muon.param_groups[0]["lr"])
-            if self.candidate == "rebalance" and self.done % self.value == 0:
+        if self.candidate == "rebalance" and self.done % self.value == 0:
+            for layer in factor_pairs(self.model):
                 rebalance(layer.A, layer.B)
                 for p in (layer.A, layer.B):
                     self.muon.state[p].clear()
@@ -281,12 +282,12 @@ def main():
         value = float(value or VALUES.get(name, 0))
     except ValueError:
         raise InputError(f"{name}={value}: give a number") from None
-    args = base_train.parse_flags([*sys.argv[2:], "--compile", "off"])
-    CandidateLearner.candidate, CandidateLearner.value, CandidateLearner.steps = name, value, args.num_iterations
+    argv = [*sys.argv[2:], "--compile", "off"]
+    CandidateLearner.candidate, CandidateLearner.value, CandidateLearner.steps = name, value, base_train.parse_flags(argv).num_iterations
     gpt.LowRankLinear = LAYERS.get(name, LowRankLinear)
     base_train.Learner = CandidateLearner
     base_train.run = partial(base_train.run, candidate=[name, value])  # into config.json
-    base_train.main([*sys.argv[2:], "--compile", "off"])
+    base_train.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """dev/candidates.py: every candidate's formula against an explicit computation of it, and a run of one of each kind."""
 import importlib.util
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("candidates", ROOT / "dev/candidates.py")
+from conftest import ROOT, TINY
+
+SCRIPT = ROOT / "dev/candidates.py"
+spec = importlib.util.spec_from_file_location("candidates", SCRIPT)
 candidates = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(candidates)
 
@@ -70,7 +70,6 @@ def test_spectral_keeps_the_largest_singular_values():
     layer = candidates.Spectral(20, 30, 6)
     layer.init()
     torch.manual_seed(2)
-    candidates.Spectral(20, 30, 6)
     W = torch.empty(30, 20).uniform_(-1, 1) * (3 / 20) ** 0.5
     U, S, Vh = np.linalg.svd(W.numpy(), full_matrices=False)
     np.testing.assert_allclose((layer.B @ layer.A).detach().numpy(), U[:, :6] * S[:6] @ Vh[:6], atol=1e-5)
@@ -145,22 +144,24 @@ def test_the_dense_guide_is_gone_after_half_the_steps():
     assert [round(candidates.guide(p), 6) for p in (0, 0.25, 0.5, 1)] == [1, 0.5, 0, 0]
 
 
-def run(tmp_path, *words):
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    return subprocess.run([sys.executable, ROOT / "dev/candidates.py", *words], capture_output=True, text=True, env=env, cwd=ROOT)
+def test_silu_in_the_mlp_alone():
+    square, up = drawn(candidates.SiluMLP), drawn(candidates.SiluMLP, out_features=21)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(square(x), x @ (square.B @ square.A).mT)
+    h = x @ up.A.mT
+    torch.testing.assert_close(up(x), h * torch.sigmoid(h) @ up.B.mT)
 
 
-def test_a_run(tmp_path):
-    tiny = "--vocab-size 300 --depth 1 --model-dim 32 --head-dim 16 --max-seq-len 16 --attn-rank 8 --mlp-rank 8 --device-batch-size 2 --total-batch-size 32 --eval-tokens 64"
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", "stdlib", "--vocab-size", "300"], env=env, cwd=ROOT, check=True, capture_output=True)
-    for name in ("spectron=0.1", "rebalance=1"):
-        done = run(tmp_path, name, *tiny.split(), "--data", "stdlib", "--num-iterations", "3", "--model-tag", name)
-        assert done.returncode == 0, done.stderr
-        assert f'"{name.split("=")[0]}"' in (tmp_path / "runs" / name / "config.json").read_text()
+@pytest.mark.parametrize("name", ["spectron=0.1", "rebalance=1"])
+def test_a_run(name, base_dir, corpus_dir):
+    """In a process of its own: it exchanges parts of the package."""
+    done = subprocess.run([sys.executable, SCRIPT, name, *TINY, "--data", corpus_dir, "--attn-rank", "8", "--mlp-rank", "8", "--model-tag", name],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f'"{name.split("=")[0]}"' in (base_dir / "runs" / name / "config.json").read_text()
 
 
 @pytest.mark.parametrize("words", [[], ["spectrum"], ["cola=3"], ["adamw=fast"]])
-def test_bad_names_are_one_line(tmp_path, words):
-    done = run(tmp_path, *words)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+def test_bad_names_are_one_line(words, command):
+    code, _, stderr = command("dev/candidates.py", *words)
+    assert code == 2 and len(stderr.strip().splitlines()) == 1

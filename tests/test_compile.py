@@ -8,8 +8,8 @@ from torch._dynamo.utils import counters
 
 from nanochat import subspace
 from nanochat.adapters import AdapterConfig, adapters_of, attach
-from nanochat.engine import generate
 from nanochat.compiler import compile_blocks, knows_all_vector_instructions
+from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 
 SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
