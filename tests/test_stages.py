@@ -134,7 +134,8 @@ if folder.name == failing:
     sys.exit("too hot")
 folder.mkdir(parents=True)
 (folder / "config.json").write_text("{}")
-(folder / "summary.json").write_text(json.dumps({"status": "finished", "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
+(folder / "partial").write_text(json.dumps({"status": "finished", "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
+(folder / "partial").rename(folder / "summary.json")  # whole at once, as a run does it: the sweep reads it all the while
 """
 
 

@@ -39,7 +39,8 @@ if folder.name in sys.argv[4].split(","):
     print("working\\nerror: --learning-rate: too hot", flush=True)
     sys.exit(2)
 def end(status, code):
-    (folder / "summary.json").write_text(json.dumps({"status": status, "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
+    (folder / "partial").write_text(json.dumps({"status": status, "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
+    (folder / "partial").rename(folder / "summary.json")  # whole at once, as a run does it: the sweep reads it all the while
     sys.exit(code)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text("{}")
