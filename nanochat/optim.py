@@ -26,9 +26,12 @@ FACTOR_SCALE = 0.4
 # the model is still its embeddings, normalised; a smaller epsilon would turn them into full steps.
 SCALAR_EPS = 1e-5
 
+# A momentum of less than 1e-14 is 0. Where no gradient comes any more it decays by mu a step, and its square would underflow.
+NOTHING = 1e-28
+
 
 def orthogonalize(X):
-    """X: (..., m, n) -> its nearest semi-orthogonal matrix UVᵀ, but for singular values below 0.03 of the largest (see above).
+    """X: (..., m, n) -> its nearest semi-orthogonal matrix UVᵀ, but for singular values below 0.03 of the largest (see above); 0 of 0.
 
     The steps want a largest singular value just below 1. (Σσ⁸)^⅛ = ||(XXᵀ)²||_F^¼, on hand in the first step, bounds it far more
     closely than ||X||_F, which grows with the width.
@@ -38,7 +41,8 @@ def orthogonalize(X):
     if tall:
         X = X.mT  # the Gram matrices are then on the small side: for a factor, r × r
     G = X @ X.mT                            # (..., m, m)
-    square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30  # ||X||_F²
+    square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ||X||_F²
+    square.masked_fill_(square < NOTHING, torch.inf)
     G.div_(square)
     GG = G @ G
     size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7

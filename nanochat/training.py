@@ -239,7 +239,12 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
            + (f", from step {meta['step']}" if meta["step"] else ""))
 
+    def way_back():
+        return f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0"
+
     def save(step):
+        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            raise InputError(f"step {step}: {broken[0]} and {len(broken)} parameter(s) in all are not finite; nothing was saved; {way_back()}")
         if world_size > 1 and (names := differing_parameters(model)):
             raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
                              "nothing was saved: continue from the checkpoint before with --resume auto")
@@ -324,8 +329,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             record.log(entry)
         if bad_in_a_row > args.max_bad_steps:
             save(step)  # none of the bad steps was applied: these are the last good weights
-            raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); "
-                             f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder)}; lower the learning rates or set --grad-clip 1.0")
+            raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); {way_back()}")
         stopping = stopping and not last
         if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
             save(step)

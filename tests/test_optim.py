@@ -64,6 +64,28 @@ def test_orthogonalize_of_zero_is_zero():
     assert orthogonalize(torch.zeros(4, 6)).abs().max() == 0
 
 
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("shape", [(16, 24), (16, 64), (64, 16)])
+def test_orthogonalize_of_any_size_is_of_size_one_or_zero(shape, rank):
+    """Squares of 1e-20 are beyond float32: what they make of the Gram matrix must not be taken for a direction."""
+    torch.manual_seed(0)
+    X = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    for power in range(46):
+        largest = torch.linalg.matrix_norm(orthogonalize(X * 10.0**-power), ord=2)
+        assert largest == pytest.approx(1, abs=1e-3) if power < 13 else largest < 1.001, power
+
+
+def test_a_matrix_whose_gradient_has_vanished_comes_to_rest():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(16, 48))
+    muon = Muon([dict(params=[p])], lr=0.01)
+    for step in range(900):
+        p.grad = torch.randn(16, 48) if step < 10 else torch.zeros(16, 48)
+        before = p.detach().clone()
+        muon.step()
+    assert p.isfinite().all() and torch.equal(p, before)
+
+
 @pytest.mark.parametrize("shape,line_sum", [((12, 6), 1), ((6, 12), 0), ((1, 5), 0), ((5, 1), 1)])
 def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
     torch.manual_seed(0)
