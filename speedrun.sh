@@ -24,6 +24,7 @@ else                                               # a laptop: the same story in
 fi
 : "${MATRIX_RANKS=v=0,o=0}"       # of single matrices, in place of ATTN_RANK or MLP_RANK: v and o stay full; '' = none
 : "${FACTOR_ACT:=none}"          # silu: between the factors, which then merge into no matrix
+: "${MLP_RATIO:=4}"              # hidden width of the low-rank model's MLP, in widths of the model; full rank's is 4
 : "${RANK_SCHEDULE:=constant}"   # constant | linear | step | exponential | quadratic | r0,r1,…
 : "${RANK_END:=0}"               # rank of the last layer, for the schedules that change
 : "${SEED:=42}"
@@ -54,6 +55,7 @@ LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
 SINGLE="${MATRIX_RANKS//=/}"
 LOWRANK="${LOWRANK}${SINGLE:+_${SINGLE//,/_}}"
 [ "$FACTOR_ACT" = none ] || LOWRANK="${LOWRANK}_${FACTOR_ACT}"
+[ "$MLP_RATIO" = 4 ] || LOWRANK="${LOWRANK}_ratio${MLP_RATIO}"
 [ "$RANK_SCHEDULE" = constant ] || LOWRANK="${LOWRANK}_${RANK_SCHEDULE//,/-}_end${RANK_END}"
 COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HEAD_DIM" --max-seq-len "$MAX_SEQ_LEN"
         --device-batch-size "$DEVICE_BATCH_SIZE" --total-batch-size "$TOTAL_BATCH_SIZE" --seed "$SEED"
@@ -64,7 +66,7 @@ launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run "$(wandb_name
 # the same number of steps as the baseline took, also where that was derived from its size
 STEPS=$(python -c 'import sys; from nanochat.metrics import load_run, runs_dir; print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
 launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run "$(wandb_name lowrank)" --num-iterations "$STEPS" \
-  --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" \
+  --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" --mlp-ratio "$MLP_RATIO" \
   --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
 
 for TAG in "$FULL" "$LOWRANK"; do

@@ -33,7 +33,7 @@ from nanochat.variant import Variant, identity, known, low_rank, resolved, to_ar
 
 RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve",
               "factor-act", "recompute")
-SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "rank-schedule": "",
+SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "mlp-ratio": "ratio", "rank-schedule": "",
          "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps",
          "layer-map": "map", "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
 

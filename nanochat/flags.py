@@ -80,6 +80,7 @@ def add_shape_flags(add):
     add("--model-dim", type=whole_number(-1), default=-1, help="width, overriding depth × aspect-ratio")
     add("--head-dim", type=whole_number(1), default=128)
     add("--n-kv-head", type=whole_number(-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--mlp-ratio", type=number(0), default=4.0, help="hidden width of the MLP / width")
     add("--max-seq-len", type=whole_number(2), default=2048)
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")

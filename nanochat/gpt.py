@@ -3,7 +3,8 @@
 Rotary positions, QK norm, relu² MLP, RMSNorm without parameters, grouped-query and sliding-window attention, logit
 softcap, a learned residual scale and a learned shortcut from the embeddings at every layer, and a learned share of the
 previous token's embedding (the "smear" of modded-nanogpt's records). No biases.
-Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value heads, D head dim, r rank.
+Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value heads, D head dim,
+N hidden width of the MLP, r rank.
 Master weights are float32; the matmuls run in the dtype of the activations (`GPT.forward`'s compute_dtype).
 """
 import contextlib
@@ -31,6 +32,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
+    mlp_ratio: float = 4.0             # width of the MLP's hidden layer, in widths of the model
     window_pattern: str = "SSSL"       # tiled over the layers: S = half the context, L = all of it; the last layer is L
     attn_ranks: tuple[float, ...] = () # one rank a layer, for q, k, v and the attention output; () = full everywhere
     mlp_ranks: tuple[float, ...] = ()  # one rank a layer, for both MLP matrices
@@ -47,6 +49,11 @@ class GPTConfig:
     def positions(self) -> tuple[int, ...]:
         """The layer at each position of the stack, from the embedding to the head."""
         return tuple(self.layer_map) or tuple(range(self.n_layer))
+
+    @property
+    def n_hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return round(self.mlp_ratio * self.n_embd)
 
     def rank(self, matrix: str, layer: int) -> float:
         """matrix: q, k, v, o, up or down."""
@@ -251,19 +258,19 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, up, down = config.n_embd, config.rank("up", layer), config.rank("down", layer)
-        self.up = make_linear(C, 4 * C, up, config.factor_act)
-        self.down = make_linear(4 * C, C, down, config.factor_act)
+        C, N, up, down = config.n_embd, config.n_hidden, config.rank("up", layer), config.rank("down", layer)
+        self.up = make_linear(C, N, up, config.factor_act)
+        self.down = make_linear(N, C, down, config.factor_act)
         self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         h = kept_or_not(self.narrow, self.recompute, x)
         return self.down.widen(kept_or_not(self.between, self.recompute, h))
 
-    def narrow(self, x):  # (B, T, C) -> (B, T, r), or 4C at full rank
+    def narrow(self, x):  # (B, T, C) -> (B, T, r), or N at full rank
         return self.up.narrow(norm(x))
 
-    def between(self, h):  # (B, T, r) -> (B, T, 4C) -> (B, T, r)
+    def between(self, h):  # (B, T, r) -> (B, T, N) -> (B, T, r)
         return squared_relu_linear(self.up.widen(h), self.down.first_factor().to(h.dtype))
 
 

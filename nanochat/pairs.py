@@ -14,7 +14,7 @@ from nanochat.study import MACHINE, RANKS, Configuration, finished, seed, value
 CONTEXT = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens", "max_seq_len", "total_batch_size", "num_iterations",
            "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype", "init_from", "materialized_from")
 FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
-SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "layer_map", "layer_kinds", *FAMILY)
+SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "layer_map", "layer_kinds", *FAMILY)
 RANK = (*RANKS, "rank_schedule", "matrix_ranks", "factor_act")
 COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
 LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "subspace_lr", "weight_decay", "grad_clip"}  # the other way round

@@ -18,14 +18,15 @@ FEW = 10                      # configurations that can all be named in full in 
 
 
 def looks(configs: list[Configuration]) -> dict[str, dict]:
-    """{configuration's name: colour and marker}: the colour tells the rank (black: full), the marker the depth, or again the rank.
+    """{configuration's name: colour and marker}: the colour tells the rank (black: full; grey: with another MLP), the marker the depth, or again the rank.
 
     Of many ranks: one colour for each combination of factored matrices, paler the lower the rank; of one combination a scale of colours.
     """
     ranks = {rank_words(c): factored(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
     ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
     kinds, depths = list(dict.fromkeys(ranks.values())), sorted({depth(c) for c in configs})
-    colours = {}
+    full = sorted({rank_words(c) for c in configs if c.full_rank} - {"full rank"})
+    colours = {words: matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3) for i, words in enumerate(full)}
     for i, (words, kind) in enumerate(ranks.items()):
         alike = [other for other in ranks if ranks[other] == kind]
         if len(ranks) <= FEW_RANKS:
@@ -39,7 +40,7 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
     found = {}
     for c in configs:
         marker = depths.index(depth(c)) if len(depths) > 1 else 0 if c.full_rank else 1 + list(ranks).index(rank_words(c))
-        found[c.name] = {"color": BLACK if c.full_rank else colours[rank_words(c)], "marker": MARKERS[marker % len(MARKERS)]}
+        found[c.name] = {"color": colours.get(rank_words(c), BLACK), "marker": MARKERS[marker % len(MARKERS)]}
     return found
 
 

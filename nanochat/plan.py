@@ -16,7 +16,7 @@ from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes
                            solve_depth, solve_rank)
 
 
-SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
+SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
                "layer_map", "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
 
 
@@ -65,9 +65,11 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
         raise InputError(f"--window-pattern {args.window_pattern!r}: use the letters S and L only")
     if args.tie_embeddings and args.lm_head_rank:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
-    config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.window_pattern,
+    config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.mlp_ratio, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
                        factor_act=args.factor_act, recompute=args.recompute)
+    if not config.n_hidden:
+        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
     config = replace(config, layer_map=tied_map(args.layer_map, depth),
                      attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
@@ -278,7 +280,7 @@ def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
 
 
 def default_tag(args, config: GPTConfig) -> str:
-    tag = f"d{config.n_layer}" + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
+    tag = f"d{config.n_layer}" + (f"_w{config.n_embd}" if args.model_dim > 0 else "") + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != GPTConfig.mlp_ratio else "")
     for name, ranks in (("attn", config.attn_ranks), ("mlp", config.mlp_ranks), ("head", (config.lm_head_rank,))):
         if any(ranks):
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
@@ -291,7 +293,7 @@ def default_tag(args, config: GPTConfig) -> str:
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict):
     """What --dry-run shows."""
-    print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), "
+    print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), MLP {config.n_hidden}, "
            f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in config.positions]}")
     if config.layer_map:
         print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")

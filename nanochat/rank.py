@@ -40,8 +40,8 @@ def count_parameters(config: GPTConfig) -> int:
 
 def factored_shapes(config: GPTConfig) -> dict[str, list[tuple[int, int]]]:
     """(in, out) of the matrices of one layer, by the name of the ranks that they share."""
-    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
-    return {"attn_ranks": [(C, C), (C, kv_dim), (C, kv_dim), (C, C)], "mlp_ranks": [(C, 4 * C), (4 * C, C)]}
+    C, N, kv_dim = config.n_embd, config.n_hidden, config.n_kv_head * config.n_embd // config.n_head
+    return {"attn_ranks": [(C, C), (C, kv_dim), (C, kv_dim), (C, C)], "mlp_ranks": [(C, N), (N, C)]}
 
 
 @dataclass
@@ -178,7 +178,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     model, costs = on_meta(config), account(config)
     C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
     token = rows * T * dtype_bytes  # bytes of one number for each token
-    kept = [kept_by_block(model.blocks[layer], C, K, token, dtype_bytes) for layer in config.positions]
+    kept = [kept_by_block(model.blocks[layer], C, K, config.n_hidden, token, dtype_bytes) for layer in config.positions]
     activations = sum(kept) + token * 2 * C                    # the embeddings: previous token's share, input of the norm
     width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
     head_grad = 4 * V * width
@@ -188,7 +188,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
     # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept
     last = model.blocks[config.positions[-1]].mlp
-    in_mlp = token * (C + 4 * C * (3 if last.recompute else 1))
+    in_mlp = token * (C + config.n_hidden * (3 if last.recompute else 1))
     grads = costs["mem/grads_bytes"]
     at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
     if accumulated:
@@ -203,12 +203,12 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
             "mem/predicted_peak_bytes": costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"] + max(at_head, at_backward, at_update)}
 
 
-def kept_by_block(block, C: int, K: int, token: int, dtype_bytes: int) -> int:
-    """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K: width of keys and values."""
+def kept_by_block(block, C: int, K: int, N: int, token: int, dtype_bytes: int) -> int:
+    """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K, N: widths of keys and values, and of the MLP."""
     kept, copies = C, 0                                        # the residual stream as it comes in
     for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o,
                                      C + 2 * K + 2 * C),       # q, k, v; y by head and by token
-                                    (block.mlp, (block.mlp.up,), block.mlp.down, 4 * C)):  # relu
+                                    (block.mlp, (block.mlp.up,), block.mlp.down, N)):  # relu
         factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
         kept += C + sum(m.rank for m in factored)              # C: the norm's output or, recomputing, its input
         kept += sum(m.rank for m in factored if m.act != "none" and (m is last or not part.recompute))

@@ -75,7 +75,7 @@ def settings(run: Run, defaults: dict) -> dict:
     found = {k: v for k, v in (defaults | flags).items() if k not in FREE | RESOLVED}
     unsaid = {"n_head", "matrix_ranks"} | ({"layer_kinds"} if not model.get("layer_kinds") else set())  # of copied layers alone; older runs lack it
     found |= {MODEL.get(k, k): v for k, v in model.items() if k not in unsaid}
-    found |= {k: whole_ranks(found[k], model) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
+    found |= {k: whole_ranks(found[k], model, k) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]
     found |= {k: derived[k] for k in PLAN if k in derived}
@@ -87,10 +87,12 @@ def settings(run: Run, defaults: dict) -> dict:
     return {k: rank_over_depth(v) if k in RANKS else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
 
 
-def whole_ranks(ranks, model: dict):
-    """Fractions of the width as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
+def whole_ranks(ranks, model: dict, group: str):
+    """Fractions of the smaller side as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
+    ratio = min(1, model.get("mlp_ratio", 4)) if group == "mlp_rank" else 1
+
     def whole(rank):
-        return max(1, round(rank * model["n_embd"])) if rank and 0 < rank < 1 else rank
+        return max(1, round(rank * round(ratio * model["n_embd"]))) if rank and 0 < rank < 1 else rank
     return [whole(r) for r in ranks] if isinstance(ranks, (list, tuple)) else whole(ranks)
 
 
@@ -130,7 +132,7 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
     mixed = len({bool(s.get("adapter")) for s in described}) > 1  # of two scripts, whose flags are not the same
     names = [[rank_name(s)] for s in described]
     order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
-    others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks", "factor_act"})
+    others = sorted({key for s in described for key in s} - set(order) - set(RANKS) - {"matrix_ranks", "factor_act", "mlp_ratio"})
     for key in order + others:
         kinds = {}  # name so far -> values of this setting among those that bear it
         for name, s in zip(names, described):
@@ -143,7 +145,9 @@ def short_names(described: list[dict], tags: list[str]) -> list[str]:
 
 
 def rank_name(s: dict) -> str:
-    """"attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, or "full rank"; "LoRA 8" of another method."""
+    """"attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, or "full rank", and then an MLP of
+    another width than four: "full rank, MLP × 1.5"; "LoRA 8" of another method.
+    """
     if method(s):
         return with_size(s)
     parts = []
@@ -155,7 +159,8 @@ def rank_name(s: dict) -> str:
             parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
     parts += filter(None, (s.get("matrix_ranks") or "").replace("=", " ").split(","))
     parts += [s["factor_act"]] if parts and s.get("factor_act", "none") != "none" else []
-    return ", ".join(parts) or "full rank"
+    parts = parts or ["full rank"]
+    return ", ".join(parts + ([f"MLP × {s['mlp_ratio']:g}"] if s.get("mlp_ratio", 4) != 4 else []))
 
 
 def setting_name(key: str, setting) -> str:

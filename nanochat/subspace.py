@@ -78,8 +78,8 @@ class Matrix(NamedTuple):
 
 def matrices(config: GPTConfig) -> list[Matrix]:
     """Of all blocks, in the order in which they act."""
-    C, K = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
-    shapes = dict(zip(MATRICES, ((C, C), (K, C), (K, C), (C, C), (4 * C, C), (C, 4 * C))))
+    C, N, K = config.n_embd, config.n_hidden, config.n_kv_head * config.n_embd // config.n_head
+    shapes = dict(zip(MATRICES, ((C, C), (K, C), (K, C), (C, C), (N, C), (C, N))))
     return [Matrix(layer, kind, *shape) for layer in range(config.n_layer) for kind, shape in shapes.items()]
 
 

@@ -99,7 +99,7 @@ def mean_rank(config: Configuration) -> float:
     if config.method:
         return math.inf
     model = config.runs[0].config.get("derived", {}).get("model", {})
-    ranks = [r for key in ("attn_ranks", "mlp_ranks") for r in whole_ranks(model.get(key) or [], model) if r]
+    ranks = [r for group in ("attn_rank", "mlp_rank") for r in whole_ranks(model.get(f"{group}s") or [], model, group) if r]
     return fmean(ranks) if ranks else math.inf
 
 

@@ -158,7 +158,7 @@ def set_up(run: Run) -> dict[str, str]:
     def model(key):
         return get(f"derived.model.{key}")
     return {
-        "model": f"{model('n_layer')} layers × {model('n_embd')} wide, {model('n_head')} heads, "
+        "model": f"{model('n_layer')} layers × {model('n_embd')} wide, {model('n_head')} heads, MLP × {look(run, 'derived.model.mlp_ratio') or 4:g}, "
                  f"vocabulary {model('vocab_size')}",
         "attention rank": describe_ranks(look(run, "derived.model.attn_ranks")),
         "MLP rank": describe_ranks(look(run, "derived.model.mlp_ranks")),

@@ -203,7 +203,7 @@ def draw(result: dict):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "vocab_size": 4096, "max_seq_len": 1024, "window_pattern": "SSSL",
+SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "mlp_ratio": 4.0, "vocab_size": 4096, "max_seq_len": 1024, "window_pattern": "SSSL",
          "attn_rank": 0.25, "mlp_rank": 0.25, "lm_head_rank": 0, "factor_act": "none"}  # of a model with random weights
 
 
@@ -216,6 +216,7 @@ def build_parser():
         add(flag, type=whole_number(1), default=None, help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run")
     add("--vocab-size", type=whole_number(2), default=None, help=f"{SHAPE['vocab_size']} without a run")
     add("--n-kv-head", type=whole_number(-1), default=None, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--mlp-ratio", type=flags.number(0), default=None, help="hidden width of the MLP / width; 4 without a run")
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
         add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")

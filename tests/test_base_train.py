@@ -184,6 +184,8 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
     (["--layer-map", "A:0,B:1"], r"--layer-map A:0,B:1: takes copies from two trained checkpoints"),
     (["--layer-map", "0,1", "--budget-params", "99999", "--solve", "depth"], r"--solve depth: --layer-map 0,1 names the layers"),
     (["--head-dim", 24], r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48"),
+    (["--mlp-ratio", 0.01], r"--mlp-ratio 0.01: leaves the MLP no hidden layer at width 32; give more, e.g. 4"),
+    (["--mlp-ratio", 0.5, "--mlp-rank", 17], r"--mlp-rank.*rank 17 does not fit a 16 x 32 matrix: give 0 \(full\), 1 to 16"),
     (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
     (["--window-pattern", "SX"], r"--window-pattern 'SX'"),
     (["--total-batch-size", 300], r"--total-batch-size 300: .*= 128; nearest: 256 or 384"),
@@ -285,6 +287,22 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_
     state, meta = load_checkpoint(metrics.runs_dir() / "tiny", 6)
     assert same(state["model"], final_state(good)["model"]) and meta["bad_steps"] == 3
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("flags,step,saved", [(["--save-every", 2, "--keep", 1], 4, r"\[2\]"), (["--max-bad-steps", 1], 5, "none")])
+def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatch, flags, step, saved):
+    """An update may overflow that came of a finite gradient: here the third."""
+    original, calls = training.update, [0]
+
+    def overflowing(optimizers, *rest):
+        original(optimizers, *rest)
+        calls[0] += 1
+        if calls[0] == 3:
+            optimizers[-1].param_groups[0]["params"][0].data[0] = float("inf")
+    monkeypatch.setattr(training, "update", overflowing)
+    with pytest.raises(InputError, match=rf"step {step}: blocks.* not finite; nothing was saved; the last good weights are in .*checkpoints: {saved}; lower"):
+        train("--num-iterations", 9, *flags)
+    assert saved_steps(metrics.runs_dir() / "tiny") == [2] * (saved != "none")
 
 
 def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch):

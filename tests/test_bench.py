@@ -55,11 +55,14 @@ def check(result: dict):
 
 
 def test_train_step_table_and_json(bench_modules, tmp_path, capsys):
-    bench_modules.train_step.main([*TINY, "--repeats", "3", "--attn-rank", "0.25", "--mlp-rank", "24", "--out", str(tmp_path / "step.json")])
+    bench_modules.train_step.main([*TINY, "--repeats", "3", "--attn-rank", "0.25", "--mlp-rank", "24", "--mlp-ratio", "3", "--recompute", "bottleneck",
+                                   "--out", str(tmp_path / "step.json")])
     stdout = capsys.readouterr().out
     result = json.loads((tmp_path / "step.json").read_text())
     check(result)
-    assert list(result["models"]) == ["dense", "low-rank"] and result["models"]["low-rank"]["config"]["mlp_ranks"] == [24, 24]
+    dense, low = (result["models"][name]["config"] for name in ("dense", "low-rank"))
+    assert (dense["mlp_ranks"], dense["mlp_ratio"], dense["recompute"]) == ([0, 0], 4, "none")
+    assert (low["mlp_ranks"], low["mlp_ratio"], low["recompute"]) == ([24, 24], 3, "bottleneck")
     assert len(result["seconds by round"]["dense"]["step"]) == 3
     for line in ("| tokens/s |", "| optimizer, ms |", "| activations + temporaries, MB |", "| / dense |"):
         assert line in stdout

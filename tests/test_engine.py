@@ -30,7 +30,7 @@ def full_logits(model, tokens: list[int]):
 # ---- the cache is not seen in what comes out
 
 @pytest.mark.parametrize("changes", [{}, LOW, dict(layer_map=(0, 1, 1, 2, 0), value_embeddings=True), dict(n_kv_head=2, value_embeddings=True), dict(window_pattern="S", n_kv_head=1, tie_embeddings=True),
-                                     {**LOW, "factor_act": "silu", "recompute": "bottleneck", "matrix_ranks": {"v": (3, 0, 8)}}])
+                                     {**LOW, "factor_act": "silu", "recompute": "bottleneck", "matrix_ranks": {"v": (3, 0, 8)}, "mlp_ratio": 1.5}])
 def test_cached_logits_equal_the_full_forward(changes):
     """One row to many digits; rows of unequal length, which begin at other positions, to those of float32 angles."""
     model = tiny(**changes)

@@ -73,6 +73,14 @@ def test_the_published_sizes_of_d20():
     assert count_parameters(replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)) == pytest.approx(227e6, rel=0.01)
 
 
+def test_the_mlp_is_as_wide_as_its_ratio_says():
+    """C = 64: attention 4 C², MLP 2 C N, or r (C + N) a matrix."""
+    wide, low = (account(replace(SHAPE, mlp_ratio=1.5, mlp_ranks=ranks)) for ranks in ((), (16,) * 4))
+    assert wide["params/mlp"] == 4 * 2 * 64 * 96 and low["params/mlp"] == 4 * 2 * 16 * (64 + 96)
+    assert wide["flops/per_token"] - low["flops/per_token"] == 6 * (wide["params/mlp"] - low["params/mlp"])
+    assert wide["params/attention"] == 4 * 4 * 64 * 64
+
+
 def test_memory_of_weights_gradients_and_moments():
     counts = account(SHAPE)
     matrices, rest = 12 * 64 * 64 * 4, 2 * 256 * 64 + 8 + 64
@@ -102,7 +110,8 @@ def two_steps(config, rows: int, passes: int):
     (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, recompute="bottleneck")), (16, 1, dict(attn_ranks=(16,) * 4, recompute="bottleneck")),
     (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, matrix_ranks={"down": (32,) * 4}, factor_act="silu")),
     (16, 1, dict(attn_ranks=(32,) * 4, mlp_ranks=(32,) * 4, factor_act="silu", recompute="bottleneck")),
-    (16, 1, dict(layer_map=(0, 0, 1, 1, 2, 3))), (16, 1, dict(n_kv_head=1, tie_embeddings=True)), (16, 1, dict(value_embeddings=True))])
+    (16, 1, dict(layer_map=(0, 0, 1, 1, 2, 3))), (16, 1, dict(n_kv_head=1, tie_embeddings=True)), (16, 1, dict(value_embeddings=True)),
+    (16, 1, dict(mlp_ratio=1.5)), (16, 1, dict(mlp_ratio=8, mlp_ranks=(16,) * 4, recompute="bottleneck"))])
 def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes):
     config = replace(SHAPE, **{"sequence_len": 128, "vocab_size": 512, **changes})
     measured = live_bytes(lambda: two_steps(config, rows, passes))[0]

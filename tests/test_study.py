@@ -41,7 +41,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_configuration():
 @pytest.mark.parametrize("change", [{"flags": {"embedding_lr": 0.1}}, {"derived": {"matrix_lr": 0.02}}, {"depth": 5}, {"width": 320},
                                     {"derived": {"num_iterations": 200}}, {"device": {"name": "M2"}}, {"device": {"dtype": "bfloat16"}},
                                     {"corpus": {"train_fingerprint": "dd"}}, {"flags": {"device_batch_size": 8}}, {"flags": {"warmdown_ratio": 0.3}},
-                                    {"flags": {"matrix_ranks": "v=64"}}, {"flags": {"factor_act": "silu"}}])
+                                    {"flags": {"matrix_ranks": "v=64"}}, {"flags": {"factor_act": "silu"}}, {"flags": {"mlp_ratio": 1.5}}])
 def test_what_makes_another_configuration(change):
     both = configurations([a_run("one"), a_run("other", seed=2, **change)])
     assert len(both) == 2 and both[0].name != both[1].name
@@ -71,6 +71,7 @@ def test_names_tell_configurations_apart():
     assert named(a_run(attn=96)) == ["attn 96"]
     assert named(a_run(depth=4), a_run(depth=8, attn=96)) == ["full rank, 4 layers", "attn 96, 8 layers"]
     assert named(a_run(), a_run(derived={"matrix_lr": 0.02})) == ["full rank, matrix lr 0.04", "full rank, matrix lr 0.02"]
+    assert named(a_run(), a_run(flags={"mlp_ratio": 1.5})) == ["full rank", "full rank, MLP × 1.5"]
     assert named(a_run(mlp=[100, 50, 20, 5]), a_run(mlp=[5, 20, 50, 100])) == ["mlp 100-50-20-5", "mlp 5-20-50-100"]
     deep = [a_run(tag, depth=8, mlp=ranks) for tag, ranks in (("x", [8, 7, 6, 5, 4, 3, 2, 1]), ("y", [8, 6, 6, 5, 4, 3, 3, 1]))]
     assert named(deep[0]) == ["mlp 8…1"] and named(*deep) == ["mlp 8…1 (x)", "mlp 8…1 (y)"]
@@ -128,6 +129,8 @@ def test_a_fraction_is_the_rank_that_it_is():
     both[0].runs[0].config["flags"].update(attn_rank=0.25, mlp_rank=0.25)
     [one] = configurations(list(both[0].runs))
     assert one.name == "attn 64, mlp 64" and len(one.runs) == 2
-    grouped = both[0].runs[0].config["derived"]["model"]
-    grouped["n_kv_head"] = 1  # there the fraction is 64 of q and o, 16 of k and v
+    model = both[0].runs[0].config["derived"]["model"]
+    model["mlp_ratio"] = 0.5  # a narrow MLP, whose fraction is of its own width
+    assert configurations([both[0].runs[0]])[0].settings["mlp_rank"] == 32
+    model["n_kv_head"] = 1  # there the fraction is 64 of q and o, 16 of k and v
     assert configurations([both[0].runs[0]])[0].settings["attn_rank"] == 0.25

@@ -173,3 +173,10 @@ def test_full_rank_is_black_and_many_ranks_keep_apart():
     configs = configurations([run("full")] + [run(f"{a}_{m}", attn=a, mlp=m) for r in (8, 16, 32, 64) for a, m in ((r, 0), (0, r), (r, r))])
     colours = [look["color"] for look in looks(configs).values()]
     assert colours[0] == "#000000" and len(set(colours)) == 13
+
+
+def test_full_rank_with_another_mlp_is_a_model_of_its_own():
+    configs = configurations([run("full"), run("narrow", mlp_ratio=1.0), run("low", attn=8)])
+    assert [c.name for c in configs] == ["full rank", "full rank, MLP × 1", "attn 8"]
+    colours = [look["color"] for look in looks(configs).values()]
+    assert colours[0] == "#000000" and len(set(colours)) == 3

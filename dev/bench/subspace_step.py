@@ -53,7 +53,7 @@ def main(argv=None):
     add("--repeats", type=whole_number(1), default=5)
     args = parser.parse_args(argv)
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
-    config = GPTConfig(args.max_seq_len, args.vocab_size, args.depth, args.model_dim // 64, args.model_dim // 64, args.model_dim, "L")
+    config = GPTConfig(args.max_seq_len, args.vocab_size, args.depth, args.model_dim // 64, args.model_dim // 64, args.model_dim, window_pattern="L")
     kinds = {"dense": None, f"basis, d = {DIM}": SubspaceConfig("basis", DIM), f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),
              "fastfood, d = 1000": SubspaceConfig("fastfood", 1000), "fft-fastfood, d = 1000": SubspaceConfig("fft-fastfood", 1000),
              "lora-random, r = 4": SubspaceConfig("lora-random", rank=4), "none": SubspaceConfig("none")}

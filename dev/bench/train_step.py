@@ -39,7 +39,7 @@ from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
-from nanochat.flags import matrix_ranks, matrix_ranks_flag, rank_flag
+from nanochat.flags import matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.rank import account, predict_peak
@@ -377,7 +377,8 @@ def target_table(found: list[dict]) -> str:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank", "matrix_ranks", "factor_act")
+SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank", "matrix_ranks", "factor_act",
+         "mlp_ratio", "recompute")
 
 
 def build_parser():
@@ -395,6 +396,8 @@ def build_parser():
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
+    add("--mlp-ratio", type=number(0), default=4.0, help="of the low-rank model: hidden width of the MLP / width")
+    add("--recompute", choices=["none", "bottleneck"], default="none", help="of the low-rank model, as in scripts.base_train")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
@@ -422,7 +425,8 @@ def chosen(args) -> tuple[dict, dict]:
     configs, controls = {"dense": model_config(args, args.model_dim)}, {}
     if args.attn_rank or args.mlp_rank or args.matrix_ranks:
         single = {name: (rank,) * args.depth for name, rank in matrix_ranks(args.matrix_ranks).items()}
-        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank, matrix_ranks=single, factor_act=args.factor_act)
+        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank, matrix_ranks=single, factor_act=args.factor_act,
+                                           mlp_ratio=args.mlp_ratio, recompute=args.recompute)
         controls["low-rank"] = "dense"
     return configs, controls
 
