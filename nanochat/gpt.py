@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, normalised, rows_at_once, squashed
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, linear, normalised, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -111,7 +111,7 @@ class Linear(nn.Module):
         return self.weight
 
     def narrow(self, x):  # (..., in) -> (..., out)
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
     def widen(self, h):  # (..., out) -> (..., out), a copy where h is a part of a larger tensor, which it would keep alive
         return h.contiguous()
@@ -142,10 +142,10 @@ class LowRankLinear(nn.Module):
         return self.A
 
     def narrow(self, x):  # (..., in) -> (..., r)
-        return F.linear(x, self.A.to(x.dtype))
+        return linear(x, self.A)
 
     def widen(self, h):  # (..., r) -> (..., out)
-        return F.linear(F.silu(h) if self.act == "silu" else h, self.B.to(h.dtype))
+        return linear(F.silu(h) if self.act == "silu" else h, self.B)
 
     def dense_weight(self):  # (out, in)
         if self.act != "none":
@@ -181,7 +181,7 @@ def norm(x):
 
 
 def squared_relu_linear(x, weight):
-    return SquaredReLULinear.apply(x, weight) if torch.is_grad_enabled() else F.linear(F.relu(x).square(), weight)
+    return SquaredReLULinear.apply(x, weight) if torch.is_grad_enabled() else linear(F.relu(x).square(), weight)
 
 
 def rotate(x, cos, sin):
@@ -230,9 +230,9 @@ class Attention(nn.Module):
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
         layers, x = (self.q, self.k, self.v), norm(x)
         if x.size(1) == 1:  # one new token: putting the weights together would take longer than the products
-            return torch.cat([F.linear(x, layer.first_factor().to(x.dtype)) for layer in layers], dim=-1)
+            return torch.cat([linear(x, layer.first_factor()) for layer in layers], dim=-1)
         first = torch.cat([layer.first_factor() for layer in layers])  # one matmul for the three
-        return F.linear(x, first.to(x.dtype))
+        return linear(x, first)
 
     def project(self, h):
         """h: (B, T, 3r) -> q: (B, H, T, D), k and v: (B, K, T, D)."""
@@ -368,7 +368,7 @@ class GPT(nn.Module):
         if self.lm_head is None:
             return x, self.wte.weight.to(x.dtype)
         if isinstance(self.lm_head, LowRankLinear):
-            return F.linear(x, self.lm_head.A.to(x.dtype)), self.lm_head.B.to(x.dtype)
+            return linear(x, self.lm_head.A), self.lm_head.B.to(x.dtype)
         return x, self.lm_head.weight.to(x.dtype)
 
     def forward(self, idx, targets=None, compute_dtype=torch.float32):

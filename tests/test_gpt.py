@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLULinear
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLULinear, linear
 from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, norm, resolve_rank, rotate, window_mask)
 from nanochat.rank import account
 
@@ -161,6 +161,16 @@ def test_norm_and_squared_relu_have_the_gradients_of_their_formulas():
     y = norm(half)
     assert y.dtype == torch.bfloat16 and torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16
     torch.testing.assert_close(y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005)  # one rounding
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (1000, 300)])  # in the cache, and beyond it
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (1, 2), (4, 1), (5, 1)])
+def test_few_rows_are_multiplied_as_many_are(shape, rows):
+    x, weight = torch.randn(*rows, shape[1], dtype=torch.float64), torch.randn(shape)
+    with torch.no_grad():
+        y = linear(x, weight)
+        torch.testing.assert_close(y, torch.einsum("...i,oi->...o", x, weight.double()))
+        assert linear(x.bfloat16(), weight).dtype == torch.bfloat16
 
 
 # ---- head and loss
