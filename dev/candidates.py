@@ -246,8 +246,8 @@ VALUES = {"adamw": 0.006, "spectron": 0.08, "lora-muon": 0.08,  # rates of the f
 class CandidateLearner(Learner):
     candidate, value, steps = "", 0.0, 1
 
-    def optimizers(self, pieces):
-        adamw, self.muon = super().optimizers(pieces)
+    def optimizers(self, pieces, dtype):
+        adamw, self.muon = super().optimizers(pieces, dtype)
         self.done = 0
         if self.candidate not in ("adamw", *RULES):
             return [adamw, self.muon]

@@ -189,5 +189,8 @@ class AdaptedAttention(Attention):
 class AdaptedMLP(MLP):
     """MLP over adapted layers: `down` may see its input scaled or dropped, so relu² is a step by itself."""
 
+    def narrow(self, x):
+        return self.up.narrow(norm(x))
+
     def between(self, h):
         return self.down.narrow(F.relu(self.up.widen(h)).square())

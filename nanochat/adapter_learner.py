@@ -22,7 +22,7 @@ class AdapterLearner(Learner):
         self.adapters = adapters_of(model, ADAPTER)
         self.description = describe(model, ADAPTER)  # with the base's hash: once, it stays as it is
 
-    def optimizers(self, pieces):
+    def optimizers(self, pieces, dtype):
         return build_optimizers(self.model, extra={".adapters.": self.settings}, pieces=pieces)
 
     def before_update(self):

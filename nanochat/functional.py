@@ -45,25 +45,96 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        along = (grad * y).mean(-1, keepdim=True, dtype=scale.dtype)
-        return torch.addcmul(grad.to(scale.dtype), y.to(scale.dtype), along, value=-1).mul_(scale).to(y.dtype)
+        return through_norm(grad, *ctx.saved_tensors)
 
 
-class SquaredReLULinear(torch.autograd.Function):
-    """relu(x)² Wᵀ, x: (..., in), W: (out, in). Only relu(x) is kept; its square, as large, is made again for W's gradient."""
+def through_norm(grad, y, scale):
+    """The gradient of x, from that of y = x · scale, with scale = 1 / rms(x)."""
+    along = (grad * y).mean(-1, keepdim=True, dtype=scale.dtype)
+    return torch.addcmul(grad.to(scale.dtype), y.to(scale.dtype), along, value=-1).mul_(scale).to(y.dtype)
+
+
+class RotaryNorm(torch.autograd.Function):
+    """x turned by its position (rotary embedding, arXiv 2104.09864), over its rms. x: (..., T, D); cos, sin: (T, D/2). It keeps the result, not x."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        x = F.relu(x)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x * x, weight)
+    def forward(ctx, x, cos, sin):
+        y, scale = normalised(turned(x, cos, sin))
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_weight = grad.flatten(0, -2).mT @ (x * x).flatten(0, -2)
-        return (grad @ (2 * weight)).mul_(x), grad_weight
+        y, scale, cos, sin = ctx.saved_tensors
+        return turned(through_norm(grad, y, scale), cos, -sin), None, None
+
+
+def turned(x, cos, sin):
+    """Every pair (x_i, x_{i+D/2}) turned by its angle, clockwise. x: (..., T, D); cos, sin: (T, D/2)."""
+    y = x.new_empty(x.shape)
+    (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=c).addcmul_(b, sin)
+    torch.mul(b, cos, out=d).addcmul_(a, sin, value=-1)
+    return y
+
+
+class SquaredReLUMLP(torch.autograd.Function):
+    """y = relu(x Uᵀ)² Dᵀ, x: (..., in), U: (N, in), D: (out, N). relu(x Uᵀ) is kept; its square, as large, is made again for D's gradient.
+
+    On a CPU a part of the rows at a time, whose hidden layer its cache holds from one product to the next (see `hidden_rows_at_once`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        flat = x.flatten(0, -2)                                # (R, in)
+        hidden, y = flat.new_empty(len(flat), len(up)), flat.new_empty(len(flat), len(down))
+        for rows in row_slices(flat, len(up)):
+            part = torch.mm(flat[rows], up.T, out=hidden[rows]).relu_()
+            torch.mm(part * part, down.T, out=y[rows])
+        ctx.save_for_backward(flat, up, down, hidden)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        flat, up, down, hidden = ctx.saved_tensors
+        shape, grad, twice = grad.shape, grad.flatten(0, -2), 2 * down
+        grad_x, grad_up, grad_down = torch.empty_like(flat), Sum(up), Sum(down)
+        for rows in row_slices(flat, len(up)):
+            part, of_y = hidden[rows], grad[rows]
+            of_hidden = (of_y @ twice).mul_(part)              # before the relu
+            grad_down.add(of_y.T, part * part)
+            grad_up.add(of_hidden.T, flat[rows])
+            torch.mm(of_hidden, up, out=grad_x[rows])
+        return grad_x.view(*shape[:-1], -1), grad_up.total(), grad_down.total()
+
+
+class Sum:
+    """A sum of matrix products, in float32 or wider, for a gradient of `like`."""
+
+    def __init__(self, like):
+        self.like, self.value = like, None
+
+    def add(self, a, b):
+        if self.value is None:
+            self.value = a @ b
+        elif a.dtype == torch.promote_types(a.dtype, torch.float32):
+            self.value.addmm_(a, b)
+        else:
+            self.value = self.value.float().add_(a @ b)
+
+    def total(self):
+        return self.value.to(self.like.dtype)
+
+
+def hidden_rows_at_once(x, width: int) -> int:
+    """Rows of an MLP to take together: all on a GPU; on a CPU so many that their hidden layer, `width` numbers a row, takes 8 MB, which its cache holds."""
+    return len(x) if x.is_cuda else min(len(x), max(512, 2**23 // (width * x.element_size())))
+
+
+def row_slices(x, width: int):
+    """All rows of x, (R, in), in slices of `hidden_rows_at_once`."""
+    n = hidden_rows_at_once(x, width)
+    return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
 def squashed(x, weight):

@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RMSNorm, SquaredReLULinear, linear, normalised, rows_at_once, squashed
+from nanochat.functional import (SOFTCAP, HeadCrossEntropy, RMSNorm, RotaryNorm, SquaredReLUMLP, linear, normalised, rows_at_once,
+                                 squashed)
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -145,7 +146,10 @@ class LowRankLinear(nn.Module):
         return linear(x, self.A)
 
     def widen(self, h):  # (..., r) -> (..., out)
-        return linear(F.silu(h) if self.act == "silu" else h, self.B)
+        return linear(self.activated(h), self.B)
+
+    def activated(self, h):  # (..., r) -> (..., r)
+        return F.silu(h) if self.act == "silu" else h
 
     def dense_weight(self):  # (out, in)
         if self.act != "none":
@@ -174,20 +178,30 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
-# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes.
+# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes. Nor does the
+# compiler need those that spare passes over memory: it fuses the plain formulas.
 
 def norm(x):
     return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
 
 
-def squared_relu_linear(x, weight):
-    return SquaredReLULinear.apply(x, weight) if torch.is_grad_enabled() else linear(F.relu(x).square(), weight)
+def squared_relu_mlp(x, up, down):
+    """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype))
+    return linear(F.relu(linear(x, up)).square(), down)
 
 
 def rotate(x, cos, sin):
     """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def rotary_norm(x, cos, sin):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return RotaryNorm.apply(x, cos, sin)
+    return norm(rotate(x, cos, sin))
 
 
 def window_mask(T: int, window: int, device):
@@ -245,9 +259,9 @@ class Attention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if q.size(2) == 1:  # one new token: fewer calls
-            q, k = norm(rotate(torch.cat((q, k), dim=1), cos, sin)).split((self.n_head, self.n_kv_head), dim=1)
+            q, k = rotary_norm(torch.cat((q, k), dim=1), cos, sin).split((self.n_head, self.n_kv_head), dim=1)
         else:
-            q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))  # QK norm keeps the scores bounded
+            q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)  # QK norm keeps the scores bounded
         if extend is not None:
             k, v = extend(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2),
@@ -267,11 +281,15 @@ class MLP(nn.Module):
         h = kept_or_not(self.narrow, self.recompute, x)
         return self.down.widen(kept_or_not(self.between, self.recompute, h))
 
-    def narrow(self, x):  # (B, T, C) -> (B, T, r), or N at full rank
-        return self.up.narrow(norm(x))
+    def narrow(self, x):  # (B, T, C) -> (B, T, r), or C at full rank
+        return norm(x) if type(self.up) is Linear else self.up.narrow(norm(x))
 
     def between(self, h):  # (B, T, r) -> (B, T, N) -> (B, T, r)
-        return squared_relu_linear(self.up.widen(h), self.down.first_factor().to(h.dtype))
+        if type(self.up) is Linear:
+            return squared_relu_mlp(h, self.up.weight, self.down.first_factor())
+        if type(self.up) is LowRankLinear:
+            return squared_relu_mlp(self.up.activated(h), self.up.B, self.down.first_factor())
+        return linear(F.relu(self.up.widen(h)).square(), self.down.first_factor())
 
 
 class Block(nn.Module):

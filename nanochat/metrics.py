@@ -60,6 +60,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def dtype_so_far(folder: Path, device_type: str) -> str:
+    """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
+    device = read_json(folder / "config.json").get("device", {}) if (folder / "config.json").exists() else {}
+    return device.get("dtype", "") if device.get("type") == device_type else ""
+
+
 def read_history(folder: Path) -> list[dict]:
     """metrics.jsonl merged by step. A resumed run repeats the steps after its checkpoint: the last word counts."""
     by_step = {}

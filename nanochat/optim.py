@@ -88,11 +88,13 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
 
     W <- W - lr · (scale · U + weight_decay · W), U = UVᵀ of the Nesterov momentum; then the lines of U along its longer side,
     whose norms differ, are divided by the root of their running mean square, and U is brought back to its Frobenius norm.
-    Each group holds matrices of one shape, updated as one batch, and has its own `scale`.
+    Each group holds matrices of one shape, updated as one batch, and has its own `scale`. dtype: of the orthogonalisation, None: the
+    matrices' own; bfloat16 is enough for it, and what it is on a GPU anyway.
     """
 
-    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, beta2: float = 0.95):
+    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, beta2: float = 0.95, dtype=None):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0, beta2=beta2))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -108,7 +110,7 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - mu)
             nesterov = torch.stack(grads)                                          # (count, out, in)
             torch._foreach_lerp_(nesterov.unbind(), momenta, mu)
-            updates = orthogonalize(nesterov.to(matmul_dtype(nesterov))).to(nesterov.dtype)
+            updates = orthogonalize(nesterov.to(torch.bfloat16 if nesterov.is_cuda else self.dtype or nesterov.dtype)).to(nesterov.dtype)
             updates, square = even_out(updates, torch.stack(squares), group["beta2"])
             torch._foreach_copy_(squares, square.unbind())
             if group["weight_decay"]:
@@ -144,11 +146,6 @@ def default_matrix_lr(steps: int) -> float:
     cube root of the steps to nanochat's 0.02 from 12,800 steps on.
     """
     return max(0.02, 0.08 * min(1.0, 200 / steps) ** (1 / 3))
-
-
-def matmul_dtype(x):
-    """bfloat16 is enough for the orthogonalisation, and faster where there are tensor cores."""
-    return torch.bfloat16 if x.is_cuda else x.dtype
 
 
 def update_scale(role: str, out_features: int, in_features: int) -> float:
@@ -209,11 +206,11 @@ def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
 
 def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: float = 0.0, matrix_lr: float = 0.0, scalar_lr: float = 0.0,
                      weight_decay: float = 0.0, extra: dict[str, dict] | None = None,
-                     pieces: list[Piece] | None = None) -> list[torch.optim.Optimizer]:
+                     pieces: list[Piece] | None = None, dtype=None) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon] over one process's pieces of the model (default: all of it), each in exactly one group.
 
     Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters. Weight decay acts on the
-    Muon matrices only. unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
+    Muon matrices only. dtype: see `Muon`. unembedding_lr is for width 768 and scaled by 768 / width: the head sums over the width (arXiv 2203.03466).
     extra: {a part of a name, as in ADDED: AdamW's settings (lr, betas, eps, weight_decay) of the parameters that have it}; there
     weight decay acts on matrices only. Rates of what a model does not train may be left out.
     """
@@ -256,7 +253,7 @@ def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: f
             local.grad = piece.of(piece.parameter.grad)
     adamw.register_step_pre_hook(take_gradients)
     muon = Muon([group(named, scale=update_scale(*key)) for key, named in matrices.items()] or [group({})],
-                lr=matrix_lr, weight_decay=weight_decay)
+                lr=matrix_lr, weight_decay=weight_decay, dtype=dtype)
     for optimizer in (adamw, muon):
         for g in optimizer.param_groups:
             g["initial_lr"] = g["lr"]

@@ -4,7 +4,7 @@ from heapq import heapify, heappop, heappush
 
 import torch
 
-from nanochat.functional import rows_at_once
+from nanochat.functional import hidden_rows_at_once, rows_at_once
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear, resolve_rank
 from nanochat.optim import uses_muon
 
@@ -186,9 +186,10 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     chunks = 4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)  # float32, one of them left from the chunk before
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
-    # in the MLP's relu²: three tensors as wide as the hidden layer, and the two that were not kept
-    last = model.blocks[config.positions[-1]].mlp
-    in_mlp = token * (C + config.n_hidden * (3 if last.recompute else 1))
+    # in the MLP: the gradient that goes on, of a part of the rows two tensors as wide as the hidden layer, and that itself if it was not kept
+    last, hidden = model.blocks[config.positions[-1]].mlp, config.n_hidden
+    part = hidden_rows_at_once(torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden)
+    in_mlp = token * (C + hidden * last.recompute) + 2 * part * hidden * dtype_bytes
     grads = costs["mem/grads_bytes"]
     at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
     if accumulated:

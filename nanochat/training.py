@@ -37,8 +37,8 @@ class Learner:
         """rates: the learning rates and settings of `optim.build_optimizers`."""
         self.model, self.rates = model, rates
 
-    def optimizers(self, pieces) -> list[torch.optim.Optimizer]:
-        return build_optimizers(self.model, **self.rates, pieces=pieces)
+    def optimizers(self, pieces, dtype) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.model, **self.rates, pieces=pieces, dtype=dtype)
 
     def before_update(self):
         """Called with the step's gradients, averaged over the processes; what it does to them it must do alike on all."""
@@ -169,9 +169,9 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
     """
     corpus = open_corpus(args.data)
     device_type = common.pick_device_type(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device_type)
-    place = device, rank, world_size = common.init_process(device_type)
     folder = metrics.runs_dir() / tag
+    dtype = common.compute_dtype(args.dtype, device_type, training=True, before=metrics.dtype_so_far(folder, device_type))
+    place = device, rank, world_size = common.init_process(device_type)
 
     # data: tokenised once, then memory-mapped
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
@@ -218,7 +218,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
     model, config = learner.model, learner.model.config
     pieces = split_parameters(model, world_size)
-    optimizers = learner.optimizers(pieces[rank])
+    optimizers = learner.optimizers(pieces[rank], dtype)
     if meta["step"] and "optimizer" not in state:
         raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another tag")
     if state:

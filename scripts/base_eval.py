@@ -67,7 +67,7 @@ def main(argv=None):
 
     if missing or core_missing:
         corpus = open_corpus(settings["data"]) if missing else None
-        dtype = common.compute_dtype(args.dtype, device.type)
+        dtype = common.compute_dtype(args.dtype, device.type, before=metrics.dtype_so_far(folder, device.type))
         model, tokenizer, _ = load_model(folder, settings["step"], device)
         T = model.config.sequence_len
     if core_missing:  # what does not fit is said before anything is computed

@@ -59,7 +59,7 @@ def main(argv=None):
         raise InputError(f"--vocab-size {args.vocab_size}: {tokenizer_path()} has {tokenizer.vocab_size}; train another with: python -m scripts.tok_train --vocab-size {args.vocab_size}")
     vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
     device_type = common.pick_device_type(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device_type)
+    dtype = common.compute_dtype(args.dtype, device_type, training=True)
     if args.plan:
         return print_frontier(args, vocab_size, world_size, dtype.itemsize)
     config = solve_budget(args, vocab_size)

@@ -216,7 +216,7 @@ def print_plan(sweep: Sweep, args):
         rate, source = measured_rate(sweep.points[0], device_type)
     if device_type == "cuda":
         rate *= sweep.processes
-    itemsize = common.compute_dtype(sweep.points[0].args.dtype, device_type).itemsize
+    itemsize = common.compute_dtype(sweep.points[0].args.dtype, device_type, training=True).itemsize
     rows, total, left = [], 0, 0
     for p in sweep.points:
         cost, status = account(p.config), p.status()
@@ -269,7 +269,7 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
     if device_type == "cpu":  # a part of a batch: a pass of half a second on an ordinary core
         tokens = max(128, int(3e10 / per_token))
         rows, T = max(1, min(rows, tokens // T)), min(T, tokens)
-    dtype = common.compute_dtype(point.args.dtype, device_type)
+    dtype = common.compute_dtype(point.args.dtype, device_type, training=True)
     with torch.device(device_type):
         model = GPT(config)
         model.init_weights()

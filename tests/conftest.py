@@ -18,6 +18,14 @@ def story(seed: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) + "."
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32():
+    """On every processor: what the tests compare is to be compared to many digits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_DTYPE", "float32")
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """A folder with training and validation stories as jsonl."""

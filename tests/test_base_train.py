@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import TINY, Killed, losses
-from nanochat import metrics, training
+from nanochat import common, metrics, training
 from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
 from nanochat.loss_eval import reference_losses
@@ -80,6 +80,22 @@ def test_stopping_after_any_step_and_resuming_is_the_uninterrupted_run_to_the_bi
     resumed = train(*flags, "--save-every", 1, "--resume", "auto", tag="resumed")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
     assert resumed.summary["val/loss"] == straight.summary["val/loss"]
+
+
+def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_began_with(train, kill_after, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_DTYPE")
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
+    half, single = train(tag="half"), train("--dtype", "float32", tag="single")
+    assert [run.config["device"]["dtype"] for run in (half, single)] == ["bfloat16", "float32"]
+    assert losses(half) != losses(single) and half.summary["val/loss"] == pytest.approx(single.summary["val/loss"], rel=0.01)
+    kill_after(4)
+    with pytest.raises(Killed):
+        train("--save-every", 2, tag="resumed")
+    kill_after(None)
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: False)  # as on the next machine
+    assert losses(train("--save-every", 2, "--resume", "auto", tag="resumed")) == losses(half)
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    assert losses(train(tag="asked")) == losses(single)
 
 
 def test_resume_from_a_given_step_and_under_nanochats_name(train, kill_after):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLULinear, linear
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, row_slices
 from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, norm, resolve_rank, rotate, window_mask)
 from nanochat.rank import account
 
@@ -151,12 +151,36 @@ def test_no_token_sees_its_future():
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
 
 
-def test_norm_and_squared_relu_have_the_gradients_of_their_formulas():
-    x, weight, grad = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (6, 8), (3, 5, 6)))
-    torch.testing.assert_close(norm(x), F.rms_norm(x, (8,)))
-    torch.testing.assert_close(SquaredReLULinear.apply(x, weight), F.relu(x).square() @ weight.T)
-    expected = torch.autograd.grad(F.relu(F.rms_norm(x, (8,))).square() @ weight.T, (x, weight), grad)
-    torch.testing.assert_close(torch.autograd.grad(SquaredReLULinear.apply(norm(x), weight), (x, weight), grad), expected)
+@pytest.mark.parametrize("at_once", [4, 100])  # a part of the rows at a time, or all
+def test_squared_relu_mlp_has_the_gradients_of_its_formula(monkeypatch, at_once):
+    monkeypatch.setattr("nanochat.functional.row_slices", lambda x, width: [slice(i, i + at_once) for i in range(0, len(x), at_once)])
+    x, up, down, grad = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (12, 8), (6, 12), (3, 5, 6)))
+    plain = F.relu(x @ up.T).square() @ down.T
+    y = SquaredReLUMLP.apply(x, up, down)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(torch.autograd.grad(y, (x, up, down), grad), torch.autograd.grad(plain, (x, up, down), grad))
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, up, down)]
+    found = torch.autograd.grad(SquaredReLUMLP.apply(*half), half, grad.bfloat16())
+    for value, expected in zip(found, torch.autograd.grad(F.relu(x @ up.T).square() @ down.T, (x, up, down), grad)):
+        assert value.dtype == torch.bfloat16 and (value - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_rows_of_an_mlp_are_all_in_one_slice():
+    x = torch.empty(5000, 8)
+    for width in (16, 4096, 10**6):
+        slices = row_slices(x, width)
+        assert torch.cat([torch.arange(5000)[rows] for rows in slices]).equal(torch.arange(5000))
+        assert len(slices) == {16: 1, 4096: 10, 10**6: 10}[width]
+
+
+def test_norms_have_the_gradients_of_their_formulas():
+    x, grad = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 8, dtype=torch.float64)
+    angle = torch.randn(5, 4, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angle), -angle)
+    pairs = torch.complex(*F.rms_norm(x, (8,)).chunk(2, dim=-1)) * turn  # a complex number for each pair of channels
+    for y, plain in ((norm(x), F.rms_norm(x, (8,))), (RotaryNorm.apply(x, angle.cos(), angle.sin()), torch.cat((pairs.real, pairs.imag), dim=-1))):
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(plain, x, grad, retain_graph=True))
     half = torch.randn(4, 64).bfloat16().requires_grad_()
     y = norm(half)
     assert y.dtype == torch.bfloat16 and torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16

@@ -117,7 +117,7 @@ def make_subject(name: str, config: GPTConfig, rows: Rows, batch_size: int, devi
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
         compile_blocks(model)
-    return Subject(name, model, build_optimizers(model, **RATES), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+    return Subject(name, model, build_optimizers(model, **RATES, dtype=dtype), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
 
 
 def synchronize(device):
