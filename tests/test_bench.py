@@ -25,7 +25,7 @@ def bench_modules():
     sys.path.insert(0, str(BENCH))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield SimpleNamespace(**{name: import_module(name) for name in ("train_step", "gpu", "loss_memory")})
+    yield SimpleNamespace(**{name: import_module(name) for name in ("train_step", "gpu", "loss_memory", "core_speed")})
     torch.set_num_threads(threads)
     sys.path.remove(str(BENCH))
 
@@ -112,6 +112,14 @@ def test_loss_memory(bench_modules, tmp_path):
     assert max(result["relative difference"].values()) < 1e-5
     assert result["peak bytes"]["plain"] > 3 * 4 * 1024 * 4096  # the logits, three times at least
     assert result["peak ratio"] == result["peak bytes"]["chunked"] / result["peak bytes"]["plain"] and result["time ratio"]["median"] > 0
+
+
+def test_core_speed_finds_equal_losses_and_says_how_much_faster(bench_modules, capsys):
+    bench_modules.core_speed.main("--depth 2 --model-dim 64 --vocab-size 50 --prompt-tokens 20 --questions 5 --repeats 1".split())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| multiple", "| schema", "| language"))]
+    assert len(lines) == 3 and all(float(line.split("|")[2].split()[0]) > 0 for line in lines)
+    with pytest.raises(InputError, match="--model-dim 96: not a multiple of 64"):
+        bench_modules.core_speed.main(["--model-dim", "96"])
 
 
 def test_gpu_bench_on_the_cpu(tmp_path):
