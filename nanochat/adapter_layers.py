@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import InputError
-from nanochat.gpt import MLP, Attention, Linear, norm
+from nanochat.gpt import MLP, Attention, Linear, kept_or_not, norm
 
 # ---- what stands beside one matrix ----------------------------------------------------------------------------------
 # inner(x): what the adapter makes of the layer's input x; outer(y, z): the layer's output y with z = inner(x) taken in;
@@ -193,4 +193,4 @@ class AdaptedMLP(MLP):
         return self.up.narrow(norm(x))
 
     def between(self, h):
-        return self.down.narrow(F.relu(self.up.widen(h)).square())
+        return kept_or_not(self.apart, self.recompute, h)

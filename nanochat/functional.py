@@ -79,17 +79,18 @@ def turned(x, cos, sin):
 
 
 class SquaredReLUMLP(torch.autograd.Function):
-    """y = relu(x Uᵀ)² Dᵀ, x: (..., in), U: (N, in), D: (out, N). relu(x Uᵀ) is kept; its square, as large, is made again for D's gradient.
+    """y = relu(x Uᵀ)² Dᵀ, x: (..., in), U: (N, in), D: (out, N). keep: relu(x Uᵀ) is kept, and its square, as large, made again for
+    D's gradient; otherwise both are made again.
 
     On a CPU a part of the rows at a time, whose hidden layer its cache holds from one product to the next (see `hidden_rows_at_once`).
     """
 
     @staticmethod
-    def forward(ctx, x, up, down):
+    def forward(ctx, x, up, down, keep: bool):
         flat = x.flatten(0, -2)                                # (R, in)
-        hidden, y = flat.new_empty(len(flat), len(up)), flat.new_empty(len(flat), len(down))
+        y, hidden = flat.new_empty(len(flat), len(down)), flat.new_empty(len(flat), len(up)) if keep else None
         for rows in row_slices(flat, len(up)):
-            part = torch.mm(flat[rows], up.T, out=hidden[rows]).relu_()
+            part = torch.mm(flat[rows], up.T, out=None if hidden is None else hidden[rows]).relu_()
             torch.mm(part * part, down.T, out=y[rows])
         ctx.save_for_backward(flat, up, down, hidden)
         return y.view(*x.shape[:-1], -1)
@@ -100,12 +101,12 @@ class SquaredReLUMLP(torch.autograd.Function):
         shape, grad, twice = grad.shape, grad.flatten(0, -2), 2 * down
         grad_x, grad_up, grad_down = torch.empty_like(flat), Sum(up), Sum(down)
         for rows in row_slices(flat, len(up)):
-            part, of_y = hidden[rows], grad[rows]
+            part, of_y = torch.mm(flat[rows], up.T).relu_() if hidden is None else hidden[rows], grad[rows]
             of_hidden = (of_y @ twice).mul_(part)              # before the relu
             grad_down.add(of_y.T, part * part)
             grad_up.add(of_hidden.T, flat[rows])
             torch.mm(of_hidden, up, out=grad_x[rows])
-        return grad_x.view(*shape[:-1], -1), grad_up.total(), grad_down.total()
+        return grad_x.view(*shape[:-1], -1), grad_up.total(), grad_down.total(), None
 
 
 class Sum:

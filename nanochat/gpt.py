@@ -185,10 +185,14 @@ def norm(x):
     return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
 
 
-def squared_relu_mlp(x, up, down):
-    """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N)."""
+def squared_relu_mlp(x, up, down, recompute: bool):
+    """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N). recompute: see `kept_or_not`."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype))
+        return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype), not recompute)
+    return kept_or_not(plain_squared_relu_mlp, recompute, x, up, down)
+
+
+def plain_squared_relu_mlp(x, up, down):
     return linear(F.relu(linear(x, up)).square(), down)
 
 
@@ -278,18 +282,22 @@ class MLP(nn.Module):
         self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        h = kept_or_not(self.narrow, self.recompute, x)
-        return self.down.widen(kept_or_not(self.between, self.recompute, h))
+        h = kept_or_not(self.narrow, self.recompute and type(self.up) is not Linear, x)
+        return self.down.widen(self.between(h))
 
     def narrow(self, x):  # (B, T, C) -> (B, T, r), or C at full rank
         return norm(x) if type(self.up) is Linear else self.up.narrow(norm(x))
 
     def between(self, h):  # (B, T, r) -> (B, T, N) -> (B, T, r)
         if type(self.up) is Linear:
-            return squared_relu_mlp(h, self.up.weight, self.down.first_factor())
+            return squared_relu_mlp(h, self.up.weight, self.down.first_factor(), self.recompute)
         if type(self.up) is LowRankLinear:
-            return squared_relu_mlp(self.up.activated(h), self.up.B, self.down.first_factor())
-        return linear(F.relu(self.up.widen(h)).square(), self.down.first_factor())
+            return squared_relu_mlp(self.up.activated(h), self.up.B, self.down.first_factor(), self.recompute)
+        return kept_or_not(self.apart, self.recompute, h)
+
+    def apart(self, h):
+        """`between` for a layer of another kind, relu² a step by itself."""
+        return self.down.narrow(F.relu(self.up.widen(h)).square())
 
 
 class Block(nn.Module):

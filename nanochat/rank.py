@@ -186,10 +186,10 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     chunks = 4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)  # float32, one of them left from the chunk before
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
     at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
-    # in the MLP: the gradient that goes on, of a part of the rows two tensors as wide as the hidden layer, and that itself if it was not kept
+    # in the MLP: the gradient that goes on, and of a part of the rows two tensors as wide as the hidden layer, three if that was not kept
     last, hidden = model.blocks[config.positions[-1]].mlp, config.n_hidden
     part = hidden_rows_at_once(torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden)
-    in_mlp = token * (C + hidden * last.recompute) + 2 * part * hidden * dtype_bytes
+    in_mlp = token * C + (2 + last.recompute) * part * hidden * dtype_bytes
     grads = costs["mem/grads_bytes"]
     at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
     if accumulated:
@@ -212,7 +212,7 @@ def kept_by_block(block, C: int, K: int, N: int, token: int, dtype_bytes: int) -
                                     (block.mlp, (block.mlp.up,), block.mlp.down, N)):  # relu
         factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
         kept += C + sum(m.rank for m in factored)              # C: the norm's output or, recomputing, its input
-        kept += sum(m.rank for m in factored if m.act != "none" and (m is last or not part.recompute))
+        kept += sum(m.rank for m in factored if m.act != "none" and (m is last or part is block.mlp or not part.recompute))
         if not part.recompute:
             kept += wide
             copies += sum(m.first_factor().numel() for m in first) if part is block.attn else 0  # q, k, v in one matrix

@@ -151,16 +151,17 @@ def test_no_token_sees_its_future():
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("at_once", [4, 100])  # a part of the rows at a time, or all
-def test_squared_relu_mlp_has_the_gradients_of_its_formula(monkeypatch, at_once):
+def test_squared_relu_mlp_has_the_gradients_of_its_formula(monkeypatch, at_once, keep):
     monkeypatch.setattr("nanochat.functional.row_slices", lambda x, width: [slice(i, i + at_once) for i in range(0, len(x), at_once)])
     x, up, down, grad = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (12, 8), (6, 12), (3, 5, 6)))
     plain = F.relu(x @ up.T).square() @ down.T
-    y = SquaredReLUMLP.apply(x, up, down)
+    y = SquaredReLUMLP.apply(x, up, down, keep)
     torch.testing.assert_close(y, plain)
     torch.testing.assert_close(torch.autograd.grad(y, (x, up, down), grad), torch.autograd.grad(plain, (x, up, down), grad))
     half = [t.detach().bfloat16().requires_grad_() for t in (x, up, down)]
-    found = torch.autograd.grad(SquaredReLUMLP.apply(*half), half, grad.bfloat16())
+    found = torch.autograd.grad(SquaredReLUMLP.apply(*half, keep), half, grad.bfloat16())
     for value, expected in zip(found, torch.autograd.grad(F.relu(x @ up.T).square() @ down.T, (x, up, down), grad)):
         assert value.dtype == torch.bfloat16 and (value - expected).norm() < 0.02 * expected.norm()
 
