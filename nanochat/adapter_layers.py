@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import InputError
-from nanochat.gpt import MLP, Attention, Linear, kept_or_not, norm
+from nanochat.functional import norm
+from nanochat.gpt import MLP, Attention, Linear, kept_or_not
 
 # ---- what stands beside one matrix ----------------------------------------------------------------------------------
 # inner(x): what the adapter makes of the layer's input x; outer(y, z): the layer's output y with z = inner(x) taken in;

@@ -2,9 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-SOFTCAP = 15.0  # logits are squashed into (-15, 15)
-
-
+SOFTCAP = 15.0       # logits are squashed into (-15, 15)
 FEW = 4              # rows that `linear` multiplies in another way
 IN_CACHE = 2**18     # products that stay in a CPU's cache until they are summed
 
@@ -76,6 +74,25 @@ def turned(x, cos, sin):
     torch.mul(a, cos, out=c).addcmul_(b, sin)
     torch.mul(b, cos, out=d).addcmul_(a, sin, value=-1)
     return y
+
+
+# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes. Nor does the
+# compiler need those that spare passes over memory: it fuses the plain formulas.
+
+def norm(x):
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def rotary_norm(x, cos, sin):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return RotaryNorm.apply(x, cos, sin)
+    return norm(rotate(x, cos, sin))
 
 
 class SquaredReLUMLP(torch.autograd.Function):

@@ -17,8 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.functional import (SOFTCAP, HeadCrossEntropy, RMSNorm, RotaryNorm, SquaredReLUMLP, linear, normalised, rows_at_once,
-                                 squashed)
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, norm, rotary_norm, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -178,36 +177,6 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
-# Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes. Nor does the
-# compiler need those that spare passes over memory: it fuses the plain formulas.
-
-def norm(x):
-    return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
-
-
-def squared_relu_mlp(x, up, down, recompute: bool):
-    """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N). recompute: see `kept_or_not`."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype), not recompute)
-    return kept_or_not(plain_squared_relu_mlp, recompute, x, up, down)
-
-
-def plain_squared_relu_mlp(x, up, down):
-    return linear(F.relu(linear(x, up)).square(), down)
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864). x: (B, H, T, D); cos, sin: (T, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
-def rotary_norm(x, cos, sin):
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return RotaryNorm.apply(x, cos, sin)
-    return norm(rotate(x, cos, sin))
-
-
 def window_mask(T: int, window: int, device):
     """(T, T) bool, True where query i may see key j: i - window < j <= i."""
     i = torch.arange(T, device=device)
@@ -271,6 +240,17 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2),
                                            scale=SCORE_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_kv_head < self.n_head)
         return self.o.narrow(y.transpose(1, 2).flatten(2))
+
+
+def squared_relu_mlp(x, up, down, recompute: bool):
+    """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N). recompute: see `kept_or_not`."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype), not recompute)
+    return kept_or_not(plain_squared_relu_mlp, recompute, x, up, down)
+
+
+def plain_squared_relu_mlp(x, up, down):
+    return linear(F.relu(linear(x, up)).square(), down)
 
 
 class MLP(nn.Module):

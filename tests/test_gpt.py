@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, row_slices
-from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, norm, resolve_rank, rotate, window_mask)
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, norm, rotate, row_slices
+from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, resolve_rank, window_mask)
 from nanochat.rank import account
 
 
