@@ -26,10 +26,14 @@ def start(processes: int, corpus_dir, *flags):
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def kill(process):
-    """SIGKILL to the launcher and to its processes, which have sessions of their own."""
+def family(process) -> list[int]:
+    """The launcher and its processes, which have sessions of their own."""
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (process.pid, *map(int, children)):
+    return [process.pid, *map(int, children)]
+
+
+def kill(process, pids: list[int]):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -55,13 +59,15 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
         before = saved_steps(folder)
         if i % 5 == 4:      # while it starts
             time.sleep(rng.uniform(0.5, 5))
+            pids = family(run)
         else:                  # while it trains; every other time in the middle of writing a checkpoint
             wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
             time.sleep(rng.uniform(0, 0.2))
+            pids = family(run)  # before: to look for them takes longer than to write a checkpoint
             if i % 2:
                 wait_for(lambda: list((folder / "checkpoints").glob(".step_*.building")), run)
         assert run.poll() is None, "it finished before it could be killed"
-        kill(run)
+        kill(run, pids)
         landed.append((saved_steps(folder)[-1:], len(list((folder / "checkpoints").glob(".step_*")))))
     print(f"newest checkpoint and half-written ones after each kill: {landed}")
     assert sum(half for _, half in landed) >= 3, "some kills fell into the writing of a checkpoint"
