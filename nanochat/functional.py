@@ -1,4 +1,6 @@
-"""Functions with a backward pass of their own: less kept, and fewer passes over memory, than by autograd's rules for their parts."""
+"""Products, norms and the loss where a plain call would be slow or keep too much. Several have a backward pass of their own: less kept, and
+fewer passes over memory, than by autograd's rules for their parts.
+"""
 import torch
 import torch.nn.functional as F
 
