@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.attention import attention
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, norm, rotary_norm, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
@@ -200,6 +201,7 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
+        self.window = config.window(layer)
         kv_dim, ranks = self.n_kv_head * self.head_dim, {name: config.rank(name, layer) for name in "qkvo"}
         self.q = make_linear(C, C, ranks["q"], config.factor_act)
         self.k = make_linear(C, kv_dim, ranks["k"], config.factor_act)
@@ -237,9 +239,7 @@ class Attention(nn.Module):
             q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)  # QK norm keeps the scores bounded
         if extend is not None:
             k, v = extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2),
-                                           scale=SCORE_SCALE / math.sqrt(self.head_dim), enable_gqa=self.n_kv_head < self.n_head)
-        return self.o.narrow(y.transpose(1, 2).flatten(2))
+        return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), self.window, mask))
 
 
 def squared_relu_mlp(x, up, down, recompute: bool):
