@@ -3,6 +3,10 @@ import os
 import shutil
 import subprocess
 
+import torch
+
+from nanochat.functional import loss_of_logits_to_compile
+
 NEW_ENOUGH = {"g++": 11, "clang++": 14}  # versions that know every set of vector instructions that torch compiles for
 
 
@@ -26,6 +30,7 @@ def compile_blocks(model, backend: str = "inductor"):
         inductor.cpp.vec_isa_ok = True
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, backend=backend)
+    model.of_logits = torch.compile(loss_of_logits_to_compile, dynamic=False, fullgraph=True, backend=backend)
     model.compiled = True
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from nanochat.functional import SOFTCAP, squashed
+from nanochat.functional import SOFTCAP, for_rows, squashed
 from nanochat.gpt import GPT, GPTConfig, window_mask
 
 
@@ -78,9 +78,9 @@ class KVCache:
 
 def next_logits(model: GPT, idx, dtype, cache: KVCache):
     """idx: (B, T), the tokens after those in the cache, which are added to it -> float32 logits (B, V) of the one that follows."""
-    with model.eager():
+    with model.eager(), for_rows(idx.numel()):
         x, weight = model.head(idx, dtype, cache)
-    return SOFTCAP * squashed(x.unflatten(0, idx.shape)[:, -1], weight)
+        return SOFTCAP * squashed(x.unflatten(0, idx.shape)[:, -1], weight)
 
 
 def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float32):

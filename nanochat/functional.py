@@ -1,6 +1,8 @@
 """Products, norms and the loss where a plain call would be slow or keep too much. Several have a backward pass of their own: less kept, and
 fewer passes over memory, than by autograd's rules for their parts.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +26,19 @@ def linear(x, weight):
     x2 = x.reshape(rows, -1)
     y = torch.mm(weight, (torch.cat((x2, x2)) if rows == 1 else x2).T)  # (out, 2) or (out, rows)
     return y[:, :rows].T.reshape(*x.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def for_rows(rows: int):
+    """Few rows are MKL's again, which is faster for them than oneDNN (see `common.multiply_by_onednn`)."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if before == "bf16" and rows <= FEW:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def normalised(x):
@@ -170,44 +185,57 @@ def rows_at_once(x, V: int) -> int:
     return max(1, 2**26 // V) if x.is_cuda else max(512, 2**21 // V)
 
 
+def loss_of_logits(z, target, share):
+    """z: (n, V), logits before the softcap, of n of N rows; target, share = 1/N: (n, 1) -> their part of the mean loss, and its gradient for z.
+
+    With l = s·tanh(z/s):  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
+    """
+    tanh = z.to(share.dtype).div(SOFTCAP).tanh_()
+    grad = (SOFTCAP * tanh).exp_()                            # at most e^15: no maximum need be taken off first
+    sums = grad.sum(dim=-1, keepdim=True)
+    loss = (share * (sums.log() - SOFTCAP * tanh.gather(1, target))).sum()
+    grad = grad.div_(sums)                                    # softmax
+    grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+    return loss, grad.mul_(tanh.square_().neg_().add_(1)).mul_(share).to(z.dtype)
+
+
+def loss_of_logits_to_compile(z, target, share):
+    """The same, compiled in two passes over each row, with tanh(u) = 1 - 2 / (1 + exp(2u)), which is twice as fast there."""
+    s, own = (1 / (1 + torch.exp(logits.to(share.dtype) * (2 / SOFTCAP))) for logits in (z, z.gather(1, target)))
+    p = torch.exp(SOFTCAP - 2 * SOFTCAP * s) * share          # a row's own factor here, or the first pass would be one over all rows
+    sums = p.sum(dim=-1, keepdim=True)
+    loss = (share * ((sums / share).log() - SOFTCAP + 2 * SOFTCAP * own)).sum()
+    hit = torch.arange(z.size(1), device=z.device) == target
+    return loss, ((p / sums - hit.to(share.dtype)) * share * 4 * s * (1 - s)).to(z.dtype)
+
+
 class HeadCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcapped logits without ever holding all of them.
 
     The rows are taken in chunks; each chunk's logits are turned into its share of the loss and of the gradients of x and
-    weight at once, in the forward pass, so that only (chunk, V) float32 numbers exist at a time.
-    With l = s·tanh(z/s), z = x Wᵀ:  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
+    weight at once, in the forward pass, so that only (chunk, V) float32 numbers exist at a time. of_logits: `loss_of_logits`, or the
+    other one compiled.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):  # (N, C), (V, C), (N,)
-        N, V = x.size(0), weight.size(0)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        n = rows_at_once(x, V)
-        for i in range(0, N, n):
-            chunk, target = x[i:i + n], targets[i:i + n, None]
-            tanh = squashed(chunk, weight)                    # (n, V)
-            grad = (SOFTCAP * tanh).exp_()                    # at most e^15: no maximum need be taken off first
-            sums = grad.sum(dim=-1, keepdim=True)
-            loss += (sums.log() - SOFTCAP * tanh.gather(1, target)).sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            grad = grad.div_(sums)                            # softmax
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad = grad.mul_(tanh.square_().neg_().add_(1)).div_(N).to(x.dtype)
+    def forward(ctx, x, weight, targets, of_logits):  # (N, C), (V, C), (N,)
+        grad_x, grad_weight, loss = torch.empty_like(x) if ctx.needs_input_grad[0] else None, Sum(weight), 0
+        share = torch.full((len(x), 1), 1 / len(x), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        n = rows_at_once(x, len(weight))
+        for i in range(0, len(x), n):
+            chunk = x[i:i + n]
+            part, grad = of_logits(linear(chunk, weight), targets[i:i + n, None], share[i:i + n])
+            loss = loss + part
             if grad_x is not None:
-                grad_x[i:i + n] = grad @ weight
-            if grad_weight is not None and grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, chunk)
-            elif grad_weight is not None:
-                grad_weight += grad.T @ chunk
-        ctx.save_for_backward(grad_x, grad_weight)
+                torch.mm(grad, weight, out=grad_x[i:i + n])
+            if ctx.needs_input_grad[1]:
+                grad_weight.add(grad.T, chunk)
+        ctx.save_for_backward(grad_x, grad_weight.value)
         ctx.weight_dtype = weight.dtype
-        return loss / N
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
         return (None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
-                None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype), None)
+                None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype), None, None)

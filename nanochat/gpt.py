@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, norm, rotary_norm, rows_at_once, squashed
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, loss_of_logits, norm, rotary_norm, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -300,7 +300,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.compiled = config, False  # see nanochat/compiler.py
+        self.config, self.compiled, self.of_logits = config, False, loss_of_logits  # see nanochat/compiler.py
         C, V, L = config.n_embd, config.vocab_size, config.n_layer
         self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
@@ -382,7 +382,7 @@ class GPT(nn.Module):
         x, weight = self.head(idx, compute_dtype)
         if targets is None:
             return (SOFTCAP * squashed(x, weight)).view(*idx.shape, -1)
-        return HeadCrossEntropy.apply(x, weight, targets.flatten())
+        return HeadCrossEntropy.apply(x, weight, targets.flatten(), self.of_logits)
 
     def eager(self):
         """A context for batches and lengths other than those compiled for training. Without compiled blocks nothing is loaded for it."""

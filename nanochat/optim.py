@@ -124,7 +124,7 @@ def even_out(updates, square, beta2: float):
     square: (count, *line_shape), the running mean squares so far. Returns the updates and the mean squares moved on.
     """
     along = -2 if square.size(-2) == 1 else -1
-    mean = torch.linalg.vector_norm(updates, dim=along, keepdim=True).square() / updates.size(along)
+    mean = updates.square().mean(dim=along, keepdim=True)
     square = square.lerp(mean, 1 - beta2)
     scale = 1 / (square.sqrt() + 1e-10)
     before, after = (x.sum(dim=(-2, -1), keepdim=True) for x in (mean, mean * scale.square()))  # squared norms, up to a factor

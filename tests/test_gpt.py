@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, norm, rotate, row_slices
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, loss_of_logits, norm, rotate, row_slices
 from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, resolve_rank, window_mask)
 from nanochat.rank import account
 
@@ -208,7 +208,7 @@ def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N):
     target = tokens(N)
     plain = F.cross_entropy(SOFTCAP * torch.tanh(x @ weight.T / SOFTCAP), target)
     expected = torch.autograd.grad(2.5 * plain, (x, weight))
-    loss = HeadCrossEntropy.apply(x, weight, target)
+    loss = HeadCrossEntropy.apply(x, weight, target, loss_of_logits)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(2.5 * loss, (x, weight)), expected)
 
