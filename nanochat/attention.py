@@ -8,26 +8,25 @@ import torch.nn.functional as F
 BLOCKS = 8           # blocks of queries in a long sequence: more skip more of the keys that none of them sees
 SMALLEST = 64        # queries in a block, for efficient products
 SHORT = 512          # up to this length blocks are faster than torch's kernel without a window too (dev/LOG.md)
-HIGHEST_SCORE = 40   # exp of it, summed and multiplied, is far from float32's limits
+LARGEST = 512        # head dim whose highest score, scale · D = 36, is far from float32's limits when exp is taken of it
 
 
-def attention(q, k, v, scale: float, window: int, mask=None):
-    """q: (B, H, T, D), k and v: (B, K, S, D) -> (B, T, H·D): query i sees keys i - window < j <= i. |q|² and |k|² are D (QK norm).
+def attention(q, k, v, scale: float, window: int | None, mask=None):
+    """q: (B, H, T, D), k and v: (B, K, S, D) -> (B, T, H·D). |q|² and |k|² are D (QK norm).
 
-    mask: bool, what the queries see, where keys come from a cache or a window is shorter than T; None: all keys up to the query's own.
+    window: query i sees keys i - window < j <= i; None where keys come from a cache. mask: the same as a bool tensor, or what else
+    queries see; None: all keys up to the query's own.
     """
-    if by_blocks(q, k, scale, window):
+    if window is not None and torch.is_grad_enabled() and q.device.type == "cpu" and by_blocks(q.size(2), window, q.size(3)):
         return BlockAttention.apply(q, k, v, scale, window)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2), scale=scale,
                                        enable_gqa=k.size(1) < q.size(1))
     return y.transpose(1, 2).flatten(2)
 
 
-def by_blocks(q, k, scale: float, window: int) -> bool:
-    """Whether to go block by block: when training on a CPU, where torch's kernel computes what the mask then hides."""
-    T = q.size(2)
-    return (torch.is_grad_enabled() and q.device.type == "cpu" and k.size(2) == T and (window < T or T <= SHORT)
-            and scale * q.size(3) <= HIGHEST_SCORE)
+def by_blocks(T: int, window: int, D: int) -> bool:
+    """Whether to go block by block in training on a CPU: where torch's kernel computes much that is then hidden."""
+    return (window < T or T <= SHORT) and D <= LARGEST
 
 
 def block_size(T: int) -> int:
@@ -48,6 +47,11 @@ def hidden(queries: slice, keys: slice, window: int, G: int, like):
     return torch.zeros_like(i - j, dtype=like.dtype).masked_fill_((j > i) | (j <= i - window), -torch.inf).repeat(G, 1)
 
 
+def part(x, queries: slice):
+    """(R, G, T, …) -> (R, G·n, …), whole in memory: a product would copy a mere slice, each time."""
+    return x[:, :, queries].flatten(1, 2).contiguous()
+
+
 class BlockAttention(torch.autograd.Function):
     """The weights of one block at a time, once for the result and again for the gradients, so that memory grows with T and not T².
 
@@ -58,14 +62,13 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, window):
         (B, H, T, D), K = q.shape, k.size(1)
         q, k, v = q.reshape(B * K, H // K, T, D), k.reshape(B * K, T, D), v.reshape(B * K, T, D)
-        wide, parts, totals = torch.promote_types(q.dtype, torch.float32), [], []
+        wide, ys, totals = torch.promote_types(q.dtype, torch.float32), [], []
         for queries, keys in blocks(T, window):
-            of_block = q[:, :, queries].flatten(1, 2)                                    # (R, G·n, D)
-            p = torch.bmm(of_block, k[:, keys].transpose(1, 2)).to(wide).mul_(scale)     # (R, G·n, c)
+            p = torch.bmm(q[:, :, queries].flatten(1, 2), k[:, keys].transpose(1, 2)).to(wide).mul_(scale)   # (R, G·n, c)
             p = p.add_(hidden(queries, keys, window, H // K, p)).exp_()
             totals.append(p.sum(dim=-1, keepdim=True))
-            parts.append((torch.bmm(p.to(v.dtype), v[:, keys]) / totals[-1].to(v.dtype)).view(B, H, -1, D))
-        y = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
+            ys.append((torch.bmm(p.to(v.dtype), v[:, keys]) / totals[-1].to(v.dtype)).view(B, H, -1, D))
+        y = torch.cat(ys, dim=2).transpose(1, 2).flatten(2)
         ctx.save_for_backward(q, k, v, y, *totals)
         ctx.scale, ctx.window = scale, window
         return y
@@ -78,8 +81,8 @@ class BlockAttention(torch.autograd.Function):
         grad = grad.unflatten(2, (-1, D)).transpose(1, 2).reshape(R, G, T, D)
         grads_q, grads_k, grads_v = [], {}, {}
         for (queries, keys), total in zip(blocks(T, ctx.window), totals):
-            of_q, of_k, of_v = q[:, :, queries].flatten(1, 2), k[:, keys], v[:, keys]
-            of_y, of_total = grad[:, :, queries].flatten(1, 2) / total.to(grad.dtype), along[:, :, queries].flatten(1, 2).unsqueeze(1) / total.transpose(1, 2)
+            of_q, of_k, of_v = part(q, queries), k[:, keys].contiguous(), v[:, keys].contiguous()
+            of_y, of_total = part(grad, queries) / total.to(grad.dtype), part(along, queries).unsqueeze(1) / total.transpose(1, 2)
             # all (R, c, G·n), so that of the products below but one takes them as they are
             p = torch.bmm(of_k, of_q.transpose(1, 2)).to(total.dtype).mul_(ctx.scale)
             p = p.add_(hidden(queries, keys, ctx.window, G, p).T).exp_()
@@ -87,7 +90,7 @@ class BlockAttention(torch.autograd.Function):
             grads_q.append(torch.bmm(of_scores.transpose(1, 2), of_k).view(R, G, -1, D))
             add_by_block(grads_k, keys.start, torch.bmm(of_scores, of_q), block_size(T))
             add_by_block(grads_v, keys.start, torch.bmm(p.to(v.dtype), of_y), block_size(T))
-        grad_q, grad_k, grad_v = torch.cat(grads_q, dim=2), *(torch.cat(list(parts.values()), dim=1).to(k.dtype) for parts in (grads_k, grads_v))
+        grad_q, grad_k, grad_v = torch.cat(grads_q, dim=2), *(torch.cat(list(sums.values()), dim=1).to(k.dtype) for sums in (grads_k, grads_v))
         return grad_q.view(shape), grad_k.view(shape), grad_v.view(shape), None, None
 
 

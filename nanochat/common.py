@@ -163,15 +163,15 @@ def pick_device_type(name: str) -> str:
 
 
 def keep_freed_memory():
-    """Let glibc's malloc keep what tensors free, up to 16 MiB each, instead of handing it back and faulting it in again at every step:
-    a tenth of a CPU step, at a lower peak (dev/LOG.md). Other systems are left as they are.
+    """Let glibc's malloc keep what tensors of up to 16 MiB free, instead of handing it back and faulting it in again at every step: a
+    tenth of a CPU step, at a lower peak (dev/LOG.md). Other systems are left as they are.
     """
     import ctypes
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
+            mallopt(-3, 17 * 2**20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**30)       # M_TRIM_THRESHOLD
 
 
 def multiply_by_onednn():

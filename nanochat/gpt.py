@@ -239,12 +239,12 @@ class Attention(nn.Module):
             q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)  # QK norm keeps the scores bounded
         if extend is not None:
             k, v = extend(k, v)
-        return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), self.window, mask))
+        return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), self.window if extend is None else None, mask))
 
 
 def squared_relu_mlp(x, up, down, recompute: bool):
     """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N). recompute: see `kept_or_not`."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not (recompute and torch.compiler.is_compiling()):  # the compiler would keep what is made twice
         return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype), not recompute)
     return kept_or_not(plain_squared_relu_mlp, recompute, x, up, down)
 

@@ -57,7 +57,7 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
                     model.zero_grad()
             compiled.token_losses(idx[:2], idx[:2])  # evaluation and sampling, in other shapes, in between
             list(generate(compiled, [[1, 2, 3]], 2))
-    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"]  # and that of the loss
     assert losses[::2] == pytest.approx(losses[1::2], abs=1e-4)
     for a, b in zip(eager.parameters(), compiled.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
@@ -78,7 +78,7 @@ def test_adapted_blocks_compile_whole(kind):
         model(idx, idx).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
-    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
 
 
 def test_matrices_made_before_the_pass_are_inputs_of_the_graphs():
@@ -94,7 +94,7 @@ def test_matrices_made_before_the_pass_are_inputs_of_the_graphs():
         torch.testing.assert_close(*(torch.autograd.grad(loss, m.subspace.alpha)[0] for loss, m in zip(losses, (eager, model))))
         for m in (eager, model):
             m.subspace.alpha.data[0, step] += 0.5
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2  # of the blocks and of the loss
 
 
 @pytest.mark.parametrize("name,version,known", [("g++", "12", True), ("g++", "10.2.1", False), ("clang++", "14.0.6", True), ("clang++", "11.0", False),

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, loss_of_logits, norm, rotate, row_slices
+from nanochat.attention import BlockAttention, attention, blocks, by_blocks
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, loss_of_logits, loss_of_logits_to_compile, norm, rotate, row_slices
 from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, resolve_rank, window_mask)
 from nanochat.rank import account
 
@@ -126,6 +127,45 @@ def test_joint_projections_and_their_gradients_equal_those_of_the_dense_matrices
     torch.testing.assert_close(joint, separate)
 
 
+@pytest.mark.parametrize("T,window", [(16, 16), (16, 5), (22, 22), (22, 9), (40, 20), (64, 3)])  # with blocks of 4 and 8 queries, a last one that is short
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, window, kv_heads):
+    monkeypatch.setattr("nanochat.attention.SMALLEST", 4)
+    q, k = (F.normalize(torch.randn(2, h, T, 8, dtype=torch.float64), dim=-1).mul(8 ** 0.5).requires_grad_() for h in (4, kv_heads))
+    v, weight = torch.randn(2, kv_heads, T, 8, dtype=torch.float64, requires_grad=True), torch.randn(2, T, 32, dtype=torch.float64)
+    scores = 0.6 * q @ k.repeat_interleave(4 // kv_heads, dim=1).mT
+    p = scores.masked_fill(~window_mask(T, window, "cpu"), -torch.inf).softmax(-1)
+    expected = (p @ v.repeat_interleave(4 // kv_heads, dim=1)).transpose(1, 2).flatten(2)
+    assert len(list(blocks(T, window))) > 2
+    y = BlockAttention.apply(q, k, v, 0.6, window)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad((weight * y).sum(), (q, k, v)), torch.autograd.grad((weight * expected).sum(), (q, k, v)))
+
+
+def test_attention_by_blocks_is_for_training_and_agrees_with_torchs_kernel():
+    """The same model under a gradient and without, in float32 and bfloat16; the highest scores that QK norm allows."""
+    for D, T in ((8, 24), (512, 3)):
+        q = k = torch.full((1, 1, T, D), 1.0)  # every score is scale · D
+        v = torch.randn(1, 1, T, D)
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+            inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+            by_block = attention(*inputs, SCORE_SCALE / D ** 0.5, T)
+            assert "BlockAttention" in type(by_block.grad_fn).__name__
+            with torch.no_grad():
+                torch.testing.assert_close(by_block, attention(*inputs, SCORE_SCALE / D ** 0.5, T), atol=tolerance, rtol=tolerance)
+    assert by_blocks(2048, 1024, 64) and not by_blocks(2048, 2048, 64) and not by_blocks(16, 16, 513)
+
+
+def test_memory_of_attention_by_blocks_grows_with_the_length():
+    """What is kept doubles with the length, and does not quadruple as the weights would."""
+    def kept(T):
+        saved, x = [], torch.randn(1, 1, T, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+            BlockAttention.apply(x, x, x, 0.1, T)
+        return sum(saved)
+    assert kept(512) == 2 * kept(256)
+
+
 def test_window_pattern_is_tiled_and_the_last_layer_sees_everything():
     config = GPTConfig(sequence_len=64, n_layer=6, window_pattern="SSL")
     assert [config.window(i) for i in range(6)] == [32, 32, 64, 32, 32, 64]
@@ -200,15 +240,16 @@ def test_few_rows_are_multiplied_as_many_are(shape, rows):
 
 # ---- head and loss
 
+@pytest.mark.parametrize("of_logits", [loss_of_logits, loss_of_logits_to_compile])
 @pytest.mark.parametrize("N", [1, 13, 64])
-def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N):
+def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N, of_logits):
     monkeypatch.setattr("nanochat.functional.rows_at_once", lambda x, V: 7)
     x = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
     weight = (3 * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()  # large enough for the softcap to bend
     target = tokens(N)
     plain = F.cross_entropy(SOFTCAP * torch.tanh(x @ weight.T / SOFTCAP), target)
     expected = torch.autograd.grad(2.5 * plain, (x, weight))
-    loss = HeadCrossEntropy.apply(x, weight, target, loss_of_logits)
+    loss = HeadCrossEntropy.apply(x, weight, target, of_logits)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(2.5 * loss, (x, weight)), expected)
 

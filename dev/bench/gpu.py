@@ -250,10 +250,11 @@ def main(argv=None):
         write_atomic(args.out / "gpu.json", json.dumps(report, indent=1) + "\n")
         write_atomic(args.out / "gpu.md", markdown(report))
 
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the smoke compares float32 with float32, not with TF32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")  # the smoke compares float32 with float32, not with TF32
     report["smoke"], report["loss"] = smoke(device), loss_check(device, args.tiny)
-    torch.set_float32_matmul_precision(precision)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")     # as init_process has it
     save()
 
     left = sizes(args.tiny)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number, write_atomic
-from nanochat.functional import SOFTCAP, HeadCrossEntropy
+from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
 
 MEMORY_TARGET, TIME_TARGET = 0.4, 1.10
 
@@ -28,7 +28,7 @@ def plain_loss(x, weight, targets):
     return F.cross_entropy(SOFTCAP * torch.tanh(logits / SOFTCAP), targets)
 
 
-WAYS = {"plain": plain_loss, "chunked": HeadCrossEntropy.apply}
+WAYS = {"plain": plain_loss, "chunked": lambda x, weight, targets: HeadCrossEntropy.apply(x, weight, targets, loss_of_logits)}
 
 
 def loss_and_gradients(way, x, weight, targets):
