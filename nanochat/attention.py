@@ -42,9 +42,11 @@ def blocks(T: int, window: int):
 
 def hidden(queries: slice, keys: slice, window: int, G: int, like):
     """(G·n, c), to be added to scores: 0 where a query sees a key, -inf elsewhere."""
-    i = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=like.device)
-    return torch.zeros_like(i - j, dtype=like.dtype).masked_fill_((j > i) | (j <= i - window), -torch.inf).repeat(G, 1)
+    n, c = queries.stop - queries.start, keys.stop - keys.start
+    i = torch.arange(n, device=like.device)[:, None] + (c - n)  # from the first key on: blocks of one shape are one code when compiled
+    j = torch.arange(c, device=like.device)
+    unseen = j > i if c <= window else (j > i) | (j <= i - window)
+    return torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf).repeat(G, 1)
 
 
 def part(x, queries: slice):
