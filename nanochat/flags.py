@@ -68,7 +68,7 @@ def add_machine_flags(add):
     """Where and how a run computes, and what it is called on the dashboard."""
     add("--run", default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
     device_flags(add, "compute dtype; master weights are float32; auto = bfloat16 on a GPU, and on a CPU that has instructions for it")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 2e13 training FLOPs on")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 4e13 training FLOPs on")
     add("--recompute", choices=["none", "bottleneck"], default="none",
         help="bottleneck: keep of a factored layer what is as wide as its rank, and compute the rest again for the backward pass")
 

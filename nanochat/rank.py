@@ -171,7 +171,7 @@ def account(model: GPT | GPTConfig) -> dict:
 
 def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
     """Bytes of tensors at the highest point of a training step that is not compiled, `rows` at a time; the allocator's and Python's
-    own memory come on top. Compiled code keeps other tensors: on a CPU its peak was 12 to 17% higher (dev/LOG.md).
+    own memory come on top. Compiled code keeps other tensors: on a CPU its peak was 3 to 9% higher (dev/LOG.md).
 
     accumulated: gradients live on between several passes of a step. Optimizer state not split over processes. Logits are taken in
     chunks of a CPU's size.
