@@ -181,7 +181,7 @@ def multiply_by_onednn():
     whether it does on this one.
     """
     import torch
-    if processor().get("vendor_id") != "AuthenticAMD" or "avx512_bf16" not in processor()["flags"].split():
+    if processor().get("vendor_id") != "AuthenticAMD" or "avx512_bf16" not in processor().get("flags", "").split():
         return
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     x = torch.full((256, 256), 1 + 2**-12)

@@ -30,15 +30,16 @@ def linear(x, weight):
 
 @contextlib.contextmanager
 def for_rows(rows: int):
-    """Few rows are MKL's again, which is faster for them than oneDNN (see `common.multiply_by_onednn`)."""
+    """Few rows are MKL's again, which is faster for them than oneDNN, where that has been chosen (see `common.multiply_by_onednn`)."""
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if before == "bf16" and rows <= FEW:
-        matmul.fp32_precision = "ieee"
+    if rows > FEW or matmul.fp32_precision != "bf16":
+        yield
+        return
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        matmul.fp32_precision = "bf16"
 
 
 def normalised(x):
