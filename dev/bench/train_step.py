@@ -164,13 +164,13 @@ def matmul_rate(device, dtype) -> float:
 def usual_matmul_rate(device, dtype) -> float:
     """The same, float32 matrices multiplied by the library that torch itself chooses."""
     matmul = torch.backends.mkldnn.matmul
-    chosen = matmul.fp32_precision
-    if chosen == "bf16":
-        matmul.fp32_precision = "ieee"
+    if matmul.fp32_precision != "bf16":
+        return matmul_rate(device, dtype)
+    matmul.fp32_precision = "ieee"
     try:
         return matmul_rate(device, dtype)
     finally:
-        matmul.fp32_precision = chosen
+        matmul.fp32_precision = "bf16"
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
