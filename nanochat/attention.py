@@ -11,6 +11,13 @@ SHORT = 512          # up to this length blocks are faster than torch's kernel w
 LARGEST = 512        # head dim whose highest score, scale · D = 36, is far from float32's limits when exp is taken of it
 
 
+def window_mask(T: int, window: int, device):
+    """(T, T) bool, True where query i may see key j: i - window < j <= i."""
+    i = torch.arange(T, device=device)
+    distance = i[:, None] - i[None, :]
+    return (distance >= 0) & (distance < window)
+
+
 def attention(q, k, v, scale: float, window: int | None, mask=None):
     """q: (B, H, T, D), k and v: (B, K, S, D) -> (B, T, H·D). |q|² and |k|² are D (QK norm).
 
@@ -43,10 +50,8 @@ def blocks(T: int, window: int):
 def hidden(queries: slice, keys: slice, window: int, G: int, like):
     """(G·n, c), to be added to scores: 0 where a query sees a key, -inf elsewhere."""
     n, c = queries.stop - queries.start, keys.stop - keys.start
-    i = torch.arange(n, device=like.device)[:, None] + (c - n)  # from the first key on: blocks of one shape are one code when compiled
-    j = torch.arange(c, device=like.device)
-    unseen = j > i if c <= window else (j > i) | (j <= i - window)
-    return torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf).repeat(G, 1)
+    seen = window_mask(c, min(window, c), like.device)[-n:]  # counted from the first key: blocks of one shape are one code when compiled
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -torch.inf).repeat(G, 1)
 
 
 def part(x, queries: slice):

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from nanochat.attention import window_mask
 from nanochat.functional import SOFTCAP, for_rows, squashed
-from nanochat.gpt import GPT, GPTConfig, window_mask
+from nanochat.gpt import GPT, GPTConfig
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import attention
+from nanochat.attention import attention, window_mask
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, loss_of_logits, norm, rotary_norm, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
@@ -177,13 +177,6 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
-
-def window_mask(T: int, window: int, device):
-    """(T, T) bool, True where query i may see key j: i - window < j <= i."""
-    i = torch.arange(T, device=device)
-    distance = i[:, None] - i[None, :]
-    return (distance >= 0) & (distance < window)
-
 
 # Attention and MLP are each three steps: `narrow` (norm and the first factors), `between` (the second factors, what follows, and
 # the last matrix's first factor), and the last widening. Between the steps flows what is r wide; with recompute = "bottleneck"
