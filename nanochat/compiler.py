@@ -11,16 +11,16 @@ NEW_ENOUGH = {"g++": 11, "clang++": 14}  # versions that know every set of vecto
 
 
 def pays(device_type: str, flops: float) -> bool:
-    """On a GPU always. On a CPU it takes half a minute, which 3e13 FLOPs on two cores win back (dev/LOG.md), and needs a C++ compiler:
+    """On a GPU always. On a CPU it takes a third of a minute, which 3e13 FLOPs on two cores win back (dev/LOG.md), and needs a C++ compiler:
     from 4e13 FLOPs on, minutes of training.
     """
     return device_type == "cuda" or (flops >= 4e13 and any(map(shutil.which, ("g++", "c++", "clang++"))))
 
 
 def compile_blocks(model, backend: str = "inductor"):
-    """Compile the blocks and the loss for training; one compilation serves all blocks of the same window, ranks and kind.
+    """Compile the blocks and the loss for training; one compilation serves all blocks of the same ranks and kind.
 
-    Everything in which blocks differ otherwise is an argument. Evaluation and generation stay eager (`GPT.eager`): their batches
+    Everything in which blocks differ otherwise is an argument; a window too, except where some layers have a mask and others none. Evaluation and generation stay eager (`GPT.eager`): their batches
     have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import attention, window_mask
+from nanochat.attention import attention, mask_for
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, loss_of_logits, norm, rotary_norm, rows_at_once, squashed
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
@@ -194,7 +194,6 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
-        self.window = config.window(layer)
         kv_dim, ranks = self.n_kv_head * self.head_dim, {name: config.rank(name, layer) for name in "qkvo"}
         self.q = make_linear(C, C, ranks["q"], config.factor_act)
         self.k = make_linear(C, kv_dim, ranks["k"], config.factor_act)
@@ -232,7 +231,7 @@ class Attention(nn.Module):
             q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)  # QK norm keeps the scores bounded
         if extend is not None:
             k, v = extend(k, v)
-        return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), self.window if extend is None else None, mask))
+        return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), mask))
 
 
 def squared_relu_mlp(x, up, down, recompute: bool):
@@ -350,7 +349,7 @@ class GPT(nn.Module):
         scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (positions, 2)
         windows = {self.config.window(i) for i in range(self.config.n_layer)}
         if cache is None:
-            masks = {window: window_mask(T, window, idx.device) if window < T else None for window in windows}
+            masks = {window: mask_for(T, window, idx.device) for window in windows}
         else:
             masks = {window: cache.mask(window, T) for window in windows}
         for i, layer in enumerate(self.config.positions):

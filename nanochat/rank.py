@@ -179,7 +179,7 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     model, costs = on_meta(config), account(config)
     C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
     token = rows * T * dtype_bytes  # bytes of one number for each token
-    kept = [kept_by_block(model.blocks[layer], C, K, config.n_hidden, T, token, dtype_bytes) for layer in config.positions]
+    kept = [kept_by_block(model.blocks[layer], C, K, config.n_hidden, by_blocks(T, config.window(layer)), token, dtype_bytes) for layer in config.positions]
     activations = sum(kept) + token * 2 * C                    # the embeddings: previous token's share, input of the norm
     width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
     head_grad = 4 * V * width
@@ -205,10 +205,10 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
             "mem/predicted_peak_bytes": costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"] + max(at_head, at_backward, at_update)}
 
 
-def kept_by_block(block, C: int, K: int, N: int, T: int, token: int, dtype_bytes: int) -> int:
+def kept_by_block(block, C: int, K: int, N: int, by_blocks: bool, token: int, dtype_bytes: int) -> int:
     """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K, N: widths of keys and values, and of the MLP."""
     kept, copies = C, 0                                        # the residual stream as it comes in
-    y = C if by_blocks(T, block.attn.window, block.attn.head_dim) else 2 * C  # by token, and by torch's kernel also by head
+    y = C if by_blocks else 2 * C  # by token, and by torch's kernel also by head
     for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o, C + 2 * K + y),
                                     (block.mlp, (block.mlp.up,), block.mlp.down, N)):  # relu
         factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
