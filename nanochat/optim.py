@@ -38,34 +38,33 @@ def orthogonalize(X):
     """
     shape, tall = X.shape, X.size(-2) > X.size(-1)
     X = X.reshape(-1, *shape[-2:])
-    if tall:
-        X = X.mT  # the Gram matrices are then on the small side: for a factor, r × r
-    G = X @ X.mT                            # (..., m, m)
+    G = gram(X, tall)                       # (count, m, m)
     square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ||X||_F²
     square.masked_fill_(square < NOTHING, torch.inf)
     G.div_(square)
     GG = G @ G
     size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
     G, GG, scale = G.div_(size**2), GG.div_(size**4), square.rsqrt() / size
-    if X.size(-1) > 2 * X.size(-2) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
-        X = gram_polynomial(G, GG).mul_(scale) @ X
+    if max(shape[-2:]) > 2 * G.size(-1) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
+        Q = gram_polynomial(G, GG).mul_(scale)
+        X = X @ Q if tall else Q @ X
     else:
         X = X * scale
         for i, (a, b, c) in enumerate(POLAR_EXPRESS):
-            if i:
-                G = X @ X.mT
-                GG = G @ G
-            X = torch.baddbmm(X, G.mul_(b).add_(GG, alpha=c), X, beta=a)
-    return (X.mT if tall else X).reshape(shape)
+            P = torch.baddbmm(G := gram(X, tall), G, G, beta=b, alpha=c) if i else G.mul_(b).add_(GG, alpha=c)
+            X = torch.baddbmm(X, *((X, P) if tall else (P, X)), beta=a)
+    return X.reshape(shape)
+
+
+def gram(X, tall: bool):
+    """(count, m, n) -> XXᵀ or, of tall ones, XᵀX: on the small side, r × r for a factor."""
+    return X.mT @ X if tall else X @ X.mT
 
 
 def gram_polynomial(G, GG):
     """XXᵀ and its square, (count, m, m) -> the product Q of all steps: Q X is what they make of X. Only m × m matmuls."""
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
-        if i:
-            G = P @ G @ P
-            GG = G @ G
-        P = torch.add(b * G, GG, alpha=c)
+        P = torch.baddbmm(G := P @ G @ P, G, G, beta=b, alpha=c) if i else torch.add(b * G, GG, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P @ Q if i else P
     return Q
