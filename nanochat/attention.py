@@ -54,6 +54,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, window, scale):
+        v = v.contiguous()  # here, where the compiler makes it so as it writes v
         ctx.save_for_backward(q, k, v, window)
         ctx.scale = scale
         return torch.ops.nanochat.block_attention(q, k, v, window, scale)
@@ -119,14 +120,20 @@ def batch_slices(B: int, K: int, found):
 
 
 def in_time(x, n: int):
-    """(b, K, T, D) -> (R, T', D), whole in memory but for a last block, which is filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.size(2) % n)).flatten(0, 1)
+    """(b, K, T, D) -> (R, T', D), whole in memory."""
+    return filled_up(x, n).flatten(0, 1).contiguous()
 
 
 def by_block(x, n: int, K: int):
     """(b, H, T, D) -> (blocks, R, G·n, D), whole in memory: a product would copy a mere slice, each time."""
-    x = F.pad(x, (0, 0, 0, -x.size(2) % n)).unflatten(2, (-1, n)).unflatten(1, (K, -1))  # (b, K, G, blocks, n, D)
+    x = filled_up(x, n).unflatten(2, (-1, n)).unflatten(1, (K, -1))  # (b, K, G, blocks, n, D)
     return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2).contiguous()
+
+
+def filled_up(x, n: int):
+    """(b, H, T, D) -> (b, H, T', D), the last of its blocks of n filled up with zeros."""
+    missing = -x.size(2) % n
+    return F.pad(x, (0, 0, 0, missing)) if missing else x  # F.pad would copy all the same
 
 
 def from_blocks(x, B: int, K: int, n: int):
