@@ -102,8 +102,7 @@ def blocks(T: int, window: int, G: int, dtype):
 
     The keys begin where another block's queries do and end with this one's.
     """
-    n = max(SMALLEST, -(-T // BLOCKS) // SMALLEST * SMALLEST)
-    found = []
+    n, found = min(T, max(SMALLEST, -(-T // BLOCKS) // SMALLEST * SMALLEST)), []
     for start in range(0, T, n):
         first = max(0, start - window + 1) // n * n
         c = start + n - first
