@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 BLOCKS = 8           # blocks of queries in a long sequence: more skip more of the keys that none of them sees
 SMALLEST = 64        # queries in a block, for efficient products
-SHORT = 512          # up to this length blocks are faster than torch's kernel without a window too (dev/LOG.md)
+SHORT = 1024         # up to this length blocks are faster than torch's kernel without a window too (dev/LOG.md)
 IN_CACHE = 2**22     # bytes of scores to work on at a time, which a cache holds from one step to the next
 
 
