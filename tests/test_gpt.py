@@ -149,14 +149,15 @@ def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, win
 
 def test_attention_by_blocks_is_for_training_and_agrees_with_torchs_kernel():
     """The same model under a gradient and without, in float32 and bfloat16; scores too high for their exponentials."""
-    v = torch.randn(1, 2, 24, 8)
-    for q, k, scale in ((*torch.randn(2, 1, 2, 24, 8), 0.6), (torch.ones(1, 2, 24, 8), torch.ones(1, 2, 24, 8), 60.0)):
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+    same = [(torch.ones(1, 1, T, D), torch.ones(1, 1, T, D), T, SCORE_SCALE / D ** 0.5) for D, T in ((8, 24), (512, 3))]  # every score is scale · D
+    for q, k, T, scale in (*same, (*same[0][:3], 60.0), (*torch.randn(2, 1, 2, 24, 8), 24, 0.6)):
+        v = torch.randn(q.shape)
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
             inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-            by_block = attention(*inputs, scale, mask_for(24, 24, q.device))
+            by_block = attention(*inputs, scale, mask_for(T, T, q.device))
             assert "BlockAttention" in type(by_block.grad_fn).__name__
             with torch.no_grad():
-                assert mask_for(24, 24, q.device) is None
+                assert mask_for(T, T, q.device) is None
                 torch.testing.assert_close(by_block, attention(*inputs, scale), atol=tolerance, rtol=tolerance)
     assert by_blocks(2048, 1024) and not by_blocks(2048, 2048)
 
