@@ -2,17 +2,17 @@
 import argparse
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+from nanochat import locks
 
 
 class InputError(Exception):
@@ -116,30 +116,24 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Hold an exclusive lock on `path` (created if needed). The kernel frees it if the holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    """Hold an exclusive lock on `path` (created if needed). It is freed if its holder dies: see locks.py."""
+    lock = locks.acquire(path, wait=True)
+    try:
         yield
+    finally:
+        lock.close()
 
 
 @contextlib.contextmanager
 def claimed(path: Path, what: str):
-    """Hold `path` for this process alone; InputError with the holder's pid and host if another one does.
-
-    The kernel frees the lock when its holder dies, however it dies: a lock is never stale.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise InputError(f"{what} is in use by {f.read().strip() or 'another process'}; wait for it, or stop it") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
+    """Hold `path` for this process alone; InputError with the holder's pid and host if another one does."""
+    lock = locks.acquire(path, wait=False)
+    if not lock:
+        raise InputError(f"{what} is in use by {locks.holder(path)}; wait for it, or stop it")
+    try:
         yield
+    finally:
+        lock.close()
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/<tag>
 free only when launcher and child are both gone, however they went: two sweeps never have the same run, and no lock is ever stale.
 """
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import common, metrics
+from nanochat import common, locks, metrics
 from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
 from nanochat.figures import TIME, human
@@ -130,18 +129,8 @@ def claim_path(tag: str) -> Path:
 
 
 def claim(path: Path):
-    """The open file that holds the lock on `path`, or None if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    f = open(path, "a+")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.close()
-        return None
-    f.truncate(0)
-    f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    f.flush()
-    return f
+    """The lock on `path`, for a child to inherit, or None if another process has it."""
+    return locks.acquire(path, wait=False)
 
 
 def start(sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set[int], task_command, show) -> list[Running]:
