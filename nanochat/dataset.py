@@ -3,29 +3,20 @@
 Download:  python -m nanochat.dataset --data climbmix -n 8 -w 4
 """
 import argparse
-import contextlib
 import functools
-import gzip
 import hashlib
-import json
 import os
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import ArgumentParser, InputError, first_line, get_base_dir, locked, run_script, sha256, whole_number
+from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
+from nanochat.fingerprints import file_hash, short_hash
 from nanochat.hub import HUB_SETS, download
-
-MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-VAL_NAMES = ("val", "validation")
-
-# A compressed file larger than all its samples together is fingerprinted by samples.
-COMPRESSED = (".parquet", ".gz")
-SAMPLES, SAMPLE_BYTES = 64, 2**20
+from nanochat.readers import read_documents, text_format
+from nanochat.splits import TEST, in_words, shortened, sort_folder
 
 
 @dataclass(frozen=True)
@@ -38,33 +29,39 @@ class Shard:
     def fingerprint(self) -> str:
         """A short hash of the content, read once; file names and times do not count.
 
-        Large compressed files (downloaded sets go to hundreds of GB) are not read whole at every start: their size and
-        evenly spaced blocks are hashed, from the first to the last one. Other text nearly always means another last one:
-        it has the offset, length and statistics of every column chunk of a parquet, and the checksum of all text in a gzip.
+        Large compressed files (downloaded sets go to hundreds of GB) are not read whole: their size and
+        evenly spaced blocks are hashed, from the first to the last one. Other text nearly always means
+        another last one: it has the offset, length and statistics of every column chunk of a parquet, and
+        the checksum of all text in a gzip.
         """
-        return _short_hash(_sampled_sha256(path) if path.suffix.lower() in COMPRESSED
-                           and path.stat().st_size > SAMPLES * SAMPLE_BYTES else sha256(path) for path in self.paths)
+        return short_hash(file_hash(path) for path in self.paths)
 
-    def documents(self) -> Iterator[str]:
-        """The non-empty documents, in order.
+    def located(self) -> Iterator[tuple[str, str]]:
+        """(place in words, text) of each document, in order, empty ones included.
 
-        InputError: a file that is not what its suffix says, a parquet without a string column `text`, a JSON line
-        that is no object with a string `text`, invalid UTF-8, a document longer than MAX_DOCUMENT_CHARS.
+        InputError: see readers.read_documents.
         """
         for path in self.paths:
-            for where, text in _READERS[path.suffix.lower()](path):
-                if len(text) > MAX_DOCUMENT_CHARS:
-                    raise _too_long(where)
-                if text:
-                    yield text
+            yield from read_documents(path)
+
+    def documents(self) -> Iterator[str]:
+        """The non-empty documents, in order."""
+        return (text for _, text in self.located() if text)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text."""
+    """Training and validation text.
+
+    folder: where its files are. left_out: reason -> names of files there that are in neither split.
+    note: how the validation text was chosen, where it has no name of its own.
+    """
     name: str
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
+    folder: Path
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
 
     def split(self, name: str) -> tuple[Shard, ...]:
         return {"train": self.train, "val": self.val}[name]
@@ -75,11 +72,32 @@ class Corpus:
 
     def fingerprint(self, split: str) -> str:
         """A short hash of the content of the split, shards in order."""
-        return _short_hash(shard.fingerprint for shard in self.split(split))
+        return short_hash(shard.fingerprint for shard in self.split(split))
+
+    def files(self, split: str) -> list[str]:
+        """Their names, within the folder."""
+        return [os.path.relpath(path, self.folder) for shard in self.split(split) for path in shard.paths]
+
+    def record(self) -> dict:
+        """Which files are which, for a run's config.json; of many the first and the last."""
+        record = {"left_out": {reason: shortened(names, 100) for reason, names in self.left_out.items()}}
+        for split in ("train", "val"):
+            names = self.files(split)
+            record[split] = {"count": len(names), "files": shortened(names, 100)}
+        return record
+
+    def line(self) -> str:
+        """The same for people, in one line."""
+        train, val = self.files("train"), self.files("val")
+        training = f"{len(train):,} training files ({train[0]} … {train[-1]})"
+        if len(train) == 1:
+            training = f"1 training file ({train[0]})"
+        line = f"text: {self.folder}: {training}, validation: {', '.join(shortened(val, 3))}{self.note}"
+        return line + (f", left out: {in_words(self.left_out)}" if self.left_out else "")
 
 
 def open_corpus(data: str) -> Corpus:
-    """The corpus that `--data` names: `stdlib`, a downloaded set, or a folder of parquet, jsonl or txt files.
+    """The corpus that `--data` names: `stdlib`, a downloaded set, or a folder of files that readers.py reads.
 
     A built-in name wins over a folder of that name; `./stdlib` is the folder.
     InputError: an unknown name, a folder without enough files, a set that is not downloaded or lacks its validation.
@@ -96,102 +114,6 @@ def open_corpus(data: str) -> Corpus:
     return _open_folder(folder)
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-# A reader yields (where, text) for each document of a file.
-
-def _read_parquet(path: Path):
-    import pyarrow as pa  # here, because the embedded corpus needs none of it
-    import pyarrow.parquet as pq
-
-    with open(path, "rb") as f:
-        try:
-            parquet = pq.ParquetFile(f)
-            columns = {field.name: field.type for field in parquet.schema_arrow}
-            if columns.get("text") not in (pa.string(), pa.large_string()):
-                found = ", ".join(f"{name}: {kind}" for name, kind in columns.items())
-                raise InputError(f"{path}: no string column 'text' (it has {found or 'no columns'})")
-            row = 0
-            for batch in parquet.iter_batches(batch_size=64, columns=["text"]):  # few rows: they may be long
-                for value in batch.column(0).cast(pa.large_binary()):  # as bytes: pyarrow does not check UTF-8
-                    row += 1
-                    where = f"{path}: row {row}"
-                    yield where, _decode(value.as_py() or b"", where)
-        except (pa.ArrowException, OSError) as e:
-            raise InputError(f"{path}: not a readable parquet file ({first_line(e)})")
-
-
-def _read_jsonl(path: Path, opened=open):
-    with opened(path, "rb") as f:
-        for number, line in enumerate(iter(lambda: f.readline(_max_bytes() + 1), b""), 1):
-            if not line.isspace():
-                where = f"{path}: line {number}"
-                yield where, _text_field(_decode(line, where), where)
-
-
-def _read_json_gz(path: Path):
-    try:
-        yield from _read_jsonl(path, gzip.open)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(f"{path}: not a readable gzip file ({first_line(e)})")
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode("utf-8")  # JSON can escape half of a surrogate pair, which is no character
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{where}: not a JSON object with a string 'text'")
-    return text
-
-
-def _read_text(path: Path):
-    if path.stat().st_size > _max_bytes():
-        raise _too_long(path)
-    yield path, _decode(path.read_bytes(), path)
-
-
-def _read_source(path: Path):
-    """As _read_text, but CPython's few files in other encodings (tests of its codecs) are no documents."""
-    with contextlib.suppress(InputError):
-        yield from _read_text(path)
-
-
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".gz": _read_json_gz, ".txt": _read_text, ".py": _read_source}
-
-
-def _decode(data: bytes, where) -> str:
-    if len(data) > _max_bytes():
-        raise _too_long(where)
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is no text
-    except UnicodeDecodeError as e:
-        raise InputError(f"{where}: invalid UTF-8 at byte {e.start}; convert the file to UTF-8")
-
-
-def _max_bytes() -> int:
-    return 4 * MAX_DOCUMENT_CHARS  # a character takes at most 4
-
-
-def _too_long(where) -> InputError:
-    return InputError(f"{where}: a document of more than {MAX_DOCUMENT_CHARS:,} characters; split it")
-
-
-# ---- fingerprints ---------------------------------------------------------------------------------------------------
-
-def _sampled_sha256(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
-        for i in range(SAMPLES):
-            f.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-            digest.update(f.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _short_hash(parts) -> str:
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
 # ---- the embedded corpus --------------------------------------------------------------------------------------------
 
 def _open_stdlib() -> Corpus:
@@ -201,7 +123,7 @@ def _open_stdlib() -> Corpus:
         raise InputError(f"--data stdlib: no Python source below {root}; give a folder of text instead")
     val = tuple(root / name for name in names if _is_val(name))
     train = tuple(root / name for name in names if not _is_val(name))
-    return Corpus("stdlib", (Shard("train", train),), (Shard("val", val),))
+    return Corpus("stdlib", (Shard("train", train),), (Shard("val", val),), root)
 
 
 def _sources(root: Path) -> Iterator[Path]:
@@ -220,35 +142,26 @@ def _is_val(name: str) -> bool:
 # ---- a folder of the user's -----------------------------------------------------------------------------------------
 
 def _open_folder(folder: Path) -> Corpus:
-    files = _text_files(folder)
-    train = [f for f in files if f.stem not in VAL_NAMES]
-    val = [f for f in files if f.stem in VAL_NAMES]
-    for name in VAL_NAMES:
-        if (folder / name).is_dir():
-            val += _text_files(folder / name)
-    if not val:
-        val = [train.pop()]
-    if not train:
-        raise InputError(f"--data {folder}: only {val[0].name}; it takes text to train on and text to validate on, "
-                         f"in two files or more")
-    return Corpus(Path(os.path.abspath(folder)).name, _shards(train), _shards(val))
-
-
-def _text_files(folder: Path) -> list[Path]:
-    try:
-        files = sorted(f for f in folder.iterdir()
-                       if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
-    except OSError as e:
-        raise InputError(f"--data {folder}: {e.strerror}")
-    if not files:
-        raise InputError(f"--data {folder}: no {', '.join(SUFFIXES)} file directly in this folder")
-    return files
+    text = sort_folder(folder)
+    note = ""
+    if not text.val:
+        text.val = [text.train.pop()]
+        note = " (the last file)"
+    if not text.train:
+        problem = f"only {text.val[0].relative_to(folder).as_posix()}"
+        if tests := text.left_out.get(TEST):
+            names = ", ".join(shortened(tests))
+            problem += f", beside {names} ({TEST}, left out: call it val to validate on it)"
+        raise InputError(f"--data {folder}: {problem}; it takes text to train on and text to validate on, "
+                         "in two files or more")
+    name = Path(os.path.abspath(folder)).name
+    return Corpus(name, _shards(text.train), _shards(text.val), folder, text.left_out, note)
 
 
 def _shards(files: list[Path]) -> tuple[Shard, ...]:
     """A shard a file, but one for all txt files together: a folder of 100,000 is no reason for as many caches."""
-    texts = tuple(f for f in files if f.suffix.lower() == ".txt")
-    shards = [Shard(f.name, (f,)) for f in files if f.suffix.lower() != ".txt"]
+    texts = tuple(f for f in files if text_format(f) == ".txt")
+    shards = [Shard(f.name, (f,)) for f in files if text_format(f) != ".txt"]
     return tuple(shards + ([Shard("txt", texts)] if texts else []))
 
 
@@ -263,7 +176,7 @@ def _open_downloaded(name: str) -> Corpus:
     if not train or val not in present:
         problem = f"the validation file {val} is missing" if train else "no training file is downloaded"
         raise InputError(f"--data {name}: {problem}; run: python -m nanochat.dataset --data {name}")
-    return Corpus(name, _shards([folder / file for file in train]), _shards([folder / val]))
+    return Corpus(name, _shards([folder / file for file in train]), _shards([folder / val]), folder)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
+from nanochat import dataset, fingerprints, readers
 from nanochat.common import InputError
 from nanochat.dataset import Shard, open_corpus
 
@@ -107,7 +107,7 @@ def test_invalid_utf8_is_located(tmp_path):
 
 
 def test_too_long_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_DOCUMENT_CHARS", 1000)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARS", 1000)
     for length, allowed in ((1000, True), (1001, False), (5000, False)):
         text = "三" * 10 + "x" * (length - 10)
         write_parquet(tmp_path / "a.parquet", ["short", text])
@@ -143,8 +143,8 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.json.gz"])
 def test_fingerprint_of_a_large_file_sees_head_tail_and_size(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(dataset, "SAMPLES", 3)
-    monkeypatch.setattr(dataset, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(fingerprints, "SAMPLES", 3)
+    monkeypatch.setattr(fingerprints, "SAMPLE_BYTES", 10)
     path = tmp_path / name
 
     def fingerprint(content):
@@ -341,3 +341,70 @@ def test_import_is_light():
     code = f"import sys, nanochat.dataset; print([m for m in {heavy} if m in sys.modules])"
     root = Path(dataset.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+
+
+# ---- fingerprints that are kept -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Every fingerprint is kept; hashed(path) -> (fingerprint, whether the file was read for it)."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(fingerprints, "KEPT_FROM", 0)
+    monkeypatch.setattr(fingerprints, "SETTLED_AFTER", -1)
+    reads = []
+    read = fingerprints.content_hash
+    monkeypatch.setattr(fingerprints, "content_hash", lambda path: reads.append(path) or read(path))
+
+    def hashed(path):
+        reads.clear()
+        return Shard("a", (path,)).fingerprint, bool(reads)
+    return hashed
+
+
+def test_a_large_file_is_hashed_once(tmp_path, kept):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ["one"])
+    first, read = kept(path)
+    assert read and kept(path) == (first, False)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert kept(link) == (first, False)
+
+
+def test_a_changed_file_is_hashed_again(tmp_path, kept):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ["one"])
+    first, _ = kept(path)
+    before = path.stat()
+    write_jsonl(path, ["two"])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a program that sets the time back
+    second, read = kept(path)
+    assert read and second != first
+    other = tmp_path / "other.jsonl"
+    write_jsonl(other, ["six"])
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+    assert kept(path)[0] not in (first, second)
+
+
+def test_what_is_kept_of_fingerprints_may_be_damaged_or_unwritable(tmp_path, kept):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ["one"])
+    first, _ = kept(path)
+    folder = tmp_path / "base/fingerprints"
+    entry, = folder.iterdir()
+    for content in (b"", b"\xff", entry.read_bytes()[:-10], b"x" * 64):
+        entry.write_bytes(content)
+        assert kept(path) == (first, True)
+    entry.unlink()
+    folder.rmdir()
+    folder.touch()
+    assert kept(path) == (first, True)
+
+
+def test_a_file_that_just_changed_is_not_kept(tmp_path, kept, monkeypatch):
+    """Within a tick of the file system's clock it could change again without its times changing."""
+    monkeypatch.setattr(fingerprints, "SETTLED_AFTER", 100)
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ["one"])
+    assert kept(path)[1] and kept(path)[1]

@@ -1,0 +1,59 @@
+"""Short hashes of text files: data is the same where its content is, wherever it lies, whatever it is called.
+
+The hash of a large file is kept in $NANOCHAT_BASE_DIR/fingerprints with the file's size, times and number:
+thousands of shards would take many minutes at every start, in every process.
+"""
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from nanochat.common import get_base_dir, sha256, write_atomic
+
+# A compressed file larger than all its samples together is hashed by samples.
+COMPRESSED = (".parquet", ".gz", ".zst")
+SAMPLES, SAMPLE_BYTES = 64, 2**20
+
+KEPT_FROM = 2**22    # bytes; smaller files are hashed in no time
+SETTLED_AFTER = 2.0  # seconds since the last change: within a tick of the clock a file can change unseen
+
+
+def file_hash(path: Path) -> str:
+    """In hexadecimal, of the whole content, or of samples of a large compressed file."""
+    state = os.stat(path)
+    if state.st_size < KEPT_FROM:
+        return content_hash(path)
+    # the time of the last change of any kind (st_ctime) is one that no program can set back
+    stamp = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino} {SAMPLES} {SAMPLE_BYTES}"
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+    kept = get_base_dir() / "fingerprints" / name
+    with contextlib.suppress(OSError, ValueError):
+        before, _, digest = kept.read_text().strip().rpartition(" ")
+        if before == stamp and len(digest) == 64:
+            return digest
+    digest = content_hash(path)
+    if time.time() - state.st_ctime > SETTLED_AFTER:
+        with contextlib.suppress(OSError):  # a base directory that cannot be written: hashed again next time
+            write_atomic(kept, f"{stamp} {digest}\n")
+    return digest
+
+
+def content_hash(path: Path) -> str:
+    if path.suffix.lower() in COMPRESSED and path.stat().st_size > SAMPLES * SAMPLE_BYTES:
+        return sampled_sha256(path)
+    return sha256(path)
+
+
+def sampled_sha256(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        for i in range(SAMPLES):
+            f.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def short_hash(parts) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,315 @@
+"""The documents of one file: parquet, JSON lines, a JSON array or plain text, the last three also compressed.
+
+In all formats a row whose text is null or empty is an empty document, which training skips and counts. A
+row without a field `text`, or with one that is no string, is refused with its place and the reason.
+"""
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanochat.common import InputError, first_line
+
+MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
+COMPRESSIONS = (".gz", ".zst")
+LINES = (".jsonl", ".ndjson")
+FORMATS = (".parquet", *LINES, ".json", ".txt")
+READ = ".parquet, .jsonl, .json or .txt, and .gz or .zst of the last three"  # in words, for messages
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+
+BLOCK = 2**16  # bytes of a JSON array that are read at once
+
+# Numbers are never used: an integer of 5,000 digits, which Python refuses to convert, is valid JSON.
+DECODER = json.JSONDecoder(parse_int=float)
+
+
+def text_format(path: Path) -> str:
+    """Which of FORMATS a file has by its name; '' if none."""
+    name = path.name.lower()
+    compressed = name.endswith(COMPRESSIONS)
+    for suffix in COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    suffix = next((f for f in FORMATS if name.endswith(f)), "")
+    return "" if compressed and suffix == ".parquet" else suffix
+
+
+def stem(path: Path) -> str:
+    """The file's name without what tells its format."""
+    name = path.name
+    for suffix in (*COMPRESSIONS, text_format(path)):
+        if suffix and name.lower().endswith(suffix):
+            name = name[:-len(suffix)]
+    return name
+
+
+def read_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, text) of each document in order, '' where a row has none.
+
+    InputError: a file that is not what its name says, a row that is no document, invalid UTF-8, a document
+    longer than MAX_DOCUMENT_CHARS.
+    """
+    for place, text in reader_of(path):
+        if len(text) > MAX_DOCUMENT_CHARS:
+            raise too_long(place)
+        yield place, text
+
+
+def reader_of(path: Path) -> Iterator[tuple[str, str]]:
+    if path.suffix == ".py":  # of the embedded corpus
+        return read_source(path)
+    suffix = text_format(path)
+    if suffix == ".parquet":
+        return read_parquet(path)
+    if suffix in LINES:
+        return read_json(path, is_array=False)
+    if suffix == ".json":
+        return read_json(path, is_array=begins_with_bracket(path))
+    return read_text(path)
+
+
+# ---- parquet --------------------------------------------------------------------------------------------------------
+
+def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
+    import pyarrow as pa  # here, because the embedded corpus needs none of it
+    import pyarrow.parquet as pq
+
+    with open(path, "rb") as f:
+        try:
+            parquet = pq.ParquetFile(f)
+            check_text_column(path, parquet.schema_arrow)
+            row = 0
+            for batch in parquet.iter_batches(batch_size=64, columns=["text"]):  # few rows: they may be long
+                for value in as_bytes(batch.column(0)):
+                    row += 1
+                    place = f"{path}: row {row}"
+                    yield place, decode(value.as_py() or b"", place)
+        except (pa.ArrowException, OSError) as e:
+            raise InputError(f"{path}: not a readable parquet file ({first_line(e)})")
+
+
+def check_text_column(path: Path, schema):
+    """InputError unless there is a column `text` of strings, as they are or by a dictionary."""
+    types = {field.name: field.type for field in schema}
+    kind = types.get("text")
+    kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+    if str(kind) not in TEXT_TYPES:
+        columns = ", ".join(f"{name}: {type}" for name, type in types.items())
+        raise InputError(f"{path}: no string column 'text' (it has {columns or 'no columns'})")
+
+
+def as_bytes(column):
+    """As bytes, because pyarrow does not check that strings are UTF-8."""
+    import pyarrow as pa
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if str(column.type) == "string_view":  # there is no direct way
+        column = column.cast(pa.large_string())
+    return column.cast(pa.large_binary())
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
+    with opened(path) as f:
+        yield from json_array(f, path) if is_array else json_lines(f, path)
+
+
+def json_lines(f, path: Path) -> Iterator[tuple[str, str]]:
+    """Of objects, one a line."""
+    for number, line in enumerate(iter(lambda: f.readline(max_bytes() + 1), b""), 1):
+        if line.isspace():
+            continue
+        place = f"{path}: line {number}"
+        try:
+            row = DECODER.decode(decode(line, place).rstrip())
+        except json.JSONDecodeError as e:
+            raise not_a_document(place, f"invalid JSON at column {e.colno}: {e.msg}")
+        except RecursionError:
+            raise not_a_document(place, "nested too deeply")
+        yield place, text_field(row, place)
+
+
+def json_array(f, path: Path) -> Iterator[tuple[str, str]]:
+    """Of objects or strings, read piece by piece: the file may be larger than memory."""
+    stream = CharacterStream(f, path)
+    stream.skip(" \t\r\n")
+    stream.position += 1  # the bracket
+    while True:
+        stream.skip(" \t\r\n,")
+        if stream.text[stream.position] == "]":
+            return
+        place = f"{path}: item {stream.items + 1}"
+        try:
+            item, end = DECODER.raw_decode(stream.text, stream.position)
+        except RecursionError:
+            raise not_a_document(place, "nested too deeply")
+        except json.JSONDecodeError as e:  # or the item goes on in what is not read yet
+            reason = f"invalid JSON at its character {e.pos - stream.position + 1}: {e.msg}"
+            if len(stream.text) - stream.position > max_bytes():
+                raise not_a_document(place, f"{reason}, or more than {MAX_DOCUMENT_CHARS:,} characters")
+            if not stream.read_on():
+                raise not_a_document(place, reason)
+            continue
+        stream.end_item(end)
+        yield place, text_field({"text": item} if isinstance(item, str) else item, place)
+
+
+class CharacterStream:
+    """The characters of a file from `position` on, as far as they are read."""
+
+    def __init__(self, f, path: Path):
+        self.file = f
+        self.path = path
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text = ""
+        self.position = 0  # in the text
+        self.items = 0     # read so far
+        self.block = BLOCK
+
+    def read_on(self) -> bool:
+        """False at the end of the file. Blocks grow, so that a long item is not tried too often."""
+        data = self.file.read(self.block)
+        try:
+            self.text = self.text[self.position:] + self.decoder.decode(data, final=not data)
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: invalid UTF-8 after item {self.items}; convert the file to UTF-8")
+        self.position, self.block = 0, 2 * self.block
+        return bool(data)
+
+    def skip(self, characters: str):
+        """Go to the first other character."""
+        while self.position < len(self.text) or self.read_on():
+            if self.position < len(self.text):
+                if self.text[self.position] not in characters:
+                    return
+                self.position += 1
+        raise InputError(f"{self.path}: cut off after item {self.items}: the array has no end")
+
+    def end_item(self, position: int):
+        self.items += 1
+        self.position, self.block = position, BLOCK
+
+
+def text_field(row, place: str) -> str:
+    """The text of a row, '' for null; InputError with the reason if it has none."""
+    if not isinstance(row, dict):
+        raise not_a_document(place, f"it is {kind_of(row)}")
+    if "text" not in row:
+        keys = ", ".join(map(repr, list(row)[:8])) + (", …" if len(row) > 8 else "")
+        raise not_a_document(place, f"its keys are {keys}" if row else "it has no keys")
+    text = row["text"]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise not_a_document(place, f"its 'text' is {kind_of(text)}")
+    if not is_text(text):
+        raise not_a_document(place, "its 'text' has half of a surrogate pair, which is no character")
+    return text
+
+
+def kind_of(value) -> str:
+    """What a JSON value is, in words."""
+    words = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
+    return words.get(type(value), "null")
+
+
+def is_text(text: str) -> bool:
+    """Whether all of it are characters: JSON can escape half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def not_a_document(place: str, reason: str) -> InputError:
+    return InputError(f"{place}: not a JSON object with a string 'text' ({reason})")
+
+
+def begins_with_bracket(path: Path) -> bool:
+    with opened(path) as f:
+        return f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def holds_no_text(path: Path) -> bool:
+    """Whether a .json file is neither an array nor lines of which the first has a field `text`.
+
+    Such files hold settings or describe a data set. False of a file that cannot be read: reading it tells
+    why.
+    """
+    try:
+        if begins_with_bracket(path):
+            return False
+        with opened(path) as f:
+            line = f.readline(max_bytes() + 1)
+            while line.isspace():
+                line = f.readline(max_bytes() + 1)
+        row = DECODER.decode(line.decode("utf-8-sig"))
+    except InputError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return not (isinstance(row, dict) and "text" in row)
+
+
+# ---- plain text, compressed files -----------------------------------------------------------------------------------
+
+def read_text(path: Path) -> Iterator[tuple[str, str]]:
+    if path.suffix.lower() not in COMPRESSIONS and path.stat().st_size > max_bytes():
+        raise too_long(path)
+    with opened(path) as f:
+        yield str(path), decode(f.read(max_bytes() + 1), path)
+
+
+def read_source(path: Path) -> Iterator[tuple[str, str]]:
+    """As read_text, without CPython's few files in other encodings (tests of its codecs) and empty ones."""
+    with contextlib.suppress(InputError):
+        for place, text in read_text(path):
+            if text:
+                yield place, text
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """The bytes of a file, decompressed: a reader with `peek`. InputError: not compressed as named."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        try:
+            with gzip.open(path, "rb") as f:
+                yield f
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            raise InputError(f"{path}: not a readable gzip file ({first_line(e)})")
+    elif suffix == ".zst":
+        import pyarrow as pa
+        try:
+            with io.BufferedReader(pa.input_stream(str(path), compression="zstd")) as f:
+                yield f
+        except (pa.ArrowException, OSError) as e:
+            if getattr(e, "errno", None) is not None:  # of the file system
+                raise
+            raise InputError(f"{path}: not a readable zstd file ({first_line(e)})")
+    else:
+        with open(path, "rb") as f:
+            yield f
+
+
+def decode(data: bytes, place) -> str:
+    if len(data) > max_bytes():
+        raise too_long(place)
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is no text
+    except UnicodeDecodeError as e:
+        raise InputError(f"{place}: invalid UTF-8 at byte {e.start}; convert the file to UTF-8")
+    return text
+
+
+def max_bytes() -> int:
+    return 4 * MAX_DOCUMENT_CHARS  # a character takes at most 4
+
+
+def too_long(place) -> InputError:
+    return InputError(f"{place}: a document of more than {MAX_DOCUMENT_CHARS:,} characters; split it")

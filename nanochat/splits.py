@@ -1,0 +1,134 @@
+"""Which files of a folder are training text, which are validation text, and which are left out.
+
+A name tells the split when its first or last word is one of SPLIT_WORDS. Words stand between - _ . and
+spaces; upper or lower case, numbers, "of" and long hexadecimal numbers do not count. These names tell it:
+train-00000-of-00004.parquet, my_corpus.val.jsonl, Test.txt, data_train2.txt. contest.jsonl and
+development.jsonl do not. Where a file is one document (.txt), its whole name has to be such a word, unless
+a name of the folder tells training text: the-test.txt among stories is a story, wiki.test.txt beside
+wiki.train.txt is a test split. A subfolder tells the split by its whole name: train/, dev/, test/.
+
+Test splits are never trained or validated on. Files whose names tell nothing are training text. Where there
+is no validation text, it is the last training file.
+"""
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.common import InputError
+from nanochat.readers import READ, holds_no_text, stem, text_format
+
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "dev": "val", "eval": "val", "test": "test"}
+NO_FILE = "no .parquet, .jsonl, .txt file (or .json, .gz, .zst) directly in this folder"
+TEST = "a test split"
+NO_TEXT = "no text"
+UNREAD = f"not read: give {READ}"
+SUBFOLDER = "a folder that is not read: give it as --data"
+DESCRIPTIONS = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|citation|checksums?|(sha|md5)\d*sums?|_success)(\..*)?"
+    r"|.*\.(json|md|sha\d*|md5|crc|lock|py|sh|png|jpe?g|svg)(\.gz|\.zst)?", re.IGNORECASE)
+NO_WORDS = re.compile(r"\d+|of|[0-9a-f]{12,}|")
+
+
+@dataclass
+class FolderText:
+    """The files of a folder, in order. left_out: reason -> names."""
+    train: list[Path] = field(default_factory=list)
+    val: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, name: str, reason: str):
+        self.left_out.setdefault(reason, []).append(name)
+
+
+def split_of(name: str, whole: bool) -> str | None:
+    """'train', 'val' or 'test'; None if the name tells nothing. whole: no other words may stand beside it.
+
+    Of a name that tells two (dev-test, train_test) the one of less risk counts: test before val before train.
+    """
+    words = [word for word in re.split(r"[-_.\s]+", name.lower()) if not NO_WORDS.fullmatch(word)]
+    if not words or (whole and len(words) > 1):
+        return None
+    splits = {SPLIT_WORDS.get(word.rstrip("0123456789")) for word in (words[0], words[-1])}
+    return next((split for split in ("test", "val", "train") if split in splits), None)
+
+
+def sort_folder(folder: Path) -> FolderText:
+    """The text of a folder and of its subfolders that are called as splits. InputError if there is none."""
+    text = FolderText()
+    files, subfolders = readable_files(folder, folder, text)
+    names_tell = any(split_of(stem(file), whole=False) == "train" for file in files)
+    for file in files:
+        whole = text_format(file) == ".txt" and not names_tell
+        add_file(file, split_of(stem(file), whole), text, folder)
+    for subfolder in subfolders:
+        add_subfolder(subfolder, split_of(subfolder.name, whole=True), text, folder)
+    if not (text.train or text.val):
+        left_out = f"; left out: {in_words(text.left_out)}" if text.left_out else ""
+        raise InputError(f"--data {folder}: {NO_FILE}{left_out}")
+    return text
+
+
+def readable_files(folder: Path, root: Path, text: FolderText) -> tuple[list[Path], list[Path]]:
+    """Files to read, and folders, by name; hidden ones aside. Other files are put down as left out."""
+    files, subfolders = [], []
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as e:
+        raise InputError(f"--data {folder}: {e.strerror}")
+    for entry in entries:
+        suffix = text_format(entry)
+        if entry.is_dir():
+            subfolders.append(entry)
+        elif suffix and entry.is_file() and not (suffix == ".json" and holds_no_text(entry)):
+            files.append(entry)
+        else:
+            reason = NO_TEXT if DESCRIPTIONS.fullmatch(entry.name) else UNREAD
+            text.leave_out(entry.relative_to(root).as_posix(), reason)
+    return files, subfolders
+
+
+def add_subfolder(subfolder: Path, split: str | None, text: FolderText, root: Path):
+    if not split:
+        if any(text_format(Path(name)) for name in names_below(subfolder)):
+            text.leave_out(f"{subfolder.relative_to(root).as_posix()}/", SUBFOLDER)
+        return
+    files, deeper = readable_files(subfolder, root, text)
+    if not files and split == "val":
+        raise InputError(f"--data {subfolder}: {NO_FILE}")
+    for file in files:
+        add_file(file, split, text, root)
+    for folder in deeper:
+        add_subfolder(folder, None, text, root)
+
+
+def add_file(file: Path, split: str | None, text: FolderText, root: Path):
+    if split == "test":
+        text.leave_out(file.relative_to(root).as_posix(), TEST)
+    elif split == "val":
+        text.val.append(file)
+    else:
+        text.train.append(file)
+
+
+def names_below(folder: Path, most: int = 10_000) -> Iterator[str]:
+    """Names of files in a folder and its subfolders, hidden ones aside; not more than this many."""
+    for _, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (name for name in files if not name.startswith("."))
+        most -= len(files)
+        if most < 0:
+            return
+
+
+def in_words(left_out: dict[str, list[str]]) -> str:
+    """'a.csv, b.csv (not read: …), test.jsonl (a test split)'"""
+    return ", ".join(f"{', '.join(shortened(names))} ({reason})" for reason, names in left_out.items())
+
+
+def shortened(names, most: int = 6) -> list[str]:
+    """The first and last of many names."""
+    names = list(names)
+    return names if len(names) <= most else [*names[:most - 1], f"… {len(names) - most} more …", names[-1]]
