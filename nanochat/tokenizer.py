@@ -1,14 +1,18 @@
 """Byte-pair encoding: trained by rustbpe, run by tiktoken, stored as one JSON file of plain data with a content hash."""
 import base64
+import contextlib
 import hashlib
 import json
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from nanochat.common import InputError, get_base_dir, write_atomic
+from nanochat.common import InputError, first_line, get_base_dir, write_atomic
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (BOS,)  # they take the last ids of the vocabulary
@@ -17,8 +21,61 @@ SPECIAL_TOKENS = (BOS,)  # they take the last ids of the vocabulary
 PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 
 
-def tokenizer_path() -> Path:
-    return get_base_dir() / "tokenizer" / "tokenizer.json"
+# Longer texts are encoded in pieces: tiktoken's regular expression fails on a million blanks in a row, with
+# a panic.
+PIECE_CHARS = 2**17
+# Where the pattern begins a new match whatever stands before and after: at a blank after anything else;
+# after the end of a line before anything else; after a letter before an ASCII character or East Asian
+# punctuation that is no letter. LETTERS are some of those that every version of Unicode calls so.
+LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+NO_LETTERS = r"\x00-@\[-`{-\x7f\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+BREAK = re.compile(rf"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[{LETTERS}])(?=[{NO_LETTERS}])")
+
+
+def tokenizer_path(tag: str = "") -> Path:
+    """Where the tokenizer of this name is; '' = the one that is used where none is named."""
+    return get_base_dir() / "tokenizer" / tag / "tokenizer.json"
+
+
+def tokenizer_tag(text: str) -> str:
+    """argparse type: a name that can be a folder."""
+    if text and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text):
+        raise ArgumentTypeError(f"{text!r} is no name of a tokenizer: use letters, digits, '-', '_' and '.', "
+                                "which does not come first")
+    return text
+
+
+def pieces(text: str) -> list[str]:
+    """A text in pieces of at most PIECE_CHARS characters, which have the same tokens as the whole.
+
+    Each piece ends at the first BREAK in the second half of what may be its length. Only where there is
+    none, in a word or in blanks of more than PIECE_CHARS / 2, it ends after PIECE_CHARS, whatever stands
+    there.
+    """
+    parts = []
+    begin = 0
+    while len(text) - begin > PIECE_CHARS:
+        limit = begin + PIECE_CHARS
+        place = BREAK.search(text, begin + PIECE_CHARS // 2, limit)
+        end = place.start() if place else limit
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+class EncodingError(InputError):
+    """A library of tokenizers failed on a text. Who knows where the text is says so."""
+
+
+@contextlib.contextmanager
+def reported(problem: str):
+    """An EncodingError for whatever the libraries of tokenizers throw; a panic of theirs is no Exception."""
+    try:
+        yield
+    except (InputError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        raise EncodingError(f"{problem} ({type(e).__name__}: {first_line(e)})") from None
 
 
 class Tokenizer:
@@ -43,10 +100,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], threads: int = 8) -> list[list[int]]:
         """Token ids of each text, without BOS. Text that looks like a special token is ordinary text."""
-        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        parts = [pieces(text) for text in texts]
+        with reported("the text cannot be encoded"):
+            encoded = iter(self.encoding.encode_ordinary_batch(list(chain(*parts)), num_threads=threads))
+        return [list(chain.from_iterable(islice(encoded, len(part)))) for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        with reported("the text cannot be encoded"):
+            return list(chain(*map(self.encoding.encode_ordinary, pieces(text))))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
@@ -60,11 +121,26 @@ class Tokenizer:
         write_atomic(path, json.dumps(content, indent=0) + "\n")
 
 
+def other_text(tokenizer: Tokenizer, corpus) -> str:
+    """A line that says that the tokenizer was not trained on this training text; '' if it was."""
+    trained_on = tokenizer.trained_on
+    if trained_on.get("fingerprint") == corpus.fingerprint("train"):
+        return ""
+    name = trained_on.get("corpus", "an unknown text")
+    if name == corpus.name:
+        return f"tokenizer: trained on other files of {name} than are trained on now"
+    return (f"tokenizer: trained on {name}, this text is {corpus.name}: "
+            "it takes more tokens than one trained on this text")
+
+
 def load_tokenizer(path: Path | None = None) -> Tokenizer:
     """Read a tokenizer (default: the one scripts.tok_train wrote). InputError if absent, damaged or of another kind."""
     path = path or tokenizer_path()
+    tag = path.parent.name
+    named = f" --tokenizer-tag {tag}" if path == tokenizer_path(tag) else ""
     if not path.is_file():
-        raise InputError(f"{path}: no tokenizer here yet; train one with: python -m scripts.tok_train --data NAME")
+        raise InputError(f"{path}: no tokenizer here yet; train one with: "
+                         f"python -m scripts.tok_train --data NAME{named}")
     try:
         stored = json.loads(path.read_text("utf-8"))
         tokenizer = Tokenizer(stored["pattern"], [base64.b64decode(t) for t in stored["tokens"]], stored["trained_on"])
@@ -72,7 +148,8 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise InputError(f"{path}: damaged (its content does not match its hash); train it again with: python -m scripts.tok_train")
+        raise InputError(f"{path}: damaged (its content does not match its hash); train it again with: "
+                         f"python -m scripts.tok_train{named}")
     return tokenizer
 
 
@@ -80,7 +157,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
     """Train a BPE vocabulary of exactly vocab_size ids, special tokens included. InputError if the text is too small for it."""
     import rustbpe
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+    parts = chain.from_iterable(map(pieces, texts))
+    with reported("the tokenizer cannot be trained on this text"):
+        trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)
     if tokenizer.vocab_size != vocab_size:

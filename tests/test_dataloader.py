@@ -1,6 +1,7 @@
 """Token cache and packed rows: nothing lost, nothing twice, a pure function, safe builders."""
 import json
 import os
+import resource
 import signal
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from nanochat.common import InputError
 from nanochat.dataloader import Rows, cached_tokens, training_batch
 from nanochat.dataset import open_corpus
 from nanochat.tokenizer import load_tokenizer
+from conftest import TINY, story
 from processes import Launched
 
 CORPORA = Path(__file__).parents[2] / "shared/corpora"
@@ -20,7 +22,10 @@ CORPORA = Path(__file__).parents[2] / "shared/corpora"
 
 @pytest.fixture
 def rows(base_dir, corpus_dir):
-    return lambda T=32, seed=0, split="train": Rows(open_corpus(str(corpus_dir)).split(split), load_tokenizer(), T, seed)
+    def rows(T=32, seed=0, split="train"):
+        return Rows(open_corpus(str(corpus_dir)).split(split), load_tokenizer(), T, seed)
+    rows.corpus = str(corpus_dir)
+    return rows
 
 
 def stream(base_dir, corpus_dir, split="train"):
@@ -95,12 +100,120 @@ def test_another_tokenizer_has_another_cache(rows, base_dir, corpus_dir):
     assert len(list((base_dir / "token_cache").iterdir())) == 2
 
 
-def test_damaged_cache_is_refused_by_name(rows, base_dir):
-    rows()
-    file = next((base_dir / "token_cache").glob("*/*/tokens.bin"))
+def without_meta(folder):
+    (folder / "meta.json").unlink()
+
+
+def with_half_meta(folder):
+    text = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(text[:len(text) // 2])
+
+
+def with_meta_of_another_kind(folder):
+    (folder / "meta.json").write_text("[]")
+
+
+def without_tokens(folder):
+    (folder / "tokens.bin").unlink()
+
+
+def with_no_tokens(folder):
+    (folder / "tokens.bin").write_bytes(b"")
+
+
+def with_fewer_tokens(folder):
+    file = folder / "tokens.bin"
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(InputError, match=f"{file.parent.name}: token cache is damaged"):
+
+
+def as_an_empty_folder(folder):
+    without_meta(folder)
+    without_tokens(folder)
+
+
+def as_a_file(folder):
+    as_an_empty_folder(folder)
+    folder.rmdir()
+    folder.touch()
+
+
+DAMAGES = [without_meta, with_half_meta, with_meta_of_another_kind, without_tokens, with_no_tokens,
+           with_fewer_tokens, as_an_empty_folder, as_a_file]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_cache_that_is_not_whole_is_built_again(rows, base_dir, capsys, damage):
+    before = rows().row(0)
+    folder = next((base_dir / "token_cache").glob("*/*/tokens.bin")).parent
+    names = sorted(p.name for p in folder.parent.iterdir())
+    damage(folder)
+    (folder.parent / f"{folder.name}.building").mkdir()  # as a killed builder of an earlier version left it
+    capsys.readouterr()
+    assert np.array_equal(rows().row(0), before)
+    assert sorted(p.name for p in folder.parent.iterdir()) == names
+    said = capsys.readouterr().out
+    assert f"{folder}: the token cache there was not whole" in said or damage is as_an_empty_folder
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_may_not_be_written_names_the_way_out(rows, base_dir):
+    (base_dir / "token_cache").mkdir()
+    (base_dir / "token_cache").chmod(0o555)
+    with pytest.raises(InputError, match="Permission denied.*NANOCHAT_BASE_DIR"):
         rows()
+
+
+def test_what_another_user_left_behind_is_no_hindrance(rows, base_dir, monkeypatch):
+    """Root may remove anything, so removing fails by decree."""
+    monkeypatch.setattr("nanochat.dataloader.shutil.rmtree", lambda *a, **k: None)
+    cache = base_dir / "token_cache" / load_tokenizer().hash
+    for shard in (fingerprint := [s.fingerprint for s in open_corpus(rows.corpus).train]):
+        (cache / f"{shard}.building").mkdir(parents=True)
+    assert rows().count and all((cache / shard / "meta.json").exists() for shard in fingerprint)
+
+
+def test_a_full_disk_leaves_no_cache(rows, base_dir, monkeypatch):
+    """Writing is refused as a full disk refuses it, when the buffer is written."""
+    real = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if str(path).endswith("tokens.bin") and "w" in mode:
+            return real("/dev/full", mode, *args, **kwargs)
+        return real(path, mode, *args, **kwargs)
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match="No space left"):
+        rows()
+    monkeypatch.setattr("builtins.open", real)
+    assert not [p for p in base_dir.glob("token_cache/*/*") if p.is_dir()]
+    assert rows().count
+
+
+def train_with_few_files(folder, limit):
+    """A short training run in which this process may have `limit` files open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    from scripts import base_train
+    base_train.main([*TINY, "--data", str(folder), "--model-tag", "few", "--num-iterations", "2"])
+
+
+def test_more_shards_than_files_may_be_open(base_dir, tmp_path):
+    text = tmp_path / "shards"
+    text.mkdir()
+    for i in range(150):
+        rows = [json.dumps({"text": story(100 * i + j)}) for j in range(3)]
+        (text / f"shard_{i:05d}.jsonl").write_text("\n".join(rows))
+    for part in ("val", "validation"):
+        (text / part).mkdir()
+        for i in range(60):
+            (text / part / f"{i}.jsonl").write_text(json.dumps({"text": story(i)}) + "\n")
+    output = tmp_path / "output"
+    assert Launched(1, output, train_with_few_files, text, 128).codes() == [0], output.read_text()
+    rows = Rows(open_corpus(str(text)).train, load_tokenizer(), 32, 42)
+    assert len(rows.starts) == 151 and len(open_files()) < 128
+
+
+def open_files():
+    return os.listdir("/dev/fd")
 
 
 class SlowShard:
@@ -110,12 +223,12 @@ class SlowShard:
     def __init__(self, log):
         self.log = log
 
-    def documents(self):
+    def located(self):
         with open(self.log, "a") as f:
             f.write("read\n")
         for i in range(40):
             time.sleep(0.02)
-            yield f"the cat number {i}"
+            yield f"line {i}", f"the cat number {i}"
 
 
 def build(log):

@@ -63,8 +63,8 @@ class Noise:
     def __init__(self, vocab_size: int):
         self.vocab_size, self.hash = vocab_size, f"noise{vocab_size}"
 
-    def documents(self):
-        return map(str, range(2000))
+    def located(self):
+        return ((f"document {i}", str(i)) for i in range(2000))
 
     def encode_batch(self, texts, threads):
         rng = np.random.default_rng(int(texts[0]))
