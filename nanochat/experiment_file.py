@@ -21,7 +21,8 @@ SCRIPTS = ("base_train", "adapter_train")
 POINTS_OWN = ("seeds", "paired-with", "script", "base")  # what stands in a point and is no flag
 SWEEPS_OWN = {"model-tag": "the sweep names the runs", "run-tag": "the sweep names the runs", "run": "give --run to scripts.sweep", "resume": "the sweep resumes by itself",
               "seed": "write seeds = [1, 2]", "dry-run": "use scripts.sweep --plan", "plan": "use scripts.sweep --plan"}
-SHARED = ("data", "vocab-size")  # perplexities of another text or vocabulary are no points of one comparison
+# perplexities of another text or vocabulary are no points of one comparison
+SHARED = ("data", "vocab-size", "tokenizer-tag")
 
 
 def load_toml(path: Path) -> dict:

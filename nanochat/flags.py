@@ -7,6 +7,7 @@ from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
+from nanochat.tokenizer import tokenizer_tag
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,8 @@ def build_parser():
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
+    add("--tokenizer-tag", type=tokenizer_tag, default="",
+        help="name of the tokenizer, as scripts.tok_train was given it; '' = the one without a name")
     add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
     add("--init-from", default=None, metavar="TAG[:STEP]",
         help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "

@@ -24,6 +24,7 @@ from nanochat.loss_eval import evaluate, reference_losses, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
 from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
 from nanochat.plan import print_plan
+from nanochat.tokenizer import other_text
 
 START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0}  # the meta of a run that has no checkpoint yet
 
@@ -168,6 +169,9 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
     derived: more that config.json is to hold and that a resumed run must have in common with it.
     """
     corpus = open_corpus(args.data)
+    print0(corpus.line())
+    if line := other_text(tokenizer, corpus):
+        print0(line)
     device_type = common.pick_device_type(args.device_type)
     folder = metrics.runs_dir() / tag
     dtype = common.compute_dtype(args.dtype, device_type, training=True, before=metrics.dtype_so_far(folder, device_type))
@@ -189,6 +193,8 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
         "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
                     "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
                     "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **derived},
+        "text": corpus.record(),  # names of files: a resumed run need not have them in common
+        "tokenizer": {"hash": tokenizer.hash, "trained_on": tokenizer.trained_on},
         "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
         "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat import common, subspace
+from nanochat import common, metrics, subspace
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.gpt import GPT
@@ -18,6 +18,13 @@ from nanochat.plan import default_tag, parse_flags, print_frontier, print_plan, 
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.training import START, Learner, check_resume, run
+
+
+def tokenizer_file(args):
+    """Where this run's tokenizer is. A run that goes on has its own copy: the other may be replaced."""
+    copy = metrics.runs_dir() / args.model_tag / "tokenizer.json"
+    resumes = args.model_tag and args.resume != "-1"
+    return copy if resumes and copy.is_file() else tokenizer_path(args.tokenizer_tag)
 
 
 def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
@@ -30,7 +37,8 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     if "adapter" in theirs:
         raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
     if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
-        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, {tokenizer_path()} is {tokenizer.hash}; "
+        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, "
+                         f"{tokenizer_file(args)} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
     if "subspace" in theirs:
         raise InputError(f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it")
@@ -51,12 +59,15 @@ def main(argv=None):
     # the vocabulary, the shape, the horizon: all that can be wrong is wrong before anything is touched
     world_size = common.process_layout()[2]
     counting = args.dry_run or args.plan
-    if counting and not tokenizer_path().exists() and args.vocab_size < 1:
+    file = tokenizer_file(args)
+    if counting and not file.exists() and args.vocab_size < 1:
         args.vocab_size = 32768
         print0("no tokenizer yet: counting with --vocab-size 32768")
-    tokenizer = None if counting and args.vocab_size > 0 else load_tokenizer()
+    tokenizer = None if counting and args.vocab_size > 0 else load_tokenizer(file)
     if tokenizer and args.vocab_size > 0 and args.vocab_size != tokenizer.vocab_size:
-        raise InputError(f"--vocab-size {args.vocab_size}: {tokenizer_path()} has {tokenizer.vocab_size}; train another with: python -m scripts.tok_train --vocab-size {args.vocab_size}")
+        raise InputError(f"--vocab-size {args.vocab_size}: {file} has {tokenizer.vocab_size}; "
+                         f"train another with: python -m scripts.tok_train --vocab-size {args.vocab_size} "
+                         "--tokenizer-tag NAME, and give its --tokenizer-tag")
     vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
     device_type = common.pick_device_type(args.device_type)
     dtype = common.compute_dtype(args.dtype, device_type, training=True)

@@ -109,14 +109,18 @@ def prepare(sweep: Sweep):
 
 
 def prepare_tokenizer(sweep: Sweep):
+    tag = sweep.points[0].args.tokenizer_tag  # that of [flags], which all share
+    path = tokenizer_path(tag)
     with common.locked(common.get_base_dir() / "locks" / "tokenizer.lock"):  # two tasks of a cluster may come here at once
-        if not tokenizer_path().exists():
+        if not path.exists():
             from scripts import tok_train
-            tok_train.main(["--data", sweep.data, "--vocab-size", str(sweep.vocab_size)])
-    tokenizer = load_tokenizer()
+            vocab_size = str(sweep.vocab_size)
+            tok_train.main(["--data", sweep.data, "--vocab-size", vocab_size, "--tokenizer-tag", tag])
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != sweep.vocab_size:
-        raise InputError(f"{tokenizer_path()}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size {sweep.vocab_size}; "
-                         "give this experiment a base directory of its own: NANOCHAT_BASE_DIR=…")
+        raise InputError(f"{path}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size "
+                         f"{sweep.vocab_size}; give this experiment a tokenizer of its own, "
+                         'tokenizer-tag = "NAME" in [flags], or a base directory: NANOCHAT_BASE_DIR=…')
     return tokenizer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanochat.common import ArgumentParser, InputError, run_script, whole_number
 from nanochat.dataset import open_corpus
-from nanochat.tokenizer import load_tokenizer
+from nanochat.tokenizer import load_tokenizer, pieces, tokenizer_path, tokenizer_tag
 from scripts.tok_train import capped
 
 
@@ -28,9 +28,13 @@ def gpt2_encoding():
 def main(argv=None):
     parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
+    parser.add_argument("--tokenizer-tag", type=tokenizer_tag, default="",
+                        help="name of the tokenizer; '' = the one without a name")
     parser.add_argument("--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on")
     args = parser.parse_args(argv)
-    tokenizer, corpus, gpt2 = load_tokenizer(), open_corpus(args.data), gpt2_encoding()
+    tokenizer = load_tokenizer(tokenizer_path(args.tokenizer_tag))
+    corpus = open_corpus(args.data)
+    gpt2 = gpt2_encoding()
     print(f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {tokenizer.trained_on.get('corpus')}")
     print(f"{'split':8}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}{'gpt2 (50257)':>16}")
     for split in ("train", "val"):
@@ -39,7 +43,10 @@ def main(argv=None):
         if not n_bytes:
             raise InputError(f"--data {args.data}: no {split} text")
         n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(texts))):.3f}" if gpt2 else "not on disk"
+        beside = "not on disk"
+        if gpt2:
+            parts = [part for text in texts for part in pieces(text)]
+            beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(parts))):.3f}"
         print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{beside:>16}")
 
 

@@ -1,12 +1,13 @@
 """Train the tokenizer: python -m scripts.tok_train --data stdlib --vocab-size 4096
 
-Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json. The same text and vocabulary again: nothing to do.
+Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json, or with --tokenizer-tag NAME
+tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do.
 """
 import time
 
 from nanochat.common import ArgumentParser, InputError, run_script, whole_number
 from nanochat.dataset import open_corpus
-from nanochat.tokenizer import load_tokenizer, tokenizer_path, train_tokenizer
+from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, tokenizer_tag, train_tokenizer
 
 
 def capped(documents, doc_cap: int, max_chars: int):
@@ -20,28 +21,61 @@ def capped(documents, doc_cap: int, max_chars: int):
         yield text
 
 
+class Documents:
+    """The non-empty documents of some shards. `place` says where the last one is."""
+
+    def __init__(self, shards):
+        self.shards = shards
+        self.place = ""
+
+    def __iter__(self):
+        for shard in self.shards:
+            for self.place, text in shard.located():
+                if text:
+                    yield text
+
+
+def previous_tokenizer(path):
+    """The tokenizer that is there; None if there is none, or a damaged one."""
+    try:
+        return load_tokenizer(path)
+    except InputError:
+        return None
+
+
 def main(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
+    parser.add_argument("--tokenizer-tag", type=tokenizer_tag, default="",
+                        help="its name, for base_train; '' = the one that is used where none is named")
     parser.add_argument("--vocab-size", type=whole_number(258), default=32768, help="ids in all, the BOS token included")
     parser.add_argument("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
     args = parser.parse_args(argv)
 
+    path = tokenizer_path(args.tokenizer_tag)
     corpus = open_corpus(args.data)
     source = {"corpus": corpus.name, "fingerprint": corpus.fingerprint("train"), "vocab_size": args.vocab_size,
               "max_chars": args.max_chars, "doc_cap": args.doc_cap}
-    if tokenizer_path().exists():
-        try:
-            present = load_tokenizer()
-        except InputError:  # damaged: this run replaces it
-            present = None
-        if present and present.trained_on == source:
-            return print(f"tokenizer: {tokenizer_path()} is already trained on this text ({present.vocab_size} tokens, hash {present.hash})")
+    previous = previous_tokenizer(path)
+    if previous and previous.trained_on == source:
+        return print(f"tokenizer: {path} is already trained on this text "
+                     f"({previous.vocab_size} tokens, hash {previous.hash})")
+    print(corpus.line())
     started = time.perf_counter()
-    tokenizer = train_tokenizer(capped(corpus.documents("train"), args.doc_cap, args.max_chars), args.vocab_size, source)
-    tokenizer.save(tokenizer_path())
-    print(f"tokenizer: {tokenizer_path()}, {tokenizer.vocab_size} tokens, hash {tokenizer.hash}, {time.perf_counter() - started:.1f} s")
+    documents = Documents(corpus.train)
+    try:
+        tokenizer = train_tokenizer(capped(documents, args.doc_cap, args.max_chars), args.vocab_size, source)
+    except EncodingError as e:
+        raise InputError(f"{documents.place} or shortly before: {e}")
+    tokenizer.save(path)
+    seconds = time.perf_counter() - started
+    line = f"tokenizer: {path}, {tokenizer.vocab_size} tokens, hash {tokenizer.hash}, {seconds:.1f} s"
+    if previous and previous.hash != tokenizer.hash:
+        text = previous.trained_on.get("corpus")
+        line += (f"; it replaces one of {previous.vocab_size} tokens trained on {text}, "
+                 f"hash {previous.hash} (--tokenizer-tag NAME keeps both)")
+    print(line)
 
 
 if __name__ == "__main__":
