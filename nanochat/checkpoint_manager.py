@@ -18,6 +18,9 @@ from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
 
+OWED = "evaluation_owed"  # in meta: the run was stopped during the evaluation of this step, which is to be made again
+
+
 def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:06d}"
 
@@ -61,6 +64,14 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
                          "make room or give write permission, and continue with --resume auto") from None
     for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
         shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)
+
+
+def pay_evaluation(run_folder: Path, step: int):
+    """The evaluation that a checkpoint says is owed was made: its meta.json says so no more."""
+    path = step_folder(run_folder, step) / "meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    del meta[OWED]
+    write_atomic(path, json.dumps(meta, indent=2) + "\n")
 
 
 def sync_folder(folder: Path):

@@ -5,14 +5,13 @@ import errno
 import functools
 import hashlib
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-from nanochat import locks
+from nanochat import console, locks, signals
+from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
 
 
 class InputError(Exception):
@@ -24,8 +23,12 @@ def first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def run_script(main):
-    """Call main(); turn an InputError or a failing file operation into one line on stderr and exit code 2."""
+def run_script(main, result_is_printed: bool = False):
+    """Call main(); turn an InputError or a failing file operation into one line on stderr and exit code 2, and a signal into one line
+    and `signals.exit_code`. result_is_printed: there is nothing left to do once nobody reads standard output.
+    """
+    console.protect(result_is_printed)
+    signals.listen()
     try:
         main()
         end_process()
@@ -36,10 +39,14 @@ def run_script(main):
             raise
         hint = " (free some space, then run the same command again)" if e.errno == errno.ENOSPC else ""
         message = f"{e.filename or 'file system'}: {e.strerror}{hint}"
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        number = signals.number_of(e)
+        signals.say(f"stopped by {signals.name_of(number)}")
+        sys.exit(signals.exit_code(number))
     else:
         return
+    finally:
+        signals.main_ended()
     rank, _, world_size = process_layout()
     if rank > 0:
         time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
@@ -126,12 +133,20 @@ def locked(path: Path):
 
 @contextlib.contextmanager
 def claimed(path: Path, what: str):
-    """Hold `path` for this process alone; InputError with the holder's pid and host if another one does."""
-    lock = locks.acquire(path, wait=False)
-    if not lock:
-        raise InputError(f"{what} is in use by {locks.holder(path)}; wait for it, or stop it")
+    """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and host if another process has it.
+    A holder that only writes a last checkpoint, `nanochat.writer`, is waited for.
+    """
+    waits = False
+    while not (lock := locks.acquire(path, wait=False)):
+        holder = locks.holder(path)
+        if locks.WRITING not in holder:
+            raise InputError(f"{what} is in use by {holder}; wait for it, or stop it")
+        if not waits:
+            print0(f"{what}: waiting for {holder}")
+        waits = True
+        time.sleep(0.2)
     try:
-        yield
+        yield lock
     finally:
         lock.close()
 
@@ -207,22 +222,6 @@ def init_process(device_type: str):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                                 device_id=device if device_type == "cuda" else None)
     return device, rank, world_size
-
-
-REQUEUE = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A threading.Event that SIGTERM and SIGUSR1 set, as schedulers send them before they take a machine back."""
-    stop, before = threading.Event(), {}
-    if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def end_process():

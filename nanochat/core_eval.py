@@ -18,6 +18,7 @@ from nanochat.common import InputError
 from nanochat.core_bundle import Bundle, Task
 from nanochat.engine import prefill
 from nanochat.functional import SOFTCAP, rows_at_once, squashed
+from nanochat.signals import NEVER, StopRequest
 
 DRAWS = 10_000    # of the bootstrap
 MOST_ROWS = 256   # continuations in a batch: their first tokens' logits are held at once
@@ -166,10 +167,12 @@ def judged(logits, targets):
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
-def score(model, rows: list, dtype, tokens: int) -> list[list[tuple[float, bool]]]:
-    """score_batch's pairs for each of any number of rows, so many `tokens` at a time."""
+def score(model, rows: list, dtype, tokens: int, stop: StopRequest = NEVER) -> list[list[tuple[float, bool]]] | None:
+    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process was asked to stop before."""
     out = [None] * len(rows)
     for batch in batches(rows, tokens):
+        if stop.is_set():
+            return None
         pairs = iter(score_batch(model, [rows[i] for i in batch], dtype))
         for i in batch:
             out[i] = [next(pairs) for _ in rows[i][1]]
@@ -183,20 +186,26 @@ def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
     return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
 
 
-def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int) -> dict:
-    """CORE from `questions`, over all processes.
+def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER) -> dict | None:
+    """CORE from `questions`, over all processes. None if one of them was asked to stop before it was through.
 
     tokens: held in one forward pass, padding included; each answer to a question counts with its prompt.
     Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, examples, correct}.
     """
     tasks = {}
-    counts = torch.zeros(len(asked), 2, dtype=torch.float64, device=model.wte.weight.device)  # right, asked
+    counts = torch.zeros(len(asked) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)  # right, asked; processes that broke off
     for i, of_task in enumerate(asked):
-        scored = iter(score(model, [row for q in of_task for row in q.rows], dtype, tokens))
+        scores = score(model, [row for q in of_task for row in q.rows], dtype, tokens, stop)
+        if scores is None:
+            counts[-1] = 1
+            break
+        scored = iter(scores)
         correct = [right(q, [pair for _ in q.rows for pair in next(scored)]) for q in of_task]
         counts[i] = torch.tensor([sum(correct), len(correct)])
     if dist.is_initialized():
         dist.all_reduce(counts)
+    if counts[-1].any():
+        return None
     for task, (correct, n) in zip(bundle.tasks, counts.tolist()):
         tasks[task.label] = {"accuracy": correct / n, "baseline": task.baseline, "centered": centered(correct / n, task.baseline),
                              "correct": int(correct), "examples": int(n)}

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat import signals
 from nanochat.common import InputError, first_line, sha256
 
 
@@ -69,8 +70,8 @@ def download(hub_set: HubSet, missing: dict[str, Path], staging: Path, workers: 
                 future.result()
             except InputError as e:
                 failures[futures[future]] = f"{repo}: {e}"
-    except KeyboardInterrupt:
-        os._exit(130)  # threads cannot be interrupted, and no file is visible before it is whole
+    except KeyboardInterrupt as e:
+        signals.leave(signals.number_of(e))  # threads cannot be interrupted, and no file is visible before it is whole
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(staging, ignore_errors=True)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+WRITING = ", which writes a checkpoint"  # what Lock.sign says of a writer
 POLL = 0.1           # seconds between two tries at an owner file
 NOTICE_AFTER = 10.0  # seconds until a waiting process says what it waits for
 
@@ -32,6 +33,17 @@ class Lock:
 
     def fileno(self) -> int:
         return self.file.fileno()
+
+    def sign(self, activity: str = ""):
+        """Say in the lock file that this process holds it and what it does. A forked process takes the lock over so."""
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
+        self.file.flush()
+        if self.owner:
+            self.identity = this_process() | {"activity": activity}
+            whole = self.owner.with_name(f"{self.owner.name}.{os.getpid()}.signed")
+            whole.write_text(json.dumps(self.identity))
+            os.replace(whole, self.owner)
 
     def close(self):
         if self.owner and read_owner(self.owner) == self.identity:
@@ -58,9 +70,7 @@ def acquire(path: Path, wait: bool) -> Lock | None:
     if lock is None:
         file.close()
         return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    lock.sign()
     return lock
 
 
@@ -70,7 +80,7 @@ def holder(path: Path) -> str:
         owner = owner_path(path)
         if owner.exists():
             identity = read_owner(owner)
-            name = f"process {identity.get('pid')} on {identity.get('host')}"
+            name = f"process {identity.get('pid')} on {identity.get('host')}{identity.get('activity', '')}"
             return f"{name} (remove {owner} if that process is gone)"
         return path.read_text(errors="replace").strip() or "another process"
     return "another process"

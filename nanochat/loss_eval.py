@@ -9,11 +9,14 @@ from nanochat.common import InputError
 from nanochat.dataloader import Rows, batch_of
 from nanochat.dataset import open_corpus
 from nanochat.engine import generate
+from nanochat.signals import NEVER, StopRequest
 
 
 @torch.no_grad()
-def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype, rank: int = 0, world_size: int = 1) -> dict:
-    """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the batch size.
+def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype, rank: int = 0, world_size: int = 1,
+             stop: StopRequest = NEVER) -> dict | None:
+    """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the batch size. None if one of
+    them was asked to stop before it was through.
 
     token_bytes: (vocab,) bytes of text an id stands for, 0 for special tokens.
     Returns val/loss: mean nats per token, BOS included; val/ppl = exp of it; val/bpb: bits per byte of text, the nats of
@@ -21,16 +24,21 @@ def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int,
     """
     mine = range(rank, count, world_size)
     token_bytes = torch.as_tensor(token_bytes, device=device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of ordinary tokens, bytes
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, tokens, nats of ordinary tokens, bytes; processes that broke off
     for i in range(0, len(mine), device_batch_size):
+        if stop.is_set():
+            sums[4] = 1
+            break
         inputs, targets = batch_of([rows.row(j) for j in mine[i:i + device_batch_size]], device)
         nats = model.token_losses(inputs, targets, dtype).double()  # (B, T)
         n_bytes = token_bytes[targets]
-        sums += torch.stack([nats.sum(), torch.tensor(nats.numel(), device=device, dtype=torch.float64),
-                             nats[n_bytes > 0].sum(), n_bytes.sum().double()])
+        sums[:4] += torch.stack([nats.sum(), torch.tensor(nats.numel(), device=device, dtype=torch.float64),
+                                 nats[n_bytes > 0].sum(), n_bytes.sum().double()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    nats, tokens, text_nats, text_bytes = sums.tolist()
+    nats, tokens, text_nats, text_bytes, broken_off = sums.tolist()
+    if broken_off:
+        return None
     loss = nats / tokens
     return {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0)), "val/bpb": text_nats / math.log(2) / max(1.0, text_bytes)}
 
@@ -45,12 +53,16 @@ def reference_losses(train_rows: Rows, val_rows: Rows, count: int, vocab_size: i
     return {"uniform": math.log(vocab_size), "unigram": float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())}
 
 
-def sample_texts(model, tokenizer, val_rows: Rows, dtype, prompts: int = 2, prompt_tokens: int = 16, count: int = 48) -> list[str]:
-    """Continuations of the first tokens of the first validation rows."""
+def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NEVER) -> list[str] | None:
+    """48 tokens after the first 16 of each of the first two validation rows. None if this process was asked to stop before they were there."""
     texts = []
-    for i in range(min(prompts, val_rows.count)):
-        prompt = val_rows.row(i)[:prompt_tokens].tolist()
-        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(token for token, in generate(model, [prompt], count, dtype=dtype)))
+    for i in range(min(2, val_rows.count)):
+        prompt, continuation = val_rows.row(i)[:16].tolist(), []
+        for token, in generate(model, [prompt], 48, dtype=dtype):
+            if stop.is_set():
+                return None
+            continuation.append(token)
+        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(continuation))
     return texts
 
 

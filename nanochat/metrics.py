@@ -123,13 +123,19 @@ class RunRecord:
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
 
-    def summarize(self, status: str):
-        """Rewrite summary.json (and wandb's summary): the last value of every metric, and the thresholds reached."""
+    def summary(self) -> dict:
+        """The last value of every metric, and the thresholds reached."""
         values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
-        values |= time_to_ppl(self.evals, self.thresholds)
-        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
+        return values | time_to_ppl(self.evals, self.thresholds)
+
+    def write_summary(self, status: str):
+        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **self.summary()}, indent=2) + "\n")
+
+    def summarize(self, status: str):
+        """Rewrite summary.json, and wandb's summary."""
+        self.write_summary(status)
         if self.wandb:
-            self.wandb.summary.update(values)
+            self.wandb.summary.update(self.summary())
 
     def close(self):
         self.file.close()

@@ -6,10 +6,14 @@ after the first step it sees, so a resumed run would sum in another order than a
 ZeroRedundancyOptimizer deals out whole parameters, and half of a small model is one table; FSDP2 would cut the matrices that
 Muon orthogonalises whole. All collectives here are waited for.
 """
+import contextlib
+import threading
+
 import torch
 import torch.distributed as dist
 
 from nanochat.optim import Piece, optimizer_state
+from nanochat.signals import StopRequest
 
 
 @torch.no_grad()
@@ -72,3 +76,44 @@ def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
             whole[name] = {key: value if value.ndim == 0 else torch.cat([part[key] for part in parts]).view(parameter.shape)
                            for key, value in parts[0].items()}
     return whole
+
+
+# ---- requests to stop -----------------------------------------------------------------------------------------------
+
+ASKED = "nanochat/stop"  # the key in the store of the process group
+
+
+def anywhere(place, *flags: bool) -> list[bool]:
+    """Whether each flag is set on any process: the same answer on all."""
+    device, _, world_size = place
+    if world_size == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]
+
+
+@contextlib.contextmanager
+def shared(request: StopRequest):
+    """While this lasts, a request to stop that one process hears reaches the others within about a second, wherever they are."""
+    if not dist.is_initialized():
+        yield
+        return
+    over = threading.Event()
+    store = dist.distributed_c10d._get_default_store()
+    if hasattr(store, "clone"):  # a connection of its own: one that waits for a key lets nobody else through
+        store = store.clone()
+    threading.Thread(target=share, args=(request, store, over), daemon=True, name="stop requests").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def share(request: StopRequest, store, over: threading.Event):
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+        while not over.is_set():
+            if request.wait(1.0):
+                return store.set(ASKED, str(int(request.number)))
+            if store.check([ASKED]):
+                return request.hear(int(store.get(ASKED)))

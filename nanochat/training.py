@@ -8,12 +8,13 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from nanochat import common, compiler, metrics
-from nanochat.checkpoint_manager import load_checkpoint, load_newest, save_checkpoint, saved_steps
+from nanochat import common, compiler, metrics, signals, writer
+from nanochat.checkpoint_manager import OWED, load_checkpoint, load_newest, pay_evaluation, save_checkpoint, saved_steps
 from nanochat.common import InputError, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -22,10 +23,11 @@ from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
-from nanochat.parallel import average_gradients, differing_parameters, gather_state, share_parameters
+from nanochat.parallel import anywhere, average_gradients, differing_parameters, gather_state, share_parameters, shared
 from nanochat.plan import print_plan
 from nanochat.tokenizer import other_text
 
+PATIENCE = 2.0  # seconds: a request to stop waits for the rest of a step that is no longer
 START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0}  # the meta of a run that has no checkpoint yet
 
 
@@ -102,13 +104,17 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float, bool]:
+def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float | None, bool]:
     """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all of them, whether any
-    process was asked to stop).
+    process was asked to stop). The loss is None if one of them broke the step off for that: the gradients are then of no use.
     """
     device, rank, world_size = place
-    total = torch.zeros(2, device=device)  # loss, requests to stop
-    for _ in range(micro_steps):
+    total = torch.zeros(3, device=device)  # loss, requests to stop, processes that broke off
+    started = time.perf_counter()
+    for done in range(micro_steps):
+        if done and stop.is_set() and (micro_steps - done) * (time.perf_counter() - started) / done > PATIENCE:
+            total[2] = 1
+            break
         x, y = next(batches)
         loss = model(x, y, dtype) / micro_steps
         loss.backward()
@@ -117,8 +123,8 @@ def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tu
     if world_size > 1:
         average_gradients(model.parameters(), world_size)
         dist.all_reduce(total)
-    loss, stops = total.tolist()
-    return loss / world_size, stops > 0
+    loss, stops, broken_off = total.tolist()
+    return None if broken_off else loss / world_size, stops > 0
 
 
 def gradient_norm(model, clip: float) -> float:
@@ -151,6 +157,59 @@ def core_questions(args, tokenizer, place):
     return bundle, questions(bundle, tokenizer, args.max_seq_len, args.core_metric_max_per_task, *place[1:])
 
 
+class Evaluation:
+    """What is measured of the model after a step, and after which steps. All processes take part; only the first makes samples."""
+
+    def __init__(self, args, learner: Learner, tokenizer, val_rows: Rows, core, place, dtype, plan: dict):
+        self.args, self.learner, self.tokenizer, self.val_rows, self.core, self.place, self.dtype = args, learner, tokenizer, val_rows, core, place, dtype
+        self.steps, self.count = plan["num_iterations"], plan["val_tokens"] // args.max_seq_len
+
+    def due(self, step: int) -> bool:
+        return step == self.steps or self.asked(step, "eval_every") or self.asked(step, "sample_every") or self.core_due(step)
+
+    def asked(self, step: int, flag: str) -> bool:
+        every = getattr(self.args, flag)
+        return every > 0 and step % every == 0
+
+    def core_due(self, step: int) -> bool:
+        return bool(self.core) and self.asked(step, "core_metric_every")
+
+    def losses(self, stop) -> dict | None:
+        device, rank, world_size = self.place
+        return evaluate(self.learner.model, self.val_rows, self.count, self.tokenizer.token_bytes(), self.args.device_batch_size,
+                        device, self.dtype, rank, world_size, stop)
+
+    def __call__(self, step: int, stop) -> tuple[dict, bool] | None:
+        """(values for the record, whether the run ends with this step). None if a process was asked to stop before all values were there;
+        the other processes may then have a result, which is void.
+        """
+        args, model, values, last = self.args, self.learner.model, {}, step == self.steps
+        if last or self.asked(step, "eval_every"):
+            losses = self.losses(stop)
+            if losses is None:
+                return None
+            values |= losses | self.learner.findings()
+            last = last or losses["val/ppl"] <= args.stop_at_ppl
+        if self.core_due(step) or (self.core and last):
+            core = evaluate_core(model, *self.core, self.dtype, args.device_batch_size * args.max_seq_len, stop)
+            if core is None:
+                return None
+            values["core_metric"] = core["core_metric"]
+            values |= {f"centered_results/{label}": value for label, value in core["centered_results"].items()}
+        if self.place[1] == 0 and (self.asked(step, "sample_every") or (last and args.sample_every > 0)):
+            samples = sample_texts(model, self.tokenizer, self.val_rows, self.dtype, stop)
+            if samples is None:
+                return None
+            values["sample"] = samples
+        return values, last
+
+
+def in_words(values: dict) -> str:
+    """What the line of a step says of an evaluation."""
+    line = f" | val ppl {values['val/ppl']:.2f}, bpb {values['val/bpb']:.4f}" if "val/ppl" in values else ""
+    return line + (f" | CORE {values['core_metric']:.4f}" if "core_metric" in values else "")
+
+
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
@@ -163,7 +222,7 @@ def check_resume(resume: str):
 
 
 def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, tag_flag: str = "--model-tag", **derived):
-    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan; exits with common.REQUEUE if it was asked to stop before.
+    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan; exits with `signals.exit_code` if it was asked to stop before.
 
     start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named it.
     derived: more that config.json is to hold and that a resumed run must have in common with it.
@@ -200,8 +259,11 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
     }
     with contextlib.ExitStack() as held:
+        lock = None
         if rank == 0:
-            held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"{tag_flag} {tag}: {folder}"))
+            lock = held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"{tag_flag} {tag}: {folder}"))
+        if world_size > 1:
+            dist.barrier()  # a checkpoint that is still being written is there for all of them or for none
         found = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
         if found == "finished":
             return print0(f"{tag}: already finished, see {folder}")
@@ -210,15 +272,18 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
             run_config["reference_losses"] = reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size)
         if world_size > 1:
             dist.barrier()  # every process has looked at the folder before rank 0 writes into it
-        stop = held.enter_context(common.stop_signals())
-        finished = train(args, build(device), run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, core, place, dtype, stop)
-    if not finished:
+        stop = train(args, build(device), run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, core, place, dtype, lock)
+    if stop:
         common.end_process()
-        sys.exit(common.REQUEUE)
+        sys.exit(signals.exit_code(stop.number))
 
 
-def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, core, place, dtype, stop) -> bool:
-    """From `start`, (state, meta), to the last step; False if it was asked to stop before and saved its state."""
+def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, core, place, dtype,
+          lock) -> signals.StopRequest | None:
+    """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with its state saved.
+
+    lock: the open file, on the first process, by which it holds the folder.
+    """
     (device, rank, world_size), plan = place, run_config["derived"]
     state, meta = start
 
@@ -240,7 +305,6 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     if rank == 0:
         tokenizer.save(folder / "tokenizer.json")
         record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"])
-        record.summarize("running")
     print_plan(config, plan, accounting)
     print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
            + (f", from step {meta['step']}" if meta["step"] else ""))
@@ -248,16 +312,24 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     def way_back():
         return f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0"
 
-    def save(step):
+    def save(step, last, owed=False):
         if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
             raise InputError(f"step {step}: {broken[0]} and {len(broken)} parameter(s) in all are not finite; nothing was saved; {way_back()}")
         if world_size > 1 and (names := differing_parameters(model)):
             raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
                              "nothing was saved: continue from the checkpoint before with --resume auto")
         whole = gather_state(optimizers, model, rank, world_size)
-        if record:
-            save_checkpoint(folder, step, {**learner.state(), "optimizer": whole},
-                            {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash, **learner.meta()}, keep=args.keep)
+        if not record:
+            return
+        state = {**learner.state(), "optimizer": whole}
+        now = {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash, **learner.meta()}
+        if owed:
+            now[OWED] = True
+        if writer.under_launcher():
+            write = partial(save_checkpoint, folder, step, writer.on_cpu(state), now, keep=args.keep)
+            writer.write_apart(write, lock, partial(record.write_summary, "finished" if last else "stopped"))
+        else:
+            save_checkpoint(folder, step, state, now, keep=args.keep)
 
     if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
         x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
@@ -269,83 +341,110 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0  # bad: not finite
     peak = metrics.peak_flops(run_config["device"]["name"])
     batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
+    evaluation = Evaluation(args, learner, tokenizer, val_rows, core, place, dtype, plan)
     metrics.reset_peak_memory(device)
 
-    def measure():
-        return evaluate(model, val_rows, plan["val_tokens"] // args.max_seq_len, tokenizer.token_bytes(), args.device_batch_size, device, dtype, rank, world_size)
-
-    if learner.starting and meta["step"] == 0:
-        entry = {"step": 0, "total_tokens": 0, "total_training_flops": 0, "total_training_time": 0.0, **measure()}
-        print0(f"before training | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}")
-        if record:
-            record.log(entry)
-    for step in range(meta["step"] + 1, steps + 1):
-        lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
-        evaluates = step == steps or (args.eval_every > 0 and step % args.eval_every == 0)
-        measures_core = core and (step == steps or step % args.core_metric_every == 0)
-        started = time.perf_counter()
-        if learner.draws:
-            torch.manual_seed(hash((args.seed, step, rank)))  # of whole numbers: the same in every process
-        loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
-        grad_norm = gradient_norm(model, args.grad_clip)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            learner.before_update()
-            update(optimizers, pieces, place, step - 1, lrm)
-            learner.after_update()
-        model.zero_grad()
-        if (evaluates or measures_core) and device.type == "cuda":
-            torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
-        dt = time.perf_counter() - started
-        seconds += dt
+    def entry_of(step):
         tokens = step * plan["total_batch_size"]
-        speed = plan["total_batch_size"] / dt
-        entry = {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds,
-                 "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/epoch": step * rows_per_step / train_rows.count}
-        if finite:
-            entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
-            bad_in_a_row = 0
-        else:  # the same on every process: loss and gradients are means over all
-            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-            entry["train/bad_steps"] = bad_steps
-        if peak:
-            entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
-        line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
-        line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
+        return {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds}
 
-        last = step == steps
-        if evaluates:
-            entry |= measure() | learner.findings()
-            line += f" | val ppl {entry['val/ppl']:.2f}, bpb {entry['val/bpb']:.4f}"
-            last = last or entry["val/ppl"] <= args.stop_at_ppl
-        if measures_core or (core and last):
-            measured = evaluate_core(model, *core, dtype, args.device_batch_size * args.max_seq_len)
-            entry["core_metric"] = measured["core_metric"]
-            entry |= {f"centered_results/{label}": value for label, value in measured["centered_results"].items()}
-            line += f" | CORE {measured['core_metric']:.4f}"
+    def measure(step, entry, line, stopping):
+        """Add to the entry what is to be measured after this step, and record it. Returns (whether the run ends with it, whether a process
+        was asked to stop, whether the measuring is owed: it was put off for that).
+        """
+        last = owed = False
+        if evaluation.due(step):
+            result = None if stopping else evaluation(step, stop)
+            stopping, owed = anywhere(place, stopping or stop.is_set(), result is None)
+            if not owed:
+                values, last = result
+                entry |= values
+                line += in_words(values)
         print0(line)
         if record:
-            if args.sample_every > 0 and (last or step % args.sample_every == 0):
-                entry["sample"] = sample_texts(model, tokenizer, val_rows, dtype)
-                print0("\n".join(f"  sample: {text!r}" for text in entry["sample"]))
-            entry["mem/peak_bytes"] = metrics.peak_memory_bytes(device)
+            record.log(entry | {"mem/peak_bytes": metrics.peak_memory_bytes(device)})
+        return last, stopping, owed
+
+    def show_samples(entry):
+        if "sample" in entry:
+            print0("\n".join(f"  sample: {text!r}" for text in entry["sample"]))
+
+    if world_size > 1:
+        dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
+    with signals.stop_signals() as stop, shared(stop):
+        if record:
+            record.summarize("running")
+        step = saved = meta["step"]
+        last, stopping = step == steps, False
+        owed = OWED in meta
+        if learner.starting and step == 0:
+            losses = evaluation.losses(stop)
+            stopping = losses is None
+            if losses:
+                print0(f"before training | val ppl {losses['val/ppl']:.2f}, bpb {losses['val/bpb']:.4f}")
+            if losses and record:
+                record.log(entry_of(0) | losses)
+        if owed:
+            entry = entry_of(step)
+            last, stopping, owed = measure(step, entry, f"step {step:05d}/{steps:05d}, evaluated now", False)
+            show_samples(entry)
+            if record and not owed:
+                pay_evaluation(folder, step)
+        while not (last or stopping):
+            step += 1
+            lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+            started = time.perf_counter()
+            if learner.draws:
+                torch.manual_seed(hash((args.seed, step, rank)))  # of whole numbers: the same in every process
+            loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
+            if loss is None:  # broken off: the model is still that of the step before
+                step -= 1
+                break
+            grad_norm = gradient_norm(model, args.grad_clip)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                learner.before_update()
+                update(optimizers, pieces, place, step - 1, lrm)
+                learner.after_update()
+            model.zero_grad()
+            if evaluation.due(step) and device.type == "cuda":
+                torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
+            dt = time.perf_counter() - started
+            seconds += dt
+            speed = plan["total_batch_size"] / dt
+            entry = entry_of(step) | {"train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/epoch": step * rows_per_step / train_rows.count}
+            if finite:
+                entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
+                bad_in_a_row = 0
+            else:  # the same on every process: loss and gradients are means over all
+                bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+                entry["train/bad_steps"] = bad_steps
+            if peak:
+                entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
             if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
                 entry |= {"mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
                           "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
-            record.log(entry)
-        if bad_in_a_row > args.max_bad_steps:
-            save(step)  # none of the bad steps was applied: these are the last good weights
-            raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); {way_back()}")
-        stopping = stopping and not last
-        if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
-            save(step)
-            if record:
-                record.summarize("finished" if last else "stopped" if stopping else "running")
-        if last or stopping:
-            break
+            line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
+            line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
+
+            last, stopping, owed = measure(step, entry, line, stopping)
+            if bad_in_a_row > args.max_bad_steps:
+                save(step, last, owed)  # none of the bad steps was applied: these are the last good weights
+                raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); {way_back()}")
+            if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
+                save(step, last, owed)
+                saved = step
+                stopping, = anywhere(place, stopping or stop.is_set())  # a request heard while it was written
+                if record and not (last or stopping):
+                    record.summarize("running")
+            show_samples(entry)
+        if step != saved:  # the step after it was broken off
+            save(step, last)
+        if record:
+            record.summarize("finished" if last else "stopped")
     if world_size > 1:
         dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
     if record:
         record.close()
-        print0(f"stopped after step {step} as asked; continue with --resume auto" if stopping else f"finished: {folder}")
-    return not stopping
+        print0(f"finished: {folder}" if last else f"stopped after step {step} as asked; continue with --resume auto")
+    return None if last else stop

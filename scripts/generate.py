@@ -115,4 +115,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    common.run_script(main, result_is_printed=True)

@@ -2,12 +2,13 @@
 import json
 import random
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from nanochat import metrics
+from nanochat import metrics, signals
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran away home again".split()
@@ -64,13 +65,19 @@ def command(monkeypatch, capfd):
     """command('scripts/x.py', '--flag', value, …) -> (exit code, stdout, stderr) of `python scripts/x.py --flag value …`, run in this process."""
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, getattr(sys, stream))  # a script replaces it
         capfd.readouterr()
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             return end.code, *capfd.readouterr()
         return 0, *capfd.readouterr()
-    return run
+
+    handlers = {number: signal.getsignal(number) for number in signals.ENDING}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class Killed(Exception):

@@ -1,10 +1,12 @@
 """Training end to end on a tiny model: learning, exact resume, the run folder, and every refusal."""
+import contextlib
 import json
 import math
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
 from nanochat.loss_eval import reference_losses
 from processes import Launched
+from test_core_eval import write_bundle
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
@@ -321,24 +324,66 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatc
     assert saved_steps(metrics.runs_dir() / "tiny") == [2] * (saved != "none")
 
 
-def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch):
+@pytest.mark.parametrize("in_step,saved", [(2, 3), (3, 3), (6, 6)])
+def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch, in_step, saved):
+    """A request during step 2 is agreed on with the losses of step 3. Steps 3 and 6 are evaluated: that is where it is heard, and put off."""
     straight = train(tag="straight")
     original, steps = training.gradient_norm, []
 
     def signalled(model, clip):
         steps.append(1)
-        if len(steps) == 3:
+        if len(steps) == in_step:
             signal.raise_signal(signal.SIGUSR1)
         return original(model, clip)
     monkeypatch.setattr(training, "gradient_norm", signalled)
+    folder = metrics.runs_dir() / "stopped"
     with pytest.raises(SystemExit) as e:
         train(tag="stopped")
     assert e.value.code == REQUEUE == 75
-    # the request of step 3 is agreed on with the losses of step 4
-    stopped = metrics.load_run(metrics.runs_dir() / "stopped")
-    assert stopped.summary["status"] == "stopped" and saved_steps(metrics.runs_dir() / "stopped") == [4]
+    stopped = metrics.load_run(folder)
+    assert stopped.summary["status"] == "stopped" and saved_steps(folder) == [saved]
+    assert "val/loss" not in stopped.history[-1]
     resumed = train("--resume", "auto", tag="stopped")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
+    assert evaluations(resumed) == evaluations(straight) and resumed.summary["status"] == "finished"
+    assert resumed.summary["val/loss"] == straight.summary["val/loss"] and "evaluation_owed" not in load_checkpoint(folder, 6)[1]
+
+
+class Once(threading.Event):
+    """A request to stop that comes with the n-th look at it."""
+    number = signal.SIGTERM
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train, monkeypatch, tmp_path):
+    """In micro-steps, evaluation, CORE, samples and saves: stopped again and again, each time after more looks at the request."""
+    flags = ["--sample-every", 2, "--save-every", 2, "--eval-every", 2, "--stop-at-ppl", 20, "--core-metric-every", 3, "--core-dir", write_bundle(tmp_path / "bundle")]
+    straight = train(*flags, tag="straight")
+    monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
+    stops, ended = 0, False
+    while not ended:
+        monkeypatch.setattr(training.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops)))
+        try:
+            resumed = train(*flags, "--resume", "auto", tag="stopped")
+            ended = True
+        except SystemExit as e:
+            assert e.code == REQUEUE and metrics.load_run(metrics.runs_dir() / "stopped").summary["status"] == "stopped"
+            stops += 1
+    assert stops > 5 and losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
+    assert evaluations(resumed) == evaluations(straight) and resumed.summary["step"] == straight.summary["step"]
+
+
+def evaluations(run) -> list[dict]:
+    """What was measured at each step, without what depends on the clock."""
+    keys = ("step", "val/loss", "val/ppl", "val/bpb", "core_metric", "centered_results/choice", "sample")
+    return [{key: entry[key] for key in keys if key in entry} for entry in run.history]
 
 
 def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):

@@ -1,0 +1,210 @@
+"""Whoever ends a run, and whenever: it ends within seconds, its state is saved, and the resumed run is the uninterrupted one to the bit."""
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import TINY, losses
+from nanochat import common, loss_eval, metrics, signals
+from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from processes import Launched, environment
+from scripts import base_train
+
+FLAGS = [*TINY, "--device-batch-size", "2"]
+
+
+def final_weights(run):
+    return load_checkpoint(metrics.runs_dir() / run.name, run.summary["step"])[0]["model"]
+
+
+def assert_same_run(resumed, straight):
+    assert resumed.summary["status"] == straight.summary["status"] == "finished"
+    assert losses(resumed) == losses(straight)
+    assert [entry.get("val/loss") for entry in resumed.history] == [entry.get("val/loss") for entry in straight.history]
+    for name, weight in final_weights(straight).items():
+        assert torch.equal(weight, final_weights(resumed)[name]), name
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines_of(path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.fixture
+def launch(base_dir, corpus_dir, tmp_path):
+    """launch(processes, function, '--flag', …): a Launched whose processes call function(flags)."""
+    def start(processes, function, *flags):
+        return Launched(processes, tmp_path / "output", function, [*FLAGS, "--data", str(corpus_dir), *map(str, flags)])
+    return start
+
+
+def send(launched, number, ranks=None):
+    for process in launched.processes if ranks is None else [launched.processes[rank] for rank in ranks]:
+        os.kill(process.pid, number)
+
+
+# ---- in the processes
+
+def slow_to_save(seconds):
+    """fsync of a checkpoint's tensors takes so long."""
+    fsync = os.fsync
+
+    def slow(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("state.pt"):
+            time.sleep(seconds)
+        fsync(descriptor)
+    os.fsync = slow
+
+
+def train_and_save_slowly(flags):
+    slow_to_save(60)
+    base_train.main(flags)
+
+
+def train_and_evaluate_slowly(flags):
+    batch_of = loss_eval.batch_of
+
+    def slow(rows, device):
+        time.sleep(2)
+        return batch_of(rows, device)
+    loss_eval.batch_of = slow
+    base_train.main(flags)
+
+
+def compute_without_an_end(_flags):
+    """The main thread is in one call of a library; Python's handlers, which run in it, do not."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)
+    print("computing", flush=True)
+    ctypes.CDLL(None).sleep(60)
+
+
+# ---- one process
+
+@pytest.mark.parametrize("number", signals.ENDING, ids=signals.name_of)
+def test_each_signal_saves_the_run_and_says_so_in_its_code(launch, number):
+    folder = metrics.runs_dir() / "stopped"
+    launched = launch(1, base_train.main, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "stopped")
+    wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
+    send(launched, number)
+    assert launched.codes() == [130 if number == signal.SIGINT else 75]
+    run = metrics.load_run(folder)
+    assert run.summary["status"] == "stopped" and saved_steps(folder) == [run.history[-1]["step"]]
+    output = launched.output.read_text()
+    assert f"{signal.Signals(number).name}: the run saves its state and ends" in output and "Traceback" not in output
+
+
+def test_a_second_ctrl_c_leaves_at_once(launch):
+    folder = metrics.runs_dir() / "left"
+    launched = launch(1, train_and_save_slowly, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "left")
+    wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
+    send(launched, signal.SIGINT)
+    wait_until(lambda: list(folder.glob("checkpoints/.step_*")))
+    began = time.monotonic()
+    send(launched, signal.SIGINT)
+    assert launched.codes() == [130] and time.monotonic() - began < 20
+    output = launched.output.read_text()
+    assert "once more leaves at once" in output and output.endswith("SIGINT again: left without saving\n") and "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_with_nothing_to_save_a_signal_ends_a_process_in_seconds_whatever_it_does(launch, number):
+    launched = launch(1, compute_without_an_end)
+    wait_until(lambda: launched.output.exists() and "computing" in launched.output.read_text())
+    began = time.monotonic()
+    send(launched, number)
+    assert launched.codes() == [130 if number == signal.SIGINT else 75] and time.monotonic() - began < 30
+    assert launched.output.read_text() == f"computing\nstopped by {signal.Signals(number).name}\n"
+
+
+SCRIPT = """
+import os, signal, sys, time
+{before}
+from nanochat.common import run_script
+def main():
+    {body}
+run_script(main, *sys.argv[1:])
+"""
+
+
+def script(body, before="", **options):
+    """A script of this package, without torch: (exit code, stdout, stderr)."""
+    text = SCRIPT.format(body=body.replace("\n", "\n    "), before=before)
+    done = subprocess.run([sys.executable, "-c", text], cwd=common.Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, timeout=60,
+                          **{"stdout": subprocess.PIPE, **options})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
+    body, before = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')", "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert script(body, before) == (0, "goes on\n", "")
+    assert script(body, before, env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}) == (75, "", "stopped by SIGHUP\n")
+
+
+def test_a_script_that_is_stopped_clears_away_what_is_half_written():
+    body = "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\nfinally:\n    print('cleared')"
+    assert script(body) == (75, "cleared\n", "stopped by SIGTERM\n")
+
+
+# ---- several processes
+
+def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
+    assert launch(2, base_train.main, "--model-tag", "straight").codes() == [0, 0]
+    folder = metrics.runs_dir() / "stopped"
+    launched = launch(2, train_and_evaluate_slowly, "--model-tag", "stopped")  # 8 batches a process: 16 s
+    wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 2)
+    time.sleep(1)
+    began = time.monotonic()
+    send(launched, signal.SIGTERM, ranks=[1])
+    assert launched.codes() == [75, 75] and time.monotonic() - began < 12
+    stopped = metrics.load_run(folder)
+    assert stopped.summary["status"] == "stopped" and saved_steps(folder) == [3] and "val/loss" not in stopped.history[2]
+    resumed = launch(2, base_train.main, "--model-tag", "stopped", "--resume", "auto")
+    assert resumed.codes() == [0, 0], resumed.output.read_text()
+    assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))
+
+
+SLOW_DISK = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+if "RANK" in os.environ:
+    import time
+    fsync = os.fsync
+    def slow(descriptor):
+        if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith("state.pt"):
+            time.sleep(8)
+        fsync(descriptor)
+    os.fsync = slow
+"""
+
+
+def test_a_save_that_outlasts_the_patience_of_torchrun_loses_nothing(launch, corpus_dir, tmp_path):
+    flags = ["--num-iterations", 30, "--save-every", 10, "--eval-every", -1]
+    assert launch(2, base_train.main, *flags, "--model-tag", "straight").codes() == [0, 0]
+    folder = metrics.runs_dir() / "slow"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--", *FLAGS,
+               "--data", str(corpus_dir), *map(str, flags), "--model-tag", "slow", "--run", "offline"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment(
+            PYTHONPATH=tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline"))
+        wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists() or launcher.poll() is not None)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) != 0, (tmp_path / "log").read_text()
+    assert "forcefully exiting via" in (tmp_path / "log").read_text() and saved_steps(folder) == []
+    resumed = launch(2, base_train.main, *flags, "--model-tag", "slow", "--resume", "auto")
+    assert resumed.codes() == [0, 0], resumed.output.read_text()
+    output = resumed.output.read_text()
+    assert re.search(r"slow: waiting for process \d+ on \S+, which writes a checkpoint\n", output) and "from step 10" in output
+    assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))
