@@ -1,4 +1,5 @@
 """Whoever ends a run, and whenever: it ends within seconds, its state is saved, and the resumed run is the uninterrupted one to the bit."""
+import contextlib
 import ctypes
 import os
 import re
@@ -13,8 +14,10 @@ import torch
 from conftest import TINY, losses
 from nanochat import common, loss_eval, metrics, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.common import InputError
+from nanochat.writer import write_apart
 from processes import Launched, environment
-from scripts import base_train
+from scripts import adapter_train, base_train
 
 FLAGS = [*TINY, "--device-batch-size", "2"]
 
@@ -175,14 +178,72 @@ def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
     assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))
 
 
-SLOW_DISK = f"""
-import os, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+def write_for_two_seconds(folder):
+    """A training process that waits for its writer."""
+    def write():
+        time.sleep(2)
+        (folder / "checkpoint").touch()
+    with common.claimed(folder / "lock", "the run") as lock:
+        print("writing", flush=True)
+        write_apart(write, lock, lambda: (folder / "summary").touch())
+        print("written", flush=True)
+
+
+def refuse_to_write(folder):
+    def write():
+        raise InputError(f"{folder}: cannot write the checkpoint")
+    with common.claimed(folder / "lock", "the run") as lock:
+        write_apart(write, lock, lambda: None)
+
+
+def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_path, capsys):
+    for killed in (False, True):
+        launched = Launched(1, tmp_path / "output", write_for_two_seconds, tmp_path)
+        wait_until(lambda: launched.output.exists() and "writing" in launched.output.read_text())
+        time.sleep(0.5)
+        if killed:
+            send(launched, signal.SIGTERM)  # is raised once the writer is done
+            send(launched, signal.SIGKILL)
+            with common.claimed(tmp_path / "lock", "the run"):
+                assert (tmp_path / "checkpoint").exists() and (tmp_path / "summary").exists()
+            assert re.fullmatch(r"the run: waiting for process \d+ on \S+, which writes a checkpoint\n", capsys.readouterr().out)
+            launched.codes()
+        else:
+            assert launched.codes() == [0] and launched.output.read_text() == "writing\nwritten\n"
+            assert not (tmp_path / "summary").exists()
+            (tmp_path / "checkpoint").unlink()
+            launched.output.unlink()
+
+
+def test_what_the_writer_cannot_do_is_the_same_line(tmp_path):
+    launched = Launched(1, tmp_path / "output", refuse_to_write, tmp_path)
+    assert launched.codes() == [2] and launched.output.read_text() == f"error: {tmp_path}: cannot write the checkpoint\n"
+
+
+def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monkeypatch):
+    train(tag="base")
+    flags = ["--model-tag", "base", "--run-tag", "adapter", "--num-iterations", "2", "--eval-every", "-1", "--sample-every", "-1", "--resume", "auto",
+             "--total-batch-size", "256", "--device-batch-size", "4", "--eval-tokens", "1024"]
+    with monkeypatch.context() as asked:
+        request = signals.StopRequest()
+        request.hear(signal.SIGINT)
+        asked.setattr(signals, "stop_signals", lambda: contextlib.nullcontext(request))
+        with pytest.raises(SystemExit) as e:
+            adapter_train.main(flags)
+    folder = metrics.runs_dir() / "adapter"
+    assert e.value.code == 130 and metrics.load_run(folder).summary["status"] == "stopped" and saved_steps(folder) == []
+    adapter_train.main(flags)
+    run = metrics.load_run(folder)
+    assert run.summary["status"] == "finished" and [entry["step"] for entry in run.history if "val/loss" in entry] == [0, 2]
+
+
+SLOW_DISK = """
+import os
 if "RANK" in os.environ:
     import time
     fsync = os.fsync
     def slow(descriptor):
-        if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith("state.pt"):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("state.pt"):
             time.sleep(8)
         fsync(descriptor)
     os.fsync = slow

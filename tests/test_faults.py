@@ -26,10 +26,10 @@ def start(processes: int, corpus_dir, *flags):
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def family(process) -> list[int]:
-    """The launcher and its processes, which have sessions of their own."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    return [process.pid, *map(int, children)]
+def family(pid: int) -> list[int]:
+    """The launcher, its processes and the writers of their checkpoints, which have sessions of their own."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(descendant for child in children for descendant in family(int(child)))]
 
 
 def kill(process, pids: list[int]):
@@ -59,11 +59,11 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
         before = saved_steps(folder)
         if i % 5 == 4:      # while it starts
             time.sleep(rng.uniform(0.5, 5))
-            pids = family(run)
+            pids = family(run.pid)
         else:                  # while it trains; every other time in the middle of writing a checkpoint
             wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
             time.sleep(rng.uniform(0, 0.2))
-            pids = family(run)  # before: to look for them takes longer than to write a checkpoint
+            pids = family(run.pid)  # before: to look for them takes longer than to write a checkpoint
             if i % 2:
                 wait_for(lambda: list((folder / "checkpoints").glob(".step_*.building")), run)
         assert run.poll() is None, "it finished before it could be killed"
