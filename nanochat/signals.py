@@ -149,6 +149,24 @@ def listen():
             signal.signal(number, on_signal)
 
 
+@contextlib.contextmanager
+def left_to_the_system():
+    """For a library's call that lets no other thread of Python run, and during which nothing is written: signals end the process as they
+    would without Python.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [number for number in ENDING if signal.getsignal(number) is on_signal]
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, on_signal)
+
+
 def main_ended():
     """The script's own work is done: from now on a signal ends the process with no word."""
     if listener:

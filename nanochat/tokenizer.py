@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from nanochat import signals
 from nanochat.common import InputError, first_line, get_base_dir, write_atomic
 
 BOS = "<|bos|>"
@@ -158,7 +159,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
     import rustbpe
     trainer = rustbpe.Tokenizer()
     parts = chain.from_iterable(map(pieces, texts))
-    with reported("the tokenizer cannot be trained on this text"):
+    with reported("the tokenizer cannot be trained on this text"), signals.left_to_the_system():
         trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)

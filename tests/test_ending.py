@@ -160,6 +160,12 @@ def test_a_script_that_is_stopped_clears_away_what_is_half_written():
     assert script(body) == (75, "cleared\n", "stopped by SIGTERM\n")
 
 
+def test_a_library_that_lets_no_thread_run_is_ended_too():
+    body = ("os.system(f'(sleep 0.5; kill -TERM {os.getpid()}) > /dev/null 2>&1 &')\n"
+            "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)")  # PyDLL keeps the interpreter's lock
+    assert script(body, "import ctypes\nfrom nanochat import signals") == (-signal.SIGTERM, "", "")
+
+
 # ---- several processes
 
 def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
