@@ -18,7 +18,7 @@ from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
 
-OWED = "evaluation_owed"  # in meta: the run was stopped during the evaluation of this step, which is to be made again
+OWED = "evaluation_owed"  # in meta: the run was stopped before this step's evaluation was through
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -66,8 +66,8 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
         shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)
 
 
-def pay_evaluation(run_folder: Path, step: int):
-    """The evaluation that a checkpoint says is owed was made: its meta.json says so no more."""
+def clear_owed_evaluation(run_folder: Path, step: int):
+    """Strike out of a checkpoint's meta.json that the evaluation of its step is owed: it was made."""
     path = step_folder(run_folder, step) / "meta.json"
     meta = json.loads(path.read_text("utf-8"))
     del meta[OWED]

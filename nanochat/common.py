@@ -24,8 +24,10 @@ def first_line(e: BaseException) -> str:
 
 
 def run_script(main, result_is_printed: bool = False):
-    """Call main(); turn an InputError or a failing file operation into one line on stderr and exit code 2, and a signal into one line
-    and `signals.exit_code`. result_is_printed: there is nothing left to do once nobody reads standard output.
+    """Call main(). An InputError or a failing file operation becomes one line on stderr and exit code 2, a
+    signal one line and `signals.exit_code`.
+
+    result_is_printed: there is nothing left to do once nobody reads standard output.
     """
     console.protect(result_is_printed)
     signals.listen()
@@ -133,8 +135,8 @@ def locked(path: Path):
 
 @contextlib.contextmanager
 def claimed(path: Path, what: str):
-    """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and host if another process has it.
-    A holder that only writes a last checkpoint, `nanochat.writer`, is waited for.
+    """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and host if another
+    one has it. While the holder writes a checkpoint it is waited for: it may be an orphan (nanochat.writer).
     """
     waits = False
     while not (lock := locks.acquire(path, wait=False)):

@@ -1,7 +1,7 @@
 """Standard output and error of a script: what happens to them never ends the work.
 
-They may be closed, a pipe that nobody reads any more, a file on a full disk, a terminal that is gone, or one that lacks a character.
-What can be printed is printed; the rest is lost.
+They may be closed, a pipe that nobody reads any more, a file on a full disk, a terminal that is gone, or one
+that lacks a character. What can be printed is printed; the rest is lost.
 """
 import contextlib
 import errno
@@ -15,8 +15,10 @@ STALLED = 5        # seconds that a stream without blocking is waited for
 
 
 class Lossy(io.FileIO):
-    """A file descriptor to write to that drops what it cannot write. `result`: the script is there for what it prints, so a reader that
-    is gone ends it, and another failure is an error.
+    """A file descriptor to write to that drops what it cannot write.
+
+    result: the script is there for what it prints. So a reader that is gone ends it, and what else goes wrong
+    is an error.
     """
 
     def __init__(self, descriptor: int, result: bool):
@@ -36,21 +38,27 @@ class Lossy(io.FileIO):
                 raise SystemExit(READER_GONE) if e.errno == errno.EPIPE else e
             if first and self.fileno() == 1 and e.errno not in (errno.EPIPE, errno.EIO):
                 with contextlib.suppress(OSError):
-                    os.write(2, f"standard output: {e.strerror}; the work goes on, what it prints is lost\n".encode())
+                    line = f"standard output: {e.strerror}; the work goes on, what it prints is lost\n"
+                    os.write(2, line.encode())
             return len(data)
 
 
 def occupy():
-    """Put /dev/null where a standard stream was closed. A file opened later would get its number, and what a library prints."""
+    """Put /dev/null where a standard stream was closed. A file opened later would get its number, and with it
+    what a library prints.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def lossy(stream, result: bool = False):
-    """The same stream as one that never raises. Streams that are no files, such as a notebook's, stay as they are."""
+    """The same stream as one that never raises. Streams that are no files, such as a notebook's, stay as they
+    are.
+    """
     if stream is None:  # it was closed when Python started
-        return io.TextIOWrapper(io.BufferedWriter(Lossy(os.open(os.devnull, os.O_WRONLY), result)), "utf-8", "backslashreplace")
+        nothing = Lossy(os.open(os.devnull, os.O_WRONLY), result)
+        return io.TextIOWrapper(io.BufferedWriter(nothing), "utf-8", "backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     with contextlib.suppress(OSError, ValueError):
@@ -59,9 +67,9 @@ def lossy(stream, result: bool = False):
         raw = Lossy(stream.fileno(), result)
     except (OSError, ValueError):
         return stream
-    unbuffered = stream.write_through
-    return io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), stream.encoding, "backslashreplace",
-                            line_buffering=stream.line_buffering, write_through=unbuffered)
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace",
+                            line_buffering=stream.line_buffering, write_through=stream.write_through)
 
 
 def protect(result: bool = False):

@@ -168,7 +168,9 @@ def judged(logits, targets):
 
 
 def score(model, rows: list, dtype, tokens: int, stop: StopRequest = NEVER) -> list[list[tuple[float, bool]]] | None:
-    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process was asked to stop before."""
+    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process was
+    asked to stop before the last.
+    """
     out = [None] * len(rows)
     for batch in batches(rows, tokens):
         if stop.is_set():
@@ -186,14 +188,16 @@ def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
     return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
 
 
-def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER) -> dict | None:
+def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int,
+                  stop: StopRequest = NEVER) -> dict | None:
     """CORE from `questions`, over all processes. None if one of them was asked to stop before it was through.
 
     tokens: held in one forward pass, padding included; each answer to a question counts with its prompt.
     Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, examples, correct}.
     """
     tasks = {}
-    counts = torch.zeros(len(asked) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)  # right, asked; processes that broke off
+    # right and asked questions of each task; in the last row the processes that broke off
+    counts = torch.zeros(len(asked) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)
     for i, of_task in enumerate(asked):
         scores = score(model, [row for q in of_task for row in q.rows], dtype, tokens, stop)
         if scores is None:

@@ -71,7 +71,7 @@ def download(hub_set: HubSet, missing: dict[str, Path], staging: Path, workers: 
             except InputError as e:
                 failures[futures[future]] = f"{repo}: {e}"
     except KeyboardInterrupt as e:
-        signals.leave(signals.number_of(e))  # threads cannot be interrupted, and no file is visible before it is whole
+        signals.leave(signals.number_of(e))  # threads go on, and no file is visible before it is whole
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(staging, ignore_errors=True)

@@ -13,10 +13,10 @@ from nanochat.signals import NEVER, StopRequest
 
 
 @torch.no_grad()
-def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype, rank: int = 0, world_size: int = 1,
-             stop: StopRequest = NEVER) -> dict | None:
-    """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the batch size. None if one of
-    them was asked to stop before it was through.
+def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype,
+             rank: int = 0, world_size: int = 1, stop: StopRequest = NEVER) -> dict | None:
+    """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the
+    batch size. None if a process was asked to stop before it was through.
 
     token_bytes: (vocab,) bytes of text an id stands for, 0 for special tokens.
     Returns val/loss: mean nats per token, BOS included; val/ppl = exp of it; val/bpb: bits per byte of text, the nats of
@@ -24,7 +24,8 @@ def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int,
     """
     mine = range(rank, count, world_size)
     token_bytes = torch.as_tensor(token_bytes, device=device)
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, tokens, nats of ordinary tokens, bytes; processes that broke off
+    # nats, tokens, nats of ordinary tokens, bytes; processes that broke off
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     for i in range(0, len(mine), device_batch_size):
         if stop.is_set():
             sums[4] = 1
@@ -54,7 +55,9 @@ def reference_losses(train_rows: Rows, val_rows: Rows, count: int, vocab_size: i
 
 
 def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NEVER) -> list[str] | None:
-    """48 tokens after the first 16 of each of the first two validation rows. None if this process was asked to stop before they were there."""
+    """48 tokens after the first 16 of each of the first two validation rows. None if this process was asked to
+    stop before they were all there.
+    """
     texts = []
     for i in range(min(2, val_rows.count)):
         prompt, continuation = val_rows.row(i)[:16].tolist(), []

@@ -129,7 +129,8 @@ class RunRecord:
         return values | time_to_ppl(self.evals, self.thresholds)
 
     def write_summary(self, status: str):
-        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **self.summary()}, indent=2) + "\n")
+        content = {"status": status, **self.summary()}
+        write_atomic(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
     def summarize(self, status: str):
         """Rewrite summary.json, and wandb's summary."""

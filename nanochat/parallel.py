@@ -78,12 +78,12 @@ def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
     return whole
 
 
-# ---- requests to stop -----------------------------------------------------------------------------------------------
+# ---- requests to stop --------------------------------------------------------------------------------------
 
 ASKED = "nanochat/stop"  # the key in the store of the process group
 
 
-def anywhere(place, *flags: bool) -> list[bool]:
+def any_process(place, *flags: bool) -> list[bool]:
     """Whether each flag is set on any process: the same answer on all."""
     device, _, world_size = place
     if world_size == 1:
@@ -94,8 +94,8 @@ def anywhere(place, *flags: bool) -> list[bool]:
 
 
 @contextlib.contextmanager
-def shared(request: StopRequest):
-    """While this lasts, a request to stop that one process hears reaches the others within about a second, wherever they are."""
+def share_requests(request: StopRequest):
+    """While this lasts, a request to stop that one process hears reaches the others within about a second."""
     if not dist.is_initialized():
         yield
         return
@@ -103,14 +103,14 @@ def shared(request: StopRequest):
     store = dist.distributed_c10d._get_default_store()
     if hasattr(store, "clone"):  # a connection of its own: one that waits for a key lets nobody else through
         store = store.clone()
-    threading.Thread(target=share, args=(request, store, over), daemon=True, name="stop requests").start()
+    threading.Thread(target=relay, args=(request, store, over), daemon=True, name="stop requests").start()
     try:
         yield
     finally:
         over.set()
 
 
-def share(request: StopRequest, store, over: threading.Event):
+def relay(request: StopRequest, store, over: threading.Event):
     with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
         while not over.is_set():
             if request.wait(1.0):

@@ -1,10 +1,10 @@
-"""How a process is asked to end: Ctrl-C, a closed terminal, and the signals that launchers and schedulers send.
+"""How a process is asked to end: Ctrl-C, a closed terminal, the signals that launchers and schedulers send.
 
 A script ends at once, with one line. A training loop saves first: `stop_signals`.
 
-Python runs a signal handler between two instructions of the main thread. That thread may be inside one product, one collective or one
-compilation for minutes. So a second thread, the listener, reads the same signals from a pipe. It ends the process when the main thread
-does not, and when the user insists.
+Python runs a signal handler between two instructions of the main thread. That thread may be inside one
+product, one collective or one compilation for minutes. So a second thread, the listener, reads the same
+signals from a pipe. It ends the process when the main thread does not, and when the user insists.
 """
 import contextlib
 import os
@@ -16,7 +16,7 @@ import time
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE = 75  # exit code of a process that was asked to end and can start again: EX_TEMPFAIL of sysexits.h
 GRACE = 5     # seconds in which the main thread cleans up
-ECHO = 0.1    # seconds: a wrapper may pass on the Ctrl-C that the terminal has sent already; these two are one
+ECHO = 0.1    # seconds: a wrapper may repeat the Ctrl-C that the terminal has sent; these two are one
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,7 +70,7 @@ def leave(number: int, line: str = ""):
     os._exit(exit_code(number))
 
 
-# ---- the listener ---------------------------------------------------------------------------------------------------
+# ---- the listener ------------------------------------------------------------------------------------------
 
 class Listener(threading.Thread):
     """Reads the numbers of the signals that come, while the main thread works."""
@@ -80,10 +80,13 @@ class Listener(threading.Thread):
         self.request = None      # the StopRequest that a signal sets; None: a signal ends the process
         self.raised = False      # whether the main thread was told to end
         self.main_ended = False  # only Python's own shutdown is left to do
-        self.first, self.last_interrupt, self.interrupts = None, 0.0, 0
+        self.first = None        # number of the first signal that came
+        self.last_interrupt = 0.0
+        self.interrupts = 0
         self.pipe, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # its signals are not ours
 
     def run(self):
         deadline = None
@@ -103,7 +106,7 @@ class Listener(threading.Thread):
                     deadline = time.monotonic() + GRACE
 
     def insists(self, number: int) -> bool:
-        """Whether this is the second Ctrl-C. To a second one torchrun answers with a SIGTERM to its processes."""
+        """Whether this is the second Ctrl-C. At a second one torchrun sends a SIGTERM to its processes."""
         self.first = self.first or number
         if number == signal.SIGTERM:
             return self.first == signal.SIGINT and under_torchrun()
@@ -133,9 +136,11 @@ def on_signal(number, _frame):
 
 
 def listen():
-    """From now on the signals in ENDING end this process: the main thread gets Stopped, and GRACE seconds later the process is gone.
+    """From now on the signals in ENDING end this process. The main thread gets Stopped, and GRACE seconds
+    later the process is gone.
 
-    A signal that is ignored, as under nohup, stays so. Not under torchrun: what it passes on, it follows with a SIGKILL.
+    A signal that is ignored, as under nohup, stays so. Not under torchrun: after each signal that it passes
+    on it sends a SIGKILL.
     """
     global listener
     if threading.current_thread() is not threading.main_thread():
@@ -151,8 +156,8 @@ def listen():
 
 @contextlib.contextmanager
 def left_to_the_system():
-    """For a library's call that lets no other thread of Python run, and during which nothing is written: signals end the process as they
-    would without Python.
+    """For a library's call that lets no other thread of Python run, and during which nothing is written:
+    signals end the process as they would without Python.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -175,7 +180,10 @@ def main_ended():
 
 @contextlib.contextmanager
 def stop_signals():
-    """A StopRequest, a threading.Event, that the signals in ENDING set from now on. A second Ctrl-C leaves at once."""
+    """A StopRequest, a threading.Event, that the signals in ENDING set from now on.
+
+    A second Ctrl-C leaves at once.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -183,7 +191,8 @@ def stop_signals():
     before = {number: signal.getsignal(number) for number in ENDING}
     listen()
     outer, listener.request = listener.request, request
-    listener.first, listener.interrupts = None, 0
+    listener.first = None
+    listener.interrupts = 0
     try:
         yield request
     finally:

@@ -7,14 +7,15 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from nanochat import common, compiler, metrics, signals, writer
-from nanochat.checkpoint_manager import OWED, load_checkpoint, load_newest, pay_evaluation, save_checkpoint, saved_steps
+from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest, save_checkpoint,
+                                         saved_steps)
 from nanochat.common import InputError, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -23,7 +24,8 @@ from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
-from nanochat.parallel import anywhere, average_gradients, differing_parameters, gather_state, share_parameters, shared
+from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state, share_parameters,
+                               share_requests)
 from nanochat.plan import print_plan
 from nanochat.tokenizer import other_text
 
@@ -105,16 +107,19 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
 
 
 def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float | None, bool]:
-    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all of them, whether any
-    process was asked to stop). The loss is None if one of them broke the step off for that: the gradients are then of no use.
+    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all
+    of them, whether a process was asked to stop). The loss is None if one of them broke the step off for that:
+    the gradients are then of no use.
     """
     device, rank, world_size = place
     total = torch.zeros(3, device=device)  # loss, requests to stop, processes that broke off
     started = time.perf_counter()
     for done in range(micro_steps):
-        if done and stop.is_set() and (micro_steps - done) * (time.perf_counter() - started) / done > PATIENCE:
-            total[2] = 1
-            break
+        if done and stop.is_set():
+            seconds_each = (time.perf_counter() - started) / done
+            if (micro_steps - done) * seconds_each > PATIENCE:
+                total[2] = 1
+                break
         x, y = next(batches)
         loss = model(x, y, dtype) / micro_steps
         loss.backward()
@@ -157,46 +162,58 @@ def core_questions(args, tokenizer, place):
     return bundle, questions(bundle, tokenizer, args.max_seq_len, args.core_metric_max_per_task, *place[1:])
 
 
+@dataclass
 class Evaluation:
-    """What is measured of the model after a step, and after which steps. All processes take part; only the first makes samples."""
-
-    def __init__(self, args, learner: Learner, tokenizer, val_rows: Rows, core, place, dtype, plan: dict):
-        self.args, self.learner, self.tokenizer, self.val_rows, self.core, self.place, self.dtype = args, learner, tokenizer, val_rows, core, place, dtype
-        self.steps, self.count = plan["num_iterations"], plan["val_tokens"] // args.max_seq_len
+    """What is measured of the model after a step, and after which steps. All processes take part; only the
+    first makes samples.
+    """
+    args: object
+    learner: Learner
+    tokenizer: object
+    val_rows: Rows
+    core: tuple | None  # core_questions
+    place: tuple        # device, rank, number of processes
+    dtype: torch.dtype
+    steps: int          # of the run
+    val_count: int      # rows
 
     def due(self, step: int) -> bool:
-        return step == self.steps or self.asked(step, "eval_every") or self.asked(step, "sample_every") or self.core_due(step)
+        own = self.falls_on(step, "eval_every") or self.falls_on(step, "sample_every")
+        return step == self.steps or own or self.core_due(step)
 
-    def asked(self, step: int, flag: str) -> bool:
+    def falls_on(self, step: int, flag: str) -> bool:
         every = getattr(self.args, flag)
         return every > 0 and step % every == 0
 
     def core_due(self, step: int) -> bool:
-        return bool(self.core) and self.asked(step, "core_metric_every")
+        return bool(self.core) and self.falls_on(step, "core_metric_every")
 
     def losses(self, stop) -> dict | None:
         device, rank, world_size = self.place
-        return evaluate(self.learner.model, self.val_rows, self.count, self.tokenizer.token_bytes(), self.args.device_batch_size,
-                        device, self.dtype, rank, world_size, stop)
+        return evaluate(self.learner.model, self.val_rows, self.val_count, self.tokenizer.token_bytes(),
+                        self.args.device_batch_size, device, self.dtype, rank, world_size, stop)
 
     def __call__(self, step: int, stop) -> tuple[dict, bool] | None:
-        """(values for the record, whether the run ends with this step). None if a process was asked to stop before all values were there;
-        the other processes may then have a result, which is void.
+        """(values for the record, whether the run ends with this step). None if this process broke off because a
+        process was asked to stop; what the others then return is void.
         """
-        args, model, values, last = self.args, self.learner.model, {}, step == self.steps
-        if last or self.asked(step, "eval_every"):
+        args, model = self.args, self.learner.model
+        values = {}
+        last = step == self.steps
+        if last or self.falls_on(step, "eval_every"):
             losses = self.losses(stop)
             if losses is None:
                 return None
             values |= losses | self.learner.findings()
             last = last or losses["val/ppl"] <= args.stop_at_ppl
         if self.core_due(step) or (self.core and last):
-            core = evaluate_core(model, *self.core, self.dtype, args.device_batch_size * args.max_seq_len, stop)
+            tokens_at_once = args.device_batch_size * args.max_seq_len
+            core = evaluate_core(model, *self.core, self.dtype, tokens_at_once, stop)
             if core is None:
                 return None
             values["core_metric"] = core["core_metric"]
-            values |= {f"centered_results/{label}": value for label, value in core["centered_results"].items()}
-        if self.place[1] == 0 and (self.asked(step, "sample_every") or (last and args.sample_every > 0)):
+            values |= {f"centered_results/{label}": score for label, score in core["centered_results"].items()}
+        if self.place[1] == 0 and (self.falls_on(step, "sample_every") or (last and args.sample_every > 0)):
             samples = sample_texts(model, self.tokenizer, self.val_rows, self.dtype, stop)
             if samples is None:
                 return None
@@ -222,7 +239,8 @@ def check_resume(resume: str):
 
 
 def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, tag_flag: str = "--model-tag", **derived):
-    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan; exits with `signals.exit_code` if it was asked to stop before.
+    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits with
+    `signals.exit_code` if it was asked to stop before.
 
     start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named it.
     derived: more that config.json is to hold and that a resumed run must have in common with it.
@@ -261,7 +279,8 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
     with contextlib.ExitStack() as held:
         lock = None
         if rank == 0:
-            lock = held.enter_context(common.claimed(common.get_base_dir() / "locks" / f"{tag}.lock", f"{tag_flag} {tag}: {folder}"))
+            path = common.get_base_dir() / "locks" / f"{tag}.lock"
+            lock = held.enter_context(common.claimed(path, f"{tag_flag} {tag}: {folder}"))
         if world_size > 1:
             dist.barrier()  # a checkpoint that is still being written is there for all of them or for none
         found = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
@@ -272,15 +291,17 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
             run_config["reference_losses"] = reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size)
         if world_size > 1:
             dist.barrier()  # every process has looked at the folder before rank 0 writes into it
-        stop = train(args, build(device), run_config, accounting, found or start, folder, tokenizer, train_rows, val_rows, core, place, dtype, lock)
+        stop = train(args, build(device), run_config, accounting, found or start, folder, tokenizer,
+                     train_rows, val_rows, core, place, dtype, lock)
     if stop:
         common.end_process()
         sys.exit(signals.exit_code(stop.number))
 
 
-def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer, train_rows: Rows, val_rows: Rows, core, place, dtype,
-          lock) -> signals.StopRequest | None:
-    """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with its state saved.
+def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer,
+          train_rows: Rows, val_rows: Rows, core, place, dtype, lock) -> signals.StopRequest | None:
+    """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with its
+    state saved; else None.
 
     lock: the open file, on the first process, by which it holds the folder.
     """
@@ -322,7 +343,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         if not record:
             return
         state = {**learner.state(), "optimizer": whole}
-        now = {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash, **learner.meta()}
+        now = {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash,
+               **learner.meta()}
         if owed:
             now[OWED] = True
         if writer.under_launcher():
@@ -341,21 +363,24 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0  # bad: not finite
     peak = metrics.peak_flops(run_config["device"]["name"])
     batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
-    evaluation = Evaluation(args, learner, tokenizer, val_rows, core, place, dtype, plan)
+    val_count = plan["val_tokens"] // args.max_seq_len
+    evaluation = Evaluation(args, learner, tokenizer, val_rows, core, place, dtype, steps, val_count)
     metrics.reset_peak_memory(device)
 
     def entry_of(step):
         tokens = step * plan["total_batch_size"]
-        return {"step": step, "total_tokens": tokens, "total_training_flops": tokens * accounting["flops/per_token"], "total_training_time": seconds}
+        return {"step": step, "total_tokens": tokens, "total_training_time": seconds,
+                "total_training_flops": tokens * accounting["flops/per_token"]}
 
     def measure(step, entry, line, stopping):
-        """Add to the entry what is to be measured after this step, and record it. Returns (whether the run ends with it, whether a process
-        was asked to stop, whether the measuring is owed: it was put off for that).
+        """Add to the entry what is to be measured after this step, and record it. Returns whether the run ends
+        with it, whether a process was asked to stop, and whether the measuring is owed: put off for that.
         """
-        last = owed = False
+        last = False
+        owed = False
         if evaluation.due(step):
             result = None if stopping else evaluation(step, stop)
-            stopping, owed = anywhere(place, stopping or stop.is_set(), result is None)
+            stopping, owed = any_process(place, stopping or stop.is_set(), result is None)
             if not owed:
                 values, last = result
                 entry |= values
@@ -371,7 +396,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
     if world_size > 1:
         dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
-    with signals.stop_signals() as stop, shared(stop):
+    with signals.stop_signals() as stop, share_requests(stop):
         if record:
             record.summarize("running")
         step = saved = meta["step"]
@@ -389,7 +414,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             last, stopping, owed = measure(step, entry, f"step {step:05d}/{steps:05d}, evaluated now", False)
             show_samples(entry)
             if record and not owed:
-                pay_evaluation(folder, step)
+                clear_owed_evaluation(folder, step)
         while not (last or stopping):
             step += 1
             lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
@@ -412,7 +437,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             dt = time.perf_counter() - started
             seconds += dt
             speed = plan["total_batch_size"] / dt
-            entry = entry_of(step) | {"train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed, "train/epoch": step * rows_per_step / train_rows.count}
+            entry = entry_of(step) | {"train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed,
+                                      "train/epoch": step * rows_per_step / train_rows.count}
             if finite:
                 entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
                 bad_in_a_row = 0
@@ -424,17 +450,19 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
                 entry |= {"mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
                           "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
-            line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {(steps - step) * seconds / step / 60:.1f} min"
+            minutes = (steps - step) * seconds / step / 60
+            line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {minutes:.1f} min"
             line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
 
             last, stopping, owed = measure(step, entry, line, stopping)
             if bad_in_a_row > args.max_bad_steps:
                 save(step, last, owed)  # none of the bad steps was applied: these are the last good weights
-                raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row (--max-bad-steps {args.max_bad_steps}); {way_back()}")
+                raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row "
+                                 f"(--max-bad-steps {args.max_bad_steps}); {way_back()}")
             if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
                 save(step, last, owed)
                 saved = step
-                stopping, = anywhere(place, stopping or stop.is_set())  # a request heard while it was written
+                stopping, = any_process(place, stopping or stop.is_set())  # heard while it was written
                 if record and not (last or stopping):
                     record.summarize("running")
             show_samples(entry)

@@ -1,8 +1,8 @@
 """The process that writes a checkpoint under a launcher.
 
-torchrun kills its processes half a minute after it was asked to stop, and a checkpoint may take longer to write. So a process of its own
-writes it, in a session that the launcher does not know, and goes on when the training process is killed. Without a launcher nothing kills
-the training process alone, and it writes by itself.
+torchrun kills its processes half a minute after it was asked to stop, and a checkpoint may take longer to
+write. So a process of its own writes it, in a session that the launcher does not know, and goes on when the
+training process is killed. Without a launcher nothing kills the training process alone: it writes itself.
 """
 import contextlib
 import os
@@ -22,7 +22,7 @@ def under_launcher() -> bool:
 
 
 def on_cpu(state, copies: dict | None = None):
-    """Tensors, nested in dicts and lists, on the CPU: those that are there as they are, others copied once each."""
+    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and a copy of each other."""
     copies = {} if copies is None else copies
     if isinstance(state, dict):
         return {key: on_cpu(value, copies) for key, value in state.items()}
@@ -36,12 +36,13 @@ def on_cpu(state, copies: dict | None = None):
     return copies[place]
 
 
-def write_apart(write, lock, when_alone):
+def write_apart(write, lock, if_orphaned):
     """write() in a forked process, which is waited for. What it raises is raised here.
 
-    It must touch files and CPU tensors only: a forked process has neither the threads nor the devices of this one.
-    lock: the locks.Lock that says whose run this is; the writer holds it too, so that nobody takes the run before it ends.
-    when_alone(): what the writer does after it if this process is gone by then.
+    It must touch files and CPU tensors only: a forked process has neither the threads nor the devices of
+    this one.
+    lock: the locks.Lock that says whose run this is. The writer holds it too: nobody takes the run before.
+    if_orphaned(): what the writer does after write() if this process is gone by then.
     """
     reads, writes = os.pipe()
     lock.sign(WRITING)
@@ -50,19 +51,20 @@ def write_apart(write, lock, when_alone):
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork beside threads
         pid = os.fork()
     if pid == 0:
-        be_writer(write, when_alone, parent, writes, lock)
+        be_writer(write, if_orphaned, parent, writes, lock)
     os.close(writes)
     with open(reads, "rb") as pipe:
         answer = pipe.read()
     status = os.waitpid(pid, 0)[1]
     lock.sign()
     if not answer:
-        raise InputError(f"the process that writes the checkpoint was ended by {how_it_ended(status)}; continue with --resume auto")
+        raise InputError(f"the process that writes the checkpoint was ended by {how_it_ended(status)}; "
+                         "continue with --resume auto")
     if error := pickle.loads(answer):
         raise error
 
 
-def be_writer(write, when_alone, parent: int, answers: int, lock):
+def be_writer(write, if_orphaned, parent: int, answers: int, lock):
     """The rest of the forked process's life."""
     error = None
     try:
@@ -70,7 +72,7 @@ def be_writer(write, when_alone, parent: int, answers: int, lock):
         lock.sign(WRITING)
         write()
         if os.getppid() != parent:
-            when_alone()
+            if_orphaned()
     except BaseException as e:  # whatever it is, the parent raises it
         error = e
     try:
@@ -80,9 +82,10 @@ def be_writer(write, when_alone, parent: int, answers: int, lock):
 
 
 def leave_the_parent(kept: set[int]):
-    """A session of its own, no signals, and none of the parent's files and connections but those `kept`: they end when the parent does."""
+    """A session of its own, no signals, and of the parent's files and connections none but those `kept`: the
+    others end with the parent.
+    """
     os.setsid()
-    signal.set_wakeup_fd(-1)
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -326,7 +326,7 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatc
 
 @pytest.mark.parametrize("in_step,saved", [(2, 3), (3, 3), (6, 6)])
 def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch, in_step, saved):
-    """A request during step 2 is agreed on with the losses of step 3. Steps 3 and 6 are evaluated: that is where it is heard, and put off."""
+    """A request during step 2 is agreed on with the losses of step 3. The evaluation of steps 3 and 6 hears it, and is put off."""
     straight = train(tag="straight")
     original, steps = training.gradient_norm, []
 
@@ -364,7 +364,8 @@ class Once(threading.Event):
 
 def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train, monkeypatch, tmp_path):
     """In micro-steps, evaluation, CORE, samples and saves: stopped again and again, each time after more looks at the request."""
-    flags = ["--sample-every", 2, "--save-every", 2, "--eval-every", 2, "--stop-at-ppl", 20, "--core-metric-every", 3, "--core-dir", write_bundle(tmp_path / "bundle")]
+    flags = ["--sample-every", 2, "--save-every", 2, "--eval-every", 2, "--stop-at-ppl", 20,
+             "--core-metric-every", 3, "--core-dir", write_bundle(tmp_path / "bundle")]
     straight = train(*flags, tag="straight")
     monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
     stops, ended = 0, False

@@ -114,6 +114,7 @@ def test_a_second_ctrl_c_leaves_at_once(launch):
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, signal.SIGINT)
     wait_until(lambda: list(folder.glob("checkpoints/.step_*")))
+    time.sleep(3 * signals.ECHO)
     began = time.monotonic()
     send(launched, signal.SIGINT)
     assert launched.codes() == [130] and time.monotonic() - began < 20
