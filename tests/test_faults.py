@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +28,13 @@ def start(processes: int, corpus_dir, *flags):
 
 
 def family(pid: int) -> list[int]:
-    """The launcher, its processes and the writers of their checkpoints, which have sessions of their own."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [pid, *(descendant for child in children for descendant in family(int(child)))]
+    """The launcher, its processes and the writers of their checkpoints, which have sessions of their own. Asked of the kernel (Linux): to
+    start a program that looks takes longer than to write a checkpoint.
+    """
+    with contextlib.suppress(OSError):
+        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        return [pid, *(descendant for child in children for descendant in family(child))]
+    return [pid]
 
 
 def kill(process, pids: list[int]):
@@ -63,9 +68,9 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
         else:                  # while it trains; every other time in the middle of writing a checkpoint
             wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
             time.sleep(rng.uniform(0, 0.2))
-            pids = family(run.pid)  # before: to look for them takes longer than to write a checkpoint
             if i % 2:
                 wait_for(lambda: list((folder / "checkpoints").glob(".step_*.building")), run)
+            pids = family(run.pid)
         assert run.poll() is None, "it finished before it could be killed"
         kill(run, pids)
         landed.append((saved_steps(folder)[-1:], len(list((folder / "checkpoints").glob(".step_*")))))
