@@ -303,7 +303,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with its
     state saved; else None.
 
-    lock: the open file, on the first process, by which it holds the folder.
+    lock: the locks.Lock, on the first process, by which it holds the folder.
     """
     (device, rank, world_size), plan = place, run_config["derived"]
     state, meta = start
