@@ -28,7 +28,7 @@ def step_folder(run_folder: Path, step: int) -> Path:
 def saved_steps(run_folder: Path) -> list[int]:
     """Steps with a checkpoint, ascending; not yet verified."""
     names = (f.name.removeprefix("step_") for f in (run_folder / "checkpoints").glob("step_*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> int:

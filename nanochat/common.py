@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -41,6 +42,10 @@ def run_script(main, result_is_printed: bool = False):
             raise
         hint = " (free some space, then run the same command again)" if e.errno == errno.ENOSPC else ""
         message = f"{e.filename or 'file system'}: {e.strerror}{hint}"
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        message = f"out of memory ({first_line(e)}); give a smaller model, batch or context"
     except KeyboardInterrupt as e:
         number = signals.number_of(e)
         signals.say(f"stopped by {signals.name_of(number)}")
@@ -53,8 +58,13 @@ def run_script(main, result_is_printed: bool = False):
     if rank > 0:
         time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
     where = f" [process {rank} of {world_size}]" if rank > 0 else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"error{where}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)  # a value may hold line breaks
     sys.exit(2)
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Whether Python, or torch on a GPU or a processor, found too little memory."""
+    return isinstance(e, MemoryError) or any(words in str(e).lower() for words in ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed"))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -68,18 +78,66 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def whole_number(minimum: int):
-    """argparse type: an integer >= minimum."""
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+LARGEST_INTEGER = 2**63 - 1     # what torch and numpy hold
+SMALLEST, LARGEST = 1e-30, 1e30  # of numbers other than 0: what float32 holds, also after a product with another
+
+
+def as_whole_number(text: str) -> int | None:
+    """The whole number that a text is; None if it is none."""
+    try:
+        return int(text)
+    except ValueError:  # so does Python call more than 4300 digits
+        return None
+
+
+def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None = None):
+    """argparse type: an integer from minimum to maximum; or `off`, which switches off what the flag is about."""
     def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {minimum}")
+        value = as_whole_number(text)
+        if value is None or not (minimum <= value <= maximum or value == off):
+            wanted = f"<= {maximum}" if value is not None and value > maximum else f">= {minimum}"
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number {wanted}{or_off(off)}")
         return value
     return parse
 
+
+def number(low: float = 0, high: float = LARGEST, *, above: float | None = None, off: float | None = None):
+    """argparse type: a finite number from `low`, or from above `above`, to high; or `off`, which switches off what the flag is about.
+
+    Numbers other than 0 that lie outside of what float32 holds are refused: they become 0, infinite, or an error of torch.
+    """
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if value == off:
+            return value
+        inside = low <= value <= high if above is None else above < value <= high
+        if not inside or 0 < abs(value) < SMALLEST:
+            smallest = f"from {low:g}" if above is None else f"above {above:g} and up"
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {smallest} to {high:g}{or_off(off)}")
+        return value
+    return parse
+
+
+def or_off(off: float | None) -> str:
+    return "" if off is None else f", nor {off:g}"
+
+
+def shortened(text: str) -> str:
+    """Short enough for a line."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def quoted(text: str) -> str:
+    """What the user gave, on one line."""
+    return repr(shortened(text))
+
+
+# ---- flags that several scripts have --------------------------------------------------------------------------------
 
 def device_flags(add, dtype: str):
     """--device-type and --dtype, for pick_device_type and compute_dtype. `dtype` says what is of that dtype."""
@@ -151,6 +209,18 @@ def claimed(path: Path, what: str):
         yield lock
     finally:
         lock.close()
+
+
+def memory_bytes(device_type: str) -> int:
+    """All the memory of a GPU, of the machine, or of the container that we are in. A batch system may allow less."""
+    if device_type == "cuda":
+        import torch
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else LARGEST_INTEGER
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit, which reads "max"
+        return machine
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

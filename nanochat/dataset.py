@@ -183,7 +183,7 @@ def main(argv=None):
     parser = ArgumentParser("Download a public corpus: its validation file first, then training files. "
                             "HF_ENDPOINT names another host, HF_TOKEN a login.")
     parser.add_argument("--data", choices=HUB_SETS, required=True, help="which one")
-    parser.add_argument("-n", type=whole_number(-1), default=argparse.SUPPRESS, metavar="N",
+    parser.add_argument("-n", type=whole_number(0, off=-1), default=argparse.SUPPRESS, metavar="N",
                         help="training files to have, -1 = all (default: 8, or all if there are fewer)")
     parser.add_argument("-w", type=whole_number(1), default=4, metavar="N", help="parallel downloads")
     args = parser.parse_args(argv)

@@ -131,7 +131,7 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
     for name, table in spec["points"].items():
         check_point(name, table)
     whole_numbers("seeds", spec["seeds"], 0)
-    whole_numbers("processes", [spec["processes"]], 1)
+    whole_numbers("processes", [spec["processes"]], 1, 1024)  # of one machine
     if "vocab-size" not in base:
         raise InputError("[flags]: vocab-size is missing; the tokenizer of the sweep is trained with it, for example vocab-size = 4096")
     main = str(base.get("data", "stdlib"))

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from nanochat.common import InputError
+from nanochat.common import LARGEST_INTEGER, InputError, first_line
 from nanochat.flags import build_parser
 from nanochat.plan import parse_flags
 
@@ -32,8 +32,8 @@ def load_toml(path: Path) -> dict:
         raise InputError(f"{path}: no such experiment file") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: invalid UTF-8 at byte {e.start}") from None
-    except tomllib.TOMLDecodeError as e:
-        raise InputError(f"{path}: not TOML: {e}") from None
+    except (ValueError, RecursionError) as e:  # not TOML, a number of thousands of digits, or lists in lists in lists …
+        raise InputError(f"{path}: not TOML: {first_line(e)}") from None
     check_keys(path, content, {**KEYS, "preset": dict})
     for name, table in content.get("preset", {}).items():
         if not isinstance(table, dict):
@@ -110,6 +110,8 @@ def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True, 
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(v, (int, float, str)) for v in values):
             raise InputError(f"{where}: {flag} is to be a number, text, true or false, or a list of some")
+        if any("\0" in str(v) for v in values):  # which no command line and no path can hold
+            raise InputError(f"{where}: {flag} has a NUL character; leave it out")
 
 
 def check_point(name: str, table):
@@ -144,7 +146,7 @@ def check_eval(name: str, table):
     check_flags(where, {k: v for k, v in table.items() if k not in POINTS_OWN}, lists=False, script=table["script"])
 
 
-def whole_numbers(where: str, values, minimum: int) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and v >= minimum for v in values) or len(set(values)) < len(values):
-        raise InputError(f"{where}: give whole numbers >= {minimum}, each once")
+def whole_numbers(where: str, values, minimum: int, maximum: int = LARGEST_INTEGER) -> list[int]:
+    if not isinstance(values, list) or not all(type(v) is int and minimum <= v <= maximum for v in values) or len(set(values)) < len(values):
+        raise InputError(f"{where}: give whole numbers >= {minimum}, up to {maximum}, each once")
     return values

@@ -1,23 +1,31 @@
 """The flags of the training scripts, in groups, and how their values are read. What they mean together is nanochat/plan.py's."""
-import math
 from argparse import ArgumentTypeError
 
-from nanochat.common import ArgumentParser, device_flags, whole_number
+from nanochat.common import LARGEST_INTEGER, ArgumentParser, as_whole_number, device_flags, number, quoted, shortened, whole_number
 from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
 from nanochat.tokenizer import tokenizer_tag
 
+# what no model reaches: beyond it even counting takes minutes, and sizes overflow
+DEEPEST = 4096       # layers
+WIDEST = 2**20       # width, and that of a head
+LONGEST = 2**31 - 1  # tokens of a context or a vocabulary, rows of a batch
+
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 def rank_flag(text: str) -> float:
-    try:
-        value = float(text) if "." in text or "e" in text else int(text)
-    except ValueError:
-        value = -1
-    if value < 0 or (isinstance(value, float) and not 0 < value < 1):
-        raise ArgumentTypeError(f"{text!r}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
+    value = as_whole_number(text)
+    if value is None:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1
+        if not 0 < value < 1:
+            value = -1
+    if not 0 <= value <= LARGEST_INTEGER:
+        raise ArgumentTypeError(f"{quoted(text)}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
     return value
 
 
@@ -25,7 +33,7 @@ def matrix_ranks(text: str) -> dict[str, float]:
     """'v=128,down=0.5' -> {'v': 128, 'down': 0.5}"""
     pairs = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
     if unknown := sorted(pairs.keys() - set(MATRICES)):
-        raise ArgumentTypeError(f"{text!r}: no matrix is called {', '.join(unknown)}; write e.g. v=128,down=0.5, of {', '.join(MATRICES)}")
+        raise ArgumentTypeError(f"{quoted(text)}: no matrix is called {shortened(', '.join(unknown))}; write e.g. v=128,down=0.5, of {', '.join(MATRICES)}")
     return {name: rank_flag(rank) for name, rank in pairs.items()}
 
 
@@ -35,31 +43,15 @@ def matrix_ranks_flag(text: str) -> str:
 
 def layer_map_flag(text: str) -> str:
     if text and not well_formed(text):
-        raise ArgumentTypeError(f"{text!r}: {FORM}")
+        raise ArgumentTypeError(f"{quoted(text)}: {FORM}")
     return text
 
 
 def positive_floats(text: str) -> list[float]:
     try:
-        values = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = [0.0]
-    if not all(v > 0 and math.isfinite(v) for v in values):
-        raise ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 100,50,30")
-    return values
-
-
-def number(low: float, high: float = math.inf):
-    """argparse type: a finite number in [low, high]."""
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            raise ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return value
-    return parse
+        return [number(above=0)(part) for part in text.split(",") if part.strip()]
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{quoted(text)} is not a list of positive numbers such as 100,50,30") from None
 
 
 # ---- flags, in groups -----------------------------------------------------------------------------------------------
@@ -76,13 +68,13 @@ def add_machine_flags(add):
 
 def add_shape_flags(add):
     """The model but for its ranks."""
-    add("--depth", type=whole_number(1), default=20, help="layers")
-    add("--aspect-ratio", type=whole_number(1), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
-    add("--model-dim", type=whole_number(-1), default=-1, help="width, overriding depth × aspect-ratio")
-    add("--head-dim", type=whole_number(1), default=128)
-    add("--n-kv-head", type=whole_number(-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
-    add("--mlp-ratio", type=number(0), default=4.0, help="hidden width of the MLP / width")
-    add("--max-seq-len", type=whole_number(2), default=2048)
+    add("--depth", type=whole_number(1, DEEPEST), default=20, help="layers")
+    add("--aspect-ratio", type=whole_number(1, WIDEST), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
+    add("--model-dim", type=whole_number(1, WIDEST, off=-1), default=-1, help="width, overriding depth × aspect-ratio")
+    add("--head-dim", type=whole_number(1, WIDEST), default=128)
+    add("--n-kv-head", type=whole_number(1, off=-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--mlp-ratio", type=number(above=0), default=4.0, help="hidden width of the MLP / width")
+    add("--max-seq-len", type=whole_number(2, LONGEST), default=2048)
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
     add("--tie-embeddings", action="store_true", help="the output head is the token embedding")
     add("--value-embeddings", action="store_true", help="a table of values in every other layer (adds vocabulary × width parameters each)")
@@ -119,25 +111,25 @@ def add_subspace_flags(add):
 
 def add_horizon_flags(add):
     """The batch, and how long to train: of the horizons the first that is given counts."""
-    add("--num-iterations", type=whole_number(-1), default=-1, help="optimization steps")
-    add("--target-flops", type=float, default=-1, help="total training FLOPs")
-    add("--target-param-data-ratio", type=float, default=12, help="tokens per parameter of the matrices, head included")
-    add("--device-batch-size", type=whole_number(1), default=32, help="rows in one forward pass of one process")
-    add("--total-batch-size", type=whole_number(-1), default=-1, help="tokens in one step; -1 = from the training tokens")
+    add("--num-iterations", type=whole_number(1, off=-1), default=-1, help="optimization steps")
+    add("--target-flops", type=number(above=0, off=-1), default=-1, help="total training FLOPs")
+    add("--target-param-data-ratio", type=number(above=0, high=1e9, off=-1), default=12, help="tokens per parameter of the matrices, head included")
+    add("--device-batch-size", type=whole_number(1, LONGEST), default=32, help="rows in one forward pass of one process")
+    add("--total-batch-size", type=whole_number(1, off=-1), default=-1, help="tokens in one step; -1 = from the training tokens")
 
 
 def add_rate_flags(add):
     """Learning rates of everything that is trained from scratch."""
     add("--embedding-lr", type=number(0), default=0.3, help="of the embedding tables")
     add("--unembedding-lr", type=number(0), default=0.004, help="of the head at width 768; scaled by 768 / width")
-    add("--matrix-lr", type=number(-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
+    add("--matrix-lr", type=number(0, off=-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
     add("--scalar-lr", type=number(0), default=0.1, help="of the per-layer and per-channel scalars")
     add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
 
 
 def add_schedule_flags(add):
     """What the learning rates do over the steps."""
-    add("--grad-clip", type=float, default=-1, help="largest norm of the gradient; -1 = no clipping")
+    add("--grad-clip", type=number(above=0, off=-1), default=-1, help="largest norm of the gradient; -1 = no clipping")
     add("--warmup-steps", type=whole_number(0), default=0)
     add("--warmdown-ratio", type=number(0, 1), default=0.5, help="share of the steps over which the learning rates fall linearly")
     add("--final-lr-frac", type=number(0, 1), default=0.0, help="where they end, as a fraction")
@@ -145,17 +137,17 @@ def add_schedule_flags(add):
 
 def add_evaluation_flags(add):
     """What is measured on the way."""
-    add("--eval-every", type=whole_number(-1), default=250, help="steps between evaluations; -1 = only at the end")
+    add("--eval-every", type=whole_number(1, off=-1), default=250, help="steps between evaluations; -1 = only at the end")
     add("--eval-tokens", type=whole_number(1), default=2**19, help="validation tokens, taken from the start of the validation text")
     add("--ppl-thresholds", type=positive_floats, default=[100.0, 50.0, 30.0], help="perplexities to time")
-    add("--stop-at-ppl", type=number(-1), default=-1, help="stop at the first evaluation at or below this perplexity")
-    add("--sample-every", type=whole_number(-1), default=2000, help="steps between text samples (and at the end); -1 = none")
+    add("--stop-at-ppl", type=number(1, off=-1), default=-1, help="stop at the first evaluation at or below this perplexity")
+    add("--sample-every", type=whole_number(1, off=-1), default=2000, help="steps between text samples (and at the end); -1 = none")
 
 
 def add_checkpoint_flags(add):
     """What is saved, and gone on from."""
-    add("--save-every", type=whole_number(-1), default=-1, help="steps between checkpoints; -1 = only at the end")
-    add("--keep", type=whole_number(-1), default=2, help="newest checkpoints to keep; -1 = all")
+    add("--save-every", type=whole_number(1, off=-1), default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--keep", type=whole_number(1, off=-1), default=2, help="newest checkpoints to keep; -1 = all")
     add("--max-bad-steps", type=whole_number(0), default=5,
         help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
@@ -163,8 +155,8 @@ def add_checkpoint_flags(add):
 
 def add_core_flags(add):
     """The CORE metric on the way."""
-    add("--core-metric-every", type=whole_number(-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
-    add("--core-metric-max-per-task", type=whole_number(-1), default=500, help="examples asked in each task of CORE; -1 = all")
+    add("--core-metric-every", type=whole_number(1, off=-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
+    add("--core-metric-max-per-task", type=whole_number(1, off=-1), default=500, help="examples asked in each task of CORE; -1 = all")
     add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
 
 
@@ -178,7 +170,8 @@ def build_parser():
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
     add("--tokenizer-tag", type=tokenizer_tag, default="",
         help="name of the tokenizer, as scripts.tok_train was given it; '' = the one without a name")
-    add("--vocab-size", type=whole_number(-1), default=-1, help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
+    add("--vocab-size", type=whole_number(1, LONGEST, off=-1), default=-1,
+        help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")
     add("--init-from", default=None, metavar="TAG[:STEP]",
         help="begin with the weights of that run's checkpoint (the newest if no step is given) and a fresh optimizer; the shape is then its own: no flag of "
              "shape or rank may be given beside it. The checkpoint has to stay until this run is finished")

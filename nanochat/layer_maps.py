@@ -44,7 +44,7 @@ NAMED = {"solar": solar, "goliath": goliath, "mobilellm": mobilellm}
 
 def well_formed(text: str) -> bool:
     """Whether this is the text of a map, for some number of layers."""
-    entry = r"([AB]:)?\d+"
+    entry = r"([AB]:)?[0-9]{1,9}"
     return text in NAMED or re.fullmatch(f"{entry}(,{entry})*", text) is not None
 
 

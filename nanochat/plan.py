@@ -6,8 +6,8 @@ from pathlib import Path
 
 from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
-from nanochat.common import InputError, print0
-from nanochat.flags import build_parser, matrix_ranks, rank_flag
+from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted
+from nanochat.flags import DEEPEST, build_parser, matrix_ranks, rank_flag
 from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.methods import with_size
@@ -18,6 +18,9 @@ from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes
 
 SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
                "layer_map", "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
+
+
+MOST_PARAMETERS = 10**15
 
 
 def parse_flags(argv=None) -> Namespace:
@@ -43,7 +46,7 @@ def starting_point(init_from: str) -> tuple[Path, int]:
     steps = saved_steps(folder)
     if not tag or not steps or not (folder / "config.json").exists():
         raise InputError(f"--init-from {init_from}: there is no run {tag!r} with a checkpoint in {metrics.runs_dir()}")
-    if step and not (step.isdigit() and int(step) in steps):
+    if step and as_whole_number(step) not in steps:
         raise InputError(f"--init-from {init_from}: no checkpoint of step {step}; there are: {steps}")
     return folder, int(step or steps[-1])
 
@@ -70,11 +73,31 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
                        factor_act=args.factor_act, recompute=args.recompute)
     if not config.n_hidden:
         raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
+    check_size(config)
     config = replace(config, layer_map=tied_map(args.layer_map, depth),
                      attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
                      matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
     check_ranks(config)
     return config
+
+
+def check_size(config: GPTConfig):
+    """InputError for a model of more parameters than can be counted in 64 bits: torch would overflow before any memory is asked for."""
+    C, N = config.n_embd, config.n_hidden
+    entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
+    if entries > MOST_PARAMETERS:
+        raise InputError(f"--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: {config.n_layer} layers of width {C:,}, with MLPs of {N:,} "
+                         f"and a vocabulary of {config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; give less of one of them")
+
+
+def check_memory(args, accounting: dict, device_type: str):
+    """InputError if this machine's memory can never hold the training. Activations count by half, for compiled code may keep fewer."""
+    needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"] + accounting.get("mem/activations_bytes", 0) // 2
+    there = memory_bytes(device_type)
+    if needed > there:
+        flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size" + (", --subspace-dim" if args.subspace else "")
+        raise InputError(f"{flags}: weights, gradients and activations need at least "
+                         f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them")
 
 
 def tied_map(text: str, depth: int) -> tuple[int, ...]:
@@ -139,8 +162,10 @@ def check_ranks(config: GPTConfig):
 
 def parameter_budget(args) -> int:
     """--budget-params as a number; of a run, what it has."""
-    if args.budget_params.replace("_", "").isdigit():
-        return int(args.budget_params.replace("_", ""))
+    if (budget := as_whole_number(args.budget_params)) is not None:
+        if not 0 < budget <= LARGEST_INTEGER:
+            raise InputError(f"--budget-params {quoted(args.budget_params)}: give a number of parameters such as 10_000_000, or the tag of a run")
+        return budget
     try:
         found = metrics.load_run(metrics.runs_dir() / args.budget_params).summary.get("params/total")
     except InputError as e:
@@ -161,6 +186,12 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
         except InputError as e:
             refused.append(e)
     raise refused[0]
+
+
+def checked_depth(args, depth: int) -> int:
+    if depth > DEEPEST:
+        raise InputError(f"--budget-params {args.budget_params}: leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim")
+    return depth
 
 
 def check_depth_is_free(args, flag: str):
@@ -190,7 +221,7 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
         if args.solve == "rank":
             return solve_rank(model_config(args, vocab_size), budget)
         check_depth_is_free(args, "--solve depth")
-        return solve_depth(lambda depth: nearest_config(args, vocab_size, depth), budget)
+        return solve_depth(lambda depth: nearest_config(args, vocab_size, checked_depth(args, depth)), budget)
     except ValueError as e:
         raise InputError(f"--budget-params {args.budget_params}: {e}") from None
 
@@ -202,6 +233,8 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
     if args.matrix_ranks:
         raise InputError("--matrix-ranks: not with --plan, which gives the matrices of a group one rank")
     check_depth_is_free(args, "--plan")
+    if args.depth > 256:
+        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that, which takes minutes from 256 on; give less")
     budget, found = parameter_budget(args), []
     for depth in range(1, 4 * args.depth + 1):
         config = nearest_config(args, vocab_size, depth)
@@ -251,6 +284,7 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
 def training_plan(args, config: GPTConfig, world_size: int) -> dict:
     """Tokens a step, steps, gradient accumulation, matrix learning rate. InputError where they do not divide."""
     plan = batch_and_horizon(args, on_meta(config), world_size)
+    check_schedule(args, plan["num_iterations"])
     return plan | {"matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])}
 
 
@@ -277,6 +311,12 @@ def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
     else:
         raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
     return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
+
+
+def check_schedule(args, steps: int):
+    if args.warmup_steps > steps:
+        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, so its learning rates would never be reached; "
+                         f"give at most {steps}")
 
 
 def default_tag(args, config: GPTConfig) -> str:

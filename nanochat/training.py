@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nanochat import common, compiler, metrics, signals, writer
 from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest, save_checkpoint,
                                          saved_steps)
-from nanochat.common import InputError, print0
+from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
 from nanochat.dataloader import Rows, training_batch, training_batches
@@ -234,7 +234,7 @@ def bytes_of(tensors) -> int:
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 def check_resume(resume: str):
-    if resume not in ("-1", "auto") and not resume.isdigit():
+    if resume not in ("-1", "auto") and (as_whole_number(resume) or 0) < 1:
         raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
 
 

@@ -14,14 +14,14 @@ from nanochat.adalora import Allocator
 from nanochat.adapter_learner import AdapterLearner
 from nanochat.adapters import AdapterConfig, adapters_of, attach
 from nanochat.checkpoint_manager import ADAPTER, load_bases, step_folder, step_or_newest
-from nanochat.common import ArgumentParser, InputError, print0, whole_number
+from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
 from nanochat.factorize import check_same_shape, stacked, with_layer_map
 from nanochat.flags import (add_checkpoint_flags, add_core_flags, add_evaluation_flags, add_horizon_flags, add_machine_flags, add_rate_flags,
                             add_schedule_flags, layer_map_flag, number)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.optim import default_matrix_lr
-from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, print_plan
+from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan
 from nanochat.rank import account, on_meta
 from nanochat.tokenizer import load_tokenizer
 from nanochat.training import START, Learner, check_resume, run
@@ -39,7 +39,7 @@ def by_pattern(value_of):
         for part in text.split(",") if text else ():
             pattern, equals, value = part.rpartition("=")
             if not (pattern and equals):
-                raise ArgumentTypeError(f"{text!r}: write PATTERN=N,… such as attn=4,mlp=16")
+                raise ArgumentTypeError(f"{quoted(text)}: write PATTERN=N,… such as attn=4,mlp=16")
             value_of(value)
         return text
     return parse
@@ -55,7 +55,7 @@ def parse(argv=None):
     parser = ArgumentParser("Train an adapter, or all of a finished model, on further text.")
     add = parser.add_argument
     add("--model-tag", required=True, help="the base: a finished run")
-    add("--step", type=whole_number(-1), default=-1, help="its checkpoint; -1 = the newest")
+    add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
     add("--run-tag", required=True, help="name of the new run folder")
     add("--data", default="", help="text to train on, as of base_train; '' = what the base was trained on")
     add("--seed", type=whole_number(0), default=42, help="of the adapter's first numbers, dropout and the order of the data")
@@ -65,13 +65,13 @@ def parse(argv=None):
     add("--targets", default="", metavar="REGEX",
         help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down")
     add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
-    add("--alpha", type=number(0), default=16.0, help="the update is scaled by alpha / rank")
+    add("--alpha", type=number(above=0), default=16.0, help="the update is scaled by alpha / rank")
     add("--rslora", action="store_true", help="by alpha / √rank instead (arXiv 2312.03732)")
     add("--ranks", type=by_pattern(whole_number(1)), default="", metavar="REGEX=N,…",
         help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank")
-    add("--alphas", type=by_pattern(number(0)), default="", metavar="REGEX=X,…", help="likewise")
+    add("--alphas", type=by_pattern(number(above=0)), default="", metavar="REGEX=X,…", help="likewise")
     add("--dropout", type=number(0, 1), default=0.0, help="of the adapter's input, in training")
-    add("--adalora-initial", type=float, default=1.5, help="ranks at the start, over those at the end")
+    add("--adalora-initial", type=number(1), default=1.5, help="ranks at the start, over those at the end")
     add("--adalora-warmup", type=number(0, 1), default=0.1, help="share of the steps before the budget falls")
     add("--adalora-final", type=number(0, 1), default=0.3, help="share of the steps at the end, in which the choice is fixed")
     add("--adalora-every", type=whole_number(1), default=10, help="steps from one choice to the next")
@@ -86,7 +86,7 @@ def parse(argv=None):
                        help="positions of one layer share its weights; each has an adapter of its own")
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
     # how
-    add("--lr", type=number(-1), default=-1, help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
+    add("--lr", type=number(0, off=-1), default=-1, help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
         + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()))
     add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
     add_horizon_flags(add)
@@ -204,6 +204,7 @@ def main(argv=None):
     vars(args).update({name: value for name, value in base.config["flags"].items() if name in SHAPE_FLAGS and name != "layer_map"},
                       depth=shape.config.n_layer, max_seq_len=config.sequence_len)
     plan = batch_and_horizon(args, shape, common.process_layout()[2]) | {"lr": args.lr}
+    check_schedule(args, plan["num_iterations"])
     budget_over(args, shape, plan["num_iterations"])
     costs = account(shape)
     if args.adapter != "none":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
-from nanochat.common import InputError, print0, whole_number, write_atomic
+from nanochat.common import InputError, print0, quoted, whole_number, write_atomic
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
@@ -25,7 +25,7 @@ PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --
 def parts(text: str) -> list[str]:
     asked = [part.strip() for part in text.split(",") if part.strip()]
     if not asked or set(asked) - set(PARTS):
-        raise ArgumentTypeError(f"{text!r}: give one or more of {','.join(PARTS)}")
+        raise ArgumentTypeError(f"{quoted(text)}: give one or more of {','.join(PARTS)}")
     return asked
 
 
@@ -38,12 +38,12 @@ def known(path, settings: dict) -> dict:
 def main(argv=None):
     parser = common.ArgumentParser("Evaluate a trained model.")
     parser.add_argument("--model-tag", required=True, help="the run")
-    parser.add_argument("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    parser.add_argument("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
     parser.add_argument("--data", default="", help="text to evaluate on; '' = what the run was trained on")
     parser.add_argument("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
     parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
-    parser.add_argument("--max-per-task", type=whole_number(-1), default=-1, help="examples asked in each task of CORE; -1 = all")
+    parser.add_argument("--max-per-task", type=whole_number(1, off=-1), default=-1, help="examples asked in each task of CORE; -1 = all")
     parser.add_argument("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(parser.add_argument, "of the computation; weights are float32")
     args = parser.parse_args(argv)

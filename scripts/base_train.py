@@ -14,7 +14,7 @@ from nanochat import common, metrics, subspace
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.gpt import GPT
-from nanochat.plan import default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
+from nanochat.plan import check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.training import START, Learner, check_resume, run
@@ -84,6 +84,7 @@ def main(argv=None):
         subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
         return print_plan(config, plan | derived, accounting)
+    check_memory(args, accounting, device_type)
 
     def build(device) -> Learner:
         torch.manual_seed(args.seed)

@@ -84,7 +84,7 @@ def main(argv=None):
     add = parser.add_argument
     add("-p", "--prompt", default=None, help="text to continue; without it, one prompt a line from standard input, until an empty one")
     add("--model-tag", default="", help="the run; '' = the newest that is finished")
-    add("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--num-samples", type=whole_number(1), default=1, help="continuations of a prompt")
     add("--max-tokens", type=whole_number(1), default=256, help="the longest continuation; beyond the context the model rereads the last half of it")
     add("--temperature", type=number(0), default=0.8, help="0 = always the likeliest token")

@@ -26,7 +26,7 @@ import torch
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
-from nanochat.flags import rank_flag
+from nanochat.flags import LONGEST, WIDEST, rank_flag
 from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear, resolve_rank
 from nanochat.page import to_markdown
@@ -287,10 +287,10 @@ def low_rank(text: str) -> float:
 def build_parser():
     parser = ArgumentParser("Time, memory and break-even rank of each linear layer of a model by itself.")
     add = parser.add_argument
-    add("--model-dim", type=whole_number(1), default=256, help="width")
-    add("--head-dim", type=whole_number(1), default=64)
-    add("--n-kv-head", type=whole_number(-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
-    add("--vocab-size", type=whole_number(2), default=4096)
+    add("--model-dim", type=whole_number(1, WIDEST), default=256, help="width")
+    add("--head-dim", type=whole_number(1, WIDEST), default=64)
+    add("--n-kv-head", type=whole_number(1, off=-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
     add("--ranks", type=list_of(low_rank), default="0.125,0.25,0.33,0.5,0.75,0.95",
         help="whole numbers, or fractions of min(in, out) of each matrix")
     add("--tokens", type=list_of(whole_number(1)), default="1024,4096", help="tokens in a batch; one token by itself is always measured")

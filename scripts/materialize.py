@@ -32,7 +32,7 @@ def parse(argv):
     parser = common.ArgumentParser("Merge the factors of a checkpoint, truncate its matrices by SVD, or export it.")
     add = parser.add_argument
     add("--model-tag", required=True, help="the run")
-    add("--step", type=whole_number(-1), default=-1, help="checkpoint; -1 = the newest")
+    add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--out-tag", default="", help="the new run: all factors merged or, with a rank or --energy, truncated")
     add("--attn-rank", type=rank_flag, default=0, help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)")
     add("--mlp-rank", type=rank_flag, default=0)
@@ -40,7 +40,7 @@ def parse(argv):
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, whatever their group's: e.g. v=128,down=0.5; 0 = leave it")
     add("--energy", type=number(0, 1), default=None,
         help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values")
-    add("--eval-tokens", type=whole_number(-1), default=-1, help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
+    add("--eval-tokens", type=whole_number(0, off=-1), default=-1, help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
     add("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(add, "of the evaluation; weights are float32")
     add("--safetensors", type=Path, default=None, metavar="FILE.safetensors",

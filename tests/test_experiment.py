@@ -128,7 +128,7 @@ def test_switches_and_texts(read):
     ("[points.a]\nbudget-params = 'a'\nsolve = 'rank'", "that point has a budget itself"),
     ("[points.a]\npaired-with = 'b'", "paired-with 'b': no point of this file"),
     ("[points.a]\nseeds = []", r"\[points.a\]: no seeds"),
-    ("[points.a]\nseeds = [1, 1]", "seeds: give whole numbers >= 0, each once"),
+    ("[points.a]\nseeds = [1, 1]", "seeds: give whole numbers >= 0, up to .*, each once"),
     ("[points.a]\ndata = 'stdlib'", "data has to be the same in all runs"),
     ("[grid]\nvocab-size = [300, 400]", "vocab-size has to be the same in all runs"),
     ("[points.a]\nmodel-tag = 'x'", "model-tag is not to be given: the sweep names the runs"),
@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line_that_names_it(read, text, message):
 @pytest.mark.parametrize("content, message", [
     ("seeds = [1]\n", "vocab-size is missing"), ("[flags]\nvocab-size = 300\nnum-iterations = 1\n", "no seeds: write for example"),
     ("matrix-lr = 1\n", r"unknown key matrix-lr; flags of base_train belong into \[flags\]"), ("seeds = 3\n", "seeds is to be a list"),
-    ("processes = true\n", "processes is to be a whole number"), ("processes = 0\n", "processes: give whole numbers >= 1"), ("a = [", "not TOML"),
+    ("processes = true\n", "processes is to be a whole number"), ("processes = 0\n", "processes: give whole numbers >= 1, up to 1024"), ("a = [", "not TOML"),
     (b"\xff", "invalid UTF-8 at byte 0")])
 def test_a_file_that_is_no_experiment(tmp_path, content, message):
     path = tmp_path / "e.toml"

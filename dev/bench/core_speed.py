@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.core_eval import score
+from nanochat.flags import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
@@ -61,10 +62,10 @@ def together(model, asked: list, tokens: int) -> list[float]:
 def main(argv=None):
     parser = ArgumentParser("Scoring CORE's questions together against one by one, on a CPU in float32.")
     add = parser.add_argument
-    add("--depth", type=whole_number(1), default=6)
-    add("--model-dim", type=whole_number(1), default=384, help="a multiple of 64")
-    add("--vocab-size", type=whole_number(2), default=32768)
-    add("--prompt-tokens", type=whole_number(2), default=200, help="of the longest prompt")
+    add("--depth", type=whole_number(1, DEEPEST), default=6)
+    add("--model-dim", type=whole_number(1, WIDEST), default=384, help="a multiple of 64")
+    add("--vocab-size", type=whole_number(2, LONGEST), default=32768)
+    add("--prompt-tokens", type=whole_number(2, LONGEST), default=200, help="of the longest prompt")
     add("--questions", type=whole_number(1), default=16)
     add("--tokens", type=whole_number(1), default=8192, help="held in one pass")
     add("--repeats", type=whole_number(1), default=5, help="rounds")

@@ -25,7 +25,7 @@ TARGET = 5.0
 def main(argv=None):
     parser = ArgumentParser("The Walsh-Hadamard and cosine transforms beside scipy's cosine transform on the CPU.")
     add = parser.add_argument
-    add("--bits", type=whole_number(1), default=20, help="2^this numbers")
+    add("--bits", type=whole_number(1, 40), default=20, help="2^this numbers")
     add("--repeats", type=whole_number(1), default=20)
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="of ours; '' = cuda where there is one")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number, write_atomic
+from nanochat.flags import LONGEST, WIDEST
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
 
 MEMORY_TARGET, TIME_TARGET = 0.4, 1.10
@@ -70,10 +71,10 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
 def main(argv=None):
     parser = ArgumentParser("Chunked loss of the output head beside the plain formula.")
     add = parser.add_argument
-    add("--vocab-size", type=whole_number(2), default=32768)
-    add("--device-batch-size", type=whole_number(1), default=8)
-    add("--max-seq-len", type=whole_number(1), default=1024)
-    add("--model-dim", type=whole_number(1), default=256)
+    add("--vocab-size", type=whole_number(2, LONGEST), default=32768)
+    add("--device-batch-size", type=whole_number(1, LONGEST), default=8)
+    add("--max-seq-len", type=whole_number(1, LONGEST), default=1024)
+    add("--model-dim", type=whole_number(1, WIDEST), default=256)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--repeats", type=whole_number(1), default=5)

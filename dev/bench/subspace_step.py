@@ -16,6 +16,7 @@ import torch
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number
 from nanochat.dataloader import training_batches
+from nanochat.flags import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.subspace import SubspaceConfig, adamw_settings, attach
@@ -43,11 +44,11 @@ def peak_mib(subject: Subject, device) -> float:
 def main(argv=None):
     parser = ArgumentParser("Training steps in random subspaces beside the dense step.")
     add = parser.add_argument
-    add("--depth", type=whole_number(1), default=4)
-    add("--model-dim", type=whole_number(64), default=256)
-    add("--vocab-size", type=whole_number(2), default=4096)
-    add("--max-seq-len", type=whole_number(2), default=512)
-    add("--device-batch-size", type=whole_number(1), default=8)
+    add("--depth", type=whole_number(1, DEEPEST), default=4)
+    add("--model-dim", type=whole_number(64, WIDEST), default=256)
+    add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
+    add("--max-seq-len", type=whole_number(2, LONGEST), default=512)
+    add("--device-batch-size", type=whole_number(1, LONGEST), default=8)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--repeats", type=whole_number(1), default=5)

@@ -40,7 +40,7 @@ from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
-from nanochat.flags import matrix_ranks, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import DEEPEST, LONGEST, WIDEST, matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.rank import account, predict_peak
@@ -399,18 +399,18 @@ def build_parser():
     parser = ArgumentParser("Time and memory of a training step, full rank beside low rank.")
     add = parser.add_argument
     add("--reference", action="store_true", help="the task of the speed targets and a low-rank pair at width 512; leave out the shape flags")
-    add("--depth", type=whole_number(1), default=4)
-    add("--model-dim", type=whole_number(1), default=256)
-    add("--head-dim", type=whole_number(1), default=64)
-    add("--max-seq-len", type=whole_number(2), default=256)
-    add("--device-batch-size", type=whole_number(1), default=16, help="rows a step")
-    add("--vocab-size", type=whole_number(2), default=4096)
+    add("--depth", type=whole_number(1, DEEPEST), default=4)
+    add("--model-dim", type=whole_number(1, WIDEST), default=256)
+    add("--head-dim", type=whole_number(1, WIDEST), default=64)
+    add("--max-seq-len", type=whole_number(2, LONGEST), default=256)
+    add("--device-batch-size", type=whole_number(1, LONGEST), default=16, help="rows a step")
+    add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
     add("--window-pattern", default="SSSL", help="as in scripts.base_train")
     add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
-    add("--mlp-ratio", type=number(0), default=4.0, help="of the low-rank model: hidden width of the MLP / width")
+    add("--mlp-ratio", type=number(above=0), default=4.0, help="of the low-rank model: hidden width of the MLP / width")
     add("--recompute", choices=["none", "bottleneck"], default="none", help="of the low-rank model, as in scripts.base_train")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
