@@ -28,6 +28,7 @@ from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import HUB_SETS
 from nanochat.experiment_file import POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flags_of, load_toml, nearest, whole_numbers
 from nanochat.gpt import GPTConfig
+from nanochat.naming import LONGEST_TAG
 from nanochat.rank import count_parameters
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
@@ -178,7 +179,7 @@ def check_names(sweep: str, variants: list[Variant]):
         if other is not v:
             differing = sorted(f for f in {**v.flags, **other.flags} if v.flags.get(f) != other.flags.get(f))
             raise InputError(f"two points are named {v.label or 'the same'}, with other values of {', '.join(differing)}; rename one")
-        if len(tag_of(sweep, v.label, max(v.seeds))) > 150:
+        if len(tag_of(sweep, v.label, max(v.seeds)).encode()) > LONGEST_TAG:
             raise InputError(f"point {v.label}: this name is too long for a folder")
 
 

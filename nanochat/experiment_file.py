@@ -1,13 +1,13 @@
 """The experiment file as it is written: TOML, its presets, and the names and kinds of what it holds. See nanochat/experiment.py."""
 import difflib
 import importlib
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 from nanochat.common import LARGEST_INTEGER, InputError, first_line
 from nanochat.flags import build_parser
+from nanochat.naming import check_tag
 from nanochat.plan import parse_flags
 
 if sys.version_info >= (3, 11):
@@ -118,8 +118,8 @@ def check_point(name: str, table):
     where = f"[points.{name}]"
     if not isinstance(table, dict):
         raise InputError(f"points.{name} is not a table; write [points.{name}] and its flags below")
-    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"{where}: a name of letters, digits, '.', '-' and '_', for it becomes the name of a folder")
+    if name:
+        check_tag("points", name)
     for key in ("paired-with", "script", "base"):
         if not isinstance(table.get(key, ""), str):
             raise InputError(f"{where}: {key} is to be the name of a {'script' if key == 'script' else 'point'}")
@@ -139,8 +139,7 @@ def check_eval(name: str, table):
     where = f"[evals.{name}]"
     if not isinstance(table, dict) or table.get("script") != "layer_map_eval" or not isinstance(table.get("base"), str):
         raise InputError(f'{where}: give script = "layer_map_eval", base = "POINT" and flags of that script')
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"{where}: a name of letters, digits, '.', '-' and '_', for it becomes the name of a folder")
+    check_tag("evals", name)
     if "out" in table:
         raise InputError(f"{where}: out is not to be given: it goes into the report's folder, under its name")
     check_flags(where, {k: v for k, v in table.items() if k not in POINTS_OWN}, lists=False, script=table["script"])

@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from nanochat.common import LARGEST_INTEGER, ArgumentParser, as_whole_number, device_flags, number, quoted, shortened, whole_number
 from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
+from nanochat.naming import optional_tag, run_name
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
 from nanochat.tokenizer import tokenizer_tag
@@ -59,7 +60,7 @@ def positive_floats(text: str) -> list[float]:
 
 def add_machine_flags(add):
     """Where and how a run computes, and what it is called on the dashboard."""
-    add("--run", default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
+    add("--run", type=run_name, default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
     device_flags(add, "compute dtype; master weights are float32; auto = bfloat16 on a GPU, and on a CPU that has instructions for it")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 4e13 training FLOPs on")
     add("--recompute", choices=["none", "bottleneck"], default="none",
@@ -164,7 +165,7 @@ def build_parser():
     """The flags of scripts.base_train."""
     parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
     add = parser.add_argument
-    add("--model-tag", default="", help="name of the run folder ('' = made from the shape)")
+    add("--model-tag", type=optional_tag, default="", help="name of the run folder ('' = made from the shape)")
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")

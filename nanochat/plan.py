@@ -6,11 +6,12 @@ from pathlib import Path
 
 from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
-from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted
+from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted, shortened
 from nanochat.flags import DEEPEST, build_parser, matrix_ranks, rank_flag
 from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.methods import with_size
+from nanochat.naming import is_tag, no_such_run, run_folder
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
                            solve_depth, solve_rank)
@@ -42,10 +43,9 @@ def parse_flags(argv=None) -> Namespace:
 def starting_point(init_from: str) -> tuple[Path, int]:
     """(run folder, step) of TAG[:STEP]."""
     tag, _, step = init_from.partition(":")
-    folder = metrics.runs_dir() / tag
-    steps = saved_steps(folder)
-    if not tag or not steps or not (folder / "config.json").exists():
-        raise InputError(f"--init-from {init_from}: there is no run {tag!r} with a checkpoint in {metrics.runs_dir()}")
+    folder = run_folder("--init-from", tag)
+    if not (steps := saved_steps(folder)):
+        raise InputError(f"--init-from {init_from}: the run {tag} has no checkpoint in {folder / 'checkpoints'} yet")
     if step and as_whole_number(step) not in steps:
         raise InputError(f"--init-from {init_from}: no checkpoint of step {step}; there are: {steps}")
     return folder, int(step or steps[-1])
@@ -166,10 +166,11 @@ def parameter_budget(args) -> int:
         if not 0 < budget <= LARGEST_INTEGER:
             raise InputError(f"--budget-params {quoted(args.budget_params)}: give a number of parameters such as 10_000_000, or the tag of a run")
         return budget
-    try:
-        found = metrics.load_run(metrics.runs_dir() / args.budget_params).summary.get("params/total")
-    except InputError as e:
-        raise InputError(f"--budget-params {args.budget_params}: neither a whole number such as 10_000_000 nor a run's tag: {e}") from None
+    folder = metrics.runs_dir() / args.budget_params
+    if not is_tag(args.budget_params) or not (folder / "config.json").is_file():
+        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as 10_000_000 nor a run's tag: "
+                         f"{no_such_run(args.budget_params)}")
+    found = metrics.load_run(folder).summary.get("params/total")
     if found is None:
         raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
     return found

@@ -20,6 +20,7 @@ from nanochat.flags import (add_checkpoint_flags, add_core_flags, add_evaluation
                             add_schedule_flags, layer_map_flag, number)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
+from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.optim import default_matrix_lr
 from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan
 from nanochat.rank import account, on_meta
@@ -54,9 +55,9 @@ def parse(argv=None):
     """The flags, checked as far as they can be without a file."""
     parser = ArgumentParser("Train an adapter, or all of a finished model, on further text.")
     add = parser.add_argument
-    add("--model-tag", required=True, help="the base: a finished run")
+    add("--model-tag", type=tag, required=True, help="the base: a finished run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
-    add("--run-tag", required=True, help="name of the new run folder")
+    add("--run-tag", type=tag, required=True, help="name of the new run folder")
     add("--data", default="", help="text to train on, as of base_train; '' = what the base was trained on")
     add("--seed", type=whole_number(0), default=42, help="of the adapter's first numbers, dropout and the order of the data")
     add_machine_flags(add)
@@ -65,13 +66,13 @@ def parse(argv=None):
     add("--targets", default="", metavar="REGEX",
         help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down")
     add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
-    add("--alpha", type=number(above=0), default=16.0, help="the update is scaled by alpha / rank")
+    add("--alpha", type=number(), default=16.0, help="the update is scaled by alpha / rank")
     add("--rslora", action="store_true", help="by alpha / √rank instead (arXiv 2312.03732)")
     add("--ranks", type=by_pattern(whole_number(1)), default="", metavar="REGEX=N,…",
         help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank")
-    add("--alphas", type=by_pattern(number(above=0)), default="", metavar="REGEX=X,…", help="likewise")
+    add("--alphas", type=by_pattern(number()), default="", metavar="REGEX=X,…", help="likewise")
     add("--dropout", type=number(0, 1), default=0.0, help="of the adapter's input, in training")
-    add("--adalora-initial", type=number(1), default=1.5, help="ranks at the start, over those at the end")
+    add("--adalora-initial", type=number(), default=1.5, help="ranks at the start, over those at the end")
     add("--adalora-warmup", type=number(0, 1), default=0.1, help="share of the steps before the budget falls")
     add("--adalora-final", type=number(0, 1), default=0.3, help="share of the steps at the end, in which the choice is fixed")
     add("--adalora-every", type=whole_number(1), default=10, help="steps from one choice to the next")
@@ -80,7 +81,7 @@ def parse(argv=None):
     # on which model
     add("--layer-map", type=layer_map_flag, default="",
         help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them")
-    add("--second-tag", default="", metavar="TAG", help="the run whose newest checkpoint is B in such a map")
+    add("--second-tag", type=optional_tag, default="", metavar="TAG", help="the run whose newest checkpoint is B in such a map")
     tying = parser.add_mutually_exclusive_group()
     tying.add_argument("--tied", dest="tied", action="store_true", default=True,
                        help="positions of one layer share its weights; each has an adapter of its own")
@@ -123,25 +124,23 @@ def adapter_config(args) -> AdapterConfig:
 
 # ---- the base -------------------------------------------------------------------------------------------------------
 
-def base_run(flag: str, tag: str, step: int = -1) -> tuple[metrics.Run, dict, GPTConfig]:
+def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, GPTConfig]:
     """(run, {"tag", "step", "sha256"} of its checkpoint, its config). InputError unless it is there, finished and a model of its own."""
-    folder = metrics.runs_dir() / tag
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{flag} {tag}: no such run in {metrics.runs_dir()}; train it first with scripts.base_train")
+    folder = run_folder(flag, base)
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
-        raise InputError(f"{flag} {tag}: is not finished; continue it with scripts.base_train … --model-tag {tag} --resume auto")
+        raise InputError(f"{flag} {base}: is not finished; continue it with scripts.base_train … --model-tag {base} --resume auto")
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
-        raise InputError(f"{flag} {tag}: no checkpoint of step {step}")
+        raise InputError(f"{flag} {base}: no checkpoint of step {step}")
     meta = metrics.read_json(step_folder(folder, step) / "meta.json")
     if "adapter" in meta:
-        raise InputError(f"{flag} {tag}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; make a plain model of it first: "
-                         f"python -m scripts.materialize --model-tag {tag} --out-tag {tag}_merged")
+        raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; make a plain model of it first: "
+                         f"python -m scripts.materialize --model-tag {base} --out-tag {base}_merged")
     if "subspace" in meta:
-        raise InputError(f"{flag} {tag}: its matrices are made of a few numbers (--subspace {meta['subspace']['kind']}), there is nothing beside which an adapter could stand; "
+        raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace {meta['subspace']['kind']}), there is nothing beside which an adapter could stand; "
                          "give a run trained without --subspace")
-    return run, {"tag": tag, "step": step, "sha256": meta["sha256"]}, GPTConfig(**meta["model"])
+    return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, GPTConfig(**meta["model"])
 
 
 def check_map(args, layers: tuple[int, ...], depth: int):

@@ -18,6 +18,7 @@ from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
 from nanochat.loss_eval import evaluate, sample_texts
+from nanochat.naming import run_folder, tag
 
 PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
 
@@ -37,7 +38,7 @@ def known(path, settings: dict) -> dict:
 
 def main(argv=None):
     parser = common.ArgumentParser("Evaluate a trained model.")
-    parser.add_argument("--model-tag", required=True, help="the run")
+    parser.add_argument("--model-tag", type=tag, required=True, help="the run")
     parser.add_argument("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
     parser.add_argument("--data", default="", help="text to evaluate on; '' = what the run was trained on")
@@ -49,7 +50,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # what is asked for, and what of it an earlier evaluation left
-    folder = metrics.runs_dir() / args.model_tag
+    folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     of_model = {"model_tag": args.model_tag, "step": step_or_newest(folder, args.step)}
     settings = of_model | {"data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}

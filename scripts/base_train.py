@@ -14,6 +14,7 @@ from nanochat import common, metrics, subspace
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.gpt import GPT
+from nanochat.naming import check_tag
 from nanochat.plan import check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -84,6 +85,7 @@ def main(argv=None):
         subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
         return print_plan(config, plan | derived, accounting)
+    tag = args.model_tag or check_tag("--model-tag is missing, and", default_tag(args, config))
     check_memory(args, accounting, device_type)
 
     def build(device) -> Learner:
@@ -97,7 +99,7 @@ def main(argv=None):
             return Learner(model, rates)
         subspace.attach(model, within)
         return SubspaceLearner(model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)})
-    run(args, args.model_tag or default_tag(args, config), config, plan, accounting, tokenizer, start, build, **derived)
+    run(args, tag, config, plan, accounting, tokenizer, start, build, **derived)
 
 
 if __name__ == "__main__":

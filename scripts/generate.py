@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import load_model, saved_steps, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.engine import generate, what_fits
 from nanochat.flags import number
+from nanochat.naming import optional_tag, run_folder
 
 
 def say(text: str):
@@ -31,9 +32,7 @@ def newest_finished_run() -> str:
 
 def open_model(tag: str, step: int, device):
     """(model, the tokenizer it was trained with, step) of a run; step -1: its newest checkpoint. InputError if they do not belong together."""
-    folder = metrics.runs_dir() / tag
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--model-tag {tag}: no such run in {metrics.runs_dir()}")
+    folder = run_folder("--model-tag", tag)
     step = step_or_newest(folder, step)
     model, tokenizer, _ = load_model(folder, step, device)
     return model.requires_grad_(False), tokenizer, step
@@ -83,7 +82,7 @@ def main(argv=None):
     parser = common.ArgumentParser("Continue a text with a trained model.")
     add = parser.add_argument
     add("-p", "--prompt", default=None, help="text to continue; without it, one prompt a line from standard input, until an empty one")
-    add("--model-tag", default="", help="the run; '' = the newest that is finished")
+    add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest that is finished")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--num-samples", type=whole_number(1), default=1, help="continuations of a prompt")
     add("--max-tokens", type=whole_number(1), default=256, help="the longest continuation; beyond the context the model rereads the last half of it")
@@ -97,8 +96,6 @@ def main(argv=None):
         raise InputError("-p: the prompt is empty; give some text, or leave -p out and type it")
     if args.top_p == 0:
         raise InputError("--top-p 0: leaves no token; give a number above 0, up to 1")
-    if args.seed >= 2**63:
-        raise InputError(f"--seed {args.seed}: must be below 2^63")
 
     tag = args.model_tag or newest_finished_run()
     device = common.init_process(args.device_type)[0]

@@ -29,6 +29,7 @@ from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.flags import rank_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
+from nanochat.naming import optional_tag
 from nanochat.page import to_markdown
 from scripts.generate import open_model
 from scripts.layer_bench import bytes_of, digits, list_of, spread, take_turns, with_quartiles
@@ -212,7 +213,7 @@ SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "mlp_rat
 def build_parser():
     parser = ArgumentParser("Prefill, decoding and memory of a model's forms: dense, factored, materialised.")
     add = parser.add_argument
-    add("--model-tag", default="", help="a run, for its checkpoint; '' = random weights of the shape below")
+    add("--model-tag", type=optional_tag, default="", help="a run, for its checkpoint; '' = random weights of the shape below")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     for flag, most in (("--depth", flags.DEEPEST), ("--model-dim", flags.WIDEST), ("--head-dim", flags.WIDEST), ("--max-seq-len", flags.LONGEST)):
         add(flag, type=whole_number(1, most), default=None, help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run")

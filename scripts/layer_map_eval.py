@@ -21,6 +21,7 @@ from nanochat.figures import new_figure, png
 from nanochat.gpt import GPT
 from nanochat.layer_maps import NAMED, drawn, map_text, monotone, of_two, parse_map
 from nanochat.loss_eval import evaluate, validation_rows
+from nanochat.naming import optional_tag, run_folder, tag
 
 
 # ---- figure ---------------------------------------------------------------------------------------------------------
@@ -54,9 +55,9 @@ def draw(rows: list[dict], layers: int, second_tag: str = ""):
 def parse(argv):
     parser = common.ArgumentParser("Perplexity of a checkpoint whose layers are executed by other maps, with no training.")
     add = parser.add_argument
-    add("--model-tag", required=True, help="the run")
+    add("--model-tag", type=tag, required=True, help="the run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--second-tag", default="", metavar="TAG", help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as A:0,A:1,B:1")
+    add("--second-tag", type=optional_tag, default="", metavar="TAG", help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as A:0,A:1,B:1")
     add("--maps", default="", help=f"maps, separated by spaces: '0,1,1,2,3 0,0,1,2,3', or by name: {', '.join(NAMED)} (of two runs)")
     add("--all-monotone", type=whole_number(1), default=None, metavar="POSITIONS", help="every map to so many positions that keeps the order of the layers")
     add("--random", type=whole_number(0), default=0, help="so many random maps that do not, to --positions")
@@ -79,9 +80,9 @@ def parse(argv):
     return args
 
 
-def second_model(tag: str, first: GPT, tokenizer, device) -> GPT:
+def second_model(second_tag: str, first: GPT, tokenizer, device) -> GPT:
     """The newest checkpoint of --second-tag. InputError if its layers cannot stand beside the first model's."""
-    folder, flag = metrics.runs_dir() / tag, f"--second-tag {tag}"
+    folder, flag = run_folder("--second-tag", second_tag), f"--second-tag {second_tag}"
     model, other, _ = load_model(folder, step_or_newest(folder, -1, "--second-tag"), device)
     if other.hash != tokenizer.hash:
         raise InputError(f"{flag}: has another tokenizer ({other.hash} there, {tokenizer.hash} here)")
@@ -96,7 +97,7 @@ def under(model: GPT, one: tuple[int, ...], second: GPT | None) -> GPT:
 
 def main(argv=None):
     args = parse(argv)
-    folder = metrics.runs_dir() / args.model_tag
+    folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)

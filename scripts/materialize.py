@@ -24,6 +24,7 @@ from nanochat.flags import build_parser, matrix_ranks, matrix_ranks_flag, number
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate, validation_rows
+from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.plan import check_ranks, ranks_in_short
 from nanochat.rank import account
 
@@ -31,9 +32,9 @@ from nanochat.rank import account
 def parse(argv):
     parser = common.ArgumentParser("Merge the factors of a checkpoint, truncate its matrices by SVD, or export it.")
     add = parser.add_argument
-    add("--model-tag", required=True, help="the run")
+    add("--model-tag", type=tag, required=True, help="the run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--out-tag", default="", help="the new run: all factors merged or, with a rank or --energy, truncated")
+    add("--out-tag", type=optional_tag, default="", help="the new run: all factors merged or, with a rank or --energy, truncated")
     add("--attn-rank", type=rank_flag, default=0, help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)
@@ -67,7 +68,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    folder = metrics.runs_dir() / args.model_tag
+    folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     step = step_or_newest(folder, args.step)
     if run.config["flags"].get("subspace"):

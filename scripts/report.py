@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from nanochat import common
-from nanochat.common import ArgumentParser, InputError, run_script, write_atomic
+from nanochat.common import ArgumentParser, InputError, quoted, run_script, write_atomic
 from nanochat.equal_cost import equal_cost_table
 from nanochat.figures import draw_all
 from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
 from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
+from nanochat.naming import no_such_run
 from nanochat.page import encode, in_markdown, to_markdown, to_page
 from nanochat.study import Configuration, configurations, finished
 from nanochat.study_figures import caption, study_figures
@@ -203,10 +204,7 @@ def find_run(text: str) -> Path:
         return folder
     if Path(text).is_dir():
         return Path(text)
-    tags = sorted(path.parent.name for path in runs_dir().glob("*/config.json"))
-    shown = ", ".join(tags[:20]) + (f" and {len(tags) - 20} more" if len(tags) > 20 else "")
-    there = f"tags: {shown}" if tags else "it holds no runs"
-    raise InputError(f"no run {text!r}: not a folder, nor a tag in {runs_dir()}; {there}")
+    raise InputError(f"no run {quoted(text)}: not a folder, and {no_such_run(text)}")
 
 
 def derived(run: Run) -> dict:

@@ -28,6 +28,7 @@ from nanochat.dataset import open_corpus
 from nanochat.experiment import Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.local import claim_path, finished_rate, places, run_all
+from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 
@@ -40,7 +41,7 @@ def build_parser():
     add("--data", action="append", default=[], metavar="[NAME=]TEXT",
         help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so")
     add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
-    add("--run", default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
+    add("--run", type=run_name, default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
     add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')
@@ -163,7 +164,7 @@ def run_task(sweep: Sweep, point: Point, args):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor_cache"))  # compiled once for all runs of a shape
     argv = [*point.argv]
     if args.run != "dummy":
-        argv += ["--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"]
+        argv += ["--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"[:LONGEST_RUN_NAME]]
         os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
         os.environ.setdefault("WANDB_TAGS", ",".join(word.replace(",", "-") for word in point.varying))
     with contextlib.ExitStack() as held:

@@ -135,7 +135,7 @@ def test_evaluating_what_is_not_there_is_refused(train):
     train(tag="a")
     with pytest.raises(InputError, match=r"no checkpoint of step 5; there are: \[6\]"):
         base_eval.main(["--model-tag", "a", "--step", "5"])
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no such run in"):
         base_eval.main(["--model-tag", "b"])
 
 

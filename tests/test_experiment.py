@@ -120,7 +120,7 @@ def test_switches_and_texts(read):
     ("[points.a]\nattn-rank = 99", "point a: --attn-rank .* 99"),
     ("[points.a]\ndepth = true", "point a: argument --depth: expected one argument"),
     ("[points.a]\nattn-rank = 4\n[points.A]\nmlp-rank = 4", "two points are named A, with other values of attn-rank, mlp-rank"),
-    ("[points.'a/b']\ndepth = 1", "a name of letters"),
+    ("[points.'a/b']\ndepth = 1", "points 'a/b': becomes the name of a folder; use letters"),
     ("[points.a]\ntotal-batch-size = 100", "point a: --total-batch-size 100: not a multiple"),
     ("[points.a]\nbudget-params = 100\nsolve = 'rank'", "point a: --budget-params 100: even rank 1"),
     ("[points.a]\nbudget-params = 'b'\nsolve = 'rank'", "budget-params 'b': no point of this file; there are a"),

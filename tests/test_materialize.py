@@ -178,7 +178,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(train):
             run_main("--model-tag", "full", *flags)
     with pytest.raises(InputError, match="--model-tag silu: blocks.0.attn.q has silu between its factors"):
         run_main("--model-tag", "silu", "--out-tag", "x")
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no such run in"):
         run_main("--model-tag", "none", "--out-tag", "x")
     recorded = metrics.runs_dir() / "full/config.json"
     fingerprint = open_corpus(metrics.load_run(recorded.parent).config["flags"]["data"]).fingerprint("val")

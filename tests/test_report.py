@@ -458,7 +458,7 @@ def test_bad_input_is_one_line_and_writes_nothing(base, monkeypatch):
     (base / "file").write_text("x")
     out = base / "out"
     for argv, words in (
-            (["nope", "--out", str(out)], "tags: full, lowrank"),
+            (["nope", "--out", str(out)], "there are: full, lowrank"),
             ([str(base / "plain"), "--out", str(out)], "not a run folder"),
             (["full", str(base / "runs" / "full"), "--out", str(out)], "given twice"),
             (["full", "--out", str(base / "file")], "is a file"),
