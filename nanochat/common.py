@@ -172,6 +172,21 @@ def write_atomic(path: Path, content: str | bytes):
         raise
 
 
+def check_out(flag: str, path: Path, is_file: bool = False):
+    """InputError if results could not be written there, known before they are computed. path: a folder, or a file."""
+    folder = path.absolute().parent if is_file else path.absolute()
+    try:
+        if is_file and path.is_dir():
+            raise InputError(f"{flag} {path}: is a folder; give a file")
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if existing.is_dir():
+            with tempfile.TemporaryFile(dir=existing):  # the rights of a folder do not tell of a file system that takes nothing
+                return
+    except OSError as e:
+        raise InputError(f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place") from None
+    raise InputError(f"{flag} {path}: {'' if existing == folder else f'{existing} '}is a file; give a folder")
+
+
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanochat.common import InputError, get_base_dir, locked, print0, process_layout
+from nanochat.common import InputError, get_base_dir, locked, print0, process_layout, quoted, shortened
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # the fields of an example, by the kind of its task
@@ -59,10 +59,13 @@ def open_bundle(folder: str = "") -> Bundle:
             raise InputError(f"--core-dir {folder}: no such folder; give the one that holds core.yaml, eval_meta_data.csv and eval_data/")
         return read_bundle(Path(folder))
     place, failures = get_base_dir() / "core", [None]
-    if process_layout()[1] == 0:  # one process a machine
-        with locked(place / ".lock"):  # another run waits, and then finds it
-            if not (place / "eval_bundle").is_dir():
-                failures = [download(URL, place)]
+    if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
+        try:
+            with locked(place / ".lock"):  # another run waits, and then finds it
+                if not (place / "eval_bundle").is_dir():
+                    failures = [download(URL, place)]
+        except OSError as e:
+            failures = [f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); give the folder of one with --core-dir"]
     if dist.is_initialized():  # all go on with the bundle, or all without
         failures *= dist.get_world_size()
         dist.all_gather_object(failures, failures[0])
@@ -91,12 +94,12 @@ def read_bundle(folder: Path) -> Bundle:
 
     try:
         entries = yaml.safe_load(read("core.yaml"))["icl_tasks"]
-    except (yaml.YAMLError, LookupError, TypeError):
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{folder / 'core.yaml'}: no list of tasks under icl_tasks")
-    table = {row.get("Eval Task"): row.get("Random baseline") for row in csv.DictReader(io.StringIO(read("eval_meta_data.csv")))}
-    tasks = [read_task(folder, entry, table, read) for entry in entries]
+    baselines = read_baselines(folder / "eval_meta_data.csv", read("eval_meta_data.csv"))
+    tasks = [read_task(folder, entry, baselines, read) for entry in entries]
     labels = [task.label for task in tasks]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"{folder / 'core.yaml'}: {', '.join(twice)} listed more than once")
@@ -104,35 +107,59 @@ def read_bundle(folder: Path) -> Bundle:
     return Bundle(folder, tasks, digest.hexdigest()[:16], archive.read_text().strip() if archive.is_file() else None)
 
 
+def read_baselines(path: Path, text: str) -> dict[str, str]:
+    """{task: accuracy of guessing, in percent, as it is written}."""
+    try:
+        reader = csv.DictReader(io.StringIO(text))
+        rows, columns = list(reader), reader.fieldnames or []
+    except csv.Error as e:
+        raise InputError(f"{path}: not a table in CSV: {e}") from None
+    if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
+        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {shortened(', '.join(columns)) or 'none'}")
+    baselines = {}
+    for row in rows:
+        task, baseline = row["Eval Task"], row["Random baseline"]
+        if baselines.setdefault(task, baseline) != baseline:
+            raise InputError(f"{path}: task {task} is listed twice, with \"Random baseline\" {baselines[task]} and {baseline}; leave one of them")
+    return baselines
+
+
+def percent(text: str) -> float | None:
+    """'25' -> 25.0; None where the text is no share of a hundred. Below 1 % but above 0, as 0.25, it is a fraction by mistake: no task has that many answers."""
+    try:
+        value = float(text)
+    except (ValueError, TypeError):
+        return None
+    return value if value == 0 or 1 <= value < 100 else None
+
+
 def read_task(folder: Path, entry: dict, baselines: dict, read) -> Task:
     where = f"{folder / 'core.yaml'}: task {entry.get('label', '(without a label)')}"
     if missing := [key for key in ("label", "dataset_uri", "num_fewshot", "icl_task_type") if key not in entry]:
         raise InputError(f"{where}: {', '.join(missing)} missing")
     label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
-    if kind not in FIELDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         raise InputError(f"{where}: unknown icl_task_type {kind!r}; known: {', '.join(FIELDS)}")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
     if type(shots) is not int or shots < 0:
         raise InputError(f"{where}: num_fewshot {shots!r} is not a list of one whole number")
-    try:
-        baseline = float(baselines[label]) / 100
-    except (KeyError, ValueError, TypeError):
-        baseline = -1
-    if not 0 <= baseline < 1:
-        raise InputError(f"{folder / 'eval_meta_data.csv'}: no \"Random baseline\" from 0 to below 100 percent for task {label}")
+    given = baselines.get(str(label))
+    if (baseline := percent(given)) is None:
+        raise InputError(f"{folder / 'eval_meta_data.csv'}: no \"Random baseline\" in percent for task {label}: {quoted(given or '')}; "
+                         "give 0, or a number from 1 to below 100, such as 25 for one of four answers")
     name = f"eval_data/{entry['dataset_uri']}"
     lines = [(number, line) for number, line in enumerate(read(name).split("\n"), 1) if line.strip()]
     examples = [read_example(line, kind, f"{folder / name}: line {number}") for number, line in lines]
     if len(examples) <= shots:
         raise InputError(f"{folder / name}: {len(examples)} examples, but task {label} asks about one after showing {shots} others")
-    return Task(str(label), kind, shots, str(entry.get("continuation_delimiter", " ")), baseline, examples)
+    return Task(str(label), kind, shots, str(entry.get("continuation_delimiter", " ")), baseline / 100, examples)
 
 
 def read_example(line: str, kind: str, where: str) -> dict:
     """One line of a task file, its fields checked; other fields are dropped."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{where}: not a JSON object")
@@ -140,6 +167,8 @@ def read_example(line: str, kind: str, where: str) -> dict:
         raise InputError(f"{where}: {', '.join(map(repr, missing))} missing; a {kind} example has {', '.join(FIELDS[kind])}")
     example = {field: found[field] for field in FIELDS[kind]}
     for field, value in example.items():
+        if not isinstance(value, int) and not encodable(value):
+            raise InputError(f"{where}: {field!r} has half of a surrogate pair, which is no character")
         if field in ("query", "context", "continuation") and not isinstance(value, str):
             raise InputError(f"{where}: {field!r} is not text")
         if field in ("choices", "context_options"):
@@ -148,6 +177,15 @@ def read_example(line: str, kind: str, where: str) -> dict:
             if type(example["gold"]) is not int or not 0 <= example["gold"] < len(value):
                 raise InputError(f"{where}: 'gold' is {example['gold']!r}, not the index of one of the {len(value)} {field}")
     return example
+
+
+def encodable(value) -> bool:
+    """Whether all text in it can be written as UTF-8: JSON may hold \\ud800 alone."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 # ---- downloading ----------------------------------------------------------------------------------------------------

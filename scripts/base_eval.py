@@ -32,8 +32,17 @@ def parts(text: str) -> list[str]:
 
 def known(path, settings: dict) -> dict:
     """What an earlier evaluation under the same settings found."""
-    found = metrics.read_json(path) if path.exists() else {}
+    found = metrics.read_json(path) if path.is_file() else {}
     return found if found.get("settings") == settings else {"settings": settings}
+
+
+def store(path, results: dict) -> list[str]:
+    """Write them; where that fails, what to say of it once they are shown."""
+    try:
+        write_atomic(path, json.dumps(results, indent=2) + "\n")
+        return []
+    except OSError as e:
+        return [f"{path}: cannot be written ({e.strerror}); the results are shown above and kept nowhere"]
 
 
 def main(argv=None):
@@ -73,20 +82,21 @@ def main(argv=None):
         T = model.config.sequence_len
     if core_missing:  # what does not fit is said before anything is computed
         asked = questions(bundle, tokenizer, T, args.max_per_task, rank, world_size)
+    unwritten = []
     if missing:
         results |= on_text(missing, model, tokenizer, corpus, args, place, dtype)
-        if rank == 0:
-            write_atomic(out, json.dumps(results, indent=2) + "\n")
+        unwritten += store(out, results) if rank == 0 else []
     if core_missing:
         core_results |= {"bundle_sha256": bundle.sha256, **with_intervals(evaluate_core(model, bundle, asked, dtype, args.device_batch_size * T))}
-        if rank == 0:
-            write_atomic(core_out, json.dumps(core_results, indent=2) + "\n")
+        unwritten += store(core_out, core_results) if rank == 0 else []
 
     if world_size > 1:
         dist.barrier()  # a process that leaves with an error takes rank 0 along, which may still be writing
     show(results, args.eval)
     if core_results:
         show_core(core_results)
+    if unwritten:
+        raise InputError("; ".join([*unwritten, str(no_bundle)] if no_bundle else unwritten))
     if no_bundle:
         raise no_bundle
 

@@ -245,8 +245,8 @@ def main(argv=None):
         raise InputError(f"--{given[0].replace('_', '-')}: the run of --model-tag {args.model_tag} has its own; leave one of the two out")
     if args.step >= 0 and not args.model_tag:
         raise InputError(f"--step {args.step}: of which run? name it with --model-tag")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out}: is a file; give a folder")
+    if args.out:
+        common.check_out("--out", args.out)
     config = None if args.model_tag else shape_of(args)
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)

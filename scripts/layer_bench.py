@@ -320,8 +320,8 @@ def ranks_of(args, names: str, in_features: int, out_features: int) -> list[int]
 def main(argv=None):
     args = build_parser().parse_args(argv)
     shapes = [(*shape, ranks_of(args, *shape)) for shape in layer_shapes(model_of(args))]
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out}: is a file; give a folder")
+    if args.out:
+        common.check_out("--out", args.out)
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
     machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,

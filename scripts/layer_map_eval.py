@@ -75,8 +75,8 @@ def parse(argv):
         raise InputError(f"--maps {two[0]}: takes layers of a second checkpoint; name its run with --second-tag")
     if args.second_tag and not two:
         raise InputError(f"--second-tag {args.second_tag}: no map takes its layers; give --maps with B:0, B:1, …, or goliath")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out}: is a file; give a folder")
+    if args.out:
+        common.check_out("--out", args.out)
     return args
 
 

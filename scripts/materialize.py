@@ -62,6 +62,8 @@ def parse(argv):
         raise InputError(f"--energy: not with {shown[0]}: it finds the ranks in the blocks")
     if args.safetensors and args.safetensors.suffix != ".safetensors":
         raise InputError(f"--safetensors {args.safetensors}: the name has to end in .safetensors; the config goes beside it, ending in .json")
+    if args.safetensors:
+        common.check_out("--safetensors", args.safetensors, is_file=True)
     args.truncates = bool(ranks)
     return args
 

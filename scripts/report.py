@@ -58,9 +58,7 @@ def main(argv=None):
     margins = {"margin_time": args.margin_time, "margin_memory": args.margin_memory, "margin_ppl": args.margin_ppl,
                "confidence": args.confidence, "equal_params": args.equal_params}
     verdict([], **margins)  # refuses a margin that is out of range
-    existing = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise InputError(f"--out {args.out}: {existing} is a file; give a folder")
+    common.check_out("--out", args.out)
 
     runs = load_runs(args.runs, args.from_wandb)
     configs = configurations(runs)
@@ -68,13 +66,13 @@ def main(argv=None):
     title, blocks, figures, said = (study if is_study else few)(runs, configs, margins)
     blocks += [("heading", "How to read this"), ("list", [f"**{term}**: {meaning}" for term, meaning in DEFINITIONS])]
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "×" must not cost the user the table
+    print(to_markdown(said), flush=True)  # before anything is written: it is shown also where that fails
     for name, figure in figures.items():
         write_atomic(args.out / name, figure[0] if isinstance(figure, tuple) else figure)
     write_atomic(args.out / "report.csv", encode(to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, pair_keys(configs))))
     write_atomic(args.out / "report.md", encode(f"# {in_markdown(title)}\n\n" + to_markdown(blocks)))
     write_atomic(args.out / "report.html", encode(to_page(title, blocks, figures)))
-    sys.stdout.reconfigure(errors="replace")  # a terminal without "×" must not cost the user the table
-    print(to_markdown(said))
     print(f"report: {args.out / 'report.html'}")
 
 

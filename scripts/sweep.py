@@ -62,6 +62,8 @@ def main(argv=None):
     if args.task:
         return run_task(sweep, sweep.point(args.task), args)
 
+    if args.out:
+        common.check_out("--out", Path(args.out))
     if args.launcher == "local":
         places(sweep, args.j)  # that there are any is known before anything is tokenised
     if args.launcher == "slurm":

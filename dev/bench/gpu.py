@@ -239,6 +239,7 @@ def main(argv=None):
     add("--tiny", action="store_true", help="a model of seconds, float32 and uncompiled, to try the program itself")
     add("--seconds", type=whole_number(1), default=420, help="no comparison is begun that would probably end later than this")
     args = parser.parse_args(argv)
+    common.check_out("--out", args.out)
     began = time.monotonic()
     device = common.init_process(args.device_type)[0]
     dtype, compiled, repeats, start = (torch.float32, False, 2, 4) if args.tiny else (torch.bfloat16, True, 10, LARGEST_BATCH)
@@ -267,8 +268,9 @@ def main(argv=None):
         measure_size(size, config, batch_size, rows, deadline, report, save, device, dtype, compiled, repeats)
         torch._dynamo.reset()  # the next size compiles anew
         release(device)
+    report["seconds"] = time.monotonic() - began
+    print(markdown(report), flush=True)  # before the file is written: it is shown also where that fails
     save()
-    print(markdown(report), flush=True)
 
 
 if __name__ == "__main__":

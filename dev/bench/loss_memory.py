@@ -80,6 +80,8 @@ def main(argv=None):
     add("--repeats", type=whole_number(1), default=5)
     add("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args(argv)
+    if args.out:
+        common.check_out("--out", args.out, is_file=True)
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
     result = measure(args.device_batch_size * args.max_seq_len, args.model_dim, args.vocab_size, device, dtype, args.repeats)
     result = {"machine": train_step.machine(device, dtype, False), **result}

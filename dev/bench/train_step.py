@@ -451,6 +451,8 @@ def main(argv=None):
     for name in SHAPE:
         if args.reference and getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two")
+    if args.out:
+        common.check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
     device, dtype, compiled = common.init_process(args.device_type)[0], getattr(torch, args.dtype), args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)
