@@ -45,7 +45,8 @@ def run_script(main, result_is_printed: bool = False):
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        message = f"out of memory ({first_line(e)}); give a smaller model, batch or context"
+        reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
+        message = f"out of memory ({reason}); give a smaller model, batch or context"
     except KeyboardInterrupt as e:
         number = signals.number_of(e)
         signals.say(f"stopped by {signals.name_of(number)}")

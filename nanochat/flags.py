@@ -43,6 +43,8 @@ def matrix_ranks_flag(text: str) -> str:
 
 
 def layer_map_flag(text: str) -> str:
+    if text.count(",") >= DEEPEST:
+        raise ArgumentTypeError(f"{quoted(text)}: more than {DEEPEST:,} positions")
     if text and not well_formed(text):
         raise ArgumentTypeError(f"{quoted(text)}: {FORM}")
     return text

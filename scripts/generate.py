@@ -84,7 +84,7 @@ def main(argv=None):
     add("-p", "--prompt", default=None, help="text to continue; without it, one prompt a line from standard input, until an empty one")
     add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest that is finished")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--num-samples", type=whole_number(1), default=1, help="continuations of a prompt")
+    add("--num-samples", type=whole_number(1, 2**16), default=1, help="continuations of a prompt")
     add("--max-tokens", type=whole_number(1), default=256, help="the longest continuation; beyond the context the model rereads the last half of it")
     add("--temperature", type=number(0), default=0.8, help="0 = always the likeliest token")
     add("--top-k", type=whole_number(0), default=0, help="draw from the k likeliest tokens; 0 = from all")
@@ -105,6 +105,8 @@ def main(argv=None):
     say(f"{tag}, step {step}{'' if args.model_tag else ' (the newest finished run)'}")
     if args.prompt is not None:
         return continue_prompt(model, tokenizer, args.prompt, args, dtype)
+    if sys.stdin is None:
+        raise InputError("-p: no prompt, and standard input is closed; give a prompt, or one a line on standard input")
     if sys.stdin.isatty():
         say("a line to continue, an empty one to end:")
     while (line := sys.stdin.readline()).strip():

@@ -7,6 +7,7 @@ Writes layer_maps.csv and layer_maps.png: a row a map, best first, the model as 
 """
 import csv
 import io
+import math
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -18,19 +19,25 @@ from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import check_same_shape, with_copied_layers, with_layer_map
 from nanochat.figures import new_figure, png
+from nanochat.flags import DEEPEST
 from nanochat.gpt import GPT
 from nanochat.layer_maps import NAMED, drawn, map_text, monotone, of_two, parse_map
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
 
 
+LARGEST_SIDE = 300   # inches of a figure: matplotlib draws no image of more than 65,536 dots
+MOST_MAPS = 100_000  # at a thousandth of a second each that is minutes
+
 # ---- figure ---------------------------------------------------------------------------------------------------------
 
 def draw(rows: list[dict], layers: int, second_tag: str = ""):
     """Colour: the layer executed, hatched where it is the second run's; perplexity at the right."""
-    widest, line = max(len(row["map"]) for row in rows), 0.17
+    widest = max(len(row["map"]) for row in rows)
+    line = min(0.17, LARGEST_SIDE / len(rows))
+    place = min(0.34, LARGEST_SIDE / widest)
     height = 1.5 + line * len(rows)
-    fig = new_figure(2.9 + 0.34 * widest, height)
+    fig = new_figure(2.9 + place * widest, height)
     panel = fig.add_subplot()
     # from dark to light in equal steps of lightness, which a colour-blind reader and a printer keep apart
     colours = ListedColormap([colormaps["cividis"](i / max(1, layers - 1)) for i in range(layers)])
@@ -42,7 +49,7 @@ def draw(rows: list[dict], layers: int, second_tag: str = ""):
             if layer >= layers:
                 ink = "white" if 2 * (layer % layers) < layers else "black"
                 panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor=ink, linewidth=0))
-    panel.set(xlabel="position in the stack", xticks=range(widest), yticks=[])
+    panel.set(xlabel="position in the stack", xticks=range(0, widest, math.ceil(widest / 60)), yticks=[])
     panel.spines[:].set_visible(False)
     panel.set_title("validation perplexity, no training", loc="right", fontsize=9)
     key = fig.colorbar(image, ax=panel, ticks=range(layers), location="bottom", aspect=40, fraction=0.4 / height)
@@ -59,9 +66,9 @@ def parse(argv):
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--second-tag", type=optional_tag, default="", metavar="TAG", help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as A:0,A:1,B:1")
     add("--maps", default="", help=f"maps, separated by spaces: '0,1,1,2,3 0,0,1,2,3', or by name: {', '.join(NAMED)} (of two runs)")
-    add("--all-monotone", type=whole_number(1), default=None, metavar="POSITIONS", help="every map to so many positions that keeps the order of the layers")
-    add("--random", type=whole_number(0), default=0, help="so many random maps that do not, to --positions")
-    add("--positions", type=whole_number(2), default=None, help="of random maps; as many as the model has if not given")
+    add("--all-monotone", type=whole_number(1, DEEPEST), default=None, metavar="POSITIONS", help="every map to so many positions that keeps the order of the layers")
+    add("--random", type=whole_number(0, 10_000), default=0, help="so many random maps that do not, to --positions")
+    add("--positions", type=whole_number(2, DEEPEST), default=None, help="of random maps; as many as the model has if not given")
     add("--seed", type=whole_number(0), default=0, help="of random maps")
     add("--eval-tokens", type=whole_number(1, off=-1), default=-1, help="validation tokens; -1 = as many as in the run")
     add("--device-batch-size", type=whole_number(1), default=32)
@@ -107,6 +114,8 @@ def main(argv=None):
     layers, own = model.config.n_layer, model.config.positions
     if args.all_monotone and args.all_monotone < layers:
         raise InputError(f"--all-monotone {args.all_monotone}: the model has {layers} layers; give at least as many positions")
+    if args.all_monotone and (count := math.comb(args.all_monotone - 1, layers - 1)) > MOST_MAPS:
+        raise InputError(f"--all-monotone {args.all_monotone}: {layers} layers have {float(count):.3g} such maps; give fewer positions, for at most {MOST_MAPS:,}")
     maps = [*(parse_map(word, layers, "--maps") for word in args.maps.split()), *(monotone(layers, args.all_monotone) if args.all_monotone else ()),
             *drawn(layers, args.positions or len(own), args.random, args.seed)]
     names = {named(layers): name for name, named in NAMED.items()}

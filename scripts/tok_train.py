@@ -5,7 +5,7 @@ tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do
 """
 import time
 
-from nanochat.common import ArgumentParser, InputError, run_script, whole_number
+from nanochat.common import ArgumentParser, InputError, check_out, run_script, whole_number
 from nanochat.dataset import open_corpus
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, tokenizer_tag, train_tokenizer
 
@@ -48,12 +48,14 @@ def main(argv=None):
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
     parser.add_argument("--tokenizer-tag", type=tokenizer_tag, default="",
                         help="its name, for base_train; '' = the one that is used where none is named")
-    parser.add_argument("--vocab-size", type=whole_number(258), default=32768, help="ids in all, the BOS token included")
+    parser.add_argument("--vocab-size", type=whole_number(258, 2**31 - 1), default=32768,
+                        help="ids in all, the BOS token included")
     parser.add_argument("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
     args = parser.parse_args(argv)
-
     path = tokenizer_path(args.tokenizer_tag)
+    check_out("NANOCHAT_BASE_DIR", path, is_file=True)
+
     corpus = open_corpus(args.data)
     source = {"corpus": corpus.name, "fingerprint": corpus.fingerprint("train"), "vocab_size": args.vocab_size,
               "max_chars": args.max_chars, "doc_cap": args.doc_cap}

@@ -14,7 +14,7 @@ from train_step import RATES, Subject, allocated, noise_rows  # first: it finds 
 import torch
 
 from nanochat import common
-from nanochat.common import ArgumentParser, whole_number
+from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.dataloader import training_batches
 from nanochat.flags import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
@@ -53,6 +53,8 @@ def main(argv=None):
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--repeats", type=whole_number(1), default=5)
     args = parser.parse_args(argv)
+    if args.model_dim % 64:
+        raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
     config = GPTConfig(args.max_seq_len, args.vocab_size, args.depth, args.model_dim // 64, args.model_dim // 64, args.model_dim, window_pattern="L")
     kinds = {"dense": None, f"basis, d = {DIM}": SubspaceConfig("basis", DIM), f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),

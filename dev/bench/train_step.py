@@ -43,6 +43,7 @@ from nanochat.dataloader import Rows, training_batches
 from nanochat.flags import DEEPEST, LONGEST, WIDEST, matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
+from nanochat.plan import check_size
 from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -421,14 +422,18 @@ def build_parser():
 
 
 def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **more) -> GPTConfig:
-    if width % args.head_dim:
-        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}")
+    if width % args.head_dim or args.head_dim % 2:
+        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}, which has to be even")
     if args.window_pattern.strip("SL") or not args.window_pattern:
         raise InputError(f"--window-pattern {args.window_pattern}: use the letters S and L")
     heads = width // args.head_dim
-    return GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
-                     n_embd=width, window_pattern=args.window_pattern,
-                     attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth, **more)
+    config = GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
+                       n_embd=width, window_pattern=args.window_pattern,
+                       attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth, **more)
+    check_size(config)
+    if not config.n_hidden:
+        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
+    return config
 
 
 def chosen(args) -> tuple[dict, dict]:
