@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import window_mask
+from nanochat.common import InputError
 from nanochat.functional import SOFTCAP, for_rows, squashed
 from nanochat.gpt import GPT, GPTConfig
 
@@ -95,13 +96,15 @@ def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float3
 
 
 def sample(logits, temperature: float, top_k: int, top_p: float, rng):
-    """logits: (B, V) -> (B,) tokens. top_k 0 = all; more than k where several are equally likely to the k-th."""
+    """logits: (B, V) -> (B,) tokens. top_k 0 = all; more than k where several are equally likely to the k-th. InputError: no numbers."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = F.softmax(logits, dim=-1)
+    if not probabilities.isfinite().all():  # drawing from them would end a GPU's whole process
+        raise InputError("the model's logits are not finite numbers: it diverged in training; take an earlier checkpoint")
     if top_p < 1:  # the fewest tokens whose probabilities add up to top_p
         descending, order = probabilities.sort(descending=True)
         beyond = descending.cumsum(dim=-1) - descending >= top_p

@@ -61,11 +61,15 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NE
     texts = []
     for i in range(min(2, val_rows.count)):
         prompt, continuation = val_rows.row(i)[:16].tolist(), []
-        for token, in generate(model, [prompt], 48, dtype=dtype):
-            if stop.is_set():
-                return None
-            continuation.append(token)
-        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + tokenizer.decode(continuation))
+        try:
+            for token, in generate(model, [prompt], 48, dtype=dtype):
+                if stop.is_set():
+                    return None
+                continuation.append(token)
+            text = tokenizer.decode(continuation)
+        except InputError as e:  # a training that diverged is to be saved all the same
+            text = f"({e})"
+        texts.append(tokenizer.decode(prompt[1:]) + " ⟶ " + text)
     return texts
 
 

@@ -54,7 +54,6 @@ def main(argv=None):
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
     args = parser.parse_args(argv)
     path = tokenizer_path(args.tokenizer_tag)
-    check_out("NANOCHAT_BASE_DIR", path, is_file=True)
 
     corpus = open_corpus(args.data)
     source = {"corpus": corpus.name, "fingerprint": corpus.fingerprint("train"), "vocab_size": args.vocab_size,
@@ -63,6 +62,7 @@ def main(argv=None):
     if previous and previous.trained_on == source:
         return print(f"tokenizer: {path} is already trained on this text "
                      f"({previous.vocab_size} tokens, hash {previous.hash})")
+    check_out("NANOCHAT_BASE_DIR", path, is_file=True)
     print(corpus.line())
     started = time.perf_counter()
     documents = Documents(corpus.train)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT, TINY
+from nanochat import metrics
 
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("scripts", "dev/bench") for path in (ROOT / folder).glob("[a-z]*.py")) + ["nanochat/dataset.py"]
 BUSY = ["scripts/tok_train.py", "scripts/layer_bench.py", "scripts/infer_bench.py",  # these do their work without any flag
@@ -64,6 +65,18 @@ def test_nothing_on_standard_input(train, command, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as Python has it where the shell closed it
     code, _, stderr = command("scripts/generate.py", "--model-tag", "a")
     assert code == 2 and "error: -p: no prompt, and standard input is closed" in stderr and "Traceback" not in stderr
+
+
+def test_a_model_that_diverged_says_so_and_its_training_is_saved(train, command):
+    """Two steps at a rate of 1e30: finite weights, logits that are no numbers, and a sample at the end."""
+    from scripts import adapter_train
+    train(tag="a")
+    adapter_train.main(["--model-tag", "a", "--run-tag", "wild", "--adapter", "none", "--lr", "1e30", "--num-iterations", "2", "--total-batch-size", "256",
+                        "--device-batch-size", "4", "--eval-tokens", "1024", "--eval-every", "-1"])
+    run = metrics.load_run(metrics.runs_dir() / "wild")
+    assert run.summary["status"] == "finished" and "(the model's logits are not finite numbers" in run.history[-1]["sample"][0]
+    code, _, stderr = command("scripts/generate.py", "--model-tag", "wild", "-p", "a")
+    assert code == 2 and "error: the model's logits are not finite numbers: it diverged" in stderr
 
 
 def test_from_another_folder_with_paths_as_they_are_there(walk, tmp_path, corpus_dir):
