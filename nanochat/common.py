@@ -59,13 +59,15 @@ def run_script(main, result_is_printed: bool = False):
     if rank > 0:
         time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
     where = f" [process {rank} of {world_size}]" if rank > 0 else ""
-    print(f"error{where}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)  # a value may hold line breaks
+    message = " ".join(message.splitlines())  # a value may hold line breaks
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def out_of_memory(e: Exception) -> bool:
     """Whether Python, or torch on a GPU or a processor, found too little memory."""
-    return isinstance(e, MemoryError) or any(words in str(e).lower() for words in ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed"))
+    ways_to_say_it = ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed")
+    return isinstance(e, MemoryError) or any(words in str(e).lower() for words in ways_to_say_it)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -81,8 +83,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
-LARGEST_INTEGER = 2**63 - 1     # what torch and numpy hold
-SMALLEST, LARGEST = 1e-30, 1e30  # of numbers other than 0: what float32 holds, also after a product with another
+LARGEST_INTEGER = 2**63 - 1  # of torch and numpy
+LARGEST = 1e30   # of other numbers: float32 reaches to 3e38
+SMALLEST = 1e-30  # above 0, likewise
 
 
 def as_whole_number(text: str) -> int | None:
@@ -94,7 +97,7 @@ def as_whole_number(text: str) -> int | None:
 
 
 def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None = None):
-    """argparse type: an integer from minimum to maximum; or `off`, which switches off what the flag is about."""
+    """argparse type: an integer from minimum to maximum; or `off`, which switches off what the flag sets."""
     def parse(text):
         value = as_whole_number(text)
         if value is None or not (minimum <= value <= maximum or value == off):
@@ -105,9 +108,9 @@ def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None =
 
 
 def number(low: float = 0, high: float = LARGEST, *, above: float | None = None, off: float | None = None):
-    """argparse type: a finite number from `low`, or from above `above`, to high; or `off`, which switches off what the flag is about.
+    """argparse type: a number from `low`, or above `above`, to high; or `off`, which switches off what the flag sets.
 
-    Numbers other than 0 that lie outside of what float32 holds are refused: they become 0, infinite, or an error of torch.
+    It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses others, or takes them for 0.
     """
     def parse(text):
         try:
@@ -119,7 +122,8 @@ def number(low: float = 0, high: float = LARGEST, *, above: float | None = None,
         inside = low <= value <= high if above is None else above < value <= high
         if not inside or 0 < abs(value) < SMALLEST:
             smallest = f"from {low:g}" if above is None else f"above {above:g} and up"
-            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {smallest} to {high:g}{or_off(off)}")
+            wanted = f"{smallest} to {high:g}{or_off(off)}"
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {wanted}")
         return value
     return parse
 
@@ -174,17 +178,18 @@ def write_atomic(path: Path, content: str | bytes):
 
 
 def check_out(flag: str, path: Path, is_file: bool = False):
-    """InputError if results could not be written there, known before they are computed. path: a folder, or a file."""
+    """InputError if results cannot be written there; ask before they are computed. path: a folder, or a file."""
     folder = path.absolute().parent if is_file else path.absolute()
     try:
         if is_file and path.is_dir():
             raise InputError(f"{flag} {path}: is a folder; give a file")
         existing = next(place for place in (folder, *folder.parents) if place.exists())
         if existing.is_dir():
-            with tempfile.TemporaryFile(dir=existing):  # the rights of a folder do not tell of a file system that takes nothing
+            with tempfile.TemporaryFile(dir=existing):  # permissions do not tell of a read-only file system
                 return
     except OSError as e:
-        raise InputError(f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place") from None
+        message = f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place"
+        raise InputError(message) from None
     raise InputError(f"{flag} {path}: {'' if existing == folder else f'{existing} '}is a file; give a folder")
 
 
@@ -228,10 +233,12 @@ def claimed(path: Path, what: str):
 
 
 def memory_bytes(device_type: str) -> int:
-    """All the memory of a GPU, of the machine, or of the container that we are in. A batch system may allow less."""
+    """All the memory of a GPU, of the machine, or of the container around us. A batch system may allow less."""
     if device_type == "cuda":
         import torch
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else LARGEST_INTEGER
+        if not torch.cuda.is_available():  # what that means is said by `init_process`
+            return LARGEST_INTEGER
+        return torch.cuda.get_device_properties(0).total_memory
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))

@@ -65,7 +65,8 @@ def open_bundle(folder: str = "") -> Bundle:
                 if not (place / "eval_bundle").is_dir():
                     failures = [download(URL, place)]
         except OSError as e:
-            failures = [f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); give the folder of one with --core-dir"]
+            failures = [f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); "
+                        "give the folder of one with --core-dir"]
     if dist.is_initialized():  # all go on with the bundle, or all without
         failures *= dist.get_world_size()
         dist.all_gather_object(failures, failures[0])
@@ -115,17 +116,22 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
     except csv.Error as e:
         raise InputError(f"{path}: not a table in CSV: {e}") from None
     if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
-        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {shortened(', '.join(columns)) or 'none'}")
+        there = shortened(", ".join(columns)) or "none"
+        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {there}")
     baselines = {}
     for row in rows:
         task, baseline = row["Eval Task"], row["Random baseline"]
         if baselines.setdefault(task, baseline) != baseline:
-            raise InputError(f"{path}: task {task} is listed twice, with \"Random baseline\" {baselines[task]} and {baseline}; leave one of them")
+            raise InputError(f"{path}: task {task} is listed twice, with \"Random baseline\" {baselines[task]} and "
+                             f"{baseline}; leave one of them")
     return baselines
 
 
 def percent(text: str) -> float | None:
-    """'25' -> 25.0; None where the text is no share of a hundred. Below 1 % but above 0, as 0.25, it is a fraction by mistake: no task has that many answers."""
+    """'25' -> 25.0; None where the text is no percentage.
+
+    A number between 0 and 1, such as 0.25, is a fraction by mistake: no task has more than a hundred answers.
+    """
     try:
         value = float(text)
     except (ValueError, TypeError):
@@ -145,14 +151,15 @@ def read_task(folder: Path, entry: dict, baselines: dict, read) -> Task:
         raise InputError(f"{where}: num_fewshot {shots!r} is not a list of one whole number")
     given = baselines.get(str(label))
     if (baseline := percent(given)) is None:
-        raise InputError(f"{folder / 'eval_meta_data.csv'}: no \"Random baseline\" in percent for task {label}: {quoted(given or '')}; "
-                         "give 0, or a number from 1 to below 100, such as 25 for one of four answers")
+        raise InputError(f"{folder / 'eval_meta_data.csv'}: no \"Random baseline\" in percent for task {label}: "
+                         f"{quoted(given or '')}; give 0, or a number from 1 to below 100, such as 25 for one of four answers")
     name = f"eval_data/{entry['dataset_uri']}"
     lines = [(number, line) for number, line in enumerate(read(name).split("\n"), 1) if line.strip()]
     examples = [read_example(line, kind, f"{folder / name}: line {number}") for number, line in lines]
     if len(examples) <= shots:
         raise InputError(f"{folder / name}: {len(examples)} examples, but task {label} asks about one after showing {shots} others")
-    return Task(str(label), kind, shots, str(entry.get("continuation_delimiter", " ")), baseline / 100, examples)
+    delimiter = str(entry.get("continuation_delimiter", " "))
+    return Task(str(label), kind, shots, delimiter, baseline / 100, examples)
 
 
 def read_example(line: str, kind: str, where: str) -> dict:

@@ -96,7 +96,10 @@ def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float3
 
 
 def sample(logits, temperature: float, top_k: int, top_p: float, rng):
-    """logits: (B, V) -> (B,) tokens. top_k 0 = all; more than k where several are equally likely to the k-th. InputError: no numbers."""
+    """logits: (B, V) -> (B,) tokens. top_k 0 = all; more than k where several are equally likely to the k-th.
+
+    InputError: logits that are not finite.
+    """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -104,7 +107,8 @@ def sample(logits, temperature: float, top_k: int, top_p: float, rng):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = F.softmax(logits, dim=-1)
     if not probabilities.isfinite().all():  # drawing from them would end a GPU's whole process
-        raise InputError("the model's logits are not finite numbers: it diverged in training; take an earlier checkpoint")
+        raise InputError("the model's logits are not finite numbers: it diverged in training; "
+                         "take an earlier checkpoint")
     if top_p < 1:  # the fewest tokens whose probabilities add up to top_p
         descending, order = probabilities.sort(descending=True)
         beyond = descending.cumsum(dim=-1) - descending >= top_p

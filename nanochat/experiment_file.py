@@ -32,7 +32,7 @@ def load_toml(path: Path) -> dict:
         raise InputError(f"{path}: no such experiment file") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: invalid UTF-8 at byte {e.start}") from None
-    except (ValueError, RecursionError) as e:  # not TOML, a number of thousands of digits, or lists in lists in lists …
+    except (ValueError, RecursionError) as e:  # also numbers of 4300 digits, lists in lists
         raise InputError(f"{path}: not TOML: {first_line(e)}") from None
     check_keys(path, content, {**KEYS, "preset": dict})
     for name, table in content.get("preset", {}).items():
@@ -146,6 +146,7 @@ def check_eval(name: str, table):
 
 
 def whole_numbers(where: str, values, minimum: int, maximum: int = LARGEST_INTEGER) -> list[int]:
-    if not isinstance(values, list) or not all(type(v) is int and minimum <= v <= maximum for v in values) or len(set(values)) < len(values):
+    good = isinstance(values, list) and all(type(v) is int and minimum <= v <= maximum for v in values)
+    if not good or len(set(values)) < len(values):
         raise InputError(f"{where}: give whole numbers >= {minimum}, up to {maximum}, each once")
     return values

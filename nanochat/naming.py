@@ -1,6 +1,6 @@
 """Names that a user gives to runs: what can be one, and what is said of one that is not there.
 
-A tag becomes the name of a folder, of locks and of other files, a part of a W&B name, and a word of TAG[:STEP].
+A tag becomes the name of a folder, of locks and other files, a part of a W&B name, and a word of TAG[:STEP].
 """
 import difflib
 import unicodedata
@@ -13,14 +13,17 @@ from nanochat.metrics import runs_dir
 MARKS = " ._-+=,@()"   # what a tag may hold besides letters and digits of any script
 LONGEST_TAG = 150      # bytes: file systems take 255, and names of locks are longer than the tag
 LONGEST_RUN_NAME = 128  # characters that W&B takes
-RULE = f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginning with . or -, at most {LONGEST_TAG} bytes"
+RULE = (f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginning with . or -, "
+        f"at most {LONGEST_TAG} bytes")
 
 
 # ---- what can be a name ---------------------------------------------------------------------------------------------
 
 def is_tag(text: str) -> bool:
-    """Whether a text can name a run: one part of a path, the same on all file systems, and no option of a command."""
-    if not text or text[0] in ".-" or text != text.strip() or len(text.encode("utf-8", "replace")) > LONGEST_TAG:
+    """Whether a text can name a run: one part of a path, which no command takes for an option."""
+    if not text or text[0] in ".-" or text != text.strip():
+        return False
+    if len(text.encode("utf-8", "replace")) > LONGEST_TAG:
         return False
     return all(c in MARKS or unicodedata.category(c)[0] in "LMN" for c in text)
 
@@ -47,7 +50,8 @@ def optional_tag(text: str) -> str:
 def run_name(text: str) -> str:
     """argparse type: a name on W&B's dashboard."""
     if not text.strip() or not text.isprintable() or len(text) > LONGEST_RUN_NAME:
-        raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable characters, or 'dummy' to turn it off")
+        raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable characters, "
+                                "or 'dummy' to turn it off")
     return text
 
 

@@ -82,20 +82,23 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
 
 
 def check_size(config: GPTConfig):
-    """InputError for a model of more parameters than can be counted in 64 bits: torch would overflow before any memory is asked for."""
+    """InputError for a model so large that sizes overflow in torch before any memory is asked for."""
     C, N = config.n_embd, config.n_hidden
     entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
     if entries > MOST_PARAMETERS:
-        raise InputError(f"--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: {config.n_layer} layers of width {C:,}, with MLPs of {N:,} "
-                         f"and a vocabulary of {config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; give less of one of them")
+        raise InputError(f"--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: {config.n_layer} layers of "
+                         f"width {C:,}, with MLPs of {N:,} and a vocabulary of {config.vocab_size:,}, are more than "
+                         f"{MOST_PARAMETERS:.0e} parameters; give less of one of them")
 
 
 def check_memory(args, accounting: dict, device_type: str):
-    """InputError if this machine's memory can never hold the training. Activations count by half, for compiled code may keep fewer."""
-    needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"] + accounting.get("mem/activations_bytes", 0) // 2
+    """InputError if this machine's memory can never hold the training. Activations count half: compilation saves some."""
+    needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"]
+    needed += accounting.get("mem/activations_bytes", 0) // 2
     there = memory_bytes(device_type)
     if needed > there:
-        flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size" + (", --subspace-dim" if args.subspace else "")
+        flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size"
+        flags += ", --subspace-dim" if args.subspace else ""
         raise InputError(f"{flags}: weights, gradients and activations need at least "
                          f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them")
 
@@ -164,12 +167,13 @@ def parameter_budget(args) -> int:
     """--budget-params as a number; of a run, what it has."""
     if (budget := as_whole_number(args.budget_params)) is not None:
         if not 0 < budget <= LARGEST_INTEGER:
-            raise InputError(f"--budget-params {quoted(args.budget_params)}: give a number of parameters such as 10_000_000, or the tag of a run")
+            raise InputError(f"--budget-params {quoted(args.budget_params)}: give a number of parameters such as "
+                             "10_000_000, or the tag of a run")
         return budget
     folder = metrics.runs_dir() / args.budget_params
     if not is_tag(args.budget_params) or not (folder / "config.json").is_file():
-        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as 10_000_000 nor a run's tag: "
-                         f"{no_such_run(args.budget_params)}")
+        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as 10_000_000 "
+                         f"nor a run's tag: {no_such_run(args.budget_params)}")
     found = metrics.load_run(folder).summary.get("params/total")
     if found is None:
         raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
@@ -191,7 +195,8 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def checked_depth(args, depth: int) -> int:
     if depth > DEEPEST:
-        raise InputError(f"--budget-params {args.budget_params}: leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim")
+        raise InputError(f"--budget-params {args.budget_params}: leaves room for more than {DEEPEST:,} layers; "
+                         "give less, or a larger --model-dim")
     return depth
 
 
@@ -235,7 +240,7 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
         raise InputError("--matrix-ranks: not with --plan, which gives the matrices of a group one rank")
     check_depth_is_free(args, "--plan")
     if args.depth > 256:
-        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that, which takes minutes from 256 on; give less")
+        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256")
     budget, found = parameter_budget(args), []
     for depth in range(1, 4 * args.depth + 1):
         config = nearest_config(args, vocab_size, depth)
@@ -316,8 +321,8 @@ def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
 
 def check_schedule(args, steps: int):
     if args.warmup_steps > steps:
-        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, so its learning rates would never be reached; "
-                         f"give at most {steps}")
+        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, which would "
+                         f"never reach its learning rates; give at most {steps}")
 
 
 def default_tag(args, config: GPTConfig) -> str:

@@ -114,8 +114,9 @@ def main(argv=None):
     layers, own = model.config.n_layer, model.config.positions
     if args.all_monotone and args.all_monotone < layers:
         raise InputError(f"--all-monotone {args.all_monotone}: the model has {layers} layers; give at least as many positions")
-    if args.all_monotone and (count := math.comb(args.all_monotone - 1, layers - 1)) > MOST_MAPS:
-        raise InputError(f"--all-monotone {args.all_monotone}: {layers} layers have {float(count):.3g} such maps; give fewer positions, for at most {MOST_MAPS:,}")
+    if args.all_monotone and math.comb(args.all_monotone - 1, layers - 1) > MOST_MAPS:
+        raise InputError(f"--all-monotone {args.all_monotone}: {layers} layers have more than {MOST_MAPS:,} such maps; "
+                         "give fewer positions")
     maps = [*(parse_map(word, layers, "--maps") for word in args.maps.split()), *(monotone(layers, args.all_monotone) if args.all_monotone else ()),
             *drawn(layers, args.positions or len(own), args.random, args.seed)]
     names = {named(layers): name for name, named in NAMED.items()}
