@@ -7,7 +7,6 @@ from nanochat.layer_maps import FORM, well_formed
 from nanochat.naming import optional_tag, run_name
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
-from nanochat.tokenizer import tokenizer_tag
 
 # what no model reaches: beyond it even counting takes minutes, and sizes overflow
 DEEPEST = 4096       # layers
@@ -171,7 +170,7 @@ def build_parser():
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")
-    add("--tokenizer-tag", type=tokenizer_tag, default="",
+    add("--tokenizer-tag", type=optional_tag, default="",
         help="name of the tokenizer, as scripts.tok_train was given it; '' = the one without a name")
     add("--vocab-size", type=whole_number(1, LONGEST, off=-1), default=-1,
         help="-1 = the tokenizer's; otherwise it must match (with --dry-run none is needed)")

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import re
-from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -36,14 +35,6 @@ BREAK = re.compile(rf"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[{LETTERS}])(?=[{NO_LETTERS
 def tokenizer_path(tag: str = "") -> Path:
     """Where the tokenizer of this name is; '' = the one that is used where none is named."""
     return get_base_dir() / "tokenizer" / tag / "tokenizer.json"
-
-
-def tokenizer_tag(text: str) -> str:
-    """argparse type: a name that can be a folder."""
-    if text and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text):
-        raise ArgumentTypeError(f"{text!r} is no name of a tokenizer: use letters, digits, '-', '_' and '.', "
-                                "which does not come first")
-    return text
 
 
 def pieces(text: str) -> list[str]:

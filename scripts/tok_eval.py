@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nanochat.common import ArgumentParser, InputError, run_script, whole_number
 from nanochat.dataset import open_corpus
-from nanochat.tokenizer import load_tokenizer, pieces, tokenizer_path, tokenizer_tag
+from nanochat.naming import optional_tag
+from nanochat.tokenizer import load_tokenizer, pieces, tokenizer_path
 from scripts.tok_train import capped
 
 
@@ -28,7 +29,7 @@ def gpt2_encoding():
 def main(argv=None):
     parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
-    parser.add_argument("--tokenizer-tag", type=tokenizer_tag, default="",
+    parser.add_argument("--tokenizer-tag", type=optional_tag, default="",
                         help="name of the tokenizer; '' = the one without a name")
     parser.add_argument("--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on")
     args = parser.parse_args(argv)

@@ -7,7 +7,8 @@ import time
 
 from nanochat.common import ArgumentParser, InputError, check_out, run_script, whole_number
 from nanochat.dataset import open_corpus
-from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, tokenizer_tag, train_tokenizer
+from nanochat.naming import optional_tag
+from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
 
 
 def capped(documents, doc_cap: int, max_chars: int):
@@ -46,7 +47,7 @@ def previous_tokenizer(path):
 def main(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
-    parser.add_argument("--tokenizer-tag", type=tokenizer_tag, default="",
+    parser.add_argument("--tokenizer-tag", type=optional_tag, default="",
                         help="its name, for base_train; '' = the one that is used where none is named")
     parser.add_argument("--vocab-size", type=whole_number(258, 2**31 - 1), default=32768,
                         help="ids in all, the BOS token included")

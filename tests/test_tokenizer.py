@@ -164,9 +164,9 @@ def test_tokenizers_have_names(base_dir, corpus_dir, train, capsys):
         train("--tokenizer-tag", "none", tag="none")
 
 
-@pytest.mark.parametrize("tag", ["../x", "a/b", ".hidden", "a b", "é", "..", "x\n"])
+@pytest.mark.parametrize("tag", ["../x", "a/b", ".hidden", "..", "x\n"])
 def test_names_that_are_no_folder_are_refused(tag):
-    with pytest.raises(InputError, match="--tokenizer-tag: .* is no name of a tokenizer: use letters"):
+    with pytest.raises(InputError, match="--tokenizer-tag: .* becomes the name of a folder; use letters"):
         tok_train.main([f"--tokenizer-tag={tag}"])
 
 
