@@ -5,6 +5,7 @@
                      summary.json    rewritten at every checkpoint and at the end
                      wandb_id.txt    so that a resumed run continues the same line on the dashboard
 """
+import contextlib
 import json
 import math
 import os
@@ -213,14 +214,28 @@ def peak_memory_bytes(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
-def git_state() -> dict:
-    """Commit and dirty flag of the source tree that runs; None where it is no git checkout."""
+def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
+    """Commit and dirty flag of this program's own repository, with the top folder `root`; None without one.
+
+    A copy of the program inside another repository, or an installed one, does not have that one's commit.
+    """
+    # git must not look elsewhere: not in the folders above, and not where a hook or a script has pointed it
+    pointers = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
+    environment = {name: value for name, value in os.environ.items() if name not in pointers}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
+
     def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True).stdout
-    try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        done = subprocess.run(["git", *args], cwd=root, env=environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, errors="replace", timeout=5, check=True)
+        return done.stdout.strip()
+    state = {"commit": None, "dirty": None}
+    if not (root / ".git").exists():
+        return state
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", "nanochat/metrics.py")  # fails in a repository of other files
+        state["commit"] = git("rev-parse", "HEAD")
+        state["dirty"] = bool(git("status", "--porcelain"))
+    return state
 
 
 def versions() -> dict:
