@@ -1,20 +1,105 @@
-"""When blocks are compiled, and how: one block, whose machine code serves all blocks like it."""
+"""When blocks are compiled, and how: one block, whose machine code serves all blocks like it.
+
+Where a compiler does not serve, the blocks stay as they are.
+"""
+import logging
 import os
+import re
 import shutil
 import subprocess
+import sys
+import tempfile
+import warnings
 
 import torch
+import torch.distributed as dist
 
-from nanochat.functional import loss_of_logits_to_compile
+from nanochat.common import InputError, first_line, print0
+from nanochat.functional import loss_of_logits, loss_of_logits_to_compile
 
 NEW_ENOUGH = {"g++": 11, "clang++": 14}  # versions that know every set of vector instructions that torch compiles for
+PATIENCE = 60  # seconds for an empty program: a compiler that waits for a network or a licence may never end
+
+
+def wanted(choice: str, device_type: str, flops: float) -> bool:
+    """choice: --compile. flops: of the whole training."""
+    return choice == "on" or (choice == "auto" and pays(device_type, flops))
 
 
 def pays(device_type: str, flops: float) -> bool:
-    """On a GPU always. On a CPU it takes a third of a minute, which 3e13 FLOPs on two cores win back (dev/LOG.md), and needs a C++ compiler:
-    from 4e13 FLOPs on, minutes of training.
+    """On a GPU always. On a CPU it takes a third of a minute, which 3e13 FLOPs on two cores win back
+    (dev/LOG.md), so from 4e13 FLOPs on: minutes of training.
     """
-    return device_type == "cuda" or (flops >= 4e13 and any(map(shutil.which, ("g++", "c++", "clang++"))))
+    return device_type == "cuda" or flops >= 4e13
+
+
+def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
+    """Compile the blocks, and run one_pass(), forward and backward: no compiler works on the training clock.
+
+    If that fails in one process, the model stays uncompiled in all of them, and a line says so. InputError if
+    it fails under `--compile on`.
+    """
+    trouble = trouble_with(model, device, one_pass)
+    troubles = [trouble]
+    if world_size > 1:
+        troubles = [None] * world_size
+        dist.all_gather_object(troubles, trouble)
+    model.zero_grad()
+    if not any(troubles):
+        return
+    reason = next(filter(None, troubles))
+    if choice == "on":
+        raise InputError(f"--compile on: cannot compile here: {reason}; mend that, or give --compile off")
+    make_eager(model)
+    print0(f"--compile auto: trains uncompiled, since compiling fails here: {reason}")
+
+
+def trouble_with(model, device, one_pass) -> str:
+    """Compile the blocks and run one_pass(). Returns in a line why that fails, or ''.
+
+    The state of the random numbers is afterwards what it was before.
+    """
+    if device.type == "cpu" and (trouble := trouble_with_compiler()):
+        return trouble
+    gpus = [device] if device.type == "cuda" else []
+    logging.disable(logging.CRITICAL)  # torch logs pages
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(gpus):
+            warnings.simplefilter("ignore")
+            compile_blocks(model)
+            one_pass()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of torch, triton, the compiler, the linker, the file system: no list is complete
+        return useful_line(e)
+    finally:
+        logging.disable(logging.NOTSET)
+    return ""
+
+
+def trouble_with_compiler() -> str:
+    """Why the C++ compiler that torch will call does not work, in a line; '' if it does."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
+    with tempfile.TemporaryFile() as errors:  # a child of the compiler could hold a pipe open
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                                  timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"the C++ compiler {compiler} does not answer within {PATIENCE} s"
+        except OSError as e:
+            return f"no C++ compiler {compiler} ({e.strerror})"
+        if done.returncode == 0:
+            return ""
+        errors.seek(0)
+        reason = errors.read().decode(errors="replace").strip() or f"exit code {done.returncode}"
+        return f"the C++ compiler {compiler} fails ({reason.splitlines()[0]})"
+
+
+def useful_line(e: Exception) -> str:
+    """The line of an error that says what is wrong: in a compiler's output its first error."""
+    lines = [line.strip() for line in str(e).partition("\nOutput:\n")[2].splitlines()]
+    return next((line for line in lines if re.search(r"\berror\b", line)), first_line(e))[:300]
 
 
 def compile_blocks(model, backend: str = "inductor"):
@@ -32,6 +117,15 @@ def compile_blocks(model, backend: str = "inductor"):
         block.compile(dynamic=False, fullgraph=True, backend=backend)
     model.of_logits = torch.compile(loss_of_logits_to_compile, dynamic=False, fullgraph=True, backend=backend)
     model.compiled = True
+
+
+def make_eager(model):
+    """Undo `compile_blocks`, also where it stopped on its way."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    for block in model.blocks:
+        block._compiled_call_impl = None  # what nn.Module.compile sets
+    model.of_logits, model.compiled = loss_of_logits, False
 
 
 def knows_all_vector_instructions() -> bool:

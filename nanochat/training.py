@@ -318,9 +318,6 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     if meta["step"]:
         load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
     del state
-    compiled = args.compile == "on" or (args.compile == "auto" and compiler.pays(device.type, plan["tokens"] * accounting["flops/per_token"]))
-    if compiled:
-        compiler.compile_blocks(model)
 
     record = None
     if rank == 0:
@@ -353,10 +350,11 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         else:
             save_checkpoint(folder, step, state, now, keep=args.keep)
 
-    if compiled:  # outside the clock: one pass of the shapes to come, its gradients thrown away
+    if compiler.wanted(args.compile, device.type, plan["tokens"] * accounting["flops/per_token"]):
+        # a batch of the shapes to come
         x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
-        model(x, y, dtype).backward()
-        model.zero_grad()
+        compiler.compile_if_possible(model, args.compile, device, world_size,
+                                     lambda: model(x, y, dtype).backward())
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
