@@ -70,12 +70,25 @@ def out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError) or any(words in str(e).lower() for words in ways_to_say_it)
 
 
+class Flags(argparse.Namespace):
+    """A script's flags: vars() holds their values, `given` the names of those that the command line gave."""
+    __slots__ = ("given",)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with whole flag names only, defaults shown in --help, and errors of one line."""
+    """argparse with whole flag names, defaults shown in --help, one-line errors, and Flags as the result."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def parse_args(self, args=None) -> Flags:
+        # argparse fills in a default only where there is no value yet, so None stays where no flag was given
+        nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
+        values = vars(super().parse_args(args, nothing))
+        flags = super().parse_args(args, Flags())
+        flags.given = {name for name, value in values.items() if value is not None}
+        return flags
 
     def error(self, message):
         raise InputError(message)

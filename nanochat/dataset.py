@@ -62,6 +62,12 @@ class Corpus:
     folder: Path
     left_out: dict[str, list[str]] = field(default_factory=dict)
     note: str = ""
+    path: str = ""  # of the user's folder, absolute
+
+    @property
+    def place(self) -> str:
+        """What `--data` calls it from anywhere."""
+        return self.path or self.name
 
     def split(self, name: str) -> tuple[Shard, ...]:
         return {"train": self.train, "val": self.val}[name]
@@ -154,8 +160,8 @@ def _open_folder(folder: Path) -> Corpus:
             problem += f", beside {names} ({TEST}, left out: call it val to validate on it)"
         raise InputError(f"--data {folder}: {problem}; it takes text to train on and text to validate on, "
                          "in two files or more")
-    name = Path(os.path.abspath(folder)).name
-    return Corpus(name, _shards(text.train), _shards(text.val), folder, text.left_out, note)
+    path = os.path.abspath(folder)
+    return Corpus(Path(path).name, _shards(text.train), _shards(text.val), folder, text.left_out, note, path)
 
 
 def _shards(files: list[Path]) -> tuple[Shard, ...]:

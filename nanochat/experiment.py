@@ -110,14 +110,17 @@ class Sweep:
 
 # ---- from a file to points ------------------------------------------------------------------------------------------
 
-def read_experiment(path: Path, preset: str = "", data: str = "", texts: dict[str, str] | None = None) -> Sweep:
-    """All points of an experiment file. data: the text, in place of the file's; texts: {name of a text in the file: where it is}.
+def read_experiment(path: Path, preset: str = "", data: str = "", texts: dict[str, str] | None = None,
+                    defaults: dict | None = None) -> Sweep:
+    """All points of an experiment file. data: the text, in place of the file's; texts: {name of a text in the
+    file: where it is}; defaults: {flag: value} for the flags that the file does not give.
 
     InputError, one line: an unknown key, flag or preset, a value that a flag refuses, an impossible model or horizon, two
     points of one name. Depends on the file and the arguments alone.
     """
     path = Path(path)
     spec = choose_preset(load_toml(path), preset, path)
+    spec["flags"] = {**(defaults or {}), **spec.get("flags", {})}
     try:
         return plan_sweep(spec, path, preset, data, texts or {})
     except InputError as e:

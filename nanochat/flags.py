@@ -13,6 +13,16 @@ DEEPEST = 4096       # layers
 WIDEST = 2**20       # width, and that of a head
 LONGEST = 2**31 - 1  # tokens of a context or a vocabulary, rows of a batch
 
+# The record of a run lacks the flags that came later. Here is, for each of them, the value that makes the
+# program of then: with it such a run goes on, and is reported. Add a line for each new flag of base_train or
+# adapter_train, unless the flag is in metrics.FREE. The value may differ from today's default.
+DEFAULTS_BEFORE = {
+    "matrix_ranks": "", "factor_act": "none", "layer_map": "", "init_from": None,
+    "subspace": "", "subspace_dim": 0, "subspace_scope": "", "subspace_rank": 0, "subspace_scales": False,
+    "subspace_lr": 0.03, "freeze_embeddings": False,
+    "mlp_ratio": 4.0,
+}
+
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 def rank_flag(text: str) -> float:

@@ -26,7 +26,10 @@ SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. A rank is 0 (full), an integer >= 1, or a fraction in (0, 1) of min(in, out) of each matrix."""
+    """Shape of a model. A rank is 0 (full), an integer >= 1, or a fraction in (0, 1) of min(in, out).
+
+    Checkpoints store it. Earlier ones lack a new field: its default has to be what all models were before.
+    """
     sequence_len: int = 2048
     vocab_size: int = 32768
     n_layer: int = 12

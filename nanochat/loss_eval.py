@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from nanochat.common import InputError
 from nanochat.dataloader import Rows, batch_of
-from nanochat.dataset import open_corpus
 from nanochat.engine import generate
+from nanochat.run_text import open_run_text, recorded_text
 from nanochat.signals import NEVER, StopRequest
 
 
@@ -73,12 +73,16 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NE
     return texts
 
 
-def validation_rows(run, tokenizer, T: int, eval_tokens: int, optional: bool = False) -> tuple[Rows, int]:
-    """The rows that the run was evaluated on, and how many. optional: the caller can do without, by --eval-tokens 0."""
-    data = run.config["flags"]["data"]
-    corpus = open_corpus(data)
-    if (now := corpus.fingerprint("val")) != (then := run.config["derived"]["corpus"]["val_fingerprint"]):
-        raise InputError(f"{data}: the validation text is no longer the one of the run ({then} then, {now} now); restore it{', or give --eval-tokens 0' * optional}")
+def validation_rows(run, tokenizer, T: int, eval_tokens: int, data: str = "",
+                    optional: bool = False) -> tuple[Rows, int]:
+    """The rows that the run was evaluated on, and how many. data: where the text is, if not where the run
+    read it. optional: the caller can do without, by --eval-tokens 0.
+    """
+    corpus = open_run_text(run, data)
+    if (now := corpus.fingerprint("val")) != (then := recorded_text(run)["val"]):
+        without = ", or --eval-tokens 0" if optional else ""
+        raise InputError(f"--data {corpus.place}: the validation text is no longer the one of the run "
+                         f"({then} then, {now} now); give the folder of that text{without}")
     rows = Rows(corpus.val, tokenizer, T)
     if not (count := min(rows.count, eval_tokens // T)):
         raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more{', or 0 for none' * optional}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted, shortened
-from nanochat.flags import DEEPEST, build_parser, matrix_ranks, rank_flag
+from nanochat.flags import DEEPEST, DEFAULTS_BEFORE, build_parser, matrix_ranks, rank_flag
 from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.methods import with_size
@@ -32,10 +32,9 @@ def parse_flags(argv=None) -> Namespace:
     args = build_parser().parse_args(argv)
     if args.init_from is not None:
         folder, step = starting_point(args.init_from)
-        given = build_parser().parse_args(argv, Namespace(**dict.fromkeys(SHAPE_FLAGS)))
-        if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if getattr(given, name) is not None]:
+        if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]:
             raise InputError(f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out")
-        flags = metrics.read_json(folder / "config.json")["flags"]
+        flags = {**DEFAULTS_BEFORE, **metrics.read_json(folder / "config.json")["flags"]}
         vars(args).update({name: flags[name] for name in SHAPE_FLAGS if name in flags}, init_from=f"{folder.name}:{step}")
     return args
 

@@ -13,7 +13,7 @@ FREE = {"run", "model_tag", "run_tag", "seed", "resume", "dry_run", "plan", "sav
         "ppl_thresholds", "core_metric_every", "core_metric_max_per_task", "core_dir"}
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
 RESOLVED = {"aspect_ratio", "rank_end", "budget_params", "solve", "target_flops", "target_param_data_ratio", "data", "eval_tokens",
-            "device_type", "dtype"}
+            "device_type", "dtype", "tokenizer_tag"}
 MODEL = {"n_layer": "depth", "n_embd": "model_dim", "sequence_len": "max_seq_len", "attn_ranks": "attn_rank", "mlp_ranks": "mlp_rank"}
 PLAN = ("num_iterations", "total_batch_size", "matrix_lr", "tokenizer_hash", "val_tokens")
 RANKS = ("attn_rank", "mlp_rank", "lm_head_rank")
@@ -105,8 +105,9 @@ def rank_over_depth(ranks) -> float | str:
 
 @functools.cache
 def flag_defaults() -> dict:
-    from nanochat.flags import build_parser  # takes torch with it: a second or two that most reports need not pay
-    return vars(build_parser().parse_args([]))
+    # here, since it loads torch: a second or two that most reports need not pay
+    from nanochat.flags import DEFAULTS_BEFORE, build_parser
+    return vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
 
 
 # ---- many -----------------------------------------------------------------------------------------------------------

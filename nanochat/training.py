@@ -3,7 +3,6 @@
 What is trained is a `Learner`: here all of a GPT; an adapter (scripts/adapter_train.py) brings its own.
 """
 import contextlib
-import json
 import math
 import sys
 import time
@@ -13,7 +12,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat import common, compiler, metrics, signals, writer
+from nanochat import common, compiler, continuation, metrics, signals, writer
 from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest, save_checkpoint,
                                          saved_steps)
 from nanochat.common import InputError, as_whole_number, print0
@@ -79,9 +78,7 @@ def open_run(folder, given: str, config: dict, resume: str):
             raise InputError(f"--resume {resume}: there is no run {folder.name}")
         return None
     before = metrics.load_run(folder)
-    same = {key: config[key] for key in ("flags", "derived")}
-    differing = metrics.differing_keys({key: before.config.get(key, {}) for key in same}, json.loads(json.dumps(same)))
-    if differing:
+    if differing := continuation.differences(before.config, config["flags"], config["derived"]):
         raise InputError(f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
     if before.summary.get("status") == "finished":
         return "finished"
@@ -238,14 +235,16 @@ def check_resume(resume: str):
         raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
 
 
-def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build, tag_flag: str = "--model-tag", **derived):
+def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build,
+        tag_flag: str = "--model-tag", corpus=None, **derived):
     """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits with
     `signals.exit_code` if it was asked to stop before.
 
-    start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named it.
-    derived: more that config.json is to hold and that a resumed run must have in common with it.
+    start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named
+    it. corpus: the text of --data, if it is open already. derived: more that config.json is to hold and that
+    a resumed run must have in common with it.
     """
-    corpus = open_corpus(args.data)
+    corpus = corpus or open_corpus(args.data)
     print0(corpus.line())
     if line := other_text(tokenizer, corpus):
         print0(line)
@@ -267,8 +266,11 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
     # the record, and what there already is under this tag
     run_config = {
         "flags": vars(args),
+        "given": sorted(args.given | continuation.flags_given(continuation.read_record(folder))),
         "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
-                    "corpus": {"name": corpus.name, "train_fingerprint": corpus.fingerprint("train"), "val_fingerprint": corpus.fingerprint("val")},
+                    "corpus": {"name": corpus.name, "path": corpus.path,
+                               "train_fingerprint": corpus.fingerprint("train"),
+                               "val_fingerprint": corpus.fingerprint("val")},
                     "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **derived},
         "text": corpus.record(),  # names of files: a resumed run need not have them in common
         "tokenizer": {"hash": tokenizer.hash, "trained_on": tokenizer.trained_on},

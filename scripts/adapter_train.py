@@ -15,15 +15,18 @@ from nanochat.adapter_learner import AdapterLearner
 from nanochat.adapters import AdapterConfig, adapters_of, attach
 from nanochat.checkpoint_manager import ADAPTER, load_bases, step_folder, step_or_newest
 from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
+from nanochat.continuation import inherit, read_record
 from nanochat.factorize import check_same_shape, stacked, with_layer_map
-from nanochat.flags import (add_checkpoint_flags, add_core_flags, add_evaluation_flags, add_horizon_flags, add_machine_flags, add_rate_flags,
-                            add_schedule_flags, layer_map_flag, number)
+from nanochat.flags import (DEFAULTS_BEFORE, add_checkpoint_flags, add_core_flags, add_evaluation_flags,
+                            add_horizon_flags, add_machine_flags, add_rate_flags, add_schedule_flags,
+                            layer_map_flag, number)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.optim import default_matrix_lr
 from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan
 from nanochat.rank import account, on_meta
+from nanochat.run_text import note_on_text, open_run_text
 from nanochat.tokenizer import load_tokenizer
 from nanochat.training import START, Learner, check_resume, run
 
@@ -184,6 +187,7 @@ class WholeModel(Learner):
 
 def main(argv=None):
     args = parse(argv)
+    inherit(args, read_record(metrics.runs_dir() / args.run_tag), args.run_tag)
     base, of_base, config = base_run("--model-tag", args.model_tag, args.step)
     layers = parse_map(args.layer_map, config.n_layer) if args.layer_map else ()
     check_map(args, layers, config.n_layer)
@@ -199,9 +203,11 @@ def main(argv=None):
     # the model without its weights, the horizon: all that can be wrong is wrong before anything is touched
     config = replace(config, recompute=args.recompute)
     shape = put_together(args, layers, *(on_meta(config) for _ in origin["bases"]))
-    args.step, args.data = of_base["step"], args.data or base.config["flags"]["data"]
-    vars(args).update({name: value for name, value in base.config["flags"].items() if name in SHAPE_FLAGS and name != "layer_map"},
-                      depth=shape.config.n_layer, max_seq_len=config.sequence_len)
+    args.step = of_base["step"]
+    args.given.add("step")  # -1 now means this checkpoint, and another later
+    base_flags = {**DEFAULTS_BEFORE, **base.config["flags"]}
+    of_shape = {name: base_flags[name] for name in SHAPE_FLAGS if name in base_flags and name != "layer_map"}
+    vars(args).update(of_shape, depth=shape.config.n_layer, max_seq_len=config.sequence_len)
     plan = batch_and_horizon(args, shape, common.process_layout()[2]) | {"lr": args.lr}
     check_schedule(args, plan["num_iterations"])
     budget_over(args, shape, plan["num_iterations"])
@@ -212,13 +218,18 @@ def main(argv=None):
            f"{len(adapters_of(shape, ADAPTER))} matrices" if args.adapter != "none" else ", all of the model is trained"))
     if args.dry_run:
         return print_plan(shape.config, plan, costs)
+    corpus = open_run_text(base, args.data)
+    if not args.data and (other := note_on_text(base, corpus)):
+        print0(other)
+    args.data = args.data or corpus.place
 
     def build(device) -> Learner:
         model = put_together(args, layers, *load_bases(metrics.runs_dir(), origin["bases"], device, recompute=args.recompute))
         if args.adapter == "none":
             return WholeModel(model, rates(args, plan["num_iterations"]))
         return AdapterLearner(model, origin, args.lr, args.weight_decay, budget_over(args, model, plan["num_iterations"]), args.adalora_orthogonality)
-    run(args, args.run_tag, shape.config, plan, costs, tokenizer, (None, dict(START)), build, tag_flag="--run-tag", origin=origin)
+    run(args, args.run_tag, shape.config, plan, costs, tokenizer, (None, dict(START)), build,
+        tag_flag="--run-tag", corpus=corpus, origin=origin)
 
 
 if __name__ == "__main__":

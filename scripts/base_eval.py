@@ -16,9 +16,10 @@ from nanochat.common import InputError, print0, quoted, whole_number, write_atom
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
-from nanochat.dataset import open_corpus
+from nanochat.dataset import Corpus
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.naming import run_folder, tag
+from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
 
 PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
 
@@ -50,7 +51,8 @@ def main(argv=None):
     parser.add_argument("--model-tag", type=tag, required=True, help="the run")
     parser.add_argument("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
-    parser.add_argument("--data", default="", help="text to evaluate on; '' = what the run was trained on")
+    parser.add_argument("--data", default="",
+                        help="text to evaluate on, or where that of the run is now; '' = that of the run")
     parser.add_argument("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
     parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
     parser.add_argument("--max-per-task", type=whole_number(1, off=-1), default=-1, help="examples asked in each task of CORE; -1 = all")
@@ -62,23 +64,22 @@ def main(argv=None):
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     of_model = {"model_tag": args.model_tag, "step": step_or_newest(folder, args.step)}
-    settings = of_model | {"data": args.data or run.config["flags"]["data"], "eval_tokens": args.eval_tokens, "dtype": args.dtype}
-    out, core_out = (folder / f"{name}_{settings['step']:06d}.json" for name in ("eval", "core"))
+    out, core_out = (folder / f"{name}_{of_model['step']:06d}.json" for name in ("eval", "core"))
     place = device, rank, world_size = common.init_process(args.device_type)
-    results, core_results, no_bundle = known(out, settings), None, None
+    core_results, no_bundle = None, None
+    results, corpus = results_so_far(args, run, of_model, out)
     if "core" in args.eval:
         try:
             bundle = open_bundle(args.core_dir)
             core_results = known(core_out, of_model | {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype})
         except Unavailable as e:  # the rest is evaluated all the same
             no_bundle = e
-    missing = [part for part in ("bpb", "sample") if part in args.eval and PARTS[part] not in results]
+    missing = parts_missing(args, results)
     core_missing = core_results is not None and PARTS["core"] not in core_results
 
     if missing or core_missing:
-        corpus = open_corpus(settings["data"]) if missing else None
         dtype = common.compute_dtype(args.dtype, device.type, before=metrics.dtype_so_far(folder, device.type))
-        model, tokenizer, _ = load_model(folder, settings["step"], device)
+        model, tokenizer, _ = load_model(folder, of_model["step"], device)
         T = model.config.sequence_len
     if core_missing:  # what does not fit is said before anything is computed
         asked = questions(bundle, tokenizer, T, args.max_per_task, rank, world_size)
@@ -99,6 +100,23 @@ def main(argv=None):
         raise InputError("; ".join([*unwritten, str(no_bundle)] if no_bundle else unwritten))
     if no_bundle:
         raise no_bundle
+
+
+def parts_missing(args, results: dict) -> list[str]:
+    return [part for part in ("bpb", "sample") if part in args.eval and PARTS[part] not in results]
+
+
+def results_so_far(args, run: metrics.Run, of_model: dict, out) -> tuple[dict, Corpus | None]:
+    """(results of an earlier evaluation on this text, the text or None if no part of it is missing)."""
+    settings = {**of_model, "text": recorded_text(run), "eval_tokens": args.eval_tokens, "dtype": args.dtype}
+    results = known(out, settings)
+    if not parts_missing(args, {} if args.data else results):
+        return results, None
+    corpus = open_run_text(run, args.data)
+    if other := note_on_text(run, corpus):
+        print0(f"{other}: its perplexity does not compare with the run's own")
+        results = known(out, {**settings, "text": fingerprints(corpus)})
+    return results | {"data": corpus.place, "text_of_the_run": not other}, corpus
 
 
 def on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) -> dict:

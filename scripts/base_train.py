@@ -13,6 +13,7 @@ import torch
 from nanochat import common, metrics, subspace
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
+from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.gpt import GPT
 from nanochat.naming import check_tag
 from nanochat.plan import check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
@@ -74,6 +75,10 @@ def main(argv=None):
     dtype = common.compute_dtype(args.dtype, device_type, training=True)
     if args.plan:
         return print_frontier(args, vocab_size, world_size, dtype.itemsize)
+    tag = args.model_tag
+    if not tag:
+        tag = tag_by_default(args, lambda flags: default_tag(flags, solve_budget(flags, vocab_size)))
+    inherit(args, read_record(metrics.runs_dir() / tag), tag)
     config = solve_budget(args, vocab_size)
     within = subspace.from_flags(args, config)
     start = first_weights(args, tokenizer)

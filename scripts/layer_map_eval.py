@@ -70,6 +70,7 @@ def parse(argv):
     add("--random", type=whole_number(0, 10_000), default=0, help="so many random maps that do not, to --positions")
     add("--positions", type=whole_number(2, DEEPEST), default=None, help="of random maps; as many as the model has if not given")
     add("--seed", type=whole_number(0), default=0, help="of random maps")
+    add("--data", default="", help="where the run's text is now; '' = where the run read it")
     add("--eval-tokens", type=whole_number(1, off=-1), default=-1, help="validation tokens; -1 = as many as in the run")
     add("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(add, "of the evaluation; weights are float32")
@@ -121,7 +122,7 @@ def main(argv=None):
             *drawn(layers, args.positions or len(own), args.random, args.seed)]
     names = {named(layers): name for name, named in NAMED.items()}
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens)
+    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
 
     todo, found = [(own, f"{args.model_tag} as it is", model)], []
     if second:

@@ -20,7 +20,7 @@ from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
-from nanochat.flags import build_parser, matrix_ranks, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import DEFAULTS_BEFORE, build_parser, matrix_ranks, matrix_ranks_flag, number, rank_flag
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
 from nanochat.loss_eval import evaluate, validation_rows
@@ -41,7 +41,9 @@ def parse(argv):
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, whatever their group's: e.g. v=128,down=0.5; 0 = leave it")
     add("--energy", type=number(0, 1), default=None,
         help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values")
-    add("--eval-tokens", type=whole_number(0, off=-1), default=-1, help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
+    add("--data", default="", help="where the run's text is now; '' = where the run read it")
+    add("--eval-tokens", type=whole_number(0, off=-1), default=-1,
+        help="validation tokens, before and after; -1 = as many as in the run; 0 = none")
     add("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(add, "of the evaluation; weights are float32")
     add("--safetensors", type=Path, default=None, metavar="FILE.safetensors",
@@ -109,7 +111,10 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     if not (args.truncates or merges_adapter) and not any(map(rank_of, linear_layers(model).values())):
         raise InputError(f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
                          "to truncate them give --energy, --attn-rank or --mlp-rank")
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, optional=True) if eval_tokens else (None, 0)
+    rows, count = None, 0
+    if eval_tokens:
+        T = model.config.sequence_len
+        rows, count = validation_rows(run, tokenizer, T, eval_tokens, args.data, optional=True)
 
     new, kept = truncate(whole, choose) if args.truncates else (whole if merges_adapter else merge(whole), {})
     if args.truncates and not kept:
@@ -133,8 +138,9 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     derived = {**run.config["derived"], "model": asdict(new.config), "val_tokens": count * new.config.sequence_len, "source": source}
     derived.pop("origin", None)  # of an adapter run
     tokenizer.save(out / "tokenizer.json")
-    record = metrics.RunRecord(out, {**run.config, "flags": flags, "derived": derived, "git": metrics.git_state(), "versions": metrics.versions()},
-                               account(new.config), "dummy", [])
+    config = {**run.config, "flags": flags, "given": sorted(flags), "derived": derived,
+              "git": metrics.git_state(), "versions": metrics.versions()}
+    record = metrics.RunRecord(out, config, account(new.config), "dummy", [])
     record.log(values)
     save_checkpoint(out, step, {"model": new.state_dict()}, {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config)})
     record.summarize("finished")
@@ -179,7 +185,7 @@ def of_base_train(flags: dict) -> dict:
     """The flags of a run; of adapter_train's as base_train has them, whose kind of model comes out: under no layer map if that was copied out."""
     if "adapter" not in flags:
         return flags
-    usual = vars(build_parser().parse_args([]))
+    usual = vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
     return {name: flags.get(name, default) for name, default in usual.items()} | ({"layer_map": ""} if flags["adapter"] != "none" else {})
 
 

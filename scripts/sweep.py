@@ -23,6 +23,7 @@ from pathlib import Path
 
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat.continuation import differences, flags_given, flags_text, inheritance, read_record
 from nanochat.dataloader import cached_tokens
 from nanochat.dataset import open_corpus
 from nanochat.experiment import Point, Sweep, read_experiment
@@ -31,6 +32,7 @@ from nanochat.local import claim_path, finished_rate, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
+from nanochat.variant import to_argv
 
 
 def build_parser():
@@ -94,7 +96,39 @@ def load(args) -> Sweep:
     main = [word for word, match in zip(args.data, named) if not match]
     if len(main) > 1:
         raise InputError(f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is")
-    return read_experiment(args.experiment, args.preset, *(main or [""]), texts=dict(match.groups() for match in named if match))
+    texts = dict(match.groups() for match in named if match)
+    sweep = read_experiment(args.experiment, args.preset, *(main or [""]), texts=texts)
+    values = sweep_inheritance(sweep)
+    if not values:
+        return sweep
+    print(f"{sweep.name}: as it began, with {flags_text(values)}")
+    defaults = {name.replace("_", "-"): value for name, value in values.items()}
+    sweep = read_experiment(args.experiment, args.preset, *(main or [""]), texts=texts, defaults=defaults)
+    return replace(sweep, points=tuple(without_inheritance(point, values) for point in sweep.points))
+
+
+def sweep_inheritance(sweep: Sweep) -> dict:
+    """{flag: value} that runs of this sweep inherit: its other runs get them too, to be comparable."""
+    runs = [inheritance(point.args, read_record(point.folder)) for point in sweep.points if not point.base]
+    values = {}
+    for run in runs:
+        values |= {name: value for name, value in run.items() if isinstance(value, (int, float, str))}
+    return {name: value for name, value in values.items()
+            if all(run.get(name) in (None, value) for run in runs)}
+
+
+def without_inheritance(point: Point, values: dict) -> Point:
+    """The point without the flags that its run inherits: on the command line they would count as given."""
+    record = read_record(point.folder)
+    if not record:
+        return point
+    argv = list(point.argv)
+    for name in values.keys() - flags_given(record):
+        words = to_argv({name.replace("_", "-"): values[name]})
+        if words and words[0] in argv and getattr(point.args, name) == values[name]:
+            start = argv.index(words[0])
+            del argv[start:start + len(words)]
+    return replace(point, argv=tuple(argv))
 
 
 # ---- what all runs share --------------------------------------------------------------------------------------------
@@ -128,19 +162,17 @@ def prepare_tokenizer(sweep: Sweep):
 
 
 def check_existing(sweep: Sweep, tokenizer, corpora: dict):
-    """Refuse to count a run of an earlier version of the file, or of other text, as one of this sweep."""
+    """Refuse to count another run as one of this sweep: of an earlier file, or of other text."""
     wrong = {}
     for point in (p for p in sweep.points if p.status() != "new"):
-        corpus = corpora[point.args.data]
-        derived = {"tokenizer_hash": tokenizer.hash, "corpus.train": corpus.fingerprint("train"), "corpus.val": corpus.fingerprint("val")}
-        before = metrics.load_run(point.folder).config
-        there = before.get("derived", {}).get("corpus", {})
-        there = {"tokenizer_hash": before.get("derived", {}).get("tokenizer_hash"), "corpus.train": there.get("train_fingerprint"),
-                 "corpus.val": there.get("val_fingerprint")}
-        given, flags = vars(point.args), before.get("flags", {})
+        corpus, record = corpora[point.args.data], metrics.load_run(point.folder).config
+        text = {f"{split}_fingerprint": corpus.fingerprint(split) for split in ("train", "val")}
+        derived = {"tokenizer_hash": tokenizer.hash, "corpus": text}
+        flags = vars(point.args) | inheritance(point.args, record)
         if point.base:  # it took the shape and the number of the checkpoint from its base when it ran
-            flags = {key: value for key, value in flags.items() if key in given} | {"step": given.get("step")}
-        differing = metrics.differing_keys(flags, given) + metrics.differing_keys(there, derived)
+            flags = record.get("flags", {}) | flags | {"step": record.get("flags", {}).get("step")}
+        differing = [key.removeprefix("flags.").removeprefix("derived.")
+                     for key in differences(record, flags, derived)]
         if differing:
             wrong[point.tag] = differing
     if wrong:
@@ -308,8 +340,12 @@ def make_report(sweep: Sweep, args):
         if tags:
             report.main([*tags, "--out", str(out / name if len(texts) > 1 else out)])
     for measured in sweep.evals:
-        if not (out / measured.name).exists() and sweep.point(measured.base).status() == "finished":
-            importlib.import_module(f"scripts.{measured.script}").main([*measured.argv, "--out", str(out / measured.name)])
+        point = sweep.point(measured.base)
+        if not (out / measured.name).exists() and point.status() == "finished":
+            moved = read_record(point.folder).get("flags", {}).get("data", point.args.data) != point.args.data
+            where = ["--data", point.args.data] if moved and "--data" not in measured.argv else []
+            script = importlib.import_module(f"scripts.{measured.script}")
+            script.main([*measured.argv, *where, "--out", str(out / measured.name)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Whether a run is the one of a record, and what a run that goes on inherits from its record.
+
+A record is the config.json of a run. An earlier version of this program may have written it: with fewer flags
+and with other defaults.
+"""
+import contextlib
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from nanochat.common import InputError, print0
+from nanochat.flags import DEFAULTS_BEFORE
+from nanochat.metrics import FREE, differing_keys, read_json, runs_dir
+
+# Flags that say where something is. What is there is compared, by its fingerprint or hash.
+PLACES = {"data", "tokenizer_tag"}
+
+
+def read_record(folder: Path) -> dict:
+    """config.json of a run folder; {} where there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def flags_given(record: dict) -> set[str]:
+    """Names of the flags that the user gave. Earlier versions did not record them: there all count."""
+    return set(record.get("given", record.get("flags", {})))
+
+
+def inheritance(args, record: dict) -> dict:
+    """{flag: value} that a run keeps from its record: those given neither then nor now, with a new default.
+
+    args: the flags of now, with `given`.
+    """
+    if not record:
+        return {}
+    before = {**DEFAULTS_BEFORE, **record.get("flags", {})}
+    fixed = flags_given(record) | args.given | FREE | PLACES
+    return {name: before[name] for name, value in vars(args).items()
+            if name in before and name not in fixed and before[name] != value}
+
+
+def inherit(args, record: dict, tag: str):
+    """Change args to what the run of this tag keeps from its record, and say so."""
+    values = inheritance(args, record)
+    vars(args).update(values)
+    if values:
+        print0(f"{tag}: as it began, with {flags_text(values)}")
+
+
+def flags_text(values: dict) -> str:
+    """{'mlp_ratio': 4.0} -> '--mlp-ratio 4.0'"""
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def tag_by_default(args, tag_of) -> str:
+    """The tag that tag_of(flags) makes, or that an earlier version made of this command if it began a run."""
+    tag = tag_of(args)
+    names = vars(args).keys() & DEFAULTS_BEFORE.keys() - args.given
+    before = {name: DEFAULTS_BEFORE[name] for name in names}
+    if read_record(runs_dir() / tag) or before.items() <= vars(args).items():
+        return tag
+    with contextlib.suppress(InputError):  # the flags may not fit together under the defaults of then
+        earlier = tag_of(Namespace(**vars(args) | before))
+        record = read_record(runs_dir() / earlier)
+        if record and tag_of(Namespace(**vars(args) | inheritance(args, record))) == earlier:
+            return earlier
+    return tag
+
+
+# ---- the same run or another ----------------------------------------------------------------------------------------
+
+def differences(record: dict, flags: dict, derived: dict) -> list[str]:
+    """Names of what differs between a record and the run of these flags and derived values, with both values.
+
+    A flag that the record lacks counts as its default of then. The tag is the folder's name and does not
+    count. Text counts by its fingerprints, wherever it is. A derived value that one of the two lacks does not
+    count: either it came later, or a flag differs too.
+    """
+    flags, derived = json.loads(json.dumps([flags, derived]))
+    derived_before = record.get("derived", {})
+    before = {name: DEFAULTS_BEFORE[name] for name in flags.keys() & DEFAULTS_BEFORE}
+    before |= record.get("flags", {})
+    ignore = {"run_tag" if "run_tag" in flags else "model_tag", *PLACES}
+    text = text_fingerprints(derived)
+    if not text or text_fingerprints(derived_before) != text:
+        ignore.remove("data")  # the user who has to choose wants to know where the other text is
+    before = {name: value for name, value in before.items() if name not in ignore}
+    flags = {name: value for name, value in flags.items() if name not in ignore}
+    return (differing_keys(before, flags, "flags.")
+            + differing_keys(*common_values(derived_before, derived), "derived."))
+
+
+def text_fingerprints(derived: dict) -> dict:
+    corpus = derived.get("corpus", {})
+    return {name: value for name, value in corpus.items() if name.endswith("_fingerprint")}
+
+
+def common_values(before: dict, now: dict) -> tuple[dict, dict]:
+    """Both sets of derived values without the keys, and the keys inside them, that only one has.
+
+    Of the entry of the text the fingerprints stay.
+    """
+    before = {**before, "corpus": text_fingerprints(before)}
+    before, now = common_keys(before, {**now, "corpus": text_fingerprints(now)})
+    for key in before:
+        if isinstance(before[key], dict) and isinstance(now[key], dict):
+            before[key], now[key] = common_keys(before[key], now[key])
+    return before, now
+
+
+def common_keys(a: dict, b: dict) -> tuple[dict, dict]:
+    return {key: a[key] for key in a if key in b}, {key: b[key] for key in b if key in a}
