@@ -153,6 +153,6 @@ def test_a_run_says_and_records_which_files_are_which(base_dir, tmp_path, train,
     for new, old in (("a", "train-0"), ("val", "validation-0")):
         (plain / f"{new}.jsonl").write_bytes((text / f"{old}.jsonl").read_bytes())
     there = train("--data", plain, "--num-iterations", 3, tag="plain")
-    here = run.config["derived"]["corpus"]
-    assert there.config["derived"]["corpus"] == here | {"name": "plain"}, "the test split is in neither"
+    here = run.config["derived"]["corpus"] | {"name": "plain", "path": str(plain)}
+    assert there.config["derived"]["corpus"] == here, "the test split is in neither"
     assert losses(there) == losses(run)
