@@ -73,7 +73,8 @@ def read_run(run, name: str) -> Run:
     config.pop("tag", None)
     history = read_history(run)
     summary = {**accounting, **own(flat(run.summary_metrics))}
-    return Run(name, config, {"status": status(run.state, config, summary), **summary}, history)
+    sent = summary.pop("status", "")
+    return Run(name, config, {"status": sent if sent in ("finished", "stopped") else status(run.state, config, summary), **summary}, history)
 
 
 def read_history(run) -> list[dict]:
@@ -100,7 +101,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def status(state: str, config: dict, summary: dict) -> str:
-    """W&B's "finished" says that the process ended well; a run that was asked to stop does that too, before its last step."""
+    """Of a run that sent none: W&B's "finished" says that the process ended well, as does one that was asked to stop before its last step."""
     if state != "finished":
         return "running"  # as in a folder whose process was killed
     reached = summary.get("step", 0) >= config["derived"].get("num_iterations", 0)

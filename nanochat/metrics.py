@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import resource
-import secrets
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,12 @@ class RunRecord:
                 self._remember(entry)
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.wandb = None if wandb_run == "dummy" else start_wandb(folder, wandb_run, config, accounting)
+        end_broken_line(folder / "metrics.jsonl")
+        self.status = "running"
+        self.wandb = None
+        if wandb_run != "dummy":
+            from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
+            self.wandb = WandbLog(folder, wandb_run, accounting, os.path.getsize(self.file.name), resumed_step)
 
     def _remember(self, metrics):
         self.latest.update(metrics)
@@ -121,42 +125,31 @@ class RunRecord:
         except OSError as e:  # the disk is full
             e.filename = self.file.name
             raise
-        if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
-
-    def summary(self) -> dict:
-        """The last value of every metric, and the thresholds reached."""
-        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
-        return values | time_to_ppl(self.evals, self.thresholds)
-
-    def write_summary(self, status: str):
-        content = {"status": status, **self.summary()}
-        write_atomic(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
     def summarize(self, status: str):
-        """Rewrite summary.json, and wandb's summary."""
-        self.write_summary(status)
-        if self.wandb:
-            self.wandb.summary.update(self.summary())
+        """Rewrite summary.json, which is wandb's summary too: the last value of every metric, and the thresholds
+        reached.
+        """
+        self.status = status
+        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
+        values |= time_to_ppl(self.evals, self.thresholds)
+        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
 
     def close(self):
+        """The run has ended, as the last summarize() said. W&B, which follows the record, gets a limited time to have all of it."""
         self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.close("failed" if self.status == "running" else self.status)
 
 
-def start_wandb(folder: Path, name: str, config: dict, accounting: dict):
-    """A wandb run whose id is kept in the run folder, with step, time and FLOPs usable as x-axes."""
-    import wandb  # a second of import time that --run dummy need not pay
-    id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    run = wandb.init(project=os.environ.get("WANDB_PROJECT", "nanochat-lowrank"), name=name, id=run_id, resume="allow",
-                     dir=folder, config={**config, "tag": folder.name, "accounting": accounting})
-    write_atomic(id_file, run.id + "\n")  # the agent of a W&B sweep has its own
-    for key, _ in CLOCKS:
-        run.define_metric(key)
-    run.define_metric("*", step_metric="step")
-    return run
+def end_broken_line(path: Path):
+    """End the last line, of which a process that was killed wrote a half, so that the next row stands on one of its own."""
+    with open(path, "rb+") as f:
+        if f.seek(0, os.SEEK_END) == 0:
+            return
+        f.seek(-1, os.SEEK_END)
+        if f.read(1) != b"\n":
+            f.write(b"\n")
 
 
 def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:

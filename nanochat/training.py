@@ -348,7 +348,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             now[OWED] = True
         if writer.under_launcher():
             write = partial(save_checkpoint, folder, step, writer.on_cpu(state), now, keep=args.keep)
-            writer.write_apart(write, lock, partial(record.write_summary, "finished" if last else "stopped"))
+            writer.write_apart(write, lock, partial(record.summarize, "finished" if last else "stopped"))
         else:
             save_checkpoint(folder, step, state, now, keep=args.keep)
 

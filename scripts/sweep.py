@@ -21,14 +21,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat import common, metrics
+from nanochat import common, metrics, wandb_log
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.continuation import differences, flags_given, flags_text, inheritance, read_record
 from nanochat.dataloader import cached_tokens
 from nanochat.dataset import open_corpus
 from nanochat.experiment import Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
-from nanochat.local import claim_path, finished_rate, places, run_all
+from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
@@ -48,7 +48,7 @@ def build_parser():
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
     add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')
     add("--plan", action="store_true", help="print all points and what they cost, and exit")
-    add("--report", action="store_true", help="only make the report, over what is finished")
+    add("--report", action="store_true", help="only make the report, over what is finished; exit code 1: some runs are not")
     add("--task", default="", metavar="TAG", help="run this one point in the foreground; exit code 75: stopped by a signal, state saved")
     add("--launched", type=whole_number(1), default=None, metavar="PID", help="with --task, from the local launcher: it holds the run's lock, and once this process is gone the run saves and stops")
     return parser
@@ -60,7 +60,7 @@ def main(argv=None):
     if args.plan:
         return print_plan(sweep, args)
     if args.report:
-        return make_report(sweep, args)
+        return conclude(sweep, args, unfinished(sweep), "did not finish; the same command without --report tries them again")
     if args.task:
         return run_task(sweep, sweep.point(args.task), args)
 
@@ -83,12 +83,7 @@ def main(argv=None):
     if stopped:
         print(f"{sweep.name}: stopped; the same command goes on")
         sys.exit(130 if stopped == "SIGINT" else common.REQUEUE)
-    make_report(sweep, args)
-    if failed:
-        print(f"{sweep.name}: {len(failed)} of {len(sweep.points)} runs failed; the same command tries them again")
-        for tag, (why, log, last) in failed.items():
-            print(f"  {tag}: {why}, {log}", *(f"    {line}" for line in last), sep="\n")
-        sys.exit(1)
+    conclude(sweep, args, failed, "failed; the same command tries them again")
 
 
 def load(args) -> Sweep:
@@ -199,8 +194,7 @@ def run_task(sweep: Sweep, point: Point, args):
     argv = [*point.argv]
     if args.run != "dummy":
         argv += ["--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"[:LONGEST_RUN_NAME]]
-        os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
-        os.environ.setdefault("WANDB_TAGS", ",".join(word.replace(",", "-") for word in point.varying))
+        name_for_wandb(sweep, point)
     with contextlib.ExitStack() as held:
         if args.launched:
             stop_without(args.launched)
@@ -210,6 +204,19 @@ def run_task(sweep: Sweep, point: Point, args):
         if point.processes > 1:
             sys.exit(torchrun(point, argv))
         importlib.import_module(f"scripts.{point.script}").main(argv)
+
+
+def name_for_wandb(sweep: Sweep, point: Point):
+    """Set the group and the tags of the point's run, beside what the user has set. A variable that would be empty is not set: W&B refuses it."""
+    os.environ["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP") or sweep.name
+    words = [word.replace(",", "-") for word in point.varying]
+    if any(other.pair == point.tag for other in sweep.points):
+        words.append("baseline")
+    text = wandb_log.tags(",".join([os.environ.get("WANDB_TAGS", ""), *words]))
+    if text:
+        os.environ["WANDB_TAGS"] = text
+    else:
+        os.environ.pop("WANDB_TAGS", None)
 
 
 def stop_without(parent: int):
@@ -328,10 +335,53 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
+def conclude(sweep: Sweep, args, missing: dict, what: str):
+    """The report, then the runs that are not in it and what became of them, also beside the report. Exit code 1 where there are any.
+
+    missing: {tag: (what became of it, log file, its last lines)}; what: that in words, for all of them.
+    """
+    lines = [f"{sweep.name}: {len(missing)} of {len(sweep.points)} runs {what}"]
+    for tag, (why, log, last) in missing.items():
+        lines += [f"  {tag}: {why}, {log}", *(f"    {line}" for line in last)]
+    try:
+        make_report(sweep, args)
+    except (InputError, OSError) as e:  # for one, that no run is finished
+        if not missing:
+            raise
+        lines.append(f"no report: {e}")
+    finally:
+        if missing:
+            print(*lines, sep="\n", flush=True)
+    beside = report_folder(sweep, args) / "unfinished.txt"
+    if missing:
+        common.write_atomic(beside, "\n".join(lines) + "\n")
+        sys.exit(1)
+    beside.unlink(missing_ok=True)
+
+
+def unfinished(sweep: Sweep) -> dict:
+    """{tag: (what became of it, log file, its last lines)} of the runs that are not finished; none where no run has begun."""
+    words = {"new": "has not begun", "running": "began, and has not ended", "stopped": "was stopped, its state is saved"}
+    missing = {}
+    for point in sweep.points:
+        status = point.status()
+        if status != "finished":
+            waits = point.base and sweep.point(point.base).status() != "finished"
+            why = f"cannot start: {point.base} is not finished" if waits else words.get(status, status)
+            missing[point.tag] = (why, log_of(sweep, point), last_lines(log_of(sweep, point)))
+    begun = any(point.status() != "new" or log_of(sweep, point).exists() for point in sweep.points)
+    return missing if begun else {}
+
+
+def report_folder(sweep: Sweep, args) -> Path:
+    return Path(args.out or sweep.folder / "report")
+
+
 def make_report(sweep: Sweep, args):
     """scripts.report over the finished runs, a full-rank one first; of several texts, which do not compare, each by itself. Then the evals."""
     from scripts import report
-    out, finished = Path(args.out or sweep.folder / "report"), [p for p in sweep.points if p.status() == "finished"]
+    out = report_folder(sweep, args)
+    finished = [p for p in sweep.points if p.status() == "finished"]
     if not finished:
         raise InputError(f"{sweep.name}: no run is finished, so there is nothing to report on")
     texts = {sweep.data: Path(sweep.data).name, **{where: name for name, where in sweep.texts if where != sweep.data}}

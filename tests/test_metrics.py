@@ -1,4 +1,4 @@
-"""The run record: thresholds by hand, merging after a resume, wandb offline."""
+"""The run record: thresholds by hand, merging after a resume."""
 import json
 import math
 
@@ -53,19 +53,3 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not a JSON object"):
         load_run(tmp_path)
-
-
-def test_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    ids = []
-    for step in (0, 10):
-        record = RunRecord(tmp_path, {"flags": {"depth": 2}}, {"params/total": 7}, "my run", [100.0], resumed_step=step)
-        assert record.wandb.name == "my run" and record.wandb.config["accounting"]["params/total"] == 7
-        record.log(evaluation(step + 10, 90.0))
-        record.summarize("running")
-        assert record.wandb.summary["val/ppl"] == 90.0 and record.wandb.summary["time_to_ppl/100/step"] == 10
-        ids.append(record.wandb.id)
-        record.close()
-    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))

@@ -179,6 +179,17 @@ def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
         assert end.value.code == code and reports == [1]
 
 
+def test_when_all_runs_fail_they_are_named_with_the_ends_of_their_logs(experiment, monkeypatch, capsys):
+    path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
+    monkeypatch.setattr(sweeps, "run_all", lambda *_: ({f"tiny_{label}_s1": ("exit code 2", f"logs/{label}.log", ["error: too hot"])
+                                                       for label in ("full", "low")}, ""))
+    with pytest.raises(SystemExit) as end:
+        sweeps.main([str(path)])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "2 of 2 runs failed" in out and "no run is finished" in out.splitlines()[-1]
+    assert all(f"tiny_{label}_s1: exit code 2, logs/{label}.log\n    error: too hot" in out for label in ("full", "low"))
+
+
 def test_one_task_runs_in_the_foreground_with_its_names_for_wandb(experiment, monkeypatch):
     path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
     for name in ("WANDB_RUN_GROUP", "WANDB_TAGS", "TORCHINDUCTOR_CACHE_DIR"):

@@ -1,12 +1,14 @@
-"""A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, one run of it logged offline."""
+"""A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, and what its runs are named."""
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
+from conftest import tiny_experiment
 from nanochat import metrics, wandb_sweep
 from nanochat.common import InputError
 from nanochat.flags import build_parser
 from processes import Launched
 from scripts import sweep
+from wandb_server import serving
 
 EXPERIMENT = """
 question = "Does rank matter?"
@@ -111,30 +113,44 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
         register()
 
 
-def showing_what_is_logged(argv):
-    import wandb
-    start = wandb.init
-
-    def init(**given):
-        run = start(**given)
-        print("logged:", run.group, run.name, *run.tags, run.offline, flush=True)
-        return run
-    wandb.init = init
-    sweep.main(argv)
-
-
-def test_an_agents_run_logs_under_its_group_name_and_tags(register, base_dir, tmp_path, monkeypatch):
+def test_an_agents_run_is_the_one_it_asked_for_with_its_group_name_and_tags(register, base_dir, tmp_path, monkeypatch):
     _, config = register("--run", "try")
     command = next(c for c in agent_commands(config) if "attn4_lr0.02_s2" in c[-1])
-    for name in ("WANDB_RUN_GROUP", "WANDB_TAGS"):
+    for name in ("WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SWEEP_ID", "abc123")
-    monkeypatch.setenv("WANDB_RUN_ID", "run42")
-    agent = Launched(1, tmp_path / "output", showing_what_is_logged, command[4:])
-    assert agent.codes() == [0], agent.output.read_text()
-    output, tag = agent.output.read_text(), command[-1].removeprefix("--task=")
-    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished"
-    logged = next(line for line in output.splitlines() if line.startswith("logged:")).split()
-    assert logged[1:3] == ["question-small", f"try-{tag.removeprefix('question-small_')}"] and logged[-1] == "True"
-    assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(logged[3:])
-    assert list((metrics.runs_dir() / tag / "wandb").glob("offline-run-*-run42")), "the run that the agent asked for"
+    with serving() as server:
+        for name, value in {"SWEEP_ID": "abc123", "RUN_ID": "run42", "BASE_URL": server.url, "API_KEY": "0" * 40}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        agent = Launched(1, tmp_path / "output", sweep.main, command[4:])
+        assert agent.codes() == [0], agent.output.read_text()
+        (run,) = server.runs.values()
+        assert list(server.runs) == ["run42"], "the run that the agent asked for"
+    tag = command[-1].removeprefix("--task=")
+    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished" and run["state"] == "finished"
+    assert (run["group"], run["displayName"]) == ("question-small", f"try-{tag.removeprefix('question-small_')}")
+    assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"]) and "baseline" not in run["tags"]
+    assert (metrics.runs_dir() / tag / "wandb_id.txt").read_text() == "run42\n"
+
+
+def test_a_baseline_without_anything_that_varies_is_logged_and_what_is_missing_is_told(base_dir, corpus_dir, tmp_path, monkeypatch, capsys):
+    path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = 4\n", [1], corpus_dir)
+    for name in ("MODE", "RUN_GROUP", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", "")  # what the task sets is taken back after the test
+    with serving() as server:
+        for name, value in {"BASE_URL": server.url, "API_KEY": "0" * 40, "TAGS": f"mine,{'long ' * 20}"}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        full = sweep.load(sweep.build_parser().parse_args([str(path)])).points[0]
+        assert full.varying == () and full.tag == "tiny_full_s1"
+        sweep.main([str(path), "--task", full.tag, "--run", "mine"])
+        (run,) = server.runs.values()
+    assert run["state"] == "finished" and run["tags"] == ["mine", ("long " * 20)[:64].strip(), "baseline"] and run["group"] == "tiny"
+    log = tmp_path / "base" / "sweeps" / "tiny" / "logs" / "tiny_low_s1.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("CUDA error: out of memory\n")
+    with pytest.raises(SystemExit) as end:
+        sweep.main([str(path), "--report"])
+    told = capsys.readouterr().out
+    assert end.value.code == 1 and "1 of 2 runs did not finish" in told
+    assert f"tiny_low_s1: has not begun, {log}\n    CUDA error: out of memory\n" in told
+    report = tmp_path / "base" / "sweeps" / "tiny" / "report"
+    assert "out of memory" in (report / "unfinished.txt").read_text() and (report / "report.html").exists()

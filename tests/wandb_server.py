@@ -1,39 +1,71 @@
 """A stand-in for W&B's server: what the real client of the installed wandb sends to it, it keeps and hands out again when asked.
 
-It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb.Api().runs` and `Run.scan_history` send. `runs` is its whole
-memory, plain JSON: {id: {"displayName", "group", "state", "config": text, "summaryMetrics": text, "history": [text, …]}}.
+It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb sync`, `wandb.Api().runs` and `Run.scan_history` send. `runs` is
+its whole memory, plain JSON: {id: {"displayName", "group", "tags": [text, …], "state", "config": text, "summaryMetrics": text, "history":
+[text, …]}}.
 """
 import contextlib
 import gzip
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class WandbServer(ThreadingHTTPServer):
-    """One project, lab/proj. `status` is the HTTP status of all answers."""
+    """One project, lab/proj. It serves trouble too.
+
+    `status` is the HTTP status of all answers, `stream_status` that of the answers to lines of a history. With `answering` false it takes
+    requests and never answers; `rows_until_silent` is the number of lines of a history after which it does so.
+    """
+    daemon_threads = True
+    request_queue_size = 50
 
     def __init__(self, runs=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.runs, self.url, self.status = runs or {}, f"http://127.0.0.1:{self.server_port}", 200
-        self.daemon_threads = True
+        self.runs = runs or {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.closing = threading.Event()
+        self.behave()
+
+    def behave(self, status=200, stream_status=200, answering=True, rows_until_silent=math.inf):
+        self.status, self.stream_status, self.answering, self.rows_until_silent = status, stream_status, answering, rows_until_silent
+
+    def handle_error(self, *_):
+        """A client that was killed while it asked."""
 
     # ---- what wandb-core sends while a run trains ----
 
     def upsert(self, given: dict) -> dict:
         """A run is registered, or its configuration changes."""
-        new = {"displayName": given["name"], "group": None, "state": "running", "config": "{}", "summaryMetrics": "{}", "history": []}
+        new = {"displayName": given["name"], "group": None, "tags": [], "state": "running", "config": "{}", "summaryMetrics": "{}",
+               "history": []}
         run = self.runs.setdefault(given["name"], new)
         run |= {key: given[key] for key in ("displayName", "config", "summaryMetrics") if given.get(key)}
         run["group"] = given.get("groupName") or run["group"]
+        run["tags"] = given.get("tags") or run.get("tags", [])
+        if given.get("state"):
+            run["state"] = given["state"]
         project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}}
         bucket = {"id": given["name"], "name": given["name"], "displayName": run["displayName"], "config": run["config"],
                   "project": project, "description": None, "sweepName": None, "historyLineCount": len(run["history"])}
         return {"upsertBucket": {"inserted": True, "bucket": bucket}}
 
+    def resumed(self, run_id: str) -> dict:
+        """What the client asks of a run that it is to resume."""
+        project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}, "bucket": None}
+        if run := self.runs.get(run_id):
+            project["bucket"] = {"id": run_id, "name": run_id, "displayName": run["displayName"], "summaryMetrics": run["summaryMetrics"],
+                                 "config": run["config"], "tags": run.get("tags", []), "notes": None, "historyLineCount": len(run["history"]),
+                                 "historyTail": json.dumps(run["history"][-1:]), "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
+                                 "wandbConfig": json.dumps({"t": 1})}
+        return {"model": project}
+
     def stream(self, run_id: str, sent: dict):
         """Lines of the history, the summary, the end."""
         run = self.runs[run_id]
+        if sent.get("preempting"):
+            run["preempting"] = True
         for name, chunk in (sent.get("files") or {}).items():
             if name == "wandb-history.jsonl":
                 run["history"][chunk["offset"]:] = chunk["content"]
@@ -72,6 +104,8 @@ class WandbServer(ThreadingHTTPServer):
             return {"viewer": {"id": "u", "entity": "lab", "username": "lab", "email": "a@b.c", "flags": "{}", "teams": {"edges": []}}}
         if operation == "UpsertBucket":
             return self.upsert(given)
+        if operation == "RunResumeStatus":
+            return self.resumed(given["name"])
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
             return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
@@ -94,14 +128,21 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        answer = {}
+        answer, status = {}, self.server.status
+        history = sum((len(run["history"]) for run in self.server.runs.values()))
+        if not self.server.answering or history >= self.server.rows_until_silent:
+            self.server.closing.wait()
+            return
         if self.path == "/graphql":
             sent = json.loads(body)
             answer = {"data": self.server.answer(sent.get("operationName"), sent["query"], sent.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
-            self.server.stream(self.path.split("/")[-2], json.loads(body))
+            if status == 200:
+                status = self.server.stream_status
+            if status == 200:
+                self.server.stream(self.path.split("/")[-2], json.loads(body))
         data = json.dumps(answer).encode()
-        self.send_response(self.server.status)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -122,5 +163,6 @@ def serving(runs=None):
         try:
             yield server
         finally:
+            server.closing.set()
             server.shutdown()
             thread.join()

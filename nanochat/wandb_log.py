@@ -1,0 +1,252 @@
+"""A run on W&B, beside its record on disk. No trouble with W&B stops, stalls or loses the run.
+
+All calls of wandb are made by a process of its own, nanochat.wandb_worker, which reads the run's record and follows it. So training never
+waits for W&B. Whatever wandb, its server or the network do, the worst that there is to do here is to kill that process. Then another one
+writes the record offline, in a folder that `wandb sync` can send later.
+
+Two variables of wandb itself limit the waiting, in seconds: WANDB_INIT_TIMEOUT for the server's first answer, while the run trains, and
+WANDB_FINISH_TIMEOUT for what is left to send when the run has ended. Both are 60 where they are not set.
+"""
+import atexit
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from nanochat.common import first_line, write_atomic
+from nanochat.wandb_worker import MARK
+
+SECONDS = 60.0          # what the two variables are where they are not set
+SECONDS_STOPPED = 10.0  # to send what is left of a run that was asked to stop: its machine may soon be gone, and resumed it sends the rest
+SECONDS_OFFLINE = 30.0  # for an offline folder to begin, and to end
+SECONDS_QUIET = 5.0     # of waiting at the end, before a line says so
+POLL = 0.2              # seconds between two looks at the worker
+PROJECT = "nanochat-lowrank"
+
+# what another version of wandb, or an earlier run of this shell, may have left, and what WandbLog itself says: id, project, name and folder of the run
+NOT_THE_USERS = ("RUN_ID", "RESUME", "PROJECT", "NAME", "DIR", "SERVICE", "FORK_FROM", "RESUME_FROM")
+# what an offline folder needs; anything else may be the very trouble
+KEPT_OFFLINE = ("ENTITY", "RUN_GROUP", "TAGS", "JOB_TYPE", "NOTES", "SWEEP_ID", "SWEEP_PARAM_PATH", "RUN_ID")
+# of wandb's own warnings, those that say that the server will not have the rest of the run
+GIVEN_UP = re.compile("fatal error|not be synced|run `?wandb sync", re.IGNORECASE)
+
+
+class Trouble(Exception):
+    """Why W&B does not have the run."""
+
+
+class WandbLog:
+    """One run on W&B, from its first step, or the step that it goes on from, to its end. Lives on rank 0."""
+
+    def __init__(self, folder: Path, name: str, accounting: dict, offset: int, resumed_step: int):
+        """folder: of the run, with its config.json; name: on the dashboard; accounting: see metrics.RunRecord.
+
+        offset: bytes of metrics.jsonl that earlier starts of the run wrote; resumed_step: the checkpoint that it goes on from.
+        """
+        self.folder = folder.absolute()
+        self.pid = os.getpid()
+        self.environment = dict(os.environ)  # of now: the thread may look later
+        self.job = {"folder": str(self.folder), "name": name[:128], "accounting": accounting, "offset": offset, "resumed_step": resumed_step,
+                    "pid": self.pid, "argv": sys.argv, "program": program(), "start_seconds": seconds("INIT"), "finish_seconds": seconds("FINISH")}
+        self.status = ""  # how the run ended; "" while it goes on
+        self.thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
+        self.thread.start()
+        atexit.register(self.close, "failed")  # where the run does not get as far as its own close()
+
+    def close(self, status: str):
+        """The run has ended: finished, stopped or failed. Waits until W&B has it all, though not for ever."""
+        atexit.unregister(self.close)
+        if self.status or self.pid != os.getpid():  # a forked child has no part in it
+            return
+        self.status = status
+        self.thread.join(SECONDS_QUIET)
+        if self.thread.is_alive():
+            say("sending what is left, for a limited time")
+            self.thread.join()
+
+    def _serve(self):
+        """Send the run. Where that does not succeed, write it offline, and say so. Never raises; ends a limited time after close()."""
+        try:
+            self.job |= {"project": project(self.environment), "id": run_id(self.environment, self.folder / "wandb_id.txt")}
+            return self._send(offline=False)
+        except Exception as e:
+            trouble = first_line(e).rstrip(".")
+        if self.status == "stopped":
+            return say(f"{trouble}; resumed, the run sends what is missing")
+        try:
+            self._send(offline=True, trouble=trouble)
+        except Exception:
+            say(f"{trouble}; {'' if self.status else 'the run goes on; '}{self.folder / 'metrics.jsonl'} has everything")
+
+    def _send(self, offline: bool, trouble: str = ""):
+        """Let a worker send the run to its end, or write it offline. trouble: why offline. Trouble where it fails."""
+        write_atomic(self.folder / "wandb_id.txt", self.job["id"] + "\n")
+        waits_since = time.monotonic()  # for the worker to begin, then for it to end
+        started = False
+        with contextlib.closing(Worker(self.job, self.environment, offline)) as worker:
+            while True:
+                if self.status and not worker.said_end:
+                    worker.end(self.status)
+                    if started:
+                        waits_since = time.monotonic()
+                limit = self._limit(offline, started)
+                if time.monotonic() - waits_since > limit:
+                    raise Trouble(f"no answer from W&B within {limit:.0f} s")
+                for message in worker.messages():
+                    if "started" in message:
+                        started = True
+                        waits_since = time.monotonic()
+                        self._say_where(message, trouble)
+                    if "done" in message:
+                        return
+                    if "trouble" in message:
+                        raise Trouble(message["trouble"])
+
+    def _limit(self, offline: bool, started: bool) -> float:
+        """For how many seconds to wait for a worker to begin, or to end."""
+        if started and not self.status:
+            return math.inf
+        if self.status == "stopped":
+            return SECONDS_STOPPED
+        if offline:
+            return SECONDS_OFFLINE
+        return self.job["finish_seconds"] if started else self.job["start_seconds"] + 10  # wandb says why, a little after its own limit
+
+    def _say_where(self, started: dict, trouble: str):
+        """Where the run is to be seen; of an offline one, how to send it."""
+        if started["id"] != self.job["id"]:  # wandb has chosen another
+            write_atomic(self.folder / "wandb_id.txt", started["id"] + "\n")
+        if started["offline"]:
+            goes_on = "the run goes on offline; " if trouble and not self.status else ""
+            say(f"{trouble}{'; ' if trouble else ''}{goes_on}send it later with: wandb sync {shlex.quote(str(self.folder))}/wandb/offline-run-*")
+        elif self.environment.get("WANDB_SILENT", "").lower() not in ("true", "1"):
+            say(started["url"])
+
+
+class Worker:
+    """A process of nanochat.wandb_worker. close() ends it, however it is."""
+
+    def __init__(self, job: dict, environment: dict, offline: bool):
+        given = environment.get("WANDB_MODE", "").replace("dryrun", "offline")  # an old name of it
+        mode = "offline" if offline else given or None
+        self.process = subprocess.Popen([sys.executable, "-m", "nanochat.wandb_worker"], env=worker_environment(environment, offline),
+                                        cwd=job["folder"] if offline else None,  # another folder may have settings of W&B
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.said_end = False
+        self.text = b""    # of the line that is being read
+        self.last_line = ""
+        self._order(json.dumps({**job, "mode": mode}))
+
+    def _order(self, line: str):
+        with contextlib.suppress(OSError):  # it may be gone: messages() says so
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
+    def end(self, status: str):
+        """The run has ended."""
+        self.said_end = True
+        self._order(status)
+
+    def messages(self) -> list[dict]:
+        """What it has said by now; waits POLL for it. Trouble if it has died, or W&B will not have the rest."""
+        dead = self.process.poll() is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 0 if dead else POLL)
+        data = os.read(self.process.stdout.fileno(), 2**16) if ready else b""
+        *lines, self.text = (self.text + data).split(b"\n")
+        messages = []
+        for line in (line.decode("utf-8", "replace") for line in lines):
+            before, mark, message = line.partition(MARK)
+            if mark:
+                messages.append(json.loads(message))
+            elif before.startswith(("wandb: WARNING", "wandb: ERROR")) and GIVEN_UP.search(before):
+                messages.append({"trouble": before.split(maxsplit=2)[2].split(". ")[0]})
+            elif not before.startswith("wandb:"):
+                self.last_line = before.strip() or self.last_line  # of a traceback
+        if dead and not data:
+            raise Trouble(f"its process ended with code {self.process.returncode} {self.last_line[:200]}".strip())
+        if not dead and ready and not data:
+            time.sleep(POLL)  # it has closed its output and is about to end
+        return messages
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process ends with it
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+# ---- what the environment says --------------------------------------------------------------------------------------
+
+def seconds(what: str) -> float:
+    """WANDB_INIT_TIMEOUT or WANDB_FINISH_TIMEOUT; SECONDS where it is not set, or no number above 0."""
+    try:
+        value = float(os.environ.get(f"WANDB_{what}_TIMEOUT", ""))
+    except ValueError:
+        return SECONDS
+    return value if 0 < value < math.inf else SECONDS
+
+
+def run_id(environment: dict, path: Path) -> str:
+    """What W&B knows the run by: in a W&B sweep what its agent says, else what the run folder says, else a new one."""
+    if environment.get("WANDB_SWEEP_ID") and environment.get("WANDB_RUN_ID"):
+        return environment["WANDB_RUN_ID"]
+    kept = path.read_text("utf-8", errors="replace").strip() if path.exists() else ""
+    return kept if re.fullmatch(r"[\w-]{1,128}", kept) else secrets.token_hex(4)
+
+
+def project(environment: dict) -> str:
+    """WANDB_PROJECT, without what W&B does not allow there."""
+    given = environment.get("WANDB_PROJECT", "").strip()
+    allowed = re.sub(r"[/\\#?%:]+", "-", given)[:128] or PROJECT
+    if given and allowed != given:
+        say(f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; the project is {allowed}")
+    return allowed
+
+
+def tags(text: str) -> str:
+    """Tags, separated by commas, as W&B takes them: each once, of 1 to 64 characters."""
+    return ",".join(dict.fromkeys(tag.strip()[:64].strip() for tag in text.split(",") if tag.strip()))
+
+
+def program() -> str:
+    """How Python was told what to run, as W&B shows it beside the arguments: "-m scripts.base_train"."""
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", "")
+    return f"-m {name}" if name else getattr(main, "__file__", None) or sys.argv[0]
+
+
+def worker_environment(given: dict, offline: bool) -> dict:
+    """The environment of a worker: what W&B would refuse in it is mended or left out. offline: with little of W&B's own."""
+    in_sweep = bool(given.get("WANDB_SWEEP_ID"))
+    environment = {}
+    for name, value in given.items():
+        what = name.removeprefix("WANDB_")
+        if name.startswith("WANDB_") and ((offline and what not in KEPT_OFFLINE) or what in NOT_THE_USERS) and not (in_sweep and what == "RUN_ID"):
+            continue
+        if name == "WANDB_TAGS":
+            value = tags(value)
+        if name in ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE"):
+            value = value.strip()[:128]
+        if value or not name.startswith("WANDB_"):  # an empty value is refused, where leaving it out is not
+            environment[name] = value
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given.get("PYTHONPATH")]))
+    return environment
+
+
+def say(text: str):
+    """One line on standard error, whatever that is or has become."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"wandb: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,210 @@
+"""The process that sends one run to W&B, from the run's record on disk. nanochat.wandb_log starts it: python -m nanochat.wandb_worker
+
+It reads metrics.jsonl from the beginning and follows it as it grows. Each row goes to W&B under the run's own step. What W&B has is not
+sent again, so that whatever a killed run could not send, the resumed run does. Offline, each start of a run writes a folder of its own:
+those of one run, sent in their order by `wandb sync`, make the whole history.
+
+On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped or failed. On standard output go
+messages, lines of JSON behind a mark, and whatever wandb prints.
+"""
+import json
+import math
+import os
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nanochat.common import REQUEUE, write_atomic
+from nanochat.metrics import CLOCKS
+
+MARK = "\0"       # begins the lines that are messages
+POLL = 1.0        # seconds between two looks at the record
+FLUSHED = 60.0    # seconds after which a row that was logged offline is on disk: wandb writes every 15 s
+EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "failed": 1}
+
+
+def main():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the run says when it has ended
+    orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what comes after the first line stays in the pipe
+    try:
+        send(json.loads(orders.readline()))
+    except BaseException as e:
+        tell(trouble=reason(e))
+    os._exit(0)  # without wandb's own exit hooks, which may wait for a server
+
+
+def tell(**message):
+    os.write(1, f"{MARK}{json.dumps(message)}\n".encode())
+
+
+def reason(e: BaseException) -> str:
+    """An exception in one line, without what pydantic puts around its own."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    text = re.sub(r"^\d+ validation errors? for Settings ", "settings: ", text).split(" [type=")[0]
+    return text[:250] + ("; install it with: pip install wandb" if isinstance(e, ModuleNotFoundError) else "")
+
+
+# ---- the run on W&B -------------------------------------------------------------------------------------------------
+
+def send(job: dict):
+    """The whole life of a run on W&B: begin or resume it, send what comes, end it."""
+    sent = Sent(job)
+    signal.alarm(math.ceil(job["start_seconds"]) + 10)  # so that it ends by itself where the run's process, which watches it, is gone
+    run = start(job)
+    signal.alarm(0)
+    if run.disabled:
+        return tell(done=True)
+    tell(started=True, id=run.id, url=run.url, offline=run.offline)
+    first, shift = (sent.step + 1, 0) if run.offline else steps_to_send(run)
+    record = Record(job)
+    status = None
+    while status is None:
+        status = ended(job)  # asked first: once the run has ended, all of it is in the record
+        for row in record.new_rows():
+            if row["step"] + shift >= first:
+                run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"] + shift, commit=True)
+                write_logs(run, row)
+            sent.logged(row["step"])
+        run.summary.update(record.new_summary())
+        if run.offline:
+            sent.save_flushed()
+    signal.alarm(math.ceil(job["finish_seconds"]) + 10)
+    run.summary["status"] = status
+    if status == "stopped":
+        run.mark_preempting()  # with an exit code that is not 0 W&B shows it as preempted, and a W&B sweep deals it out again
+    run.finish(exit_code=EXIT_CODES[status])
+    sent.save_all()
+    tell(done=True)
+
+
+def start(job: dict):
+    import wandb
+    interrupt = lambda: os.kill(job["pid"], signal.SIGINT)  # noqa: E731 - the button on the dashboard that stops a run: like Ctrl-C
+    settings = {"console": "off", "init_timeout": job["start_seconds"], "program": job["program"], "x_stats_pid": job["pid"], "stop_fn": interrupt}
+    known = getattr(wandb.Settings, "model_fields", {})  # other versions of wandb have other settings
+    sys.argv = job["argv"]  # W&B shows it as the run's command
+    folder = Path(job["folder"])
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    run = wandb.init(project=job["project"], name=job["name"], id=job["id"], resume=None if job["mode"] == "offline" else "allow", dir=folder,
+                     mode=job["mode"], config={**config, "tag": folder.name, "accounting": job["accounting"]},
+                     settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}))
+    for key, _ in CLOCKS:
+        run.define_metric(key)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def steps_to_send(run) -> tuple[int, int]:
+    """(the first step, as W&B counts, that it lacks; W&B's count minus the run's).
+
+    The two counts are one, except in runs that an earlier version of this program began: it let W&B count the rows.
+    """
+    last = dict(run.summary)
+    if isinstance(last.get("_step"), int) and isinstance(last.get("step"), int):
+        return run.step, last["_step"] - last["step"]
+    return run.step, 0
+
+
+def write_logs(run, row: dict):
+    """The row's line, and the samples of the model's text, under Logs on the dashboard."""
+    if hasattr(run, "write_logs"):
+        texts = [f"step {row['step']}", *(f"{name} {row[name]:.4f}" for name in ("train/loss", "val/ppl", "val/bpb") if name in row)]
+        run.write_logs("\n".join([" | ".join(texts), *(f"  sample: {text!r}" for text in row.get("sample", ()))]))
+
+
+# ---- the run on disk ------------------------------------------------------------------------------------------------
+
+def ended(job: dict) -> str | None:
+    """The status of a run that has ended, as its process said, or failed where that died; None while it goes on. Waits POLL for it."""
+    ready, _, _ = select.select([0], [], [], POLL)
+    if ready:
+        status = os.read(0, 100).decode().strip()
+        return status if status in EXIT_CODES else "failed"
+    return None if os.getppid() == job["pid"] else "failed"  # its children may hold the pipe open
+
+
+class Record:
+    """What a run folder says, as it grows."""
+
+    def __init__(self, job: dict):
+        """job: "folder"; "offset", bytes of metrics.jsonl from earlier starts of the run; "resumed_step", the step it goes on from."""
+        self.folder, self.offset, self.resumed_step = Path(job["folder"]), job["offset"], job["resumed_step"]
+        self.file = open(self.folder / "metrics.jsonl", "rb")
+        self.written = None  # when summary.json was
+
+    def new_rows(self) -> list[dict]:
+        """The rows of whole lines since the last call. Of earlier starts, one row a step up to the checkpoint: the rest is run again."""
+        before, rows = {}, []
+        while line := self.file.readline():
+            earlier = self.file.tell() <= self.offset
+            if not earlier and not line.endswith(b"\n"):  # still being written
+                self.file.seek(-len(line), os.SEEK_CUR)
+                break
+            row = parsed(line)
+            if row and not earlier:
+                rows.append(row)
+            elif row and row["step"] <= self.resumed_step:
+                before.setdefault(row["step"], {}).update(row)
+        return [before[step] for step in sorted(before)] + rows
+
+    def new_summary(self) -> dict:
+        """summary.json if it was written anew since the last call, else {}."""
+        path = self.folder / "summary.json"
+        written = (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+        if written == self.written:
+            return {}
+        self.written = written
+        return json.loads(path.read_text("utf-8"))
+
+
+def parsed(line: bytes) -> dict | None:
+    """None of what is no row, such as half a line from a process that was killed."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+class Sent:
+    """The last step that W&B, or an offline folder of this run, surely has: wandb/sent.json, beside those folders.
+
+    Offline nobody can ask W&B. After a kill it may be too low: then some rows are in two folders, rather than in none.
+    """
+
+    def __init__(self, job: dict):
+        self.path, self.id = Path(job["folder"]) / "wandb" / "sent.json", job["id"]
+        self.rows = []  # [(step, when it was logged)], since the last save
+        self.step = self.last = -1
+        saved = parsed(self.path.read_bytes()) if self.path.exists() else None
+        if saved and saved.get("id") == self.id:
+            self.step = saved["step"]
+        elif not saved and list(self.path.parent.glob(f"offline-run-*-{self.id}")):  # from before this file was: it held all of its rows
+            self.step = job["resumed_step"]
+        self.save(self.step)
+
+    def logged(self, step: int):
+        self.rows.append((step, time.monotonic()))
+        self.last = max(self.last, step)
+
+    def save_flushed(self):
+        """Called now and then while a run is written offline."""
+        if self.rows and time.monotonic() - self.rows[0][1] > 2 * FLUSHED:
+            flushed = [step for step, when in self.rows if time.monotonic() - when > FLUSHED]
+            self.rows = self.rows[len(flushed):]
+            self.save(max(self.step, *flushed))
+
+    def save_all(self):
+        self.save(max(self.step, self.last))
+
+    def save(self, step: int):
+        self.step = step
+        write_atomic(self.path, json.dumps({"id": self.id, "step": step}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Runs on W&B, sent by its real client to a stand-in server: what comes there, and that no trouble with it reaches the run."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wandb_server import serving
+
+from conftest import ROOT
+from nanochat import metrics, wandb_log
+from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
+from nanochat.metrics import RunRecord
+
+INIT, FINISH = 2, 2  # seconds
+
+
+def row(step):
+    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step, "total_training_flops": 1e6 * step, "train/loss": 9.0 / step,
+            "sample": ["the cat"]}
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server to which this user is logged in, and nothing else of W&B's set-up."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    with serving() as server:
+        for name, value in {"BASE_URL": server.url, "API_KEY": "0" * 40, "PROJECT": "proj", "INIT_TIMEOUT": INIT, "FINISH_TIMEOUT": FINISH}.items():
+            monkeypatch.setenv(f"WANDB_{name}", str(value))
+        yield server
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The processes that were started to talk to W&B."""
+    started, popen = [], subprocess.Popen
+
+    def start(command, **options):
+        process = popen(command, **options)
+        if "nanochat.wandb_worker" in command:
+            started.append(process)
+        return process
+    monkeypatch.setattr(wandb_log.subprocess, "Popen", start)
+    return started
+
+
+def begin(folder, resumed_step=0) -> RunRecord:
+    record = RunRecord(folder, {"flags": {"depth": 2}}, {"params/total": 7}, "my run", [], resumed_step)
+    record.summarize("running")
+    return record
+
+
+def steps(server) -> list[int]:
+    """Of the one run that the server has, in the order of its history."""
+    (run,) = server.runs.values()
+    return [json.loads(line)["step"] for line in run["history"]]
+
+
+def sync(folder, server):
+    """`wandb sync` of all offline folders of a run."""
+    folders = sorted(map(str, (folder / "wandb").glob("offline-run-*")))
+    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+# ---- what comes to W&B ----------------------------------------------------------------------------------------------
+
+def test_a_resumed_run_goes_on_as_the_same_run_and_sends_what_a_killed_one_could_not(server, tmp_path, capfd):
+    record = begin(tmp_path)
+    for step in (1, 2, 3):
+        record.log(row(step))
+    record.summarize("stopped")
+    record.close()
+    (identity, run), = server.runs.items()
+    assert run["state"] == "failed" and run["preempting"] and json.loads(run["summaryMetrics"])["status"] == "stopped"  # W&B: preempted
+    with open(tmp_path / "metrics.jsonl", "a") as f:  # resumed, and then the whole machine went down, before anything was sent
+        f.write("".join(json.dumps(row(step)) + "\n" for step in (4, 5, 6)) + '{"step": 7, "total_tok')
+    resumed = begin(tmp_path, resumed_step=5)
+    for step in (6, 7):
+        resumed.log(row(step))
+    resumed.summarize("finished")
+    resumed.close()
+    assert list(server.runs) == [identity] == [(tmp_path / "wandb_id.txt").read_text().strip()]
+    assert run["state"] == "finished" and json.loads(run["summaryMetrics"])["status"] == "finished"
+    assert steps(server) == [1, 2, 3, 4, 5, 6, 7] == [entry["step"] for entry in metrics.read_history(tmp_path)]
+    config = json.loads(run["config"])
+    assert run["displayName"] == "my run" and config["accounting"]["value"] == {"params/total": 7} and config["tag"]["value"] == tmp_path.name
+    assert capfd.readouterr().err == f"wandb: {server.url}/lab/proj/runs/{identity}\n" * 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_its_own_count_ended(server, tmp_path):
+    """It let W&B count the rows: 0, 1, 2, … As it had been killed once, W&B's count was ahead of the step."""
+    (tmp_path / "wandb_id.txt").write_text("old\n")
+    history = [json.dumps({"_step": i, **row(step)}) for i, step in enumerate((1, 2, 3, 3, 4))]
+    server.runs["old"] = {"displayName": "my run", "group": None, "state": "failed", "config": "{}", "history": history,
+                          "summaryMetrics": json.dumps({"_step": 4, **row(4)})}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 6)))
+    record = begin(tmp_path, resumed_step=5)
+    record.log(row(6))
+    record.summarize("finished")
+    record.close()
+    assert steps(server) == [1, 2, 3, 3, 4, 5, 6]
+
+
+def test_the_offline_folders_of_a_run_make_its_whole_history(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for resumed_step in (0, 2):
+        record = begin(tmp_path, resumed_step)
+        record.log(row(resumed_step + 1))
+        record.log(row(resumed_step + 2))
+        record.summarize("stopped" if resumed_step == 0 else "finished")
+        record.close()
+    assert not server.runs
+    assert capfd.readouterr().err == f"wandb: send it later with: wandb sync {tmp_path}/wandb/offline-run-*\n" * 2
+    monkeypatch.delenv("WANDB_MODE")
+    sync(tmp_path, server)
+    (identity, run), = server.runs.items()
+    assert identity == (tmp_path / "wandb_id.txt").read_text().strip() and run["state"] == "finished" and steps(server) == [1, 2, 3, 4]
+    assert [json.loads(line)["_step"] for line in run["history"]] == [1, 2, 3, 4]
+
+
+def test_a_run_that_ends_by_an_error_is_shown_as_failed(server, tmp_path):
+    code = ("import test_wandb_log as t\n"
+            "def main():\n"
+            "    record = t.begin(t.Path('run').absolute())\n"
+            "    record.log(t.row(1))\n"
+            "    raise t.InputError('not finite')\n"
+            "t.run_script(main)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: not finite\n" in done.stderr and "Traceback" not in done.stderr
+    (run,) = server.runs.values()
+    assert run["state"] == "failed" and json.loads(run["summaryMetrics"])["status"] == "failed" and steps(server) == [1]
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------------
+
+HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
+
+
+@pytest.mark.parametrize("trouble, said, offline", [
+    ({"start": {"answering": False}}, "no answer|Failed to get", True),
+    ({"start": {"status": 500}}, "no answer|HTTP 500", True),
+    ({"middle": {"answering": False}}, f"no answer from W&B within {FINISH} s", True),
+    ({"middle": {"stream_status": 404}}, "Fatal error while uploading data", True),
+    ({"middle": {}, "kill": True}, "its process ended with code -9", True),
+    ({"environment": {"WANDB_MODE": "bogus"}}, "settings: mode Input should be 'online'", True),
+    ({"wandb": "raise ImportError('no wandb for this Python')\n"}, "no wandb for this Python", False),
+    ({"wandb": HANGING}, f"no answer from W&B within {INIT + 10} s", False),
+], ids=["silent", "HTTP 500", "gone", "deleted", "killed", "bogus mode", "not importable", "hanging"])
+def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said, offline, server, workers, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(wandb_log, "SECONDS_OFFLINE", 30 if offline else 1)
+    server.behave(**trouble.get("start", {}))
+    for name, value in trouble.get("environment", {}).items():
+        monkeypatch.setenv(name, value)
+    if "wandb" in trouble:
+        (tmp_path / "path").mkdir()
+        (tmp_path / "path" / "wandb.py").write_text(trouble["wandb"])
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    began = time.monotonic()
+    record = begin(tmp_path / "run")
+    record.log(row(1))
+    assert time.monotonic() - began < 0.5
+    if "middle" in trouble:
+        wait_for(lambda: server.runs)
+        server.behave(**trouble["middle"])
+    if "kill" in trouble:
+        os.killpg(workers[0].pid, signal.SIGKILL)
+    record.log(row(2))
+    record.summarize("finished")
+    began = time.monotonic()
+    record.close()
+    assert time.monotonic() - began < INIT + FINISH + 15
+    lines = [line for line in capfd.readouterr().err.splitlines() if server.url + "/lab" not in line and "sending what is left" not in line]
+    assert len(lines) == 1 and re.match(f"wandb: [^;]*({said})", lines[0])
+    assert ("wandb sync" if offline else "metrics.jsonl has everything") in lines[0]
+    assert bool(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == offline
+    assert metrics.load_run(tmp_path / "run").summary["status"] == "finished"
+    assert all(worker.poll() is not None for worker in workers)
+    wait_for(lambda: not any(subprocess.run(["pgrep", "-f", f"wandb-core .*--pid {worker.pid}"], stdout=subprocess.PIPE).stdout for worker in workers), 5)
