@@ -74,7 +74,9 @@ def read_run(run, name: str) -> Run:
     history = read_history(run)
     summary = {**accounting, **own(flat(run.summary_metrics))}
     sent = summary.pop("status", "")
-    return Run(name, config, {"status": sent if sent in ("finished", "stopped") else status(run.state, config, summary), **summary}, history)
+    if sent not in ("finished", "stopped"):
+        sent = status(run.state, config, summary)
+    return Run(name, config, {"status": sent, **summary}, history)
 
 
 def read_history(run) -> list[dict]:
@@ -101,7 +103,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def status(state: str, config: dict, summary: dict) -> str:
-    """Of a run that sent none: W&B's "finished" says that the process ended well, as does one that was asked to stop before its last step."""
+    """Of a run that sent none. W&B's "finished": its process ended well, perhaps before the last step."""
     if state != "finished":
         return "running"  # as in a folder whose process was killed
     reached = summary.get("step", 0) >= config["derived"].get("num_iterations", 0)

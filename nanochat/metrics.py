@@ -109,7 +109,8 @@ class RunRecord:
         self.wandb = None
         if wandb_run != "dummy":
             from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
-            self.wandb = WandbLog(folder, wandb_run, accounting, os.path.getsize(self.file.name), resumed_step)
+            offset = os.path.getsize(self.file.name)
+            self.wandb = WandbLog(folder, wandb_run, accounting, offset, resumed_step)
 
     def _remember(self, metrics):
         self.latest.update(metrics)
@@ -127,23 +128,21 @@ class RunRecord:
             raise
 
     def summarize(self, status: str):
-        """Rewrite summary.json, which is wandb's summary too: the last value of every metric, and the thresholds
-        reached.
-        """
+        """Rewrite summary.json, also for W&B: the last value of every metric, and the thresholds reached."""
         self.status = status
         values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
         values |= time_to_ppl(self.evals, self.thresholds)
         write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
 
     def close(self):
-        """The run has ended, as the last summarize() said. W&B, which follows the record, gets a limited time to have all of it."""
+        """The run has ended, as the last summarize() said. W&B gets a limited time to have all of it."""
         self.file.close()
         if self.wandb:
             self.wandb.close("failed" if self.status == "running" else self.status)
 
 
 def end_broken_line(path: Path):
-    """End the last line, of which a process that was killed wrote a half, so that the next row stands on one of its own."""
+    """End a last line of which a killed process wrote a half, so that the next row has a line of its own."""
     with open(path, "rb+") as f:
         if f.seek(0, os.SEEK_END) == 0:
             return

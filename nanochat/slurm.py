@@ -137,7 +137,7 @@ def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()
 
 
 def report_script(sweep: Sweep, jobs: list[str], args) -> str:
-    """The report over what is finished once no task of `jobs` waits or runs. It names the runs that are not, and then fails as a job."""
+    """The report once no task of `jobs` waits or runs. The job names the unfinished runs, and then fails."""
     return "\n".join([
         *head(sweep, args.sbatch, {"job-name": f"{sweep.name}-report", "output": sweep.folder / "logs" / "slurm-report.log"},
               {"dependency": f"afterany:{':'.join(jobs)}"}),

@@ -1,11 +1,12 @@
 """A run on W&B, beside its record on disk. No trouble with W&B stops, stalls or loses the run.
 
-All calls of wandb are made by a process of its own, nanochat.wandb_worker, which reads the run's record and follows it. So training never
-waits for W&B. Whatever wandb, its server or the network do, the worst that there is to do here is to kill that process. Then another one
-writes the record offline, in a folder that `wandb sync` can send later.
+A process of its own, nanochat.wandb_worker, makes all calls of wandb. It reads the run's record and follows
+it, so training never waits for W&B. Whatever wandb, its server or the network do, the worst that there is to
+do here is to kill that process. Another one then writes the record offline; `wandb sync` sends that later.
 
-Two variables of wandb itself limit the waiting, in seconds: WANDB_INIT_TIMEOUT for the server's first answer, while the run trains, and
-WANDB_FINISH_TIMEOUT for what is left to send when the run has ended. Both are 60 where they are not set.
+Two variables of wandb itself limit the waiting, in seconds: WANDB_INIT_TIMEOUT for the server's first answer,
+while the run trains, and WANDB_FINISH_TIMEOUT for what is left to send when the run has ended. Both are 60
+where they are not set.
 """
 import atexit
 import contextlib
@@ -27,13 +28,13 @@ from nanochat.common import first_line, write_atomic
 from nanochat.wandb_worker import MARK
 
 SECONDS = 60.0          # what the two variables are where they are not set
-SECONDS_STOPPED = 10.0  # to send what is left of a run that was asked to stop: its machine may soon be gone, and resumed it sends the rest
+SECONDS_STOPPED = 10.0  # for what is left of a run that was asked to stop: its machine may soon be gone
 SECONDS_OFFLINE = 30.0  # for an offline folder to begin, and to end
 SECONDS_QUIET = 5.0     # of waiting at the end, before a line says so
 POLL = 0.2              # seconds between two looks at the worker
 PROJECT = "nanochat-lowrank"
 
-# what another version of wandb, or an earlier run of this shell, may have left, and what WandbLog itself says: id, project, name and folder of the run
+# what WandbLog itself tells wandb, and what another program may have left in the environment
 NOT_THE_USERS = ("RUN_ID", "RESUME", "PROJECT", "NAME", "DIR", "SERVICE", "FORK_FROM", "RESUME_FROM")
 # what an offline folder needs; anything else may be the very trouble
 KEPT_OFFLINE = ("ENTITY", "RUN_GROUP", "TAGS", "JOB_TYPE", "NOTES", "SWEEP_ID", "SWEEP_PARAM_PATH", "RUN_ID")
@@ -49,15 +50,20 @@ class WandbLog:
     """One run on W&B, from its first step, or the step that it goes on from, to its end. Lives on rank 0."""
 
     def __init__(self, folder: Path, name: str, accounting: dict, offset: int, resumed_step: int):
-        """folder: of the run, with its config.json; name: on the dashboard; accounting: see metrics.RunRecord.
+        """folder: of the run, with config.json in it; name: on the dashboard; accounting: see metrics.RunRecord.
 
-        offset: bytes of metrics.jsonl that earlier starts of the run wrote; resumed_step: the checkpoint that it goes on from.
+        offset: bytes of metrics.jsonl that earlier starts of the run wrote; resumed_step: the step from which
+        it goes on, 0 where it begins.
         """
         self.folder = folder.absolute()
         self.pid = os.getpid()
         self.environment = dict(os.environ)  # of now: the thread may look later
-        self.job = {"folder": str(self.folder), "name": name[:128], "accounting": accounting, "offset": offset, "resumed_step": resumed_step,
-                    "pid": self.pid, "argv": sys.argv, "program": program(), "start_seconds": seconds("INIT"), "finish_seconds": seconds("FINISH")}
+        self.job = {
+            "folder": str(self.folder), "name": name[:128], "accounting": accounting,
+            "offset": offset, "resumed_step": resumed_step,
+            "pid": self.pid, "argv": sys.argv, "program": program(),
+            "start_seconds": seconds("INIT"), "finish_seconds": seconds("FINISH"),
+        }
         self.status = ""  # how the run ended; "" while it goes on
         self.thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self.thread.start()
@@ -75,9 +81,13 @@ class WandbLog:
             self.thread.join()
 
     def _serve(self):
-        """Send the run. Where that does not succeed, write it offline, and say so. Never raises; ends a limited time after close()."""
+        """Send the run. Where that fails, write it offline and say so.
+
+        It never raises an error, and ends a limited time after close().
+        """
         try:
-            self.job |= {"project": project(self.environment), "id": run_id(self.environment, self.folder / "wandb_id.txt")}
+            self.job["project"] = project(self.environment)
+            self.job["id"] = run_id(self.environment, self.folder / "wandb_id.txt")
             return self._send(offline=False)
         except Exception as e:
             trouble = first_line(e).rstrip(".")
@@ -86,10 +96,11 @@ class WandbLog:
         try:
             self._send(offline=True, trouble=trouble)
         except Exception:
-            say(f"{trouble}; {'' if self.status else 'the run goes on; '}{self.folder / 'metrics.jsonl'} has everything")
+            goes_on = "" if self.status else "the run goes on; "
+            say(f"{trouble}; {goes_on}{self.folder / 'metrics.jsonl'} has everything")
 
     def _send(self, offline: bool, trouble: str = ""):
-        """Let a worker send the run to its end, or write it offline. trouble: why offline. Trouble where it fails."""
+        """Let a worker send the run to its end, or write it offline because of `trouble`. Raises Trouble."""
         write_atomic(self.folder / "wandb_id.txt", self.job["id"] + "\n")
         waits_since = time.monotonic()  # for the worker to begin, then for it to end
         started = False
@@ -120,7 +131,9 @@ class WandbLog:
             return SECONDS_STOPPED
         if offline:
             return SECONDS_OFFLINE
-        return self.job["finish_seconds"] if started else self.job["start_seconds"] + 10  # wandb says why, a little after its own limit
+        if started:
+            return self.job["finish_seconds"]
+        return self.job["start_seconds"] + 10  # wandb says why a little after its own limit
 
     def _say_where(self, started: dict, trouble: str):
         """Where the run is to be seen; of an offline one, how to send it."""
@@ -128,7 +141,9 @@ class WandbLog:
             write_atomic(self.folder / "wandb_id.txt", started["id"] + "\n")
         if started["offline"]:
             goes_on = "the run goes on offline; " if trouble and not self.status else ""
-            say(f"{trouble}{'; ' if trouble else ''}{goes_on}send it later with: wandb sync {shlex.quote(str(self.folder))}/wandb/offline-run-*")
+            why = f"{trouble}; " if trouble else ""
+            folders = f"{shlex.quote(str(self.folder))}/wandb/offline-run-*"
+            say(f"{why}{goes_on}send it later with: wandb sync {folders}")
         elif self.environment.get("WANDB_SILENT", "").lower() not in ("true", "1"):
             say(started["url"])
 
@@ -139,9 +154,12 @@ class Worker:
     def __init__(self, job: dict, environment: dict, offline: bool):
         given = environment.get("WANDB_MODE", "").replace("dryrun", "offline")  # an old name of it
         mode = "offline" if offline else given or None
-        self.process = subprocess.Popen([sys.executable, "-m", "nanochat.wandb_worker"], env=worker_environment(environment, offline),
-                                        cwd=job["folder"] if offline else None,  # another folder may have settings of W&B
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nanochat.wandb_worker"],
+            env=worker_environment(environment, offline),
+            cwd=job["folder"] if offline else None,  # another folder may have settings of W&B
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True)  # a Ctrl-C in the terminal is for the run
         self.said_end = False
         self.text = b""    # of the line that is being read
         self.last_line = ""
@@ -158,7 +176,7 @@ class Worker:
         self._order(status)
 
     def messages(self) -> list[dict]:
-        """What it has said by now; waits POLL for it. Trouble if it has died, or W&B will not have the rest."""
+        """What it has said by now; waits POLL for it. Trouble where it has died."""
         dead = self.process.poll() is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 0 if dead else POLL)
         data = os.read(self.process.stdout.fileno(), 2**16) if ready else b""
@@ -173,21 +191,23 @@ class Worker:
             elif not before.startswith("wandb:"):
                 self.last_line = before.strip() or self.last_line  # of a traceback
         if dead and not data:
-            raise Trouble(f"its process ended with code {self.process.returncode} {self.last_line[:200]}".strip())
+            last_line = self.last_line[:200]
+            raise Trouble(f"its process ended with code {self.process.returncode} {last_line}".strip())
         if not dead and ready and not data:
             time.sleep(POLL)  # it has closed its output and is about to end
         return messages
 
     def close(self):
-        with contextlib.suppress(OSError):
+        if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # wandb's own process ends with it
-        self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in a file system
+                self.process.wait(5)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
 
 
-# ---- what the environment says --------------------------------------------------------------------------------------
+# ---- what the environment says -----------------------------------------------------------------------------
 
 def seconds(what: str) -> float:
     """WANDB_INIT_TIMEOUT or WANDB_FINISH_TIMEOUT; SECONDS where it is not set, or no number above 0."""
@@ -199,7 +219,7 @@ def seconds(what: str) -> float:
 
 
 def run_id(environment: dict, path: Path) -> str:
-    """What W&B knows the run by: in a W&B sweep what its agent says, else what the run folder says, else a new one."""
+    """What W&B knows the run by: what a W&B sweep's agent says, else what the run folder says, else new."""
     if environment.get("WANDB_SWEEP_ID") and environment.get("WANDB_RUN_ID"):
         return environment["WANDB_RUN_ID"]
     kept = path.read_text("utf-8", errors="replace").strip() if path.exists() else ""
@@ -211,7 +231,8 @@ def project(environment: dict) -> str:
     given = environment.get("WANDB_PROJECT", "").strip()
     allowed = re.sub(r"[/\\#?%:]+", "-", given)[:128] or PROJECT
     if given and allowed != given:
-        say(f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; the project is {allowed}")
+        say(f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; "
+            f"the project is {allowed}")
     return allowed
 
 
@@ -228,12 +249,17 @@ def program() -> str:
 
 
 def worker_environment(given: dict, offline: bool) -> dict:
-    """The environment of a worker: what W&B would refuse in it is mended or left out. offline: with little of W&B's own."""
-    in_sweep = bool(given.get("WANDB_SWEEP_ID"))
+    """The environment of a worker: what W&B would refuse in it is mended or left out.
+
+    offline: of W&B's own variables only KEPT_OFFLINE, as any other may be the trouble.
+    """
+    left_out = set(NOT_THE_USERS)
+    if given.get("WANDB_SWEEP_ID"):
+        left_out.remove("RUN_ID")  # the agent's
     environment = {}
     for name, value in given.items():
         what = name.removeprefix("WANDB_")
-        if name.startswith("WANDB_") and ((offline and what not in KEPT_OFFLINE) or what in NOT_THE_USERS) and not (in_sweep and what == "RUN_ID"):
+        if name.startswith("WANDB_") and (what in left_out or (offline and what not in KEPT_OFFLINE)):
             continue
         if name == "WANDB_TAGS":
             value = tags(value)

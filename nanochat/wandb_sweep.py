@@ -7,10 +7,12 @@ run folders. The flags of every run are in its W&B config, where columns, filter
 """
 import json
 import os
+import threading
 
 from nanochat import common
 from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
+from nanochat.wandb_log import seconds
 
 
 def register(sweep: Sweep, args):
@@ -27,14 +29,28 @@ def register(sweep: Sweep, args):
     if os.environ.get("WANDB_MODE") == "offline":
         print(f"{path}: {len(points)} runs\n  wandb sweep --project {project} {path}   # registers them, and says how to start agents")
         return
-    import wandb
-    try:
-        sweep_id = wandb.sweep(json.loads(path.read_text()), project=project)
-    except (wandb.Error, OSError) as e:
-        said = " ".join(str(e).split()).rstrip(".")
-        raise InputError(f"--launcher wandb: {said}; run `wandb login`, or register {path} later with: wandb sweep") from None
+    sweep_id, trouble = ask(json.loads(path.read_text("utf-8")), project)
+    if not sweep_id:
+        raise InputError(f"--launcher wandb: {trouble}; run `wandb login`, "
+                         f"or register {path} later with: wandb sweep")
     print(f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
           f"  CUDA_VISIBLE_DEVICES=0 wandb agent --project {project} {sweep_id}")
+
+
+def ask(config: dict, project: str) -> tuple[str, str]:
+    """(id of a new W&B sweep, ""), or ("", why there is none). Waits as long as a run does for an answer."""
+    answer = []
+
+    def call():
+        try:
+            import wandb
+            answer.append((wandb.sweep(config, project=project) or "", "W&B gave the sweep no name"))
+        except Exception as e:  # of wandb, of the libraries below it, or a setting that it refuses
+            answer.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds("INIT"))
+    return answer[0] if answer else ("", f"no answer from W&B within {seconds('INIT'):.0f} s")
 
 
 def check(sweep: Sweep):

@@ -1,11 +1,11 @@
-"""The process that sends one run to W&B, from the run's record on disk. nanochat.wandb_log starts it: python -m nanochat.wandb_worker
+"""The process that sends one run to W&B, from the run's record on disk. nanochat.wandb_log starts it.
 
-It reads metrics.jsonl from the beginning and follows it as it grows. Each row goes to W&B under the run's own step. What W&B has is not
-sent again, so that whatever a killed run could not send, the resumed run does. Offline, each start of a run writes a folder of its own:
-those of one run, sent in their order by `wandb sync`, make the whole history.
+It reads metrics.jsonl from the beginning and follows it as it grows. Each row goes to W&B under the run's own
+step. What W&B has is not sent again: whatever a killed run could not send, the resumed run sends. Offline,
+each start of a run writes a folder of its own; `wandb sync` makes the whole history of them.
 
-On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped or failed. On standard output go
-messages, lines of JSON behind a mark, and whatever wandb prints.
+On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped or
+failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
 """
 import json
 import math
@@ -28,8 +28,8 @@ EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "failed": 1}
 
 def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the run says when it has ended
-    orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what comes after the first line stays in the pipe
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals all of a job; the run says when it ends
+    orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the line stays in the pipe
     try:
         send(json.loads(orders.readline()))
     except BaseException as e:
@@ -48,12 +48,12 @@ def reason(e: BaseException) -> str:
     return text[:250] + ("; install it with: pip install wandb" if isinstance(e, ModuleNotFoundError) else "")
 
 
-# ---- the run on W&B -------------------------------------------------------------------------------------------------
+# ---- the run on W&B ----------------------------------------------------------------------------------------
 
 def send(job: dict):
     """The whole life of a run on W&B: begin or resume it, send what comes, end it."""
     sent = Sent(job)
-    signal.alarm(math.ceil(job["start_seconds"]) + 10)  # so that it ends by itself where the run's process, which watches it, is gone
+    signal.alarm(math.ceil(job["start_seconds"]) + 10)  # for where the run, which watches it, is gone
     run = start(job)
     signal.alarm(0)
     if run.disabled:
@@ -64,18 +64,20 @@ def send(job: dict):
     status = None
     while status is None:
         status = ended(job)  # asked first: once the run has ended, all of it is in the record
-        for row in record.new_rows():
+        rows = record.new_rows()
+        run.summary.update(record.new_summary())  # read after the rows, sent before them: newer rows win
+        for row in rows:
             if row["step"] + shift >= first:
-                run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"] + shift, commit=True)
+                numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+                run.log(numbers, step=row["step"] + shift, commit=True)
                 write_logs(run, row)
             sent.logged(row["step"])
-        run.summary.update(record.new_summary())
         if run.offline:
             sent.save_flushed()
     signal.alarm(math.ceil(job["finish_seconds"]) + 10)
     run.summary["status"] = status
     if status == "stopped":
-        run.mark_preempting()  # with an exit code that is not 0 W&B shows it as preempted, and a W&B sweep deals it out again
+        run.mark_preempting()  # W&B shows it as preempted, and a W&B sweep deals it out again
     run.finish(exit_code=EXIT_CODES[status])
     sent.save_all()
     tell(done=True)
@@ -83,15 +85,20 @@ def send(job: dict):
 
 def start(job: dict):
     import wandb
-    interrupt = lambda: os.kill(job["pid"], signal.SIGINT)  # noqa: E731 - the button on the dashboard that stops a run: like Ctrl-C
-    settings = {"console": "off", "init_timeout": job["start_seconds"], "program": job["program"], "x_stats_pid": job["pid"], "stop_fn": interrupt}
+
+    def interrupt():  # the button on the dashboard that stops a run is like Ctrl-C
+        os.kill(job["pid"], signal.SIGINT)
+    settings = {"console": "off", "init_timeout": job["start_seconds"], "program": job["program"],
+                "x_stats_pid": job["pid"], "stop_fn": interrupt}
     known = getattr(wandb.Settings, "model_fields", {})  # other versions of wandb have other settings
     sys.argv = job["argv"]  # W&B shows it as the run's command
     folder = Path(job["folder"])
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    run = wandb.init(project=job["project"], name=job["name"], id=job["id"], resume=None if job["mode"] == "offline" else "allow", dir=folder,
-                     mode=job["mode"], config={**config, "tag": folder.name, "accounting": job["accounting"]},
-                     settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}))
+    run = wandb.init(
+        project=job["project"], name=job["name"], id=job["id"], dir=folder, mode=job["mode"],
+        resume=None if job["mode"] == "offline" else "allow",
+        config={**config, "tag": folder.name, "accounting": job["accounting"]},
+        settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}))
     for key, _ in CLOCKS:
         run.define_metric(key)
     run.define_metric("*", step_metric="step")
@@ -101,7 +108,7 @@ def start(job: dict):
 def steps_to_send(run) -> tuple[int, int]:
     """(the first step, as W&B counts, that it lacks; W&B's count minus the run's).
 
-    The two counts are one, except in runs that an earlier version of this program began: it let W&B count the rows.
+    The two are the same, except in runs that an earlier version of this program began: it let W&B count rows.
     """
     last = dict(run.summary)
     if isinstance(last.get("_step"), int) and isinstance(last.get("step"), int):
@@ -112,14 +119,15 @@ def steps_to_send(run) -> tuple[int, int]:
 def write_logs(run, row: dict):
     """The row's line, and the samples of the model's text, under Logs on the dashboard."""
     if hasattr(run, "write_logs"):
-        texts = [f"step {row['step']}", *(f"{name} {row[name]:.4f}" for name in ("train/loss", "val/ppl", "val/bpb") if name in row)]
-        run.write_logs("\n".join([" | ".join(texts), *(f"  sample: {text!r}" for text in row.get("sample", ()))]))
+        names = [name for name in ("train/loss", "val/ppl", "val/bpb") if name in row]
+        line = " | ".join([f"step {row['step']}", *(f"{name} {row[name]:.4f}" for name in names)])
+        run.write_logs("\n".join([line, *(f"  sample: {text!r}" for text in row.get("sample", ()))]))
 
 
-# ---- the run on disk ------------------------------------------------------------------------------------------------
+# ---- the run on disk ---------------------------------------------------------------------------------------
 
 def ended(job: dict) -> str | None:
-    """The status of a run that has ended, as its process said, or failed where that died; None while it goes on. Waits POLL for it."""
+    """The status of a run that has ended, "failed" if its process died; None while it goes on. Waits POLL."""
     ready, _, _ = select.select([0], [], [], POLL)
     if ready:
         status = os.read(0, 100).decode().strip()
@@ -131,13 +139,16 @@ class Record:
     """What a run folder says, as it grows."""
 
     def __init__(self, job: dict):
-        """job: "folder"; "offset", bytes of metrics.jsonl from earlier starts of the run; "resumed_step", the step it goes on from."""
+        """job: as nanochat.wandb_log describes its parts."""
         self.folder, self.offset, self.resumed_step = Path(job["folder"]), job["offset"], job["resumed_step"]
         self.file = open(self.folder / "metrics.jsonl", "rb")
         self.written = None  # when summary.json was
 
     def new_rows(self) -> list[dict]:
-        """The rows of whole lines since the last call. Of earlier starts, one row a step up to the checkpoint: the rest is run again."""
+        """The rows of whole lines since the last call.
+
+        Of earlier starts, one row a step, up to the step that the run goes on from: the rest is run again.
+        """
         before, rows = {}, []
         while line := self.file.readline():
             earlier = self.file.tell() <= self.offset
@@ -152,13 +163,16 @@ class Record:
         return [before[step] for step in sorted(before)] + rows
 
     def new_summary(self) -> dict:
-        """summary.json if it was written anew since the last call, else {}."""
+        """summary.json if it was written anew since the last call, else {}.
+
+        Its step is left out: on W&B it is that of the last row there, see steps_to_send.
+        """
         path = self.folder / "summary.json"
         written = (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
         if written == self.written:
             return {}
         self.written = written
-        return json.loads(path.read_text("utf-8"))
+        return {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "step"}
 
 
 def parsed(line: bytes) -> dict | None:
@@ -171,9 +185,9 @@ def parsed(line: bytes) -> dict | None:
 
 
 class Sent:
-    """The last step that W&B, or an offline folder of this run, surely has: wandb/sent.json, beside those folders.
+    """The last step that W&B, or an offline folder of this run, surely has; in wandb/sent.json, beside these.
 
-    Offline nobody can ask W&B. After a kill it may be too low: then some rows are in two folders, rather than in none.
+    Offline nobody can ask W&B. After a kill it may be too low: some rows are then in two folders.
     """
 
     def __init__(self, job: dict):
@@ -183,8 +197,8 @@ class Sent:
         saved = parsed(self.path.read_bytes()) if self.path.exists() else None
         if saved and saved.get("id") == self.id:
             self.step = saved["step"]
-        elif not saved and list(self.path.parent.glob(f"offline-run-*-{self.id}")):  # from before this file was: it held all of its rows
-            self.step = job["resumed_step"]
+        elif not saved and list(self.path.parent.glob(f"offline-run-*-{self.id}")):
+            self.step = job["resumed_step"]  # an earlier version of this program wrote it, without this file
         self.save(self.step)
 
     def logged(self, step: int):

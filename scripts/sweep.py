@@ -48,7 +48,8 @@ def build_parser():
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
     add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')
     add("--plan", action="store_true", help="print all points and what they cost, and exit")
-    add("--report", action="store_true", help="only make the report, over what is finished; exit code 1: some runs are not")
+    add("--report", action="store_true",
+        help="only make the report, over what is finished; exit code 1: some runs are not")
     add("--task", default="", metavar="TAG", help="run this one point in the foreground; exit code 75: stopped by a signal, state saved")
     add("--launched", type=whole_number(1), default=None, metavar="PID", help="with --task, from the local launcher: it holds the run's lock, and once this process is gone the run saves and stops")
     return parser
@@ -60,7 +61,8 @@ def main(argv=None):
     if args.plan:
         return print_plan(sweep, args)
     if args.report:
-        return conclude(sweep, args, unfinished(sweep), "did not finish; the same command without --report tries them again")
+        return conclude(sweep, args, unfinished(sweep),
+                        "did not finish; the same command without --report tries them again")
     if args.task:
         return run_task(sweep, sweep.point(args.task), args)
 
@@ -207,7 +209,7 @@ def run_task(sweep: Sweep, point: Point, args):
 
 
 def name_for_wandb(sweep: Sweep, point: Point):
-    """Set the group and the tags of the point's run, beside what the user has set. A variable that would be empty is not set: W&B refuses it."""
+    """Set the run's group and tags on W&B, beside what the user has set; W&B refuses an empty variable."""
     os.environ["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP") or sweep.name
     words = [word.replace(",", "-") for word in point.varying]
     if any(other.pair == point.tag for other in sweep.points):
@@ -336,9 +338,9 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 def conclude(sweep: Sweep, args, missing: dict, what: str):
-    """The report, then the runs that are not in it and what became of them, also beside the report. Exit code 1 where there are any.
+    """The report, then the runs that are not in it, on the terminal and beside the report, with exit code 1.
 
-    missing: {tag: (what became of it, log file, its last lines)}; what: that in words, for all of them.
+    missing: {tag: (what became of it, log file, its last lines)}; what: what became of all of them.
     """
     lines = [f"{sweep.name}: {len(missing)} of {len(sweep.points)} runs {what}"]
     for tag, (why, log, last) in missing.items():
@@ -360,8 +362,9 @@ def conclude(sweep: Sweep, args, missing: dict, what: str):
 
 
 def unfinished(sweep: Sweep) -> dict:
-    """{tag: (what became of it, log file, its last lines)} of the runs that are not finished; none where no run has begun."""
-    words = {"new": "has not begun", "running": "began, and has not ended", "stopped": "was stopped, its state is saved"}
+    """{tag: (what became of it, log file, its last lines)} of unfinished runs; {} where no run has begun."""
+    words = {"new": "has not begun", "running": "began, and has not ended",
+             "stopped": "was stopped, its state is saved"}
     missing = {}
     for point in sweep.points:
         status = point.status()

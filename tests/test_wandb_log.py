@@ -1,4 +1,4 @@
-"""Runs on W&B, sent by its real client to a stand-in server: what comes there, and that no trouble with it reaches the run."""
+"""Runs on W&B, sent by its real client to a stand-in server: what comes there; trouble stops no run."""
 import json
 import os
 import re
@@ -20,8 +20,8 @@ INIT, FINISH = 2, 2  # seconds
 
 
 def row(step):
-    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step, "total_training_flops": 1e6 * step, "train/loss": 9.0 / step,
-            "sample": ["the cat"]}
+    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step,
+            "total_training_flops": 1e6 * step, "train/loss": 9.0 / step, "sample": ["the cat"]}
 
 
 def wait_for(condition, seconds=30):
@@ -37,7 +37,9 @@ def server(monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     with serving() as server:
-        for name, value in {"BASE_URL": server.url, "API_KEY": "0" * 40, "PROJECT": "proj", "INIT_TIMEOUT": INIT, "FINISH_TIMEOUT": FINISH}.items():
+        given = {"BASE_URL": server.url, "API_KEY": "0" * 40, "PROJECT": "proj",
+                 "INIT_TIMEOUT": INIT, "FINISH_TIMEOUT": FINISH}
+        for name, value in given.items():
             monkeypatch.setenv(f"WANDB_{name}", str(value))
         yield server
 
@@ -76,7 +78,7 @@ def sync(folder, server):
     return folders
 
 
-# ---- what comes to W&B ----------------------------------------------------------------------------------------------
+# ---- what comes to W&B -------------------------------------------------------------------------------------
 
 def test_a_resumed_run_goes_on_as_the_same_run_and_sends_what_a_killed_one_could_not(server, tmp_path, capfd):
     record = begin(tmp_path)
@@ -85,8 +87,9 @@ def test_a_resumed_run_goes_on_as_the_same_run_and_sends_what_a_killed_one_could
     record.summarize("stopped")
     record.close()
     (identity, run), = server.runs.items()
-    assert run["state"] == "failed" and run["preempting"] and json.loads(run["summaryMetrics"])["status"] == "stopped"  # W&B: preempted
-    with open(tmp_path / "metrics.jsonl", "a") as f:  # resumed, and then the whole machine went down, before anything was sent
+    assert run["state"] == "failed" and run["preempting"]  # which W&B shows as preempted
+    assert json.loads(run["summaryMetrics"])["status"] == "stopped"
+    with open(tmp_path / "metrics.jsonl", "a") as f:  # resumed; then the machine went down with nothing sent
         f.write("".join(json.dumps(row(step)) + "\n" for step in (4, 5, 6)) + '{"step": 7, "total_tok')
     resumed = begin(tmp_path, resumed_step=5)
     for step in (6, 7):
@@ -95,9 +98,10 @@ def test_a_resumed_run_goes_on_as_the_same_run_and_sends_what_a_killed_one_could
     resumed.close()
     assert list(server.runs) == [identity] == [(tmp_path / "wandb_id.txt").read_text().strip()]
     assert run["state"] == "finished" and json.loads(run["summaryMetrics"])["status"] == "finished"
-    assert steps(server) == [1, 2, 3, 4, 5, 6, 7] == [entry["step"] for entry in metrics.read_history(tmp_path)]
+    assert steps(server) == [row["step"] for row in metrics.read_history(tmp_path)] == list(range(1, 8))
     config = json.loads(run["config"])
-    assert run["displayName"] == "my run" and config["accounting"]["value"] == {"params/total": 7} and config["tag"]["value"] == tmp_path.name
+    assert run["displayName"] == "my run" and config["tag"]["value"] == tmp_path.name
+    assert config["accounting"]["value"] == {"params/total": 7} and config["flags"]["value"] == {"depth": 2}
     assert capfd.readouterr().err == f"wandb: {server.url}/lab/proj/runs/{identity}\n" * 2
 
 
@@ -105,8 +109,8 @@ def test_a_run_of_an_earlier_version_goes_on_where_its_own_count_ended(server, t
     """It let W&B count the rows: 0, 1, 2, … As it had been killed once, W&B's count was ahead of the step."""
     (tmp_path / "wandb_id.txt").write_text("old\n")
     history = [json.dumps({"_step": i, **row(step)}) for i, step in enumerate((1, 2, 3, 3, 4))]
-    server.runs["old"] = {"displayName": "my run", "group": None, "state": "failed", "config": "{}", "history": history,
-                          "summaryMetrics": json.dumps({"_step": 4, **row(4)})}
+    server.runs["old"] = {"displayName": "my run", "group": None, "state": "failed", "config": "{}",
+                          "history": history, "summaryMetrics": json.dumps({"_step": 4, **row(4)})}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 6)))
     record = begin(tmp_path, resumed_step=5)
     record.log(row(6))
@@ -124,29 +128,40 @@ def test_the_offline_folders_of_a_run_make_its_whole_history(server, tmp_path, m
         record.summarize("stopped" if resumed_step == 0 else "finished")
         record.close()
     assert not server.runs
-    assert capfd.readouterr().err == f"wandb: send it later with: wandb sync {tmp_path}/wandb/offline-run-*\n" * 2
+    advice = f"wandb: send it later with: wandb sync {tmp_path}/wandb/offline-run-*\n"
+    assert capfd.readouterr().err == advice * 2
     monkeypatch.delenv("WANDB_MODE")
     sync(tmp_path, server)
     (identity, run), = server.runs.items()
-    assert identity == (tmp_path / "wandb_id.txt").read_text().strip() and run["state"] == "finished" and steps(server) == [1, 2, 3, 4]
+    assert identity == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert run["state"] == "finished" and steps(server) == [1, 2, 3, 4]
     assert [json.loads(line)["_step"] for line in run["history"]] == [1, 2, 3, 4]
 
 
-def test_a_run_that_ends_by_an_error_is_shown_as_failed(server, tmp_path):
+def test_a_run_that_ends_by_an_error_is_shown_as_failed_and_can_go_on(server, tmp_path):
     code = ("import test_wandb_log as t\n"
             "def main():\n"
             "    record = t.begin(t.Path('run').absolute())\n"
             "    record.log(t.row(1))\n"
+            "    record.summarize('running')\n"
+            "    record.log(t.row(2))\n"
             "    raise t.InputError('not finite')\n"
             "t.run_script(main)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and "error: not finite\n" in done.stderr and "Traceback" not in done.stderr
     (run,) = server.runs.values()
-    assert run["state"] == "failed" and json.loads(run["summaryMetrics"])["status"] == "failed" and steps(server) == [1]
+    assert run["state"] == json.loads(run["summaryMetrics"])["status"] == "failed" and steps(server) == [1, 2]
+    resumed = begin(tmp_path / "run", resumed_step=1)
+    for step in (2, 3):
+        resumed.log(row(step))
+    resumed.summarize("finished")
+    resumed.close()
+    assert steps(server) == [1, 2, 3] and run["state"] == "finished"
 
 
-# ---- trouble --------------------------------------------------------------------------------------------------------
+# ---- trouble -----------------------------------------------------------------------------------------------
 
 HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
 
@@ -161,7 +176,8 @@ HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
     ({"wandb": "raise ImportError('no wandb for this Python')\n"}, "no wandb for this Python", False),
     ({"wandb": HANGING}, f"no answer from W&B within {INIT + 10} s", False),
 ], ids=["silent", "HTTP 500", "gone", "deleted", "killed", "bogus mode", "not importable", "hanging"])
-def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said, offline, server, workers, tmp_path, monkeypatch, capfd):
+def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said, offline, server, workers,
+                                                                  tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(wandb_log, "SECONDS_OFFLINE", 30 if offline else 1)
     server.behave(**trouble.get("start", {}))
     for name, value in trouble.get("environment", {}).items():
@@ -184,10 +200,13 @@ def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said,
     began = time.monotonic()
     record.close()
     assert time.monotonic() - began < INIT + FINISH + 15
-    lines = [line for line in capfd.readouterr().err.splitlines() if server.url + "/lab" not in line and "sending what is left" not in line]
+    said_anyway = f"{server.url}/lab|sending what is left"
+    lines = [line for line in capfd.readouterr().err.splitlines() if not re.search(said_anyway, line)]
     assert len(lines) == 1 and re.match(f"wandb: [^;]*({said})", lines[0])
     assert ("wandb sync" if offline else "metrics.jsonl has everything") in lines[0]
     assert bool(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == offline
     assert metrics.load_run(tmp_path / "run").summary["status"] == "finished"
-    assert all(worker.poll() is not None for worker in workers)
-    wait_for(lambda: not any(subprocess.run(["pgrep", "-f", f"wandb-core .*--pid {worker.pid}"], stdout=subprocess.PIPE).stdout for worker in workers), 5)
+    for worker in workers:
+        assert worker.poll() is not None
+        find = ["pgrep", "-f", f"wandb-core .*--pid {worker.pid}"]
+        wait_for(lambda: subprocess.run(find).returncode == 1, 5)

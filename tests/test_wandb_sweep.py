@@ -1,4 +1,4 @@
-"""A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, and what its runs are named."""
+"""A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, names of its runs."""
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
@@ -113,37 +113,43 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
         register()
 
 
-def test_an_agents_run_is_the_one_it_asked_for_with_its_group_name_and_tags(register, base_dir, tmp_path, monkeypatch):
+def test_an_agents_run_is_the_one_it_asked_for_with_its_names(register, base_dir, tmp_path, monkeypatch):
     _, config = register("--run", "try")
     command = next(c for c in agent_commands(config) if "attn4_lr0.02_s2" in c[-1])
     for name in ("WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     with serving() as server:
-        for name, value in {"SWEEP_ID": "abc123", "RUN_ID": "run42", "BASE_URL": server.url, "API_KEY": "0" * 40}.items():
+        given = {"SWEEP_ID": "abc123", "RUN_ID": "run42", "BASE_URL": server.url, "API_KEY": "0" * 40}
+        for name, value in given.items():
             monkeypatch.setenv(f"WANDB_{name}", value)
         agent = Launched(1, tmp_path / "output", sweep.main, command[4:])
         assert agent.codes() == [0], agent.output.read_text()
         (run,) = server.runs.values()
         assert list(server.runs) == ["run42"], "the run that the agent asked for"
     tag = command[-1].removeprefix("--task=")
-    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == "finished" and run["state"] == "finished"
-    assert (run["group"], run["displayName"]) == ("question-small", f"try-{tag.removeprefix('question-small_')}")
-    assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"]) and "baseline" not in run["tags"]
+    assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == run["state"] == "finished"
+    assert run["group"] == "question-small" and run["displayName"] == f"try-{tag.removeprefix('question-small_')}"
+    assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"])
+    assert "baseline" not in run["tags"]
     assert (metrics.runs_dir() / tag / "wandb_id.txt").read_text() == "run42\n"
 
 
-def test_a_baseline_without_anything_that_varies_is_logged_and_what_is_missing_is_told(base_dir, corpus_dir, tmp_path, monkeypatch, capsys):
+def test_a_baseline_is_logged_too_and_the_report_names_what_is_missing(base_dir, corpus_dir, tmp_path,
+                                                                        monkeypatch, capsys):
+    """Of a baseline nothing varies, so that it has no tag of that kind."""
     path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = 4\n", [1], corpus_dir)
     for name in ("MODE", "RUN_GROUP", "TAGS"):
         monkeypatch.setenv(f"WANDB_{name}", "")  # what the task sets is taken back after the test
     with serving() as server:
-        for name, value in {"BASE_URL": server.url, "API_KEY": "0" * 40, "TAGS": f"mine,{'long ' * 20}"}.items():
+        given = {"BASE_URL": server.url, "API_KEY": "0" * 40, "TAGS": f"mine,{'long ' * 20}"}
+        for name, value in given.items():
             monkeypatch.setenv(f"WANDB_{name}", value)
         full = sweep.load(sweep.build_parser().parse_args([str(path)])).points[0]
         assert full.varying == () and full.tag == "tiny_full_s1"
         sweep.main([str(path), "--task", full.tag, "--run", "mine"])
         (run,) = server.runs.values()
-    assert run["state"] == "finished" and run["tags"] == ["mine", ("long " * 20)[:64].strip(), "baseline"] and run["group"] == "tiny"
+    assert run["state"] == "finished" and run["group"] == "tiny"
+    assert run["tags"] == ["mine", ("long " * 20)[:64].strip(), "baseline"]
     log = tmp_path / "base" / "sweeps" / "tiny" / "logs" / "tiny_low_s1.log"
     log.parent.mkdir(parents=True)
     log.write_text("CUDA error: out of memory\n")

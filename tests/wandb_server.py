@@ -1,13 +1,12 @@
 """A stand-in for W&B's server: what the real client of the installed wandb sends to it, it keeps and hands out again when asked.
 
-It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb sync`, `wandb.Api().runs` and `Run.scan_history` send. `runs` is
-its whole memory, plain JSON: {id: {"displayName", "group", "tags": [text, …], "state", "config": text, "summaryMetrics": text, "history":
-[text, …]}}.
+It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb sync`, `wandb.Api().runs` and
+`Run.scan_history` send. `runs` is its whole memory, plain JSON: {id: {"displayName", "group", "tags": [text],
+"state", "config": text, "summaryMetrics": text, "history": [text, …]}}.
 """
 import contextlib
 import gzip
 import json
-import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class WandbServer(ThreadingHTTPServer):
     """One project, lab/proj. It serves trouble too.
 
-    `status` is the HTTP status of all answers, `stream_status` that of the answers to lines of a history. With `answering` false it takes
-    requests and never answers; `rows_until_silent` is the number of lines of a history after which it does so.
+    `status` is the HTTP status of all answers, `stream_status` that of the answers to lines of a history.
+    With `answering` false it takes requests and never answers.
     """
     daemon_threads = True
     request_queue_size = 50
@@ -28,8 +27,10 @@ class WandbServer(ThreadingHTTPServer):
         self.closing = threading.Event()
         self.behave()
 
-    def behave(self, status=200, stream_status=200, answering=True, rows_until_silent=math.inf):
-        self.status, self.stream_status, self.answering, self.rows_until_silent = status, stream_status, answering, rows_until_silent
+    def behave(self, status=200, stream_status=200, answering=True):
+        self.status = status
+        self.stream_status = stream_status
+        self.answering = answering
 
     def handle_error(self, *_):
         """A client that was killed while it asked."""
@@ -38,8 +39,8 @@ class WandbServer(ThreadingHTTPServer):
 
     def upsert(self, given: dict) -> dict:
         """A run is registered, or its configuration changes."""
-        new = {"displayName": given["name"], "group": None, "tags": [], "state": "running", "config": "{}", "summaryMetrics": "{}",
-               "history": []}
+        new = {"displayName": given["name"], "group": None, "tags": [], "state": "running", "config": "{}",
+               "summaryMetrics": "{}", "history": []}
         run = self.runs.setdefault(given["name"], new)
         run |= {key: given[key] for key in ("displayName", "config", "summaryMetrics") if given.get(key)}
         run["group"] = given.get("groupName") or run["group"]
@@ -55,10 +56,11 @@ class WandbServer(ThreadingHTTPServer):
         """What the client asks of a run that it is to resume."""
         project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}, "bucket": None}
         if run := self.runs.get(run_id):
-            project["bucket"] = {"id": run_id, "name": run_id, "displayName": run["displayName"], "summaryMetrics": run["summaryMetrics"],
-                                 "config": run["config"], "tags": run.get("tags", []), "notes": None, "historyLineCount": len(run["history"]),
-                                 "historyTail": json.dumps(run["history"][-1:]), "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0,
-                                 "wandbConfig": json.dumps({"t": 1})}
+            project["bucket"] = {
+                "id": run_id, "name": run_id, "tags": run.get("tags", []), "notes": None,
+                **{key: run[key] for key in ("displayName", "summaryMetrics", "config")},
+                "historyLineCount": len(run["history"]), "historyTail": json.dumps(run["history"][-1:]),
+                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "wandbConfig": '{"t": 1}'}
         return {"model": project}
 
     def stream(self, run_id: str, sent: dict):
@@ -128,9 +130,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        answer, status = {}, self.server.status
-        history = sum((len(run["history"]) for run in self.server.runs.values()))
-        if not self.server.answering or history >= self.server.rows_until_silent:
+        answer = {}
+        status = self.server.status
+        if not self.server.answering:
             self.server.closing.wait()
             return
         if self.path == "/graphql":
