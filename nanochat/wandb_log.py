@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from nanochat.common import first_line, write_atomic
-from nanochat.wandb_worker import MARK
+from nanochat.wandb_worker import MARK, Sent
 
 SECONDS = 60.0          # what the two variables are where they are not set
 SECONDS_STOPPED = 10.0  # for what is left of a run that was asked to stop: its machine may soon be gone
@@ -118,10 +118,10 @@ class WandbLog:
                         started = True
                         waits_since = time.monotonic()
                         self._say_where(message, trouble)
-                    if "done" in message:
-                        return
                     if "trouble" in message:
                         raise Trouble(message["trouble"])
+                    if "done" in message:
+                        return Sent(self.job).save(message.get("step", -1))
 
     def _limit(self, offline: bool, started: bool) -> float:
         """For how many seconds to wait for a worker to begin, or to end."""

@@ -7,6 +7,7 @@ each start of a run writes a folder of its own; `wandb sync` makes the whole his
 On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped or
 failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
 """
+import contextlib
 import json
 import math
 import os
@@ -38,7 +39,8 @@ def main():
 
 
 def tell(**message):
-    os.write(1, f"{MARK}{json.dumps(message)}\n".encode())
+    with contextlib.suppress(OSError):  # the run's process is gone
+        os.write(1, f"{MARK}{json.dumps(message)}\n".encode())
 
 
 def reason(e: BaseException) -> str:
@@ -78,9 +80,12 @@ def send(job: dict):
     run.summary["status"] = status
     if status == "stopped":
         run.mark_preempting()  # W&B shows it as preempted, and a W&B sweep deals it out again
+    if os.getppid() != job["pid"]:  # nobody reads what wandb prints
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
     run.finish(exit_code=EXIT_CODES[status])
-    sent.save_all()
-    tell(done=True)
+    tell(done=True, step=sent.last)
 
 
 def start(job: dict):
@@ -210,14 +215,12 @@ class Sent:
         if self.rows and time.monotonic() - self.rows[0][1] > 2 * FLUSHED:
             flushed = [step for step, when in self.rows if time.monotonic() - when > FLUSHED]
             self.rows = self.rows[len(flushed):]
-            self.save(max(self.step, *flushed))
-
-    def save_all(self):
-        self.save(max(self.step, self.last))
+            self.save(flushed[-1])
 
     def save(self, step: int):
-        self.step = step
-        write_atomic(self.path, json.dumps({"id": self.id, "step": step}) + "\n")
+        """All up to this step is sent."""
+        self.step = max(self.step, step)
+        write_atomic(self.path, json.dumps({"id": self.id, "step": self.step}) + "\n")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,10 @@ def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said,
     assert ("wandb sync" if offline else "metrics.jsonl has everything") in lines[0]
     assert bool(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == offline
     assert metrics.load_run(tmp_path / "run").summary["status"] == "finished"
+    if "stream_status" in trouble.get("middle", {}):
+        server.behave()
+        sync(tmp_path / "run", server)
+        assert steps(server) == [1, 2], "what W&B did not take is in the offline folder"
     for worker in workers:
         assert worker.poll() is not None
         find = ["pgrep", "-f", f"wandb-core .*--pid {worker.pid}"]
