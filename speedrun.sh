@@ -3,12 +3,64 @@
 # $NANOCHAT_BASE_DIR/report/report.html.   bash speedrun.sh
 # Every variable below can also be given in the environment: DEPTH=6 MLP_RANK=64 bash speedrun.sh
 # A second call reuses what is there: finished runs are skipped, an interrupted one continues.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: speedrun.sh is written for bash: bash speedrun.sh" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")"
-trap : TERM USR1      # a scheduler signals every process: wait for the training to save its state
+{ : <&0; } 2>/dev/null || exec </dev/null   # where standard input is closed
+for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
+  case "${!NAME:-0}" in *[!0-9]*) echo "error: $NAME=${!NAME}: give a whole number" >&2; exit 2 ;; esac
+done
+
+# a path is meant from where the user stands, and we go elsewhere; a quoted ~ is still one
+absolute() {
+  case "$1" in
+    ''|/*|'~'[!/]*) echo "$1" ;;
+    '~'*) echo "${HOME:-~}${1#'~'}" ;;
+    *) echo "$PWD/$1" ;;
+  esac
+}
+if [ -n "${NANOCHAT_BASE_DIR:-}" ]; then
+  NANOCHAT_BASE_DIR=$(absolute "$NANOCHAT_BASE_DIR")
+  export NANOCHAT_BASE_DIR
+fi
+case "${DATA:-}" in
+  stdlib|tinystories|climbmix|fineweb-edu|c4) ;;
+  *) DATA=$(absolute "${DATA:-}") ;;
+esac
+CDPATH='' cd -- "$(dirname -- "$0")"
 source dev/setup.sh   # .venv, installation
 
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+# A signal may reach this shell alone, or every process. It is handed on, and we wait until the training is saved.
+PROCESS=
+SIGNALS=0
+TOLD=0
+tell() {   # a second signal ends it at once
+  TOLD=$((TOLD + 1))
+  kill "-$([ "$TOLD" = 1 ] && echo TERM || echo KILL)" "$PROCESS" 2>/dev/null || :
+}
+trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$PROCESS" ] || tell' INT TERM HUP USR1 USR2
+run() {
+  local code=75 before
+  [ "$SIGNALS" = 0 ] || exit "$code"
+  "$@" <&0 &
+  PROCESS=$!
+  [ "$SIGNALS" = "$TOLD" ] || tell         # one that came before we knew the process
+  while :; do
+    before=$SIGNALS
+    code=0
+    wait "$PROCESS" || code=$?
+    [ "$SIGNALS" != "$before" ] || break   # a signal ends a wait early, with a code of its own
+  done
+  PROCESS=
+  if [ "$SIGNALS" -gt 0 ]; then            # nothing new begins
+    [ "$code" != 0 ] || code=75
+    exit "$code"
+  fi
+  return "$code"
+}
+# seconds that torchrun leaves its processes to save, from torch 2.13 on; before, these are 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
+GPUS=$(python -m nanochat.devices)
 if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: nanochat's d20 and its data
   : "${DATA:=climbmix}" "${DATA_SHARDS:=120}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
   : "${DEPTH:=20}" "${MODEL_DIM:=1280}" "${HEAD_DIM:=128}" "${MAX_SEQ_LEN:=2048}"
@@ -30,26 +82,42 @@ fi
 : "${SEED:=42}"
 : "${WANDB_RUN:=dummy}"          # a name logs to wandb as NAME-full and NAME-lowrank
 : "${NPROC:=$((GPUS > 0 ? GPUS : 1))}"            # processes on this node
-: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"   # several nodes: this script on each
+: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
+                                 # several nodes: this script on each; it takes the ports from MASTER_PORT to + 3
 : "${EVAL_TOKENS:=$((GPUS > 0 ? 10485760 : 32768))}"
 : "${SAVE_EVERY:=$((GPUS > 0 ? 1000 : 50))}"
 
-case "$DATA" in tinystories|climbmix|fineweb-edu|c4) python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;; esac
-python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
-python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
-
-if [ "$NNODES" -gt 1 ]; then
-  launch() { torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" --rdzv_backend=c10d --rdzv_id=speedrun \
-                      --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" -m "$@"; }
-elif [ "$NPROC" -gt 1 ]; then
-  launch() { torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }
-else
-  launch() { python -m "$@"; }
+if [ "$NPROC" = 0 ] || [ "$NNODES" -le "$NODE_RANK" ]; then
+  echo "error: NPROC=$NPROC NNODES=$NNODES NODE_RANK=$NODE_RANK: give a process or more, and count nodes from 0" >&2
+  exit 2
 fi
+
+# on several nodes each of these takes a lock: one node does it, the others wait and then find it done
+case "$DATA" in
+  tinystories|climbmix|fineweb-edu|c4) run python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;;
+esac
+run python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
+[ "$NODE_RANK" -gt 0 ] || run python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
+
+PORT=$MASTER_PORT   # each launch has one of its own: a node that is early must not meet the launch before
+launch() {          # launch MODULE FLAGS…
+  local module=$1
+  shift
+  if [ "$NNODES" -gt 1 ]; then
+    run torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
+                 --master_addr="$MASTER_ADDR" --master_port="$PORT" -m "$module" -- "$@"
+    PORT=$((PORT + 1))
+  elif [ "$NPROC" -gt 1 ]; then
+    run torchrun --standalone --nproc_per_node="$NPROC" -m "$module" -- "$@"
+  else
+    run python -m "$module" "$@"
+  fi
+}
 wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 
 # the tag says what was changed, so that another setting is another run
-BASE_TAG="$(basename "$DATA")_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
+NAME=${DATA%/}
+BASE_TAG="${NAME##*/}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
 FULL="${BASE_TAG}_full"
 LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
 SINGLE="${MATRIX_RANKS//=/}"
@@ -72,5 +140,5 @@ launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run "$(wandb_n
 for TAG in "$FULL" "$LOWRANK"; do
   launch scripts.base_eval --model-tag "$TAG" --eval-tokens "$EVAL_TOKENS" --device-batch-size "$DEVICE_BATCH_SIZE"
 done
-OUT="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat-lowrank}/report"
-[ "$NODE_RANK" -gt 0 ] || python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"
+OUT=$(python -c 'from nanochat.common import get_base_dir; print(get_base_dir() / "report")')
+[ "$NODE_RANK" -gt 0 ] || run python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"

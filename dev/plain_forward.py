@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 def load(file: str) -> tuple[dict, dict]:
     """(config, weights) of FILE.safetensors and the FILE.json beside it."""
-    with open(file.removesuffix(".safetensors") + ".json") as f:
+    with open(file.removesuffix(".safetensors") + ".json", encoding="utf-8") as f:
         return json.load(f), load_file(file)
 
 

@@ -1,7 +1,10 @@
 # Sourced by speedrun.sh and dev/test.sh: an environment with the package and its test tools, made once in .venv.
 # On several nodes that share this folder the first one installs; the others wait, at most ten minutes.
+installed() {
+  [ -f .venv/installed-pyproject.toml ] && [ "$(<pyproject.toml)" = "$(<.venv/installed-pyproject.toml)" ]
+}
 for ((i = 0; i < 120 && ${NODE_RANK:-0} > 0; i++)); do
-  cmp -s pyproject.toml .venv/installed-pyproject.toml && break
+  installed && break
   sleep 5
 done
 if [ ! -x .venv/bin/python ]; then
@@ -16,7 +19,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 source .venv/bin/activate
 # install again only when the dependencies change
-if ! cmp -s pyproject.toml .venv/installed-pyproject.toml; then
+if ! installed; then
   python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
   cp pyproject.toml .venv/installed-pyproject.toml
 fi

@@ -89,7 +89,7 @@ def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, di
     if not folder.is_dir():
         raise InputError(f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
         intact = meta["sha256"] == sha256(folder / "state.pt")
     except (OSError, ValueError, KeyError):
         intact = False

@@ -6,8 +6,10 @@ import functools
 import hashlib
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +34,10 @@ def run_script(main, result_is_printed: bool = False):
     """
     console.protect(result_is_printed)
     signals.listen()
+    from nanochat.environment import prepare_environment
     try:
+        prepare_environment()
+        stop_without_launcher()
         main()
         end_process()
     except InputError as e:
@@ -55,7 +60,9 @@ def run_script(main, result_is_printed: bool = False):
         return
     finally:
         signals.main_ended()
-    rank, _, world_size = process_layout()
+    rank, world_size = 0, 1
+    with contextlib.suppress(InputError):
+        rank, _, world_size = process_layout()
     if rank > 0:
         time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
     where = f" [process {rank} of {world_size}]" if rank > 0 else ""
@@ -89,6 +96,10 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = super().parse_args(args, Flags())
         flags.given = {name for name, value in values.items() if value is not None}
         return flags
+    def parse_known_args(self, args=None, namespace=None):
+        """`torchrun … -m MODULE -- FLAGS` keeps our flags from torchrun, which may hand the -- on."""
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(words[1:] if words[:1] == ["--"] else words, namespace)
 
     def error(self, message):
         raise InputError(message)
@@ -167,7 +178,12 @@ def device_flags(add, dtype: str):
 
 def get_base_dir() -> Path:
     """Where tokenizers, token caches, downloads and runs live. Nothing is created here."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat-lowrank").expanduser()
+    given = os.environ.get("NANOCHAT_BASE_DIR")
+    try:
+        return Path(given or "~/.cache/nanochat-lowrank").expanduser()
+    except RuntimeError:  # no such user, or one without a home folder
+        fault = f"={given}: there is no such home folder" if given else ": not set, and there is no home folder"
+        raise InputError(f"NANOCHAT_BASE_DIR{fault}; give it a folder, for example /tmp/nanochat") from None
 
 
 def write_atomic(path: Path, content: str | bytes):
@@ -263,8 +279,8 @@ def memory_bytes(device_type: str) -> int:
 
 def process_layout() -> tuple[int, int, int]:
     """(rank, local rank, number of processes), as torchrun sets them; (0, 0, 1) without it."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    from nanochat.environment import layout_of_processes
+    return layout_of_processes()
 
 
 def print0(*args, **kwargs):
@@ -274,9 +290,12 @@ def print0(*args, **kwargs):
 
 
 def pick_device_type(name: str) -> str:
-    """'' -> 'cuda' where there is one, else 'cpu'; other names as they are."""
-    import torch
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """'' -> 'cuda' where there is one, else 'cpu'; other names as they are.
+
+    InputError where there is a GPU that torch cannot use.
+    """
+    from nanochat.devices import usable_gpus
+    return name or ("cuda" if usable_gpus() else "cpu")
 
 
 def keep_freed_memory():
@@ -309,34 +328,76 @@ def multiply_by_onednn():
 def init_process(device_type: str):
     """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
 
-    device_type: see `pick_device_type`. InputError if the device is not there.
+    device_type: see `pick_device_type`. InputError if the device or the other processes are not there.
     """
     import torch
-    import torch.distributed as dist
+
+    from nanochat.devices import take_gpu, usable_gpus
     rank, local_rank, world_size = process_layout()
     device_type = pick_device_type(device_type)
     if device_type == "cuda":
-        if not torch.cuda.is_available():
+        if not usable_gpus():
             raise InputError("--device-type cuda: no CUDA device on this machine; use --device-type cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node: process {local_rank} on this machine has no GPU, there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(local_rank)
+        take_gpu(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     else:
         keep_freed_memory()
         multiply_by_onednn()
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-                                device_id=device if device_type == "cuda" else None)
+    if world_size > 1:
+        join_group(device, rank, world_size)
     return device, rank, world_size
+
+
+def join_group(device, rank: int, world_size: int):
+    """Meet the other processes of this run. InputError where they do not come.
+
+    They never do where the variables are those that an earlier launcher left behind.
+    """
+    import torch.distributed as dist
+
+    from nanochat.environment import WAY_OUT, check_rendezvous
+    check_rendezvous()
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    note = f"process {rank} of {world_size} waits for the others: {place}"
+    patience = threading.Timer(60, print, [note], {"file": sys.stderr, "flush": True})
+    patience.daemon = True
+    patience.start()
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    except (RuntimeError, ValueError) as e:
+        raise InputError(f"{place}: process {rank} of {world_size} did not find the others: {first_line(e)}; "
+                         f"{WAY_OUT}") from None
+    finally:
+        patience.cancel()
+
+
+def stop_without_launcher():
+    """A process that loses its launcher (torchrun, or a sweep) saves and stops: nothing trains unwatched."""
+    told = os.environ.pop("NANOCHAT_LAUNCHER", "")  # it is ours alone, not that of what we start
+    if told.isdecimal():
+        stop_without(int(told))
+    elif os.environ.get("RANK") and os.environ.get("TORCHELASTIC_RUN_ID"):
+        stop_without(os.getppid())
+
+
+def stop_without(parent: int, patience: float = 600):
+    """Once the process that started this one is gone, ask this one to stop; end it `patience` seconds later."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_process():
     """Leave the process group, if there is one."""
-    if "RANK" in os.environ:
+    if "torch.distributed" in sys.modules:
         import torch.distributed as dist
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -364,7 +425,7 @@ def multiplies_bfloat16() -> bool:
 def processor() -> dict[str, str]:
     """What Linux tells of the first processor; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}

@@ -105,7 +105,8 @@ def read_bundle(folder: Path) -> Bundle:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"{folder / 'core.yaml'}: {', '.join(twice)} listed more than once")
     archive = folder / "sha256"
-    return Bundle(folder, tasks, digest.hexdigest()[:16], archive.read_text().strip() if archive.is_file() else None)
+    archive_hash = archive.read_text("utf-8").strip() if archive.is_file() else None
+    return Bundle(folder, tasks, digest.hexdigest()[:16], archive_hash)
 
 
 def read_baselines(path: Path, text: str) -> dict[str, str]:
@@ -211,7 +212,7 @@ def download(url: str, place: Path) -> str | None:
         unpack(staging / "bundle.zip", staging / "unpacked")
         found = next((path.parent for path in sorted((staging / "unpacked").rglob("core.yaml"))), staging / "unpacked")
         read_bundle(found)
-        (found / "sha256").write_text(sha256 + "\n")
+        (found / "sha256").write_text(sha256 + "\n", "utf-8")
         os.replace(found, place / "eval_bundle")
     except (OSError, HTTPException, zipfile.BadZipFile, EOFError, InputError) as e:
         reason = (str(e) or type(e).__name__).replace(f"{staging}/unpacked/", "")

@@ -62,7 +62,7 @@ def cached_tokens(shard, tokenizer):
 def open_cache(folder, tokenizer):
     """The slots in a cache folder as a memory map; None if there is no whole cache of this vocabulary."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
         dtype, slots = np.dtype(meta["dtype"]), meta["slots"]
         size = (folder / "tokens.bin").stat().st_size
         whole = meta["vocab_size"] == tokenizer.vocab_size and size == slots * dtype.itemsize

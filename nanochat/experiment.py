@@ -6,7 +6,7 @@
     seeds = [1, 2]                               every point under each seed; a point may have seeds of its own
     baseline = true                              every low-rank run has its full-rank partner: the same flags without those of the
                                                  ranks, under the same seed; `paired-with = "NAME"` in a point names another partner
-    processes = 1                                of one run, started by torchrun where there are several
+    processes = 1                                of one run, on one machine
     budget-params = "NAME"                       in a point: as many parameters as the point NAME of this file has
     script = "adapter_train"                     a point that starts from the finished run of base = "NAME", under the same seed (or the first
                                                  that NAME has); its flags are adapter_train's, and it may name a text of its own in `data`

@@ -168,7 +168,7 @@ def launch(sweep: Sweep, point: Point, args, place: dict, held: list, task_comma
         environment.setdefault("OMP_NUM_THREADS", str(place["threads"]))
     log = log_of(sweep, point)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as out:
+    with open(log, "a", encoding="utf-8") as out:
         return subprocess.Popen([*task_command(sweep, point, args), "--launched", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                 env=environment, start_new_session=True, pass_fds=[lock.fileno() for lock in held])
 

@@ -189,7 +189,8 @@ def reset_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to the present resident size
+            # sets VmHWM, the peak, to the present resident size
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")
         except OSError:
             pass  # containers may forbid it: the peak then counts from the start of the process
 
@@ -200,7 +201,7 @@ def peak_memory_bytes(device) -> int:
         import torch
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes

@@ -264,9 +264,10 @@ def ranks_in_short(ranks: tuple[float, ...]) -> str:
 def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
     """What --plan shows: depth by depth the largest ranks within the budget, and what they cost beside the full-rank model of the flags."""
     def costs(config):  # parameters, MFLOP, MiB
-        accumulated = training_plan(args, config, world_size)["grad_accum_steps"] > 1
-        peak = predict_peak(config, args.device_batch_size, dtype_bytes, accumulated)["mem/predicted_peak_bytes"]
-        return account(config)["params/total"], account(config)["flops/per_token"] / 1e6, peak / 2**20
+        plan = training_plan(args, config, world_size)
+        memory = predict_peak(config, plan["device_batch_size"], dtype_bytes, plan["grad_accum_steps"] > 1)
+        cost = account(config)
+        return cost["params/total"], cost["flops/per_token"] / 1e6, memory["mem/predicted_peak_bytes"] / 2**20
 
     def line(config, note=""):
         cells = [f"{value:15,.{digits}f}{value / whole:6.2f}" for value, whole, digits in zip(costs(config), of_full, (0, 1, 0))]
@@ -303,10 +304,7 @@ def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
         horizon = max(1, args.target_param_data_ratio) * counted
         total = 2 ** round(math.log2(2**19 * (horizon / 1.3e9) ** 0.383))
         total = micro * max(1, round(total / micro))
-    if total % micro:
-        near = [n for n in (total // micro * micro, (total // micro + 1) * micro) if n]
-        raise InputError(f"--total-batch-size {total}: not a multiple of --device-batch-size {args.device_batch_size} × --max-seq-len "
-                         f"{args.max_seq_len} × {world_size} process(es) = {micro}; nearest: {' or '.join(map(str, near))}")
+    rows = device_batch(args, total, world_size)
     if args.num_iterations > 0:
         steps = args.num_iterations
     elif args.target_flops > 0:
@@ -315,7 +313,33 @@ def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
         steps = max(1, round(args.target_param_data_ratio * counted / total))
     else:
         raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
-    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": total // micro, "tokens": steps * total}
+    micro_steps = total // (rows * args.max_seq_len * world_size)
+    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": micro_steps,
+            "device_batch_size": rows, "tokens": steps * total}
+
+
+def device_batch(args, total: int, world_size: int) -> int:
+    """Rows of one process in one pass. --device-batch-size says how many its memory allows; of these, as many
+    as divide its rows of a step.
+
+    InputError where the tokens of a step are no whole number of rows for each process.
+    """
+    smallest = args.max_seq_len * world_size  # tokens of one row in each process
+    if total % smallest:
+        near = [n for n in (total // smallest * smallest, (total // smallest + 1) * smallest) if n]
+        raise InputError(f"--total-batch-size {total}: not a multiple of --max-seq-len {args.max_seq_len} × "
+                         f"{world_size} process(es) = {smallest}; nearest: {' or '.join(map(str, near))}")
+    rows = total // smallest
+    return next(n for n in range(min(args.device_batch_size, rows), 0, -1) if rows % n == 0)
+
+
+def take_device_batch(args, plan: dict, world_size: int):
+    """Go on with the plan's device batch; said where it is less than was given."""
+    rows = plan["device_batch_size"]
+    if rows < args.device_batch_size:
+        print0(f"--device-batch-size {args.device_batch_size}: taking {rows}, the largest that divides "
+               f"{plan['total_batch_size']:,} tokens a step of {args.max_seq_len} × {world_size} process(es)")
+    args.device_batch_size = rows
 
 
 def check_schedule(args, steps: int):

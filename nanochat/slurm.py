@@ -23,7 +23,8 @@ TAG=${TAGS[$SLURM_ARRAY_TASK_ID]}
 THIS=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 [ -n "${OMP_NUM_THREADS:-}" ] || OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1))
 export OMP_NUM_THREADS
-echo "$(date '+%F %T') $THIS on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)): $TAG, log: $LOGS/$TAG.log"
+START=$((${SLURM_RESTART_COUNT:-0} + 1))
+echo "$(printf '%(%F %T)T' -1) $THIS on $HOSTNAME, start $START: $TAG, log: $LOGS/$TAG.log"
 
 # Slurm signals this shell; the run saves its state and exits with 75. It may still be starting and know of no signal: then it just ends.
 ASKED= AGAIN= RUN=
@@ -36,7 +37,7 @@ while AGAIN=; wait "$RUN"; CODE=$?; [ -n "$AGAIN" ]; do :; done   # the trap end
 if [ "$CODE" = 75 ] || { [ "$CODE" != 0 ] && [ -n "$ASKED" ]; }; then
   [ "$(squeue --noheader --jobs="$THIS" --format=%T)" != RUNNING ] || scontrol requeue "$THIS"
 fi
-echo "$(date '+%F %T') $THIS ends with code $CODE"
+echo "$(printf '%(%F %T)T' -1) $THIS ends with code $CODE"
 exit "$CODE"
 """
 
@@ -108,7 +109,7 @@ def check(text: str):
 
 def slurm(*command: str) -> str:
     """stdout of one of Slurm's commands; InputError with its own words if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise InputError(f"--launcher slurm: {said}")

@@ -195,7 +195,7 @@ def available_bytes(device_type: str) -> int:
     if device_type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -24,7 +24,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.optim import default_matrix_lr
-from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan
+from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan, take_device_batch
 from nanochat.rank import account, on_meta
 from nanochat.run_text import note_on_text, open_run_text
 from nanochat.tokenizer import load_tokenizer
@@ -208,7 +208,9 @@ def main(argv=None):
     base_flags = {**DEFAULTS_BEFORE, **base.config["flags"]}
     of_shape = {name: base_flags[name] for name in SHAPE_FLAGS if name in base_flags and name != "layer_map"}
     vars(args).update(of_shape, depth=shape.config.n_layer, max_seq_len=config.sequence_len)
-    plan = batch_and_horizon(args, shape, common.process_layout()[2]) | {"lr": args.lr}
+    world_size = common.process_layout()[2]
+    plan = batch_and_horizon(args, shape, world_size) | {"lr": args.lr}
+    take_device_batch(args, plan, world_size)
     check_schedule(args, plan["num_iterations"])
     budget_over(args, shape, plan["num_iterations"])
     costs = account(shape)

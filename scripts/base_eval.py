@@ -2,7 +2,7 @@
 
     python -m scripts.base_eval --model-tag d4
     python -m scripts.base_eval --model-tag d4 --eval core --max-per-task 200
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --model-tag d20 --eval core,bpb,sample
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --model-tag d20 --eval core,bpb,sample
 Writes runs/<model-tag>/eval_<step>.json (bpb, sample) and core_<step>.json (core), and prints them. The same evaluation again: only printed.
 """
 import json

@@ -1,7 +1,7 @@
 """Pretrain a GPT, full rank or low rank.
 
     python -m scripts.base_train --depth 4 --model-dim 256 --head-dim 64 --data stdlib
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth 20 --attn-rank 0.25 --mlp-rank 0.25
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --attn-rank 0.25 --mlp-rank 0.25
 
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.
@@ -16,7 +16,8 @@ from nanochat.common import InputError, print0
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.gpt import GPT
 from nanochat.naming import check_tag
-from nanochat.plan import check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget, starting_point, training_plan
+from nanochat.plan import (check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget,
+                           starting_point, take_device_batch, training_plan)
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.training import START, Learner, check_resume, run
@@ -83,6 +84,7 @@ def main(argv=None):
     within = subspace.from_flags(args, config)
     start = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
+    take_device_batch(args, plan, world_size)
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
     derived = ({"source": start[1]["source"]} if args.init_from else {}) | ({"subspace": asdict(within)} if within else {})
     if within:

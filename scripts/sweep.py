@@ -12,11 +12,8 @@ import contextlib
 import importlib
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.continuation import differences, flags_given, flags_text, inheritance, read_record
 from nanochat.dataloader import cached_tokens
 from nanochat.dataset import open_corpus
+from nanochat.environment import leave_process_group
 from nanochat.experiment import Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
@@ -33,6 +31,7 @@ from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.variant import to_argv
+from nanochat.workers import run_workers
 
 
 def build_parser():
@@ -57,6 +56,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    leave_process_group()
     sweep = load(args)
     if args.plan:
         return print_plan(sweep, args)
@@ -149,7 +149,8 @@ def prepare_tokenizer(sweep: Sweep):
         if not path.exists():
             from scripts import tok_train
             vocab_size = str(sweep.vocab_size)
-            tok_train.main(["--data", sweep.data, "--vocab-size", vocab_size, "--tokenizer-tag", tag])
+            flags = ["--data", sweep.data, "--vocab-size", vocab_size, "--tokenizer-tag", tag]
+            tok_train.train(tok_train.parse(flags))
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != sweep.vocab_size:
         raise InputError(f"{path}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size "
@@ -199,12 +200,15 @@ def run_task(sweep: Sweep, point: Point, args):
         name_for_wandb(sweep, point)
     with contextlib.ExitStack() as held:
         if args.launched:
-            stop_without(args.launched)
+            common.stop_without(args.launched)
         else:
             held.enter_context(common.claimed(claim_path(point.tag), f"--task {point.tag}: this run"))
         prepare_tokenizer(sweep)
         if point.processes > 1:
-            sys.exit(torchrun(point, argv))
+            command = [sys.executable, "-m", f"scripts.{point.script}", *argv]
+            with common.stop_signals() as stop:
+                code = run_workers(command, point.processes, stop)
+            sys.exit(code)
         importlib.import_module(f"scripts.{point.script}").main(argv)
 
 
@@ -219,39 +223,6 @@ def name_for_wandb(sweep: Sweep, point: Point):
         os.environ["WANDB_TAGS"] = text
     else:
         os.environ.pop("WANDB_TAGS", None)
-
-
-def stop_without(parent: int):
-    """Once the process that started this one is gone, that is a request to stop: nothing trains on unwatched, beside its successor."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def torchrun(point: Point, argv: list[str]) -> int:
-    """The exit code of a run of several processes. A request to stop goes to these, not to torchrun, which would kill them after 30 s."""
-    with common.stop_signals() as stop:
-        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.processes}",
-                                     "-m", f"scripts.{point.script}", *argv])
-        told = False
-        while launcher.poll() is None:
-            if stop.wait(0.5) and not told:
-                for pid in children(launcher.pid) or [launcher.pid]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-                told = True
-            if told:
-                time.sleep(0.5)
-    if launcher.returncode and point.status() == "stopped":  # torchrun makes a 1 of every code
-        return common.REQUEUE
-    return launcher.returncode
-
-
-def children(pid: int) -> list[int]:
-    lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
-    return [int(child) for child, parent in map(str.split, lines) if int(parent) == pid]
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
@@ -294,7 +265,9 @@ def predicted_peak(point: Point, itemsize: int) -> int | None:
     """Bytes; None of a run that starts from another, whose frozen weights have neither gradients nor optimizer state."""
     if point.base:
         return None
-    return predict_peak(point.config, point.args.device_batch_size, itemsize, point.plan["grad_accum_steps"] > 1)["mem/predicted_peak_bytes"]
+    plan = point.plan
+    memory = predict_peak(point.config, plan["device_batch_size"], itemsize, plan["grad_accum_steps"] > 1)
+    return memory["mem/predicted_peak_bytes"]
 
 
 def places_here(sweep: Sweep, j) -> int:
@@ -313,7 +286,7 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
     config = replace(point.config, n_layer=layers, layer_map=(), attn_ranks=point.config.attn_ranks[:layers], mlp_ranks=point.config.mlp_ranks[:layers],
                      matrix_ranks={name: ranks[:layers] for name, ranks in point.config.matrix_ranks.items()})
     per_token, T = account(config)["flops/per_token"], config.sequence_len
-    rows = point.args.device_batch_size
+    rows = point.plan["device_batch_size"]
     if device_type == "cpu":  # a part of a batch: a pass of half a second on an ordinary core
         tokens = max(128, int(3e10 / per_token))
         rows, T = max(1, min(rows, tokens // T)), min(T, tokens)

@@ -5,7 +5,7 @@ tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do
 """
 import time
 
-from nanochat.common import ArgumentParser, InputError, check_out, run_script, whole_number
+from nanochat.common import ArgumentParser, InputError, check_out, get_base_dir, locked, run_script, whole_number
 from nanochat.dataset import open_corpus
 from nanochat.naming import optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
@@ -44,7 +44,7 @@ def previous_tokenizer(path):
         return None
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
     parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
     parser.add_argument("--tokenizer-tag", type=optional_tag, default="",
@@ -53,9 +53,18 @@ def main(argv=None):
                         help="ids in all, the BOS token included")
     parser.add_argument("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
-    args = parser.parse_args(argv)
-    path = tokenizer_path(args.tokenizer_tag)
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    args = parse(argv)
+    # of two nodes, or tasks, one trains it and the other finds it
+    with locked(get_base_dir() / "locks" / "tokenizer.lock"):
+        train(args)
+
+
+def train(args):
+    path = tokenizer_path(args.tokenizer_tag)
     corpus = open_corpus(args.data)
     source = {"corpus": corpus.name, "fingerprint": corpus.fingerprint("train"), "vocab_size": args.vocab_size,
               "max_chars": args.max_chars, "doc_cap": args.doc_cap}

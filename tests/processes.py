@@ -1,4 +1,5 @@
 """One process, or those of one run as torchrun starts them, forked from one that has torch loaded already: that saves each of them seconds."""
+import glob
 import os
 import socket
 import time
@@ -40,6 +41,27 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def alive(words: str) -> list[int]:
+    """Processes with these words in their command line, without ours. Where there is no /proc, none are seen."""
+    pids = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            with open(path, "rb") as f:
+                command = f.read().decode(errors="replace")
+        except OSError:  # it has just ended
+            continue
+        if words in command and int(path.split("/")[2]) != os.getpid():
+            pids.append(int(path.split("/")[2]))
+    return pids
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- in the forked process

@@ -235,7 +235,7 @@ def refused(flags, message, tag="refused"):
     (("--dropout", 1), "dropout 1"),
     (("--alpha", 0), "alpha 0"),
     (("--resume", "auto", "--eval-tokens", 3), "--eval-tokens 3: less than one row"),
-    (("--total-batch-size", 100), "nearest: 128"),
+    (("--total-batch-size", 100), "nearest: 96 or 128"),
 ])
 def test_what_cannot_be_is_one_line_before_any_work(adapt, flags, message):
     refused(flags, message)

@@ -32,7 +32,8 @@ def train_on(base_dir, corpus_dir):
 
 
 def torchrun(*launcher, corpus_dir, flags):
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *FLAGS, *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "scripts.base_train", "--", *TINY, "--run", "dummy",
+               "--data", str(corpus_dir), *FLAGS, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
@@ -135,4 +136,4 @@ def test_a_bad_flag_is_said_once(train_on):
     codes, output = train_on(2, "--total-batch-size", "300")
     assert codes[0] == 2
     lines = [line for line in output.splitlines() if line.startswith("error")]
-    assert len(lines) == 1 and "× 2 process(es) = 128; nearest: 256 or 384" in lines[0]
+    assert len(lines) == 1 and "× 2 process(es) = 64; nearest: 256 or 320" in lines[0]

@@ -3,8 +3,9 @@ import pytest
 
 from conftest import TINY
 from nanochat import training
+from nanochat.common import InputError
 from nanochat.flags import build_parser
-from nanochat.plan import model_config, training_plan
+from nanochat.plan import model_config, take_device_batch, training_plan
 
 
 def plan_of(*flags, vocab=300, world_size=1):
@@ -45,3 +46,35 @@ def test_matrix_learning_rate_follows_the_number_of_steps_unless_given():
     assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.08
     assert rate("--num-iterations", 1600) == pytest.approx(0.08 / 2) and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
     assert rate("--matrix-lr", 0.01) == 0.01
+
+
+def test_a_device_batch_is_what_memory_allows_and_divides():
+    def plan(rows, processes, most):
+        flags = ["--total-batch-size", rows * 32, "--device-batch-size", most]
+        return plan_of(*flags, world_size=processes)[1]
+
+    assert [plan(256, 16, most)["device_batch_size"] for most in (32, 16, 15, 5)] == [16, 16, 8, 4]
+    assert plan(256, 8, 32)["device_batch_size"] == 32 and plan(2, 2, 32) == plan(2, 2, 1)
+    six = plan(36, 6, 4)
+    assert (six["device_batch_size"], six["grad_accum_steps"], six["total_batch_size"]) == (3, 2, 36 * 32)
+    said = r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; nearest: 8064 or 8256$"
+    with pytest.raises(InputError, match=said):
+        plan(256, 6, 32)
+
+
+def test_two_nodes_of_eight_processes_share_the_batch_of_one(capsys):
+    flags = ["--depth", 1, "--model-dim", 128, "--head-dim", 128, "--max-seq-len", 2048,
+             "--device-batch-size", 32, "--total-batch-size", 524288]
+    args = build_parser().parse_args([*TINY, *map(str, flags)])
+    plan = training_plan(args, model_config(args, 300), 16)
+    take_device_batch(args, plan, 16)
+    assert args.device_batch_size == 16 and plan["grad_accum_steps"] == 1
+    assert capsys.readouterr().out == ("--device-batch-size 32: taking 16, the largest that divides 524,288 tokens a step "
+                                       "of 2048 × 16 process(es)\n")
+
+
+@pytest.mark.parametrize("words", [[], ["--"]])
+def test_flags_after_two_dashes_are_ours(words, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["base_train.py", *words, "--run", "mine"])
+    assert build_parser().parse_args().run == "mine"
+    assert build_parser().parse_args([*words, "--run", "mine"]).run == "mine"

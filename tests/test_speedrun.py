@@ -1,37 +1,111 @@
 """The two commands as a newcomer calls them, at a size of seconds."""
 import os
+import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, losses
+from nanochat import metrics
+from nanochat.checkpoint_manager import saved_steps
+from processes import alive, free_port, wait_for
 
 SMALL = dict(VOCAB_SIZE="300", DEPTH="2", MODEL_DIM="32", HEAD_DIM="16", MAX_SEQ_LEN="32", ATTN_RANK="8", MLP_RANK="0.25",
              DEVICE_BATCH_SIZE="4", TOTAL_BATCH_SIZE="256", NUM_ITERATIONS="6", EVAL_EVERY="3", EVAL_TOKENS="512", SAVE_EVERY="3",
              PPL_THRESHOLDS="250,10", NPROC="1")
 
 
-def speedrun(tmp_path, corpus_dir, **changes):
-    env = {**os.environ, **SMALL, "DATA": str(corpus_dir), "NANOCHAT_BASE_DIR": str(tmp_path), **changes}
-    return subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+pytestmark = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
-def test_speedrun_leaves_a_report_and_repeats_nothing(tmp_path, corpus_dir):
-    first = speedrun(tmp_path, corpus_dir)
-    assert first.returncode == 0, first.stderr[-3000:]
-    out = tmp_path / "report"
+def start(folder, **changes):
+    """speedrun.sh, called from a folder that is not its own."""
+    env = {**os.environ, **SMALL, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(folder / "base"), **changes}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def speedrun(folder, **changes):
+    """(exit code, stdout, stderr) of it."""
+    process = start(folder, **changes)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def folder(tmp_path, corpus_dir):
+    """Where the user stands; the text is in a folder there whose name has a space."""
+    (tmp_path / "my stories").symlink_to(corpus_dir)
+    return tmp_path
+
+
+def test_speedrun_leaves_a_report_and_repeats_nothing(folder):
+    places = {"DATA": "my stories", "HOME": str(folder)}
+    code, stdout, stderr = speedrun(folder, **places, NANOCHAT_BASE_DIR="~/my base")
+    assert code == 0, stderr[-3000:]
+    out = folder / "my base/report"
     for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
         assert (out / name).stat().st_size > 500, name
-    assert "validation perplexity" in first.stdout and "_full" in first.stdout and "_attn8_mlp0.25" in first.stdout
-    assert len(list((tmp_path / "runs").iterdir())) == 2
-    metrics = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/metrics.jsonl")}
-    second = speedrun(tmp_path, corpus_dir)
-    assert second.returncode == 0 and second.stdout.count("already finished") == 2 and "already trained" in second.stdout
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/metrics.jsonl")} == metrics
+    assert all(words in stdout for words in ("validation perplexity", "my stories_v300", "_full", "_attn8_mlp0.25"))
+    assert len(list((folder / "my base/runs").iterdir())) == 2
+    written = {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")}
+    code, stdout, _ = speedrun(folder, **places, NANOCHAT_BASE_DIR="my base")
+    assert code == 0 and stdout.count("already finished") == 2 and "already trained" in stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")} == written
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
-def test_speedrun_stops_at_a_bad_setting_with_its_line(tmp_path, corpus_dir):
-    done = speedrun(tmp_path, corpus_dir, DATA="nonesuch")
-    assert done.returncode == 2 and done.stderr.strip().startswith("error: --data nonesuch")
+@pytest.mark.parametrize("changes, message", [
+    ({"DATA": "nonesuch"}, "error: --data {folder}/nonesuch: "),
+    ({"NPROC": "two"}, "error: NPROC=two: give a whole number"),
+    ({"NPROC": "0"}, "error: NPROC=0 NNODES=1 NODE_RANK=0: give a process or more"),
+])
+def test_speedrun_stops_at_a_bad_setting_with_its_line(folder, changes, message):
+    code, _, stderr = speedrun(folder, **changes)
+    assert code == 2 and stderr.strip().startswith(message.format(folder=folder)) and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "dev/test.sh"])
+def test_another_shell_is_told_to_be_bash(script):
+    shell = shutil.which("dash") or pytest.skip("no other shell here")
+    done = subprocess.run([shell, ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"error: {script} is written for bash: bash {script}\n" and not done.stdout
+
+
+def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):
+    process = start(folder, DATA="my stories", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
+                    NUM_ITERATIONS="100000", SAVE_EVERY="-1", EVAL_EVERY="-1")
+    wait_for(lambda: len(list(folder.glob("base/runs/*/metrics.jsonl"))) == 1, 100)
+    run, = folder.glob("base/runs/*")
+    wait_for(lambda: len(metrics.read_history(run)) >= 5)
+    assert len(alive(run.name)) == 3  # torchrun and its workers
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2), stderr[-2000:]
+    assert not alive(run.name)
+    stopped = metrics.load_run(run)
+    assert stopped.summary["status"] == "stopped" and stopped.config["device"]["processes"] == 2
+    assert saved_steps(run) == [stopped.summary["step"]] and list(run.glob("wandb/offline-run-*"))
+    assert len(list(folder.glob("base/runs/*"))) == 1  # nothing new began
+
+
+@pytest.mark.faults
+def test_two_processes_and_two_nodes_give_the_losses_of_one(folder):
+    """Their steps are the same up to rounding; what is made once is made once, whichever node comes first."""
+    assert speedrun(folder, DATA="my stories")[0] == 0
+    places = {"DATA": "my stories", "WANDB_RUN": "try", "WANDB_MODE": "offline"}
+    code, _, stderr = speedrun(folder, **places, NPROC="2", NANOCHAT_BASE_DIR="two")
+    assert code == 0, stderr[-3000:]
+    port = str(free_port())
+    nodes = [start(folder, **places, NNODES="2", NODE_RANK=node, MASTER_PORT=port, NANOCHAT_BASE_DIR="nodes")
+             for node in ("1", "0")]
+    for node in nodes:
+        out, err = node.communicate(timeout=280)
+        assert node.returncode == 0, err[-3000:]
+    assert "report: " in out  # of the first node, the last in this list
+    for base in ("two", "nodes"):
+        assert (folder / base / "report/report.html").exists()
+        assert len(list((folder / base / "runs").iterdir())) == 2
+        for run in (folder / base / "runs").iterdir():
+            one = metrics.load_run(folder / "base/runs" / run.name)
+            assert np.abs(np.subtract(losses(metrics.load_run(run)), losses(one))).max() < 1e-4

@@ -1,0 +1,130 @@
+"""The processes of one run end together, however they are ended; so do those of a sweep that is killed."""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, tiny_experiment
+from nanochat import metrics
+from nanochat.common import REQUEUE
+from processes import Launched, alive, wait_for
+from scripts import base_train
+from scripts import sweep as sweeps
+
+# a run that takes its time, saves when it is told to stop, and does nothing of what costs seconds
+WORKER = """
+import os, pathlib, signal, sys, time
+from nanochat.common import print0, process_layout, run_script
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+rank, _, size = process_layout()
+def save(*_):
+    (folder / f"saved{rank}").touch()
+    sys.exit(75)
+def main():
+    signal.signal(signal.SIGTERM, save if what != "hangs" else signal.SIG_IGN)
+    (folder / f"started{rank}").touch()
+    if what == "fails" and rank == 1:
+        sys.exit(3)
+    if what == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "ends":
+        return print0("done by", size)
+    time.sleep(60)
+run_script(main)
+"""
+LAUNCHER = """
+import sys
+from nanochat import common, workers
+workers.TO_FOLLOW = 1
+with common.stop_signals() as stop:
+    code = workers.run_workers([sys.executable, *sys.argv[1:]], 2, stop)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(what) starts two workers that do that, from a launcher in a session of its own.
+
+    After the test nobody may be left.
+    """
+    (tmp_path / "worker.py").write_text(WORKER)
+    launched = []
+
+    def start(what, wait=True, launcher=("-c", LAUNCHER)):
+        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), str(tmp_path), what]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        launched.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, start_new_session=True))
+        if wait:
+            wait_for(lambda: (tmp_path / "started0").exists() and (tmp_path / "started1").exists())
+        return launched[0]
+    yield start
+    wait_for(lambda: not alive(str(tmp_path / "worker.py")))
+
+
+def test_workers_form_a_group_and_end(launch):
+    launcher = launch("ends")
+    assert launcher.communicate(timeout=20)[0] == "done by 2\n" and launcher.returncode == 0
+
+
+def test_a_request_to_stop_reaches_every_worker_and_their_answer_is_kept(launch, tmp_path):
+    launcher = launch("sleeps")
+    launcher.terminate()
+    assert launcher.wait(20) == REQUEUE and (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def test_a_request_to_stop_while_the_workers_still_start(launch, tmp_path):
+    launcher = launch("sleeps", wait=False)
+    wait_for(lambda: len(alive(str(tmp_path / "worker.py"))) > 1)
+    launcher.terminate()
+    assert launcher.wait(20) == REQUEUE
+
+
+def test_workers_notice_that_their_launcher_is_gone(launch, tmp_path):
+    launch("sleeps").kill()
+    wait_for(lambda: (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists())
+
+
+def test_workers_of_torchrun_notice_that_it_is_gone(launch, tmp_path):
+    launch("sleeps", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]).kill()
+    wait_for(lambda: (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists())
+
+
+def test_a_second_signal_of_a_sweep_reaches_every_worker(launch, tmp_path):
+    launcher = launch("hangs")
+    os.killpg(launcher.pid, signal.SIGKILL)  # as nanochat.local does it
+    wait_for(lambda: not alive(str(tmp_path / "worker.py")), 5)
+
+
+@pytest.mark.parametrize("what, code, message", [
+    ("fails", 3, ""),
+    ("killed", 137, "process 1 of 2 was killed by SIGKILL (out of memory?)\n")])
+def test_one_that_fails_takes_the_others_along(launch, tmp_path, what, code, message):
+    launcher = launch(what)
+    assert launcher.communicate(timeout=20)[1] == message and launcher.returncode == code
+    assert (tmp_path / "saved0").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="the test looks for processes there")
+def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = [4]\n", [1], corpus_dir)
+    text = path.read_text().replace("num-iterations = 6\neval-every = 3", "num-iterations = 300\neval-every = 100")
+    path.write_text("baseline = false\nprocesses = 2\n" + text)
+    tag = "tiny_low_attn4_s1"
+    folder = metrics.runs_dir() / tag
+    sweep, = Launched(1, tmp_path / "output", sweeps.main, [str(path), "--run", "try"]).processes
+    wait_for(lambda: len(metrics.read_history(folder)) >= 10, 60)
+    assert len(alive(tag)) >= 3  # the task and its workers
+    sweep.kill()
+    wait_for(lambda: not alive(tag), 30)
+    run = metrics.load_run(folder)
+    assert run.summary["status"] == "stopped" and len(run.history) < 300 and run.config["device"]["processes"] == 2
+    point = sweeps.load(sweeps.build_parser().parse_args([str(path)])).point(tag)
+    base_train.main(point.argv)  # it goes on, also in one process
+    run = metrics.load_run(folder)
+    assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, 301))
+    assert list(folder.glob("wandb/offline-run-*"))
