@@ -96,6 +96,7 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = super().parse_args(args, Flags())
         flags.given = {name for name, value in values.items() if value is not None}
         return flags
+
     def parse_known_args(self, args=None, namespace=None):
         """`torchrun … -m MODULE -- FLAGS` keeps our flags from torchrun, which may hand the -- on."""
         words = list(sys.argv[1:] if args is None else args)
