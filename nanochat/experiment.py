@@ -27,16 +27,19 @@ from nanochat import metrics
 from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import HUB_SETS
 from nanochat.experiment_file import POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flags_of, load_toml, nearest, whole_numbers
+from nanochat.flags import add_rank_flags, group_defaults
 from nanochat.gpt import GPTConfig
 from nanochat.naming import LONGEST_TAG
 from nanochat.rank import count_parameters
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
-RANK_FLAGS = ("attn-rank", "mlp-rank", "lm-head-rank", "matrix-ranks", "rank-schedule", "rank-end", "budget-params", "solve",
-              "factor-act", "recompute")
+RANK_FLAGS = (*(name.replace("_", "-") for name in group_defaults(add_rank_flags)), "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "mlp-ratio": "ratio", "rank-schedule": "",
-         "rank-end": "end", "budget-params": "budget", "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps",
-         "layer-map": "map", "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
+         "rank-end": "end", "attn-rank-schedule": "attn-", "attn-rank-end": "attn-end",
+         "mlp-rank-schedule": "mlp-", "mlp-rank-end": "mlp-end", "rank-multiple": "multiple",
+         "horizon-from": "horizon-", "budget-params": "budget",
+         "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps", "layer-map": "map",
+         "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
 
 
 @dataclass(frozen=True)

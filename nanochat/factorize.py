@@ -183,10 +183,18 @@ def share(module: nn.Module, source: nn.Module):
         setattr(module.get_submodule(owner), key, parameter)
 
 
+def shapes_of_weights(config: GPTConfig) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in on_meta(config).named_parameters()}
+
+
 def check_same_shape(config: GPTConfig, second: GPTConfig, name: str = "second model"):
     """InputError, beginning with the name, unless layers of one fit into the other as they are."""
     here, there = (json.loads(json.dumps(asdict(c))) for c in (config, second))  # a config read from a file has lists for tuples
-    if unlike := [f"{key} ({there[key]} there, {here[key]} here)" for key in here if there[key] != here[key] and key not in ("layer_map", "recompute")]:
+    alike = {"layer_map", "recompute"}
+    if shapes_of_weights(config) == shapes_of_weights(replace(config, rank_multiple=second.rank_multiple)):
+        alike.add("rank_multiple")
+    differing = [key for key in here if there[key] != here[key] and key not in alike]
+    if unlike := [f"{key} ({there[key]} there, {here[key]} here)" for key in differing]:
         raise InputError(f"{name}: of another shape than the first, so their layers do not go together: {', '.join(unlike)}")
 
 

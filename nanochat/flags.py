@@ -7,6 +7,7 @@ from nanochat.layer_maps import FORM, well_formed
 from nanochat.naming import optional_tag, run_name
 from nanochat.rank import SCHEDULES
 from nanochat.subspace import KINDS, SCOPES
+from nanochat.whole_ranks import AUTOMATIC, matrix_ranks_text
 
 # what no model reaches: beyond it even counting takes minutes, and sizes overflow
 DEEPEST = 4096       # layers
@@ -21,6 +22,8 @@ DEFAULTS_BEFORE = {
     "subspace": "", "subspace_dim": 0, "subspace_scope": "", "subspace_rank": 0, "subspace_scales": False,
     "subspace_lr": 0.03, "freeze_embeddings": False,
     "mlp_ratio": 4.0,
+    "rank_multiple": 1, "horizon_from": "own",
+    "attn_rank_schedule": "", "attn_rank_end": 0, "mlp_rank_schedule": "", "mlp_rank_end": 0,
 }
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -39,16 +42,29 @@ def rank_flag(text: str) -> float:
     return value
 
 
-def matrix_ranks(text: str) -> dict[str, float]:
-    """'v=128,down=0.5' -> {'v': 128, 'down': 0.5}"""
-    pairs = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
-    if unknown := sorted(pairs.keys() - set(MATRICES)):
-        raise ArgumentTypeError(f"{quoted(text)}: no matrix is called {shortened(', '.join(unknown))}; write e.g. v=128,down=0.5, of {', '.join(MATRICES)}")
-    return {name: rank_flag(rank) for name, rank in pairs.items()}
+def matrix_ranks(text: str) -> dict[str, tuple[float, ...]]:
+    """'v=128,down=0.5/0' -> {'v': (128,), 'down': (0.5, 0)}: one rank for all layers, or one a layer."""
+    pairs = [part.strip().partition("=")[::2] for part in text.split(",") if part.strip()]
+    names = [name.strip() for name, _ in pairs]
+    if unknown := sorted(set(names) - set(MATRICES)):
+        raise ArgumentTypeError(f"{quoted(text)}: no matrix is called {shortened(', '.join(unknown))}; write e.g. "
+                                f"v=128,down=0.5, of {', '.join(MATRICES)}; one rank a layer as v=64/64/128")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ArgumentTypeError(f"{quoted(text)}: gives {twice[0]} more than once; "
+                                f"one rank a layer is written {twice[0]}=64/64/128")
+    return {name: tuple(map(rank_flag, ranks.split("/"))) for name, (_, ranks) in zip(names, pairs)}
 
 
 def matrix_ranks_flag(text: str) -> str:
-    return ",".join(f"{name}={rank:g}" for name, rank in sorted(matrix_ranks(text).items()))
+    return matrix_ranks_text(matrix_ranks(text))
+
+
+def rank_multiple_flag(text: str) -> int:
+    value = whole_number(-1)(text)
+    if value == 0:
+        raise ArgumentTypeError(f"{text!r}: give -1 (automatic), 1 (fractions as given), "
+                                "or what their ranks are to be multiples of, such as 64")
+    return value
 
 
 def layer_map_flag(text: str) -> str:
@@ -94,18 +110,32 @@ def add_shape_flags(add):
         "each layer twice in a row; solar = all but the last quarter, then all but the first; '' = each once")
 
 
+def add_rank_multiple(add):
+    add("--rank-multiple", type=rank_multiple_flag, default=AUTOMATIC,
+        help="ranks given as fractions become multiples of this; -1 = of 8 in matrices of at least 256 rows "
+        "and columns, of 64 from 1024 on (ranks that --solve finds: of 8); 1 = as given")
+
+
 def add_rank_flags(add):
     """Ranks, and the budget that chooses them."""
     add("--attn-rank", type=rank_flag, default=0, help="0 = full; N = that rank; a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)
     add("--matrix-ranks", type=matrix_ranks_flag, default="",
-        help="of single matrices, in all layers, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down)")
+        help="of single matrices, whatever their group's: e.g. v=128,down=0.5 (of q, k, v, o, up, down), "
+        "or one rank a layer: v=64/64/128; 0 = full")
+    add_rank_multiple(add)
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors in the blocks; silu: B silu(A x), which merges into no matrix")
-    add("--rank-schedule", default="constant", help=f"{', '.join(SCHEDULES)}, or one rank a layer: r0,r1,…")
+    add("--rank-schedule", default="constant",
+        help=f"of attention and MLP: {', '.join(SCHEDULES)}, or one rank a layer in place of --attn-rank and "
+        "--mlp-rank: r0,r1,…")
     add("--rank-end", type=rank_flag, default=0, help="rank of the last layer (quadratic: of the first and last)")
+    for group, words in (("attn", "attention"), ("mlp", "the MLP")):
+        add(f"--{group}-rank-schedule", default="", help=f"of {words} alone; '' = --rank-schedule")
+        add(f"--{group}-rank-end", type=rank_flag, default=0, help=f"of {words} alone; 0 = --rank-end")
     add("--budget-params", default="", help="total parameters to come near from below: a number, or the tag of a run to match")
-    add("--solve", choices=["depth", "rank"], default=None, help="what --budget-params may choose")
+    add("--solve", choices=["depth", "rank"], default=None,
+        help="what --budget-params may choose; ranks keep their ratios, and 0 in --matrix-ranks stays full")
     add("--plan", action="store_true", help="print the largest rank at each depth under --budget-params, up to 4 × --depth, and exit")
 
 
@@ -124,9 +154,13 @@ def add_subspace_flags(add):
 def add_horizon_flags(add):
     """The batch, and how long to train: of the horizons the first that is given counts."""
     add("--num-iterations", type=whole_number(1, off=-1), default=-1, help="optimization steps")
-    add("--target-flops", type=number(above=0, off=-1), default=-1, help="total training FLOPs")
+    add("--target-flops", type=number(above=0, off=-1), default=-1, help="total training FLOPs, always of this model itself")
     add("--target-param-data-ratio", type=number(above=0, high=1e9, off=-1), default=12, help="tokens per parameter of the matrices, head included")
-    add("--device-batch-size", type=whole_number(1, LONGEST), default=32, help="rows in one forward pass of one process")
+    add("--horizon-from", choices=["full", "own"], default="full",
+        help="whose parameters the steps and the batch follow from where they are not given: those of the "
+        "full-rank model of the same shape, so that runs of other ranks take the same; or the model's own")
+    add("--device-batch-size", type=whole_number(1, LONGEST), default=32,
+        help="the most rows in one forward pass of one process: what its memory allows")
     add("--total-batch-size", type=whole_number(1, off=-1), default=-1, help="tokens in one step; -1 = from the training tokens")
 
 
@@ -170,6 +204,13 @@ def add_core_flags(add):
     add("--core-metric-every", type=whole_number(1, off=-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
     add("--core-metric-max-per-task", type=whole_number(1, off=-1), default=500, help="examples asked in each task of CORE; -1 = all")
     add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
+
+
+def group_defaults(add_flags) -> dict:
+    """{name: default} of the flags that one of the functions above adds."""
+    parser = ArgumentParser("")
+    add_flags(parser.add_argument)
+    return vars(parser.parse_args([]))
 
 
 def build_parser():

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention, mask_for
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, loss_of_logits, norm, rotary_norm, rows_at_once, squashed
+from nanochat.whole_ranks import resolve_rank
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
@@ -48,6 +49,7 @@ class GPTConfig:
     layer_map: tuple[int, ...] = ()    # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
     layer_kinds: tuple[str, ...] = ()  # of copied layers, what each was where it was copied from (see `kind`); () = as the patterns above have it
     recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
+    rank_multiple: int = 1             # fractions become multiples of it; -1: of what suits a GPU
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -60,9 +62,20 @@ class GPTConfig:
         return round(self.mlp_ratio * self.n_embd)
 
     def rank(self, matrix: str, layer: int) -> float:
-        """matrix: q, k, v, o, up or down."""
+        """As it is given. matrix: q, k, v, o, up or down."""
         ranks = self.matrix_ranks.get(matrix) or (self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks)
         return ranks[layer] if ranks else 0
+
+    def matrix_shape(self, matrix: str) -> tuple[int, int]:
+        """(in, out). matrix: q, k, v, o, up or down."""
+        C, N = self.n_embd, self.n_hidden
+        kv_dim = self.n_kv_head * (C // self.n_head)
+        shapes = {"q": (C, C), "k": (C, kv_dim), "v": (C, kv_dim), "o": (C, C), "up": (C, N), "down": (N, C)}
+        return shapes[matrix]
+
+    def whole_rank(self, matrix: str, layer: int) -> int:
+        """The rank that a matrix has; 0 = full. ValueError where it does not fit."""
+        return resolve_rank(self.rank(matrix, layer), *self.matrix_shape(matrix), self.rank_multiple)
 
     def kind(self, layer: int) -> str:
         """S or L, its window, and then v if it has a value table: "S", "L", "Sv" or "Lv"."""
@@ -78,17 +91,6 @@ class GPTConfig:
 
     def has_value_embedding(self, layer: int) -> bool:
         return self.kind(layer).endswith("v")
-
-
-def resolve_rank(rank: float, in_features: int, out_features: int) -> int:
-    """A rank as configured -> the integer rank of one matrix; 0 stays 0 (full). ValueError above min(in, out)."""
-    smaller = min(in_features, out_features)
-    if 0 < rank < 1:
-        return max(1, round(rank * smaller))
-    if rank < 0 or rank > smaller or rank != int(rank):
-        raise ValueError(f"rank {rank:g} does not fit a {out_features} x {in_features} matrix: "
-                         f"give 0 (full), 1 to {smaller}, or a fraction between 0 and 1")
-    return int(rank)
 
 
 # ---- linear layers --------------------------------------------------------------------------------------------------
@@ -173,9 +175,10 @@ class LowRankLinear(nn.Module):
             nn.init.orthogonal_(self.B, gain=math.sqrt(self.out_features / self.rank))
 
 
-def make_linear(in_features: int, out_features: int, rank: float, act: str = "none") -> Linear | LowRankLinear:
+def make_linear(in_features: int, out_features: int, rank: float, act: str = "none",
+                multiple: int = 1) -> Linear | LowRankLinear:
     """The layer for a configured rank (see `resolve_rank`)."""
-    r = resolve_rank(rank, in_features, out_features)
+    r = resolve_rank(rank, in_features, out_features, multiple)
     return LowRankLinear(in_features, out_features, r, act) if r else Linear(in_features, out_features)
 
 
@@ -197,7 +200,8 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
-        kv_dim, ranks = self.n_kv_head * self.head_dim, {name: config.rank(name, layer) for name in "qkvo"}
+        kv_dim = self.n_kv_head * self.head_dim
+        ranks = {name: config.whole_rank(name, layer) for name in "qkvo"}
         self.q = make_linear(C, C, ranks["q"], config.factor_act)
         self.k = make_linear(C, kv_dim, ranks["k"], config.factor_act)
         self.v = make_linear(C, kv_dim, ranks["v"], config.factor_act)
@@ -251,7 +255,8 @@ def plain_squared_relu_mlp(x, up, down):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, N, up, down = config.n_embd, config.n_hidden, config.rank("up", layer), config.rank("down", layer)
+        C, N = config.n_embd, config.n_hidden
+        up, down = config.whole_rank("up", layer), config.whole_rank("down", layer)
         self.up = make_linear(C, N, up, config.factor_act)
         self.down = make_linear(N, C, down, config.factor_act)
         self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
@@ -299,7 +304,9 @@ class GPT(nn.Module):
         C, V, L = config.n_embd, config.vocab_size, config.n_layer
         self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
-        self.lm_head = None if config.tie_embeddings else make_linear(C, V, config.lm_head_rank)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = make_linear(C, V, config.lm_head_rank, multiple=config.rank_multiple)
         P = len(config.positions)
         self.resid_lambdas = nn.Parameter(torch.empty(P))  # scale of the residual stream entering each position of the stack
         self.x0_lambdas = nn.Parameter(torch.empty(P))     # share of the embedding added there

@@ -15,7 +15,8 @@ CONTEXT = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens
            "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype", "init_from", "materialized_from")
 FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
 SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "layer_map", "layer_kinds", *FAMILY)
-RANK = (*RANKS, "rank_schedule", "matrix_ranks", "factor_act")
+RANK = (*RANKS, "rank_schedule", "attn_rank_schedule", "mlp_rank_schedule", "rank_multiple", "matrix_ranks",
+        "factor_act")
 COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
 LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "subspace_lr", "weight_decay", "grad_clip"}  # the other way round
 NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, "vocab_size", "stop_at_ppl"}

@@ -1,24 +1,25 @@
 """From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
 import math
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted, shortened
-from nanochat.flags import DEEPEST, DEFAULTS_BEFORE, build_parser, matrix_ranks, rank_flag
-from nanochat.gpt import GPT, MATRICES, GPTConfig, resolve_rank
+from nanochat.flags import DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser, group_defaults
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
+from nanochat.layer_ranks import (check_ranks, layer_ranks, list_that_fixes_depth, named_in_short,
+                                  named_ranks, rank_lines, ranks_in_short)
 from nanochat.methods import with_size
 from nanochat.naming import is_tag, no_such_run, run_folder
 from nanochat.optim import default_matrix_lr
-from nanochat.rank import (SCHEDULES, account, count_parameters, factored_shapes, matrix_parameters, on_meta, predict_peak, ranks_over_depth,
-                           solve_depth, solve_rank)
+from nanochat.rank import (account, count_parameters, matrix_parameters, on_meta, predict_peak, solve_depth,
+                           solve_rank)
+from nanochat.whole_ranks import AUTOMATIC
 
-
-SHAPE_FLAGS = ("depth", "aspect_ratio", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "max_seq_len", "window_pattern", "tie_embeddings", "value_embeddings",
-               "layer_map", "attn_rank", "mlp_rank", "lm_head_rank", "matrix_ranks", "factor_act", "rank_schedule", "rank_end", "budget_params", "solve", "plan")
+SHAPE_FLAGS = (*group_defaults(add_shape_flags), *group_defaults(add_rank_flags))
 
 
 MOST_PARAMETERS = 10**15
@@ -69,13 +70,13 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
     config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.mlp_ratio, args.window_pattern,
                        lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
-                       factor_act=args.factor_act, recompute=args.recompute)
+                       factor_act=args.factor_act, recompute=args.recompute, rank_multiple=args.rank_multiple)
     if not config.n_hidden:
         raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
     check_size(config)
     config = replace(config, layer_map=tied_map(args.layer_map, depth),
-                     attn_ranks=layer_ranks(args, "attn_rank", depth), mlp_ranks=layer_ranks(args, "mlp_rank", depth),
-                     matrix_ranks={name: (rank,) * depth for name, rank in matrix_ranks(args.matrix_ranks).items()})
+                     attn_ranks=layer_ranks(args, "attn", depth), mlp_ranks=layer_ranks(args, "mlp", depth),
+                     matrix_ranks=named_ranks(args.matrix_ranks, depth))
     check_ranks(config)
     return config
 
@@ -113,51 +114,9 @@ def tied_map(text: str, depth: int) -> tuple[int, ...]:
     return layers
 
 
-def lists_ranks(schedule: str) -> bool:
-    return "," in schedule or schedule.isdigit()
-
-
-def layer_ranks(args, flag: str, depth: int) -> tuple[float, ...]:
-    """One rank a layer for --attn-rank or --mlp-rank under the schedule; () = full rank everywhere."""
-    start, schedule = getattr(args, flag), args.rank_schedule
-    if lists_ranks(schedule):
-        if (args.attn_rank or args.mlp_rank) and not start:
-            return ()  # the list is for the factored group only; for both if neither rank is given
-        try:
-            ranks = tuple(rank_flag(part.strip()) for part in schedule.split(","))
-        except ArgumentTypeError as e:
-            raise InputError(f"--rank-schedule {schedule}: {e}") from None
-        if len(ranks) != depth or not all(ranks):
-            raise InputError(f"--rank-schedule {schedule}: give {depth} ranks above 0, one a layer")
-        return ranks
-    if schedule not in SCHEDULES:
-        raise InputError(f"--rank-schedule {schedule}: use one of {', '.join(SCHEDULES)}, or a list of ranks r0,r1,…")
-    if schedule == "constant":
-        return (start,) * depth if start else ()
-    if not (args.attn_rank or args.mlp_rank):
-        raise InputError(f"--rank-schedule {schedule}: needs --attn-rank or --mlp-rank above 0 to start from")
-    if not args.rank_end:
-        raise InputError(f"--rank-schedule {schedule}: needs --rank-end above 0")
-    if not start:
-        return ()
-    if (start < 1) != (args.rank_end < 1):
-        raise InputError(f"--rank-end {args.rank_end:g}: give it as --{flag.replace('_', '-')} {start:g} is given, both as ranks or both as fractions")
-    return ranks_over_depth(schedule, start, args.rank_end, depth)
-
-
-def check_ranks(config: GPTConfig):
-    shapes = factored_shapes(config)
-    single = dict(zip(MATRICES, (*shapes["attn_ranks"], *shapes["mlp_ranks"])))
-    for flag, ranks, matrices in (*((f"--matrix-ranks: {name}", ranks, [single[name]]) for name, ranks in config.matrix_ranks.items()),
-                                  ("--attn-rank", config.attn_ranks, shapes["attn_ranks"]),
-                                  ("--mlp-rank", config.mlp_ranks, shapes["mlp_ranks"]),
-                                  ("--lm-head-rank", (config.lm_head_rank,), [(config.n_embd, config.vocab_size)])):
-        for layer, rank in enumerate(ranks):
-            for shape in matrices:
-                try:
-                    resolve_rank(rank, *shape)
-                except ValueError as e:
-                    raise InputError(f"{flag}{f' (layer {layer})' if len(ranks) > 1 else ''}: {e}") from None
+def full_rank(config: GPTConfig) -> GPTConfig:
+    """The full-rank model of the same shape."""
+    return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none")
 
 
 # ---- under a budget -------------------------------------------------------------------------------------------------
@@ -202,8 +161,8 @@ def checked_depth(args, depth: int) -> int:
 def check_depth_is_free(args, flag: str):
     if args.layer_map[:1].isdigit():
         raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm")
-    if lists_ranks(args.rank_schedule):
-        raise InputError(f"{flag}: --rank-schedule {args.rank_schedule} has one rank a layer and so fixes the depth; "
+    if given := list_that_fixes_depth(args):
+        raise InputError(f"{flag}: {given} has one rank a layer and so fixes the depth; "
                          "use --solve rank, or a named schedule")
 
 
@@ -217,8 +176,6 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
         return replace(config, recompute=args.recompute)
     if not args.budget_params and not args.solve:
         return model_config(args, vocab_size)
-    if args.matrix_ranks:
-        raise InputError("--matrix-ranks: not with --budget-params, which gives the matrices of a group one rank")
     if not (args.budget_params and args.solve):
         raise InputError("--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank")
     budget = parameter_budget(args)
@@ -235,8 +192,6 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
     """For each depth from 1 to 4 × --depth, as far as rank 1 fits: the model of the largest ranks within --budget-params."""
     if not args.budget_params or args.solve:
         raise InputError("--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth")
-    if args.matrix_ranks:
-        raise InputError("--matrix-ranks: not with --plan, which gives the matrices of a group one rank")
     check_depth_is_free(args, "--plan")
     if args.depth > 256:
         raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256")
@@ -254,13 +209,6 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
     return found
 
 
-def ranks_in_short(ranks: tuple[float, ...]) -> str:
-    """'full', '64', or the first, the middle and the last layer's rank: '100…46…10'."""
-    if not any(ranks):
-        return "full"
-    return f"{ranks[0]:g}" if len(set(ranks)) == 1 else "…".join(f"{ranks[layer]:g}" for layer in (0, len(ranks) // 2, -1))
-
-
 def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
     """What --plan shows: depth by depth the largest ranks within the budget, and what they cost beside the full-rank model of the flags."""
     def costs(config):  # parameters, MFLOP, MiB
@@ -272,16 +220,16 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
     def line(config, note=""):
         cells = [f"{value:15,.{digits}f}{value / whole:6.2f}" for value, whole, digits in zip(costs(config), of_full, (0, 1, 0))]
         ranks = f"{ranks_in_short(config.attn_ranks):>16}{ranks_in_short(config.mlp_ranks):>16}"
-        print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{note}")
+        own = f"  ({named_in_short(config)})" if config.matrix_ranks else ""
+        print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{own}{note}")
 
-    full_rank = Namespace(**{**vars(args), "attn_rank": 0, "mlp_rank": 0, "lm_head_rank": 0, "rank_schedule": "constant"})
-    full = model_config(full_rank, vocab_size)
+    full = model_config(Namespace(**{**vars(args), **group_defaults(add_rank_flags)}), vocab_size)
     configs, of_full, budget = budget_frontier(args, vocab_size), costs(full), parameter_budget(args)
     print0(f"the largest ranks within {budget:,} parameters at each depth; beside each figure its ratio to the full-rank model:")
     print0(f"{'depth':>5}{'width':>7}{'attention rank':>16}{'MLP rank':>16}{'parameters':>15}{'':6}{'MFLOP/token':>15}{'':6}{'peak MiB':>15}")
     line(full)
     for config in configs:
-        fits = count_parameters(model_config(full_rank, vocab_size, config.n_layer)) <= budget
+        fits = count_parameters(full_rank(config)) <= budget
         line(config, "  full rank fits too" if fits else "")
     if configs[-1].n_layer == 4 * args.depth:
         print0(f"deeper models may fit too: shown up to 4 × --depth {args.depth}")
@@ -294,9 +242,14 @@ def training_plan(args, config: GPTConfig, world_size: int) -> dict:
     return plan | {"matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])}
 
 
-def batch_and_horizon(args, model: GPT, world_size: int) -> dict:
-    """Tokens a step, steps, gradient accumulation of the horizon flags."""
-    cost, counted = account(model)["flops/per_token"], matrix_parameters(model)
+def batch_and_horizon(args, model: GPT, world_size: int, shape: GPTConfig | None = None) -> dict:
+    """Tokens a step, steps, gradient accumulation. shape: of the model, if that is not its config.
+
+    What is not given follows from the full-rank model of the shape (--horizon-from), so that runs of other
+    ranks take the same batch and steps. FLOPs that are given are the model's own: then the steps differ.
+    """
+    sized = model if args.horizon_from == "own" else on_meta(full_rank(shape or model.config))
+    cost, counted = account(model)["flops/per_token"], matrix_parameters(sized)
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
     total = args.total_batch_size
     if total < 1:
@@ -348,29 +301,46 @@ def check_schedule(args, steps: int):
                          f"never reach its learning rates; give at most {steps}")
 
 
+def horizon_words(args) -> str:
+    """Where the batch and the steps come from, as far as they are not given; '' if both are."""
+    of_model = "the full-rank model of this shape" if args.horizon_from == "full" else "this model"
+    by_flops = args.num_iterations < 1 and args.target_flops > 0
+    derived = [] if args.num_iterations > 0 or by_flops else ["steps"]
+    derived += ["tokens a step"] if args.total_batch_size < 1 else []
+    words = [f"steps from --target-flops {args.target_flops:g} at this model's FLOPs"] if by_flops else []
+    if derived:
+        ratio = f"{args.target_param_data_ratio:g} tokens a matrix parameter of {of_model}"
+        words.append(f"{' and '.join(derived)} from {ratio} (--horizon-from {args.horizon_from})")
+    return ", ".join(words)
+
+
 def default_tag(args, config: GPTConfig) -> str:
     tag = f"d{config.n_layer}" + (f"_w{config.n_embd}" if args.model_dim > 0 else "") + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != GPTConfig.mlp_ratio else "")
-    for name, ranks in (("attn", config.attn_ranks), ("mlp", config.mlp_ranks), ("head", (config.lm_head_rank,))):
-        if any(ranks):
+    groups = {"attn": config.attn_ranks, "mlp": config.mlp_ranks, "head": (config.lm_head_rank,)}
+    for name, ranks in (groups | config.matrix_ranks).items():
+        if any(ranks) or name in config.matrix_ranks:
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
-    tag += "".join(f"_{name}{ranks[0]:g}" for name, ranks in config.matrix_ranks.items())
+    asks_multiple = args.rank_multiple != AUTOMATIC and args.init_from is None
+    tag += f"_multiple{args.rank_multiple}" if asks_multiple else ""
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
     tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
     tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
     return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
-def print_plan(config: GPTConfig, plan: dict, accounting: dict):
+def print_plan(config: GPTConfig, plan: dict, accounting: dict, args):
     """What --dry-run shows."""
     print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), MLP {config.n_hidden}, "
            f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in config.positions]}")
     if config.layer_map:
         print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")
-    for name, ranks in (("attention", config.attn_ranks), ("mlp", config.mlp_ranks), *config.matrix_ranks.items(), ("lm_head", (config.lm_head_rank,))):
-        print0(f"rank of {name}: {', '.join(f'{r:g}' for r in ranks) if any(ranks) else 'full'}")
+    for line in rank_lines(config):
+        print0(line)
     rate = f"matrix lr {plan['matrix_lr']:.4g}" if "matrix_lr" in plan else f"lr {plan['lr']:.4g}"
     print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
            f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+    if words := horizon_words(args):
+        print0(f"horizon: {words}")
     if within := plan.get("subspace"):
         flags = {"subspace": within["kind"], **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")}, **within}
         print0(f"subspace: {with_size(flags)}")

@@ -1,13 +1,16 @@
 """Ranks over depth, budgets, and the accounting of what a model costs: parameters, FLOPs, bytes."""
+from collections import Counter
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
+from itertools import chain
 
 import torch
 
 from nanochat.attention import by_blocks
 from nanochat.functional import hidden_rows_at_once, rows_at_once
-from nanochat.gpt import GPT, GPTConfig, LowRankLinear, resolve_rank
+from nanochat.gpt import MATRICES, GPT, GPTConfig, LowRankLinear
 from nanochat.optim import uses_muon
+from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank
 
 SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
 
@@ -39,72 +42,129 @@ def count_parameters(config: GPTConfig) -> int:
     return account(config)["params/total"]
 
 
-def factored_shapes(config: GPTConfig) -> dict[str, list[tuple[int, int]]]:
-    """(in, out) of the matrices of one layer, by the name of the ranks that they share."""
-    C, N, kv_dim = config.n_embd, config.n_hidden, config.n_kv_head * config.n_embd // config.n_head
-    return {"attn_ranks": [(C, C), (C, kv_dim), (C, kv_dim), (C, C)], "mlp_ranks": [(C, N), (N, C)]}
+GROUPS = {"attn_ranks": MATRICES[:4], "mlp_ranks": MATRICES[4:]}  # field of GPTConfig -> its matrices
+
+
+def matrices_by_field(config: GPTConfig, group: str) -> dict[str, tuple[str, ...]]:
+    """{field that gives ranks: its matrices} of a group: itself, and each matrix named in matrix_ranks."""
+    named = [matrix for matrix in GROUPS[group] if config.matrix_ranks.get(matrix)]
+    others = tuple(matrix for matrix in GROUPS[group] if matrix not in named)
+    fields = {group: others} if others else {}
+    return fields | {matrix: (matrix,) for matrix in named}
+
+
+def ranks_of_field(config: GPTConfig, field: str) -> tuple[float, ...]:
+    """One rank a layer, as given; () = full. field: attn_ranks, mlp_ranks, or a matrix of matrix_ranks."""
+    return getattr(config, field) if field in GROUPS else config.matrix_ranks[field]
 
 
 @dataclass
 class Level:
-    """The layers of one group (attention or MLP) that are given the same rank: they keep equal ranks under any budget.
+    """Matrices of a group (attention or MLP) that are given the same rank: they keep equal ranks.
 
-    Ranks are counted in steps from 1 to `largest`. A step is one rank; where fractions mean another rank for each matrix, the
-    fraction 1 / (largest + 1), which is one rank of the largest.
+    Ranks are counted in steps from 1 to `largest`. A step is `unit` ranks; where fractions mean another rank
+    for each matrix, it is the fraction 1 / (largest + 1), which is one rank of the largest.
     """
     group: str
-    layers: list[int]
-    shapes: list[tuple[int, int]]
-    wanted: float  # steps, before scaling
+    places: list[tuple[str, int]]  # (field that gives the rank, layer)
+    shapes: Counter                # (in, out) of its matrices, counted
+    wanted: float                  # steps, before scaling
     largest: int
-    fraction: bool
+    unit: int                      # 0 where a step is a fraction
+    multiple: int                  # of fractions: see `resolve_rank`
 
     def rank(self, steps: int) -> float:
-        return steps / (self.largest + 1) if self.fraction else steps
+        return self.unit * steps if self.unit else steps / (self.largest + 1)
 
     def parameters(self, steps: int) -> int:
-        return len(self.layers) * sum(resolve_rank(self.rank(steps), *shape) * sum(shape) for shape in self.shapes)
+        rank, total = self.rank(steps), 0
+        for shape, count in self.shapes.items():
+            total += count * resolve_rank(rank, *shape, self.multiple) * sum(shape)
+        return total
 
 
 def rank_levels(config: GPTConfig) -> list[Level]:
-    """The levels of each factored group, lowest first. If nothing is factored, both groups are, at their largest rank."""
-    shapes = factored_shapes(config)
-    factored = [group for group in shapes if any(getattr(config, group))] or list(shapes)
-    levels = []
-    for group in factored:
-        ranks, smaller = getattr(config, group), [min(shape) for shape in shapes[group]]
-        fraction = any(ranks) and max(ranks) < 1 and len(set(smaller)) > 1
-        whole, largest = (max(smaller), max(smaller) - 1) if fraction else (min(smaller), min(smaller))
-        wanted = [rank * whole if rank < 1 else rank for rank in ranks] if any(ranks) else [largest] * config.n_layer
-        for value in sorted(set(wanted)):
-            layers = [layer for layer, w in enumerate(wanted) if w == value]
-            levels.append(Level(group, layers, shapes[group], value, largest, fraction))
+    """The levels of each factored group, lowest first. If nothing is factored, then all matrices that are not
+    named in matrix_ranks are, at their largest rank.
+    """
+    levels = [level for group in GROUPS for level in levels_of_group(config, group)]
+    if levels:
+        return levels
+    for group in GROUPS:
+        if matrices := matrices_by_field(config, group).get(group):
+            largest = min(min(config.matrix_shape(matrix)) for matrix in matrices)
+            factored = replace(config, **{group: (largest,) * config.n_layer})
+            levels += levels_of_group(factored, group, given_by_user=False)
     return levels
 
 
+def levels_of_group(config: GPTConfig, group: str, given_by_user: bool = True) -> list[Level]:
+    """given_by_user: whether somebody asked for these ranks; whole numbers then allow any whole number."""
+    fields = matrices_by_field(config, group)
+    given = []
+    for field in fields:
+        given += [(field, layer, rank) for layer, rank in enumerate(ranks_of_field(config, field)) if rank]
+    smaller = {field: [min(config.matrix_shape(matrix)) for matrix in fields[field]] for field, _, _ in given}
+    sides = set(chain.from_iterable(smaller.values()))
+    fractions = all(rank < 1 for _, _, rank in given)
+    apart = fractions and len(sides) > 1  # the same fraction is another rank for each of them
+    any_number = apart or (given_by_user and not fractions)
+    unit = 1 if any_number or not given else step_under_budget(config.rank_multiple, min(sides))
+
+    by_rank = {}  # wanted rank, of the longest of the smaller sides if they are apart -> places
+    for field, layer, rank in given:
+        whole = max(sides) if apart else min(smaller[field])
+        by_rank.setdefault(rank * whole if rank < 1 else rank, []).append((field, layer))
+    levels = []
+    for wanted, places in sorted(by_rank.items()):
+        shapes = Counter(config.matrix_shape(matrix) for field, _ in places for matrix in fields[field])
+        if apart:
+            levels.append(Level(group, places, shapes, wanted, max(sides) - 1, 0, config.rank_multiple))
+        else:
+            largest = min(map(min, shapes)) // unit
+            levels.append(Level(group, places, shapes, wanted / unit, largest, unit, config.rank_multiple))
+    return levels
+
+
+def step_under_budget(multiple: int, smaller: int) -> int:
+    """What solved ranks are multiples of: as `rank_step`, but automatically at most 8.
+
+    With 64, a step in 40 layers of width 1280 is 2% of d20's parameters, which a report does not call equal.
+    """
+    step = rank_step(multiple, smaller)
+    return min(step, 8) if multiple == AUTOMATIC else step
+
+
 def with_ranks(config: GPTConfig, levels: list[Level], steps: list[int]) -> GPTConfig:
-    ranks = {level.group: [0.0] * config.n_layer for level in levels}
+    ranks = {field: [0] * config.n_layer for level in levels for field, _ in level.places}
     for level, n in zip(levels, steps):
-        for layer in level.layers:
-            ranks[level.group][layer] = level.rank(n)
-    return replace(config, **{group: tuple(values) for group, values in ranks.items()})
+        for field, layer in level.places:
+            ranks[field][layer] = level.rank(n)
+    groups = {field: tuple(values) for field, values in ranks.items() if field in GROUPS}
+    single = {field: tuple(values) for field, values in ranks.items() if field not in GROUPS}
+    return replace(config, **groups, matrix_ranks=config.matrix_ranks | single)
 
 
 def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
     """Scale the ranks of attention and MLP so that the total parameters come as near to `budget` as they can from below.
 
     All ranks grow from 1 by one common factor, rounded. Where the next rank of some layers is too much, the others go on with
-    what is left, so that at the end no rank can grow without breaking the budget or the schedule's shape: layers of a group
-    that were given equal ranks keep equal ranks (constant stays constant), and none passes one that was given more.
-    A group at full rank stays so, unless both are: then both are factored. The head stays as it is. Fractions become whole
-    ranks, except under grouped queries, where the same fraction is another rank for q and o than for k and v.
-    ValueError if even rank 1 everywhere is over the budget.
+    what is left, so that at the end no rank can grow without breaking the budget or the shape: matrices of a
+    group that were given equal ranks keep equal ranks, and none passes one that was given more.
+    A group at full rank stays so, unless all are: then all are factored. So does a matrix that `matrix_ranks`
+    has at 0; one that it gives a rank is scaled as the others. The head stays as it is. Fractions become
+    whole ranks, in steps of `step_under_budget`. Where the same fraction is another rank for each matrix, as
+    under grouped queries for q and k, they stay fractions.
+    ValueError if even the smallest ranks are over the budget.
     """
     levels = rank_levels(config)
+    if not levels:
+        raise ValueError("no matrix is left whose rank could be chosen")
     steps = [1] * len(levels)
     least = count_parameters(with_ranks(config, levels, steps))
     if least > budget:
-        raise ValueError(f"even rank 1 in every layer has {least:,} parameters")
+        smallest = max(1, *(level.unit for level in levels))
+        raise ValueError(f"even rank {smallest} in every layer has {least:,} parameters")
     spare = budget - least
     queue = [(1.5 / level.wanted, i) for i, level in enumerate(levels)]  # the common factor at which a level rounds to its next rank
     heapify(queue)
@@ -124,7 +184,8 @@ def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
 def solve_depth(config_at, budget: int) -> GPTConfig:
     """The deepest config_at(depth) whose total parameters do not exceed `budget`. ValueError if the shallowest is too much.
 
-    config_at(depth) never has fewer parameters at a greater depth.
+    config_at(depth) never has fewer parameters at a greater depth, with one exception: where its width grows
+    with the depth, a fraction may become another multiple at the next width, and lose a third of its rank.
     """
     least = config_at(1)
     if count_parameters(least) > budget:
@@ -135,7 +196,13 @@ def solve_depth(config_at, budget: int) -> GPTConfig:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count_parameters(config_at(middle)) <= budget else (low, middle)
-    return config_at(low)
+    deepest = config_at(low)
+    if config_at(high).n_embd == deepest.n_embd:
+        return deepest
+    while (count := count_parameters(config_at(high))) <= 1.5 * budget:
+        deepest = config_at(high) if count <= budget else deepest
+        high += 1
+    return deepest
 
 
 # ---- accounting -----------------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ from statistics import median
 
 from nanochat.methods import base_name, method, with_size
 from nanochat.metrics import Run
+from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
 FREE = {"run", "model_tag", "run_tag", "seed", "resume", "dry_run", "plan", "save_every", "sample_every", "keep", "max_bad_steps", "eval_every",
         "ppl_thresholds", "core_metric_every", "core_metric_max_per_task", "core_dir"}
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
-RESOLVED = {"aspect_ratio", "rank_end", "budget_params", "solve", "target_flops", "target_param_data_ratio", "data", "eval_tokens",
-            "device_type", "dtype", "tokenizer_tag"}
+RESOLVED = {"aspect_ratio", "rank_end", "attn_rank_end", "mlp_rank_end", "budget_params", "solve",
+            "target_flops", "target_param_data_ratio", "horizon_from", "data", "eval_tokens", "device_type",
+            "dtype", "tokenizer_tag"}
 MODEL = {"n_layer": "depth", "n_embd": "model_dim", "sequence_len": "max_seq_len", "attn_ranks": "attn_rank", "mlp_ranks": "mlp_rank"}
 PLAN = ("num_iterations", "total_batch_size", "matrix_lr", "tokenizer_hash", "val_tokens")
 RANKS = ("attn_rank", "mlp_rank", "lm_head_rank")
@@ -73,9 +75,14 @@ def settings(run: Run, defaults: dict) -> dict:
     derived, device = run.config.get("derived", {}), run.config.get("device", {})
     model, corpus, flags = derived.get("model", {}), derived.get("corpus", {}), run.config.get("flags", {})
     found = {k: v for k, v in (defaults | flags).items() if k not in FREE | RESOLVED}
-    unsaid = {"n_head", "matrix_ranks"} | ({"layer_kinds"} if not model.get("layer_kinds") else set())  # of copied layers alone; older runs lack it
+    unsaid = {"n_head", "matrix_ranks", "rank_multiple"}
+    if not model.get("layer_kinds"):
+        unsaid.add("layer_kinds")  # of copied layers alone; older runs lack it
     found |= {MODEL.get(k, k): v for k, v in model.items() if k not in unsaid}
     found |= {k: whole_ranks(found[k], model, k) for k in RANKS if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))}
+    found["rank_multiple"] = multiple_in_use(model)
+    if flags.get("solve") == "rank" and model.get("matrix_ranks"):
+        found["matrix_ranks"] = shortest_ranks_text(model["matrix_ranks"])
     if model.get("n_head"):
         found["head_dim"] = model["n_embd"] // model["n_head"]
     found |= {k: derived[k] for k in PLAN if k in derived}
@@ -89,11 +96,37 @@ def settings(run: Run, defaults: dict) -> dict:
 
 def whole_ranks(ranks, model: dict, group: str):
     """Fractions of the smaller side as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
-    ratio = min(1, model.get("mlp_ratio", 4)) if group == "mlp_rank" else 1
-
     def whole(rank):
-        return max(1, round(rank * round(ratio * model["n_embd"]))) if rank and 0 < rank < 1 else rank
+        if not (rank and 0 < rank < 1):
+            return rank
+        side = smaller_side(model, "up" if group == "mlp_rank" else "q")
+        return resolve_rank(rank, side, side, model.get("rank_multiple", 1))
     return [whole(r) for r in ranks] if isinstance(ranks, (list, tuple)) else whole(ranks)
+
+
+def smaller_side(model: dict, matrix: str) -> int:
+    """min(in, out) of q, k, v, o, up or down."""
+    if matrix in ("k", "v"):
+        return model["n_embd"] // model["n_head"] * model["n_kv_head"]
+    if matrix in ("up", "down"):
+        return min(model["n_embd"], round(model.get("mlp_ratio", 4) * model["n_embd"]))
+    return model["n_embd"]
+
+
+def multiple_in_use(model: dict) -> int:
+    """--rank-multiple where it rounds a rank that the settings have as a fraction, else 1.
+
+    They do for single matrices and, under grouped queries, for attention.
+    """
+    multiple, fractions = model.get("rank_multiple", 1), dict(model.get("matrix_ranks") or {})
+    if model.get("n_kv_head") != model.get("n_head"):
+        fractions = dict.fromkeys("qkvo", model.get("attn_ranks") or ()) | fractions
+    for matrix, ranks in fractions.items():
+        for rank in set(ranks):
+            side = smaller_side(model, matrix) if 0 < rank < 1 else 0
+            if side and resolve_rank(rank, side, side, multiple) != resolve_rank(rank, side, side):
+                return multiple
+    return 1
 
 
 def rank_over_depth(ranks) -> float | str:
@@ -158,10 +191,17 @@ def rank_name(s: dict) -> str:
             rank = f"{rank.split('-')[0]}…{rank.split('-')[-1]}"
         if rank:
             parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
-    parts += filter(None, (s.get("matrix_ranks") or "").replace("=", " ").split(","))
+    parts += [single_name(part) for part in (s.get("matrix_ranks") or "").split(",") if part]
     parts += [s["factor_act"]] if parts and s.get("factor_act", "none") != "none" else []
     parts = parts or ["full rank"]
     return ", ".join(parts + ([f"MLP × {s['mlp_ratio']:g}"] if s.get("mlp_ratio", 4) != 4 else []))
+
+
+def single_name(part: str) -> str:
+    """'v=128' -> 'v 128'; of one rank a layer the first and the last where there are many: 'v 128…16'."""
+    name, _, ranks = part.partition("=")
+    layers = ranks.split("/")
+    return f"{name} {layers[0]}…{layers[-1]}" if len(layers) > 6 else f"{name} {ranks}"
 
 
 def setting_name(key: str, setting) -> str:

@@ -39,8 +39,11 @@ def known(flags: dict, v: Variant) -> dict:
 
 def identity(v: Variant) -> tuple:
     """Equal for points that are the same run: all flags, the defaults of those not given included, and what they start from."""
-    flags = sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in vars(resolved(v)[0]).items())
-    return (v.script, *flags, *(identity(v.base) if v.base else ()))
+    flags = dict(vars(resolved(v)[0]))
+    if not (v.base or low_rank(v)):  # these mean nothing without a rank
+        del flags["rank_multiple"], flags["horizon_from"]
+    comparable = [(name, tuple(value) if isinstance(value, list) else value) for name, value in flags.items()]
+    return (v.script, *sorted(comparable), *(identity(v.base) if v.base else ()))
 
 
 def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:

@@ -122,7 +122,8 @@ def verdict(configs: list[Configuration], margin_time: float = 0.0, margin_memor
 def factored_in(config: Configuration, group: str, matrices) -> bool:
     """Whether the group, attn or mlp, or at least one of its matrices has a rank."""
     single = dict(part.split("=") for part in (config.settings.get("matrix_ranks") or "").split(",") if part)
-    return bool(config.settings.get(f"{group}_rank")) or any(float(single.get(name, 0)) for name in matrices)
+    ranks = [rank for name in matrices for rank in single.get(name, "0").split("/")]  # one a layer: "64/64/0"
+    return bool(config.settings.get(f"{group}_rank")) or any(rank not in ("0", "full") for rank in ranks)
 
 
 def check_one_text(configs: list[Configuration]):

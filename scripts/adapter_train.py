@@ -208,8 +208,11 @@ def main(argv=None):
     base_flags = {**DEFAULTS_BEFORE, **base.config["flags"]}
     of_shape = {name: base_flags[name] for name in SHAPE_FLAGS if name in base_flags and name != "layer_map"}
     vars(args).update(of_shape, depth=shape.config.n_layer, max_seq_len=config.sequence_len)
+    under_map = config  # the horizon is the same for layers that are shared and layers that are copied
+    if layers:
+        under_map = replace(config, layer_map=tuple(layer % config.n_layer for layer in layers))
     world_size = common.process_layout()[2]
-    plan = batch_and_horizon(args, shape, world_size) | {"lr": args.lr}
+    plan = batch_and_horizon(args, shape, world_size, under_map) | {"lr": args.lr}
     take_device_batch(args, plan, world_size)
     check_schedule(args, plan["num_iterations"])
     budget_over(args, shape, plan["num_iterations"])
@@ -219,7 +222,7 @@ def main(argv=None):
     print0(f"base: {args.model_tag}, step {args.step}; adapter: {args.adapter}" + (f", {costs['params/trained']:,} numbers beside "
            f"{len(adapters_of(shape, ADAPTER))} matrices" if args.adapter != "none" else ", all of the model is trained"))
     if args.dry_run:
-        return print_plan(shape.config, plan, costs)
+        return print_plan(shape.config, plan, costs, args)
     corpus = open_run_text(base, args.data)
     if not args.data and (other := note_on_text(base, corpus)):
         print0(other)

@@ -91,7 +91,7 @@ def main(argv=None):
         accounting = subspace.costs(within, config, accounting)
         subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
-        return print_plan(config, plan | derived, accounting)
+        return print_plan(config, plan | derived, accounting, args)
     tag = args.model_tag or check_tag("--model-tag is missing, and", default_tag(args, config))
     check_memory(args, accounting, device_type)
 

@@ -15,7 +15,7 @@ quartiles: they hold on a machine that does other work too, milliseconds do not.
 import itertools
 import json
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,12 @@ from nanochat.common import ArgumentParser, InputError, whole_number, write_atom
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
-from nanochat.flags import rank_flag
+from nanochat.flags import rank_flag, rank_multiple_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
 from nanochat.page import to_markdown
+from nanochat.plan import full_rank
+from nanochat.whole_ranks import AUTOMATIC
 from scripts.generate import open_model
 from scripts.layer_bench import bytes_of, digits, list_of, spread, take_turns, with_quartiles
 
@@ -38,10 +40,6 @@ SAMPLE_SECONDS = 0.05
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
-
-def full_rank(config: GPTConfig) -> GPTConfig:
-    return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none")
-
 
 def random_model(config: GPTConfig, device) -> GPT:
     """Weights of random numbers: their values do not change the time, and orthogonal ones would take long to make."""
@@ -207,7 +205,8 @@ def draw(result: dict):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "mlp_ratio": 4.0, "vocab_size": 4096, "max_seq_len": 1024, "window_pattern": "SSSL",
-         "attn_rank": 0.25, "mlp_rank": 0.25, "lm_head_rank": 0, "factor_act": "none"}  # of a model with random weights
+         "attn_rank": 0.25, "mlp_rank": 0.25, "lm_head_rank": 0, "rank_multiple": AUTOMATIC,
+         "factor_act": "none"}  # of a model with random weights
 
 
 def build_parser():
@@ -223,6 +222,7 @@ def build_parser():
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
         add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")
+    add("--rank-multiple", type=rank_multiple_flag, default=None, help="as of scripts.base_train")
     add("--factor-act", choices=["none", "silu"], default=None, help="between the factors; silu cannot be materialised")
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")

@@ -26,11 +26,12 @@ import torch
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
-from nanochat.flags import LONGEST, WIDEST, rank_flag
+from nanochat.flags import LONGEST, WIDEST, add_rank_multiple, rank_flag
 from nanochat.functional import rows_at_once
-from nanochat.gpt import GPTConfig, make_linear, resolve_rank
+from nanochat.gpt import GPTConfig, make_linear
 from nanochat.page import to_markdown
 from nanochat.rank import on_meta
+from nanochat.whole_ranks import resolve_rank
 
 SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long: far more than the clock's grain and a kernel's launch
 COLD_BYTES = 2**27      # decoding: the copies of a layer hold this much together, more than most caches,
@@ -293,6 +294,7 @@ def build_parser():
     add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
     add("--ranks", type=list_of(low_rank), default="0.125,0.25,0.33,0.5,0.75,0.95",
         help="whole numbers, or fractions of min(in, out) of each matrix")
+    add_rank_multiple(add)
     add("--tokens", type=list_of(whole_number(1)), default="1024,4096", help="tokens in a batch; one token by itself is always measured")
     common.device_flags(add, "of the activations; weights are float32")
     add("--repeats", type=whole_number(1), default=20, help="turns of each variant")
@@ -312,7 +314,8 @@ def model_of(args) -> GPTConfig:
 
 def ranks_of(args, names: str, in_features: int, out_features: int) -> list[int]:
     try:
-        return sorted({resolve_rank(rank, in_features, out_features) for rank in args.ranks})
+        shape = in_features, out_features
+        return sorted({resolve_rank(rank, *shape, args.rank_multiple) for rank in args.ranks})
     except ValueError as e:
         raise InputError(f"--ranks: {names}: {e}") from None
 

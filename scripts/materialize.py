@@ -20,13 +20,14 @@ from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
-from nanochat.flags import DEFAULTS_BEFORE, build_parser, matrix_ranks, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser, matrix_ranks_flag, number, rank_flag
 from nanochat.functional import SOFTCAP
-from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig, resolve_rank
+from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig
+from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
-from nanochat.plan import check_ranks, ranks_in_short
 from nanochat.rank import account
+from nanochat.whole_ranks import AUTOMATIC, resolve_rank, shortest_ranks_text
 
 
 def parse(argv):
@@ -38,7 +39,10 @@ def parse(argv):
     add("--attn-rank", type=rank_flag, default=0, help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)
-    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of single matrices, whatever their group's: e.g. v=128,down=0.5; 0 = leave it")
+    add("--matrix-ranks", type=matrix_ranks_flag, default="",
+        help="of single matrices, whatever their group's: e.g. v=128,down=0.5, or one rank a layer: "
+        "v=64/64/128; 0 = leave it")
+    add_rank_multiple(add)
     add("--energy", type=number(0, 1), default=None,
         help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values")
     add("--data", default="", help="where the run's text is now; '' = where the run read it")
@@ -94,7 +98,8 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    asked = {flag: getattr(args, flag) for flag in ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")}
+    flags = ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy", "rank_multiple")
+    asked = {flag: getattr(args, flag) for flag in flags}
     source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **asked}
     if is_done(out, {"source": source, "eval_tokens": eval_tokens}):
         return print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
@@ -155,7 +160,11 @@ def is_done(out: Path, wanted: dict) -> bool:
     there = metrics.load_run(out)
     if "materialized_from" not in there.config["flags"]:
         raise InputError(f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}")
-    if differing := metrics.differing_keys({"source": there.config["derived"]["source"], "eval_tokens": there.config["flags"]["eval_tokens"]}, wanted):
+    derived, flags = there.config["derived"], there.config["flags"]
+    before = {"source": derived["source"], "eval_tokens": flags["eval_tokens"]}
+    if "rank_multiple" not in before["source"] and wanted["source"]["rank_multiple"] == AUTOMATIC:
+        before["source"]["rank_multiple"] = AUTOMATIC  # made before there was the flag: it stays as it is
+    if differing := metrics.differing_keys(before, wanted):
         raise InputError(f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}")
     return there.summary.get("status") == "finished"
 
@@ -166,19 +175,23 @@ def ranks_to_choose(args, config: GPTConfig) -> dict:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
     L = config.n_layer
     wanted = replace(config, attn_ranks=(args.attn_rank,) * L, mlp_ranks=(args.mlp_rank,) * L, lm_head_rank=args.lm_head_rank,
-                     matrix_ranks={name: (rank,) * L for name, rank in matrix_ranks(args.matrix_ranks).items()})
+                     matrix_ranks=named_ranks(args.matrix_ranks, L))
     check_ranks(wanted)
     ranks = {block_matrix(matrix, layer): wanted.rank(matrix, layer) for layer in range(L) for matrix in MATRICES}
-    choose = {name: lambda S, rank=rank: resolve_rank(rank, len(S), len(S))  # a fraction is of the smaller side, as many as there are values
-              for name, rank in (ranks | {"lm_head": args.lm_head_rank}).items() if rank}
+    def whole(rank, S):  # a fraction is of the smaller side, and S has as many values
+        return resolve_rank(rank, len(S), len(S), args.rank_multiple)
+    asked = ranks | {"lm_head": args.lm_head_rank}
+    choose = {name: partial(whole, rank) for name, rank in asked.items() if rank}
     return choose | (dict.fromkeys(ranks, partial(rank_of_energy, args.energy)) if args.energy else {})
 
 
 def rank_flags(config: GPTConfig) -> dict:
     """The flags on rank that a report reads, as the model has them."""
     return {"attn_rank": config.attn_ranks[0] if config.attn_ranks else 0, "mlp_rank": config.mlp_ranks[0] if config.mlp_ranks else 0,
-            "lm_head_rank": config.lm_head_rank, "matrix_ranks": ",".join(f"{m}={ranks_in_short(r)}" for m, r in config.matrix_ranks.items()),
-            "factor_act": config.factor_act, "rank_schedule": "constant", "rank_end": 0, "budget_params": "", "solve": None}
+            "lm_head_rank": config.lm_head_rank, "matrix_ranks": shortest_ranks_text(config.matrix_ranks),
+            "rank_multiple": config.rank_multiple, "factor_act": config.factor_act,
+            "rank_schedule": "constant", "attn_rank_schedule": "", "mlp_rank_schedule": "",
+            "rank_end": 0, "attn_rank_end": 0, "mlp_rank_end": 0, "budget_params": "", "solve": None}
 
 
 def of_base_train(flags: dict) -> dict:

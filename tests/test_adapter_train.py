@@ -16,6 +16,7 @@ from nanochat.factorize import stacked, with_layer_map
 from nanochat.gpt import GPTConfig
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import account, on_meta
+from nanochat.variant import resolve_adapted
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
 from test_base_train import final_state, same
 
@@ -105,6 +106,30 @@ def test_the_orthogonality_of_adalora_is_in_the_gradient_and_not_in_the_loss(ada
     assert losses(with_it)[0] == losses(without)[0]
     left = [orthogonality(adapters_of(loaded(run.name), ADAPTER)).item() for run in (with_it, without)]
     assert left[0] < 0.98 * left[1]
+
+
+def test_adapters_of_all_sizes_on_bases_of_all_ranks_take_one_horizon(adapt, world, corpus_dir, capsys):
+    """Also where positions share their layer's weights or copy them; the plan of a sweep is the script's."""
+    low = ["--attn-rank", "4", "--model-tag", "low_base"]
+    base_train.main([*TINY, "--data", str(corpus_dir), "--num-iterations", "1", *low])
+    derived = ["--device-batch-size", "4", "--total-batch-size", "-1", "--num-iterations", "-1",
+               "--target-param-data-ratio", "2000"]
+    names = ["--model-tag", "base", "--run-tag", "new"]
+
+    def training_line(*flags):
+        capsys.readouterr()
+        adapter_train.main([*names, *derived, "--dry-run", *map(str, flags)])
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training: "))
+        return line.partition(", lr")[0]
+    usual = training_line()
+    layers = ("--layer-map", "0,1,1")
+    of_low = ("--model-tag", "low_base")
+    for flags in (("--rank", 2), of_low, ("--adapter", "none"), layers, (*layers, "--copied")):
+        assert training_line(*flags) == usual
+    assert training_line(*of_low, "--horizon-from", "own") != usual
+    of_base = (*TINY, "--vocab-size", str(V), "--attn-rank", "4")
+    plan = resolve_adapted("adapter_train", (*names, *derived), of_base, 1)[2]
+    assert f" {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens " in usual
 
 
 def test_the_whole_model_is_trained_at_a_fraction_of_base_trains_rates(adapt, world):

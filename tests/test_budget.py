@@ -1,4 +1,5 @@
 """Models under a budget of parameters: the largest ranks, the deepest model, and the plan of both."""
+import itertools
 import random
 import re
 from dataclasses import replace
@@ -6,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from nanochat.common import InputError
-from nanochat.gpt import GPTConfig, resolve_rank
+from nanochat.gpt import MATRICES, GPTConfig
 from nanochat.flags import build_parser
-from nanochat.plan import budget_frontier, model_config, ranks_in_short, solve_budget
-from nanochat.rank import account, count_parameters, ranks_over_depth, solve_depth, solve_rank
+from nanochat.layer_ranks import ranks_in_short
+from nanochat.plan import budget_frontier, full_rank, model_config, solve_budget
+from nanochat.rank import (GROUPS, account, count_parameters, rank_levels, ranks_over_depth, solve_depth,
+                           solve_rank, with_ranks)
+from nanochat.whole_ranks import rank_step, resolve_rank
 from scripts import base_train
-
-GROUPS = ("attn_ranks", "mlp_ranks")
-
 
 def random_config(rng: random.Random) -> GPTConfig:
     """A small model with random ranks: any schedule or a list, whole or fractions, one group or both or none, grouped queries or not."""
@@ -76,6 +77,63 @@ def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
             assert count_parameters(replace(config, **{group: grown})) > budget
 
 
+def named_config(rng: random.Random) -> GPTConfig:
+    """A small model in which some matrices have ranks of their own, of all layers or of some, or none."""
+    given = random_config(rng)
+    whole = rng.random() < 0.5
+    smallest = min(given.n_kv_head * given.n_embd // given.n_head, given.n_embd)
+
+    def some_ranks():
+        if rng.random() < 0.4:
+            return (0,) * given.n_layer
+        choices = range(smallest + 1) if whole else [0, 0.2, 0.5, 0.7]
+        ranks = rng.choices(choices, k=given.n_layer)
+        return tuple(ranks) if rng.random() < 0.5 else (ranks[0],) * given.n_layer
+    matrices = rng.sample(MATRICES, rng.randint(1, 4))
+    named = {matrix: some_ranks() for matrix in matrices}
+    return replace(given, matrix_ranks=named, rank_multiple=rng.choice([-1, 1, 4]))
+
+
+def places(config: GPTConfig, group: str) -> dict:
+    """{(matrix, layer): rank as given} of the factored matrices of a group."""
+    every = itertools.product(GROUPS[group], range(config.n_layer))
+    return {place: rank for place in every if (rank := config.rank(*place))}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_matrices_with_ranks_of_their_own_keep_their_ratio_and_none_can_grow(seed):
+    rng = random.Random(seed)
+    given = named_config(rng)
+    if not any(places(given, group) for group in GROUPS):
+        given = replace(given, mlp_ranks=(0.5,) * given.n_layer, matrix_ranks={"v": (0,) * given.n_layer})
+    high = count_parameters(solve_rank(given, 10**12))
+    levels = rank_levels(given)
+    least = count_parameters(with_ranks(given, levels, [1] * len(levels)))
+    near = rng.randint(least, least + (high - least) // 5)
+    budget = rng.choice([least, near, rng.randint(least, high), high])
+    config = solve_rank(given, budget)
+    assert count_parameters(config) <= budget
+    for group in GROUPS:
+        before, after = places(given, group), places(config, group)
+        assert before.keys() == after.keys(), "what is at full rank stays so, and nothing else becomes it"
+        sides = {place: min(given.matrix_shape(place[0])) for place in before}
+        fractions = all(rank < 1 for rank in before.values())
+        if len(set(sides.values())) > 1:
+            continue  # a fraction is another rank for each
+        wanted = {place: rank * sides[place] if rank < 1 else rank for place, rank in before.items()}
+        assert same_order(list(wanted.values()), list(after.values()))
+        step = rank_step(given.rank_multiple, min(sides.values())) if fractions and sides else 1
+        assert all(rank % step == 0 for rank in after.values())
+        for value in set(wanted.values()):
+            grown = {place: rank + step * (wanted[place] == value) for place, rank in after.items()}
+            fits = max(grown.values()) <= min(sides.values())
+            if fits and same_order(list(wanted.values()), list(grown.values())):
+                named = dict(config.matrix_ranks)
+                for matrix in GROUPS[group]:
+                    named[matrix] = tuple(grown.get((matrix, layer), 0) for layer in range(config.n_layer))
+                assert count_parameters(replace(config, matrix_ranks=named)) > budget
+
+
 def test_ranks_keep_their_proportions():
     given = GPTConfig(16, 100, 4, 4, 4, 256, attn_ranks=(80, 60, 40, 20), mlp_ranks=(16, 16, 8, 8))
     for factor in (0.25, 1.6, 3):
@@ -135,6 +193,57 @@ def test_depths_at_which_the_flags_do_not_fit_together_are_passed_over():
         solve_budget(at(10_000, "--solve", "depth"), 300)
 
 
+RECIPE = ("--attn-rank", 0.25, "--mlp-rank", 0.297, "--matrix-ranks", "v=0,o=0")  # what speedrun.sh trains
+WIDE = ("--model-dim", 256, "--head-dim", 64)
+
+
+def test_the_recipe_fills_the_budget_of_full_rank_in_twice_the_layers():
+    full = solve_budget(flags(*WIDE, "--depth", 2), 300)
+    budget = count_parameters(full)
+    asked = (*WIDE, "--depth", 4, "--budget-params", budget, "--solve", "rank")
+    deep = solve_budget(flags(*asked, *RECIPE), 300)
+    assert 0.98 * budget < count_parameters(deep) <= budget and full_rank(deep) == replace(full, n_layer=4)
+    assert deep.matrix_ranks == {"v": (0,) * 4, "o": (0,) * 4}
+    (q,), (up,) = set(deep.attn_ranks), set(deep.mlp_ranks)
+    assert q % 8 == up % 8 == 0 and up / q == pytest.approx(0.297 / 0.25, rel=0.2)
+    own = solve_budget(flags(*asked, "--attn-rank", 16, "--mlp-rank", 48, "--matrix-ranks", "v=32,o=0"), 300)
+    assert own.rank("v", 0) == pytest.approx(2 * own.rank("q", 0), abs=2) and own.rank("o", 3) == 0
+
+
+def test_a_wide_model_is_solved_in_eights():
+    """Steps of 64 would leave 2% of d20's budget, which no report calls equal."""
+    d40 = GPTConfig(vocab_size=65536, n_layer=40, n_head=10, n_kv_head=10, n_embd=1280,
+                    attn_ranks=(0.25,) * 40, mlp_ranks=(0.297,) * 40,
+                    matrix_ranks={"v": (0,) * 40, "o": (0,) * 40}, rank_multiple=-1)
+    budget = 560_989_480  # of d20 at full rank
+    config = solve_rank(d40, budget)
+    assert (set(config.attn_ranks), set(config.mlp_ranks)) == ({336}, {376})
+    assert 0.998 * budget < count_parameters(config) <= budget
+    assert {r % 64 for r in solve_rank(replace(d40, rank_multiple=64), budget).mlp_ranks} == {0}
+
+
+def test_ranks_of_single_layers_are_scaled_and_full_ones_stay():
+    budget = count_parameters(model_config(flags("--matrix-ranks", "down=12/24/0"), 300))
+    asked = ("--solve", "rank", "--budget-params")
+    config = solve_budget(flags("--matrix-ranks", "down=4/8/0,q=0", *asked, budget), 300)
+    assert config.matrix_ranks == {"down": (12, 24, 0), "q": (0, 0, 0)}
+    assert not (config.mlp_ranks or config.attn_ranks)
+    unnamed = solve_budget(flags("--matrix-ranks", "v=0", *asked, 30_000), 300)
+    assert unnamed.rank("q", 0) > 0 and unnamed.rank("up", 0) > 0 and unnamed.rank("v", 0) == 0
+    with pytest.raises(InputError, match="--budget-params 30000: no matrix is left whose rank could be"):
+        solve_budget(flags("--matrix-ranks", "q=0,k=0,v=0,o=0,up=0,down=0", *asked, 30_000), 300)
+
+
+def test_plan_says_which_matrices_have_ranks_of_their_own(capsys):
+    asked = ("--attn-rank", "8", "--matrix-ranks", "v=0,q=16", "--budget-params", "60000")
+    base_train.main([*SMALL, *asked, "--plan"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r" *\d", line)][1:]
+    assert len(rows) > 1
+    for row in rows:
+        config = solve_budget(flags("--depth", row.split()[0], *asked, "--solve", "rank"), 300)
+        assert f"(q {config.rank('q', 0)}, v full)" in row and row.split()[2] == str(config.attn_ranks[0])
+
+
 def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
     more = ("--attn-rank", 0.5, "--mlp-rank", 0.25, "--budget-params", 40_000)
@@ -174,6 +283,10 @@ def test_plan_stops_where_rank_1_no_longer_fits():
 
 
 @pytest.mark.parametrize("more,message", [
+    (("--budget-params", 40_000, "--matrix-ranks", "v=8/4/2"),
+     r"--plan: --matrix-ranks v=8/4/2 has one rank a layer"),
+    (("--budget-params", 40_000, "--mlp-rank-schedule", "8,4,2"),
+     r"--plan: --mlp-rank-schedule 8,4,2 has one rank a layer"),
     ((), r"--plan: needs --budget-params"),
     (("--budget-params", 40_000, "--solve", "rank"), r"--plan: .* without --solve"),
     (("--budget-params", 5_000), r"--budget-params 5000: at depth 1 even rank 1 in every layer has 19,\d+ parameters"),

@@ -63,6 +63,32 @@ def test_every_low_rank_run_gets_its_full_rank_partner_at_its_seed_depth_and_lea
     assert labels(read("[points.full]\nmatrix-lr = 0.5\n[points.low]\nattn-rank = 4\n")) == ["full", "full-rank", "low"]  # another full-rank run
 
 
+def test_the_recipe_of_the_speedrun_is_asked_h3_beside_the_full_rank_run(read):
+    recipe = "attn-rank = 0.25\nmlp-rank = 0.297\nmatrix-ranks = 'v=0,o=0'\nrank-multiple = 1\n"
+    deep = f"depth = 4\n{recipe}budget-params = 'full'\nsolve = 'rank'\npaired-with = 'full'\n"
+    sweep = read(f"[points.full]\n[points.recipe]\n{recipe}[points.deep]\n{deep}")
+    at = {p.label: p for p in sweep.points if p.seed == 1}
+    assert list(at) == ["full", "recipe", "deep"] and at["recipe"].pair == at["deep"].pair == at["full"].tag
+    budget = count_parameters(at["full"].config)
+    assert 0.98 * budget < count_parameters(at["deep"].config) <= budget
+    assert at["deep"].config.rank("v", 3) == 0 < at["deep"].config.rank("q", 3)
+
+
+def test_a_partner_has_none_of_the_flags_of_rank_and_low_rank_takes_its_horizon(read):
+    low = ("attn-rank = 16\nattn-rank-schedule = 'linear'\nattn-rank-end = 4\n"
+           "mlp-rank = 0.5\nmlp-rank-schedule = 'step'\nmlp-rank-end = 0.25\n")
+    own = "mlp-rank = 4\nhorizon-from = 'own'\n"
+    grid = "mlp-rank = 8\nmlp-rank-schedule = 'linear'\nmlp-rank-end = [2, 4]\n"
+    derived = "num-iterations = -1\ntotal-batch-size = -1\ntarget-param-data-ratio = 2000\n"
+    points = f"[points.full]\n[points.low]\n{low}[points.own]\n{own}[points.grid]\n{grid}"
+    sweep = read(f"rank-multiple = 4\n{points}[preset.derived.flags]\n{derived}", "derived")
+    at = {p.label: p for p in sweep.points if p.seed == 1}
+    assert labels(sweep) == ["full", "low", "own", "grid_mlp-end2", "grid_mlp-end4"] and not at["full"].pair
+    assert {p.pair for label, p in at.items() if label != "full"} == {at["full"].tag}
+    assert at["low"].config.attn_ranks == (16, 4) and at["low"].config.whole_rank("up", 1) == 8
+    assert at["low"].plan == at["full"].plan and at["own"].plan["tokens"] < at["full"].plan["tokens"]
+
+
 def test_the_partner_may_be_named_and_then_has_all_the_seeds(read):
     sweep = read("[points.full]\nseeds = [1]\n[points.deep]\ndepth = 4\nattn-rank = 4\npaired-with = 'full'\n")
     assert {p.tag: p.pair for p in sweep.points} == {"question_full_s1": "", "question_full_s2": "",

@@ -175,6 +175,7 @@ def test_layers_of_two_models_of_one_shape():
     end = with_copied_layers(a, (0, 5), b)
     assert torch.equal(end.value_embeds["1"].weight, b.value_embeds["2"].weight) and torch.equal(end.wte.weight, a.wte.weight)
     for other, message in ((None, "takes layers of a second model, and there is none"), (tiny(sequence_len=32), r"sequence_len \(32 there, 16 here\)"),
+                           (tiny(rank_multiple=16, **LOW), r"rank_multiple \(16 there, 1 here\)"),
                            (tiny(value_embeddings=True), r"second model: of another shape than the first, .*attn_ranks \(\[\] there, \[4, 8, 0\] here\)")):
         with pytest.raises(InputError, match=message):
             with_copied_layers(a, (0, 4), other)

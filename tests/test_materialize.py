@@ -124,6 +124,12 @@ def test_merging_a_run_makes_a_whole_run_and_the_same_command_again_is_done(trai
     capsys.readouterr()
     run_main(*command)
     assert "already made from low" in capsys.readouterr().out and before == (metrics.runs_dir() / "dense/metrics.jsonl").read_bytes()
+    made = metrics.runs_dir() / "dense/config.json"
+    config = json.loads(made.read_text())
+    del config["derived"]["source"]["rank_multiple"]  # as before there was the flag
+    made.write_text(json.dumps(config))
+    run_main(*command)
+    assert "already made from low" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"--out-tag dense: exists and is something else: source.energy \(None there, 0.5 now\)"):
         run_main(*command, "--energy", 0.5)
     with pytest.raises(InputError, match="--out-tag low: exists, and is a training run"):

@@ -5,7 +5,9 @@ from conftest import TINY
 from nanochat import training
 from nanochat.common import InputError
 from nanochat.flags import build_parser
-from nanochat.plan import model_config, take_device_batch, training_plan
+from nanochat.plan import model_config, solve_budget, take_device_batch, training_plan
+from nanochat.rank import account
+from scripts import base_train
 
 
 def plan_of(*flags, vocab=300, world_size=1):
@@ -27,6 +29,69 @@ def test_horizon_is_the_first_that_is_given():
     flops = 6 * matrices + 12 * 32 * (16 + 32)
     assert plan_of("--num-iterations", -1, "--target-flops", 256 * flops * 7)[1]["num_iterations"] == 7
     assert plan_of("--num-iterations", 9, "--target-flops", 256 * flops * 7)[1]["num_iterations"] == 9
+
+
+ARMS = [("--attn-rank", 4, "--mlp-rank", 0.25), ("--lm-head-rank", 4), ("--attn-rank-schedule", "8,4"),
+        ("--mlp-rank", 8, "--matrix-ranks", "v=0,q=2/4", "--factor-act", "silu")]
+
+
+@pytest.mark.parametrize("horizon", [("--target-param-data-ratio", 2000),
+                                     ("--target-param-data-ratio", 30, "--total-batch-size", 256)])
+@pytest.mark.parametrize("shape", [(), ("--tie-embeddings",),
+                                   ("--mlp-ratio", 2, "--layer-map", "0,0,1", "--n-kv-head", 1)])
+def test_a_run_of_other_ranks_takes_the_steps_the_batch_and_the_rate_of_full_rank(shape, horizon):
+    free = (*shape, "--num-iterations", -1, "--total-batch-size", -1, *horizon)
+    full = plan_of(*free)[1]
+    for ranks in ARMS:
+        if not ("--tie-embeddings" in shape and "--lm-head-rank" in ranks):
+            assert plan_of(*free, *ranks)[1] == full
+    own = plan_of(*free, *ARMS[0], "--horizon-from", "own")[1]
+    assert own["tokens"] < 0.8 * full["tokens"] and plan_of(*free, "--horizon-from", "own")[1] == full
+
+
+def test_d20_and_its_low_rank_arm_differ_in_rank_alone():
+    def plan(*ranks):
+        args = build_parser().parse_args(["--depth", "20", *ranks])
+        return training_plan(args, model_config(args, 65536), 1)
+    full = plan()
+    keys = ("num_iterations", "total_batch_size", "matrix_lr")
+    assert [full[key] for key in keys] == [5460, 1048576, pytest.approx(0.0266, abs=5e-5)]
+    assert plan("--attn-rank", "128", "--mlp-rank", "128") == full
+    own = plan("--attn-rank", "128", "--mlp-rank", "128", "--horizon-from", "own")
+    assert [own[key] for key in keys] == [3270, 524288, pytest.approx(0.0315, abs=5e-5)]
+
+
+def test_flops_that_are_given_are_the_models_own_and_the_batch_is_full_ranks():
+    free = ("--num-iterations", -1, "--total-batch-size", -1, "--target-param-data-ratio", 2000,
+            "--target-flops", 1e12)
+    (full, of_full), (low, of_low) = plan_of(*free), plan_of(*free, *ARMS[0])
+    assert of_low["total_batch_size"] == of_full["total_batch_size"]
+    assert of_low["num_iterations"] > of_full["num_iterations"]
+    for config, plan in ((full, of_full), (low, of_low)):
+        assert plan["tokens"] * account(config)["flops/per_token"] == pytest.approx(1e12, rel=0.05)
+
+
+def test_of_a_solved_depth_the_horizon_is_that_of_the_solved_shape():
+    free = ["--num-iterations", "-1", "--target-param-data-ratio", "2000", "--total-batch-size", "-1"]
+    budget = ["--mlp-rank", "4", "--budget-params", "60_000", "--solve", "depth"]
+    args = build_parser().parse_args([*TINY, *free, *budget])
+    config = solve_budget(args, 300)
+    assert config.n_layer > 2
+    assert training_plan(args, config, 1) == plan_of(*free, "--depth", config.n_layer)[1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ((), ""),
+    (("--total-batch-size", -1), "tokens a step from 12 tokens a matrix parameter of the full-rank model of "
+                                 "this shape (--horizon-from full)"),
+    (("--num-iterations", -1, "--horizon-from", "own"),
+     "steps from 12 tokens a matrix parameter of this model (--horizon-from own)"),
+    (("--num-iterations", -1, "--target-flops", 1e12),
+     "steps from --target-flops 1e+12 at this model's FLOPs")])
+def test_a_dry_run_says_where_its_horizon_comes_from(flags, words, capsys):
+    base_train.main([*TINY, "--vocab-size", "300", "--dry-run", *map(str, flags)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("horizon: ")]
+    assert lines == ([f"horizon: {words}"] if words else [])
 
 
 def test_batch_chosen_for_the_user_grows_with_the_horizon_and_divides():

@@ -6,7 +6,9 @@ import pytest
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
-from nanochat.rank import account, count_parameters, predict_peak, ranks_over_depth, solve_depth, solve_rank
+from nanochat.rank import (account, count_parameters, on_meta, predict_peak, ranks_over_depth, solve_depth,
+                           solve_rank)
+from nanochat.whole_ranks import rank_step, resolve_rank
 from test_gpt import live_bytes, tokens
 
 SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
@@ -36,6 +38,33 @@ def test_monotone_schedules_are_monotone_and_stay_between_their_ends(seed):
     assert all(min(start, end) <= r <= max(start, end) for r in ranks_over_depth("quadratic", start, end, depth))
 
 
+@pytest.mark.parametrize("width,nearest,multiple", [(192, 57, 57), (256, 76, 80), (512, 152, 152),
+                                                    (1024, 304, 320), (1280, 380, 384)])
+def test_a_fraction_becomes_the_nearest_multiple_that_suits_the_width(width, nearest, multiple):
+    config = GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=width,
+                       attn_ranks=(57,), mlp_ranks=(0.297,))
+    for rank_multiple, rank in ((1, nearest), (-1, multiple)):
+        model = on_meta(replace(config, rank_multiple=rank_multiple))
+        block = model.blocks[0]
+        assert (block.mlp.up.rank, block.mlp.down.rank) == (rank, rank)
+        assert block.attn.q.rank == 57, "a whole number is as it is"
+        assert account(model)["params/mlp"] == 2 * rank * 5 * width
+    assert on_meta(config).blocks[0].mlp.up.rank == nearest, "an older checkpoint has no multiple"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_multiples_are_near_their_fraction_and_fit_the_matrix(seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        multiple, fraction = rng.choice([-1, -1, 1, 8, 48, 64]), rng.uniform(1e-4, 1 - 1e-4)
+        sides = rng.randint(1, 3000), rng.randint(1, 3000)
+        smaller, rank = min(sides), resolve_rank(fraction, *sides, multiple)
+        step = rank_step(multiple, smaller)
+        assert rank % step == 0 and step <= rank <= smaller
+        assert abs(rank - fraction * smaller) <= step / 2 or rank == step or rank + step > smaller
+        assert resolve_rank(rank, *sides, multiple) == rank
+
+
 @pytest.mark.parametrize("attn,mlp", [((), ()), ((16,) * 4, ()), ((32, 20, 10, 4), (8,) * 4), ((0.5, 0.4, 0.3, 0.2), (0.25,) * 4)])
 @pytest.mark.parametrize("more", [0, 5_000, 17_123, 60_000, 10**9])
 def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, more):
@@ -57,6 +86,18 @@ def test_solved_depth_is_the_deepest_within_the_budget():
         budget = count_parameters(at(depth))
         assert solve_depth(at, budget).n_layer == depth
         assert solve_depth(at, budget + 1).n_layer == depth
+
+
+def test_solved_depth_is_the_deepest_where_a_wider_model_has_smaller_ranks_too():
+    """Here the width passes 256 between 24 and 25 layers, where a rank of 11 becomes one of 8."""
+    def at(depth):
+        ranks = (0.045,) * depth
+        return GPTConfig(16, 50, depth, 1, 1, 2 * round(5.3 * depth), attn_ranks=ranks, mlp_ranks=ranks,
+                         rank_multiple=-1)
+    counts = {depth: count_parameters(at(depth)) for depth in range(1, 36)}
+    assert at(24).n_embd < 256 < at(25).n_embd and counts[25] < counts[24]
+    for budget in (counts[25], counts[24] - 1, counts[24], counts[22], counts[27]):
+        assert solve_depth(at, budget).n_layer == max(depth for depth, n in counts.items() if n <= budget)
 
 
 def test_impossible_budgets_say_what_the_least_is():

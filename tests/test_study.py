@@ -53,6 +53,34 @@ def test_linear_and_not_linear_are_told_apart_by_name():
     assert [c.name for c in named] == ["mlp 64, k 0.25, q 0.25", "mlp 64, k 0.25, q 0.25, silu", "full rank"]
 
 
+def test_a_multiple_is_a_setting_where_the_settings_have_a_fraction_and_else_what_it_makes_of_the_rank():
+    def run(name, multiple, **changes):
+        made = a_run(name, **changes)
+        made.config["derived"]["model"]["rank_multiple"] = multiple
+        return made
+    fraction = dict(attn=[0.297] * 4, flags={"attn_rank": 0.297, "mlp_rank": 0})
+    both = configurations([run("before", 1, **fraction), run("now", -1, **fraction)])
+    assert [c.name for c in both] == ["attn 76", "attn 80"]
+    quarter = dict(attn=[0.25] * 4, flags={"attn_rank": 0.25})
+    for same in (quarter, dict(width=192, **fraction), dict(attn=64), {}):
+        assert len(configurations([run("before", 1, **same), run("now", -1, seed=2, **same)])) == 1
+
+    def single(name, multiple):
+        made = run(name, multiple, flags={"matrix_ranks": "q=0.297"})
+        made.config["derived"]["model"]["matrix_ranks"] = {"q": [0.297] * 4}
+        return made
+    both = configurations([single("before", 1), single("now", -1)])
+    assert [c.name for c in both] == ["q 0.297, rank multiple 1", "q 0.297, rank multiple -1"]
+
+
+def test_solved_ranks_of_single_matrices_are_those_of_the_model():
+    asked = {"matrix_ranks": "down=0.5,v=0", "solve": "rank", "budget_params": "9"}
+    made = a_run("deep", attn=[96] * 4, flags=asked)
+    made.config["derived"]["model"]["matrix_ranks"] = {"v": [0] * 4, "down": [64, 64, 8, 8]}
+    long = a_run("list", flags={"matrix_ranks": "down=64/56/48/40/32/24/16"})
+    assert [c.name for c in configurations([made, long])] == ["attn 96, down 64/64/8/8, v 0", "down 64…16"]
+
+
 def test_a_shape_is_what_it_was_resolved_to():
     """The same depth and rank, asked for as a budget or given: one configuration. So is a default that an older version lacked."""
     asked = a_run("asked", attn=64, mlp=64, flags={"budget_params": "full", "solve": "rank", "attn_rank": 0.5, "mlp_rank": 0.5, "aspect_ratio": 32})

@@ -319,7 +319,9 @@ def test_another_kind_of_low_rank_is_a_comparison_of_its_own_and_no_tuning(flags
     assert sorted(line.estimates[0].ratio for line in h2.lines) == pytest.approx([1.0105, 1.0205], abs=1e-3)
 
 
-@pytest.mark.parametrize("mlp,ranks,speaks", [(64, "k=0.25,q=0.25", True), (0, "q=64,up=64", True), (64, "", False), (64, "q=0", False), (0, "q=64", False)])
+@pytest.mark.parametrize("mlp,ranks,speaks", [
+    (64, "k=0.25,q=0.25", True), (0, "q=64,up=64", True), (64, "", False), (64, "q=0", False),
+    (0, "q=64", False), (0, "q=0/64,up=64/0", True), (64, "q=0/0,v=full", False)])
 def test_h2_wants_a_factored_matrix_in_attention_and_one_in_the_mlp(mlp, ranks, speaks):
     low = [a_run(f"low{s}", s, mlp=mlp, ppl=1.02 * p, flags={"matrix_ranks": ranks}, summary={"params/total": 4_000_000}) for s, p in enumerate(FULL, 1)]
     assert len(judge(full_runs() + low)[1].lines) == speaks

@@ -40,8 +40,9 @@ from nanochat import common, metrics
 from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
-from nanochat.flags import DEEPEST, LONGEST, WIDEST, matrix_ranks, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import DEEPEST, LONGEST, WIDEST, add_rank_multiple, matrix_ranks_flag, number, rank_flag
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.layer_ranks import named_ranks
 from nanochat.optim import build_optimizers
 from nanochat.plan import check_size
 from nanochat.rank import account, predict_peak
@@ -393,7 +394,7 @@ def target_table(found: list[dict]) -> str:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank", "matrix_ranks", "factor_act",
-         "mlp_ratio", "recompute")
+         "rank_multiple", "mlp_ratio", "recompute")
 
 
 def build_parser():
@@ -410,6 +411,7 @@ def build_parser():
     add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
+    add_rank_multiple(add)
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
     add("--mlp-ratio", type=number(above=0), default=4.0, help="of the low-rank model: hidden width of the MLP / width")
     add("--recompute", choices=["none", "bottleneck"], default="none", help="of the low-rank model, as in scripts.base_train")
@@ -428,7 +430,7 @@ def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **
         raise InputError(f"--window-pattern {args.window_pattern}: use the letters S and L")
     heads = width // args.head_dim
     config = GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
-                       n_embd=width, window_pattern=args.window_pattern,
+                       n_embd=width, window_pattern=args.window_pattern, rank_multiple=args.rank_multiple,
                        attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth, **more)
     check_size(config)
     if not config.n_hidden:
@@ -443,7 +445,7 @@ def chosen(args) -> tuple[dict, dict]:
                  "low-rank 512": model_config(args, 512, 0.25, 0.25)}, {"low-rank 512": "dense 512"})
     configs, controls = {"dense": model_config(args, args.model_dim)}, {}
     if args.attn_rank or args.mlp_rank or args.matrix_ranks:
-        single = {name: (rank,) * args.depth for name, rank in matrix_ranks(args.matrix_ranks).items()}
+        single = named_ranks(args.matrix_ranks, args.depth)
         configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank, matrix_ranks=single, factor_act=args.factor_act,
                                            mlp_ratio=args.mlp_ratio, recompute=args.recompute)
         controls["low-rank"] = "dense"

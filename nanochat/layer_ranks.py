@@ -1,0 +1,153 @@
+"""From the flags of rank to one rank a layer, and every check of them; and ranks as they are printed."""
+from argparse import ArgumentTypeError
+
+from nanochat.common import InputError
+from nanochat.flags import matrix_ranks, rank_flag
+from nanochat.gpt import MATRICES, GPTConfig
+from nanochat.rank import GROUPS, SCHEDULES, matrices_by_field, ranks_of_field, ranks_over_depth
+from nanochat.whole_ranks import resolve_rank
+
+
+def is_list(schedule: str) -> bool:
+    return "," in schedule or schedule[:1].isdigit()
+
+
+def schedule_of(args, group: str) -> tuple[str, str]:
+    """(flag, value) of the schedule of a group, attn or mlp: its own where given, else the one for both."""
+    own = getattr(args, f"{group}_rank_schedule")
+    return (f"--{group}-rank-schedule", own) if own else ("--rank-schedule", args.rank_schedule)
+
+
+def layer_ranks(args, group: str, depth: int) -> tuple[float, ...]:
+    """One rank a layer of attention ("attn") or of the MLP ("mlp") under its schedule; () = full rank."""
+    start, own_end = getattr(args, f"{group}_rank"), getattr(args, f"{group}_rank_end")
+    flag, schedule = schedule_of(args, group)
+    if is_list(schedule):
+        ranks = listed_ranks(flag, schedule, depth)
+        if start:
+            raise InputError(f"{flag} {schedule}: gives the ranks that --{group}-rank {start:g} gives too; "
+                             f"leave --{group}-rank out, or give a list to one group with "
+                             "--attn-rank-schedule or --mlp-rank-schedule")
+    elif schedule not in SCHEDULES:
+        raise InputError(f"{flag} {schedule}: use one of {', '.join(SCHEDULES)}, or a list of ranks r0,r1,…")
+    if own_end and (is_list(schedule) or schedule == "constant"):
+        raise InputError(f"--{group}-rank-end {own_end:g}: means nothing under {flag} {schedule}; "
+                         f"give --{group}-rank-schedule linear, step, exponential or quadratic")
+    if is_list(schedule):
+        return ranks
+    if schedule == "constant":
+        return (start,) * depth if start else ()
+    return changing_ranks(args, group, flag, schedule, depth)
+
+
+def listed_ranks(flag: str, schedule: str, depth: int) -> tuple[float, ...]:
+    try:
+        ranks = tuple(rank_flag(part.strip()) for part in schedule.split(","))
+    except ArgumentTypeError as e:
+        raise InputError(f"{flag} {schedule}: {e}") from None
+    if len(ranks) != depth or not all(ranks):
+        raise InputError(f"{flag} {schedule}: give {depth} ranks above 0, one a layer")
+    return ranks
+
+
+def changing_ranks(args, group: str, flag: str, schedule: str, depth: int) -> tuple[float, ...]:
+    """Those of a schedule from one rank to another; () where the schedule is for the other group alone."""
+    start, own_end = getattr(args, f"{group}_rank"), getattr(args, f"{group}_rank_end")
+    end_flag, end = (f"--{group}-rank-end", own_end) if own_end else ("--rank-end", args.rank_end)
+    if not start and own_end:
+        raise InputError(f"{end_flag} {end:g}: needs --{group}-rank above 0 to start from")
+    if not start and flag != "--rank-schedule":
+        raise InputError(f"{flag} {schedule}: needs --{group}-rank above 0 to start from")
+    if not (args.attn_rank or args.mlp_rank):
+        raise InputError(f"{flag} {schedule}: needs --attn-rank or --mlp-rank above 0 to start from")
+    if not start:
+        return ()
+    if not end:
+        own_flag = f", or --{group}-rank-end" if flag != "--rank-schedule" else ""
+        raise InputError(f"{flag} {schedule}: needs --rank-end above 0{own_flag}")
+    if (start < 1) != (end < 1):
+        raise InputError(f"{end_flag} {end:g}: give it as --{group}-rank {start:g} is given, "
+                         "both as ranks or both as fractions")
+    return ranks_over_depth(schedule, start, end, depth)
+
+
+def named_ranks(text: str, depth: int) -> dict[str, tuple[float, ...]]:
+    """--matrix-ranks with one rank a layer of each matrix that it names."""
+    named = {}
+    for name, ranks in matrix_ranks(text).items():
+        if len(ranks) not in (1, depth):
+            raise InputError(f"--matrix-ranks {text}: gives {name} {len(ranks)} ranks; "
+                             f"give one, or {depth}, one a layer")
+        named[name] = ranks * depth if len(ranks) == 1 else ranks
+    return named
+
+
+def list_that_fixes_depth(args) -> str:
+    """The flag and value that has one rank a layer, such as '--rank-schedule 8,4,2'; '' if there is none."""
+    given = [schedule_of(args, "attn"), schedule_of(args, "mlp")]
+    lists = [f"{flag} {value}" for flag, value in given if is_list(value)]
+    if "/" in args.matrix_ranks:
+        lists.append(f"--matrix-ranks {args.matrix_ranks}")
+    return lists[0] if lists else ""
+
+
+def check_ranks(config: GPTConfig):
+    """InputError for the first rank that does not fit its matrix."""
+    flags = {name: f"--matrix-ranks: {name}" for name in MATRICES}
+    flags |= {"attn_ranks": "--attn-rank", "mlp_ranks": "--mlp-rank"}
+    for field, matrices in fields_with_ranks(config).items():
+        for layer, rank in enumerate(ranks_of_field(config, field)):
+            for matrix in matrices:
+                check_rank(f"{flags[field]} (layer {layer})", rank, config.matrix_shape(matrix))
+    check_rank("--lm-head-rank", config.lm_head_rank, (config.n_embd, config.vocab_size))
+
+
+def check_rank(flag: str, rank: float, shape: tuple[int, int]):
+    try:
+        resolve_rank(rank, *shape)
+    except ValueError as e:
+        raise InputError(f"{flag}: {e}") from None
+
+
+def fields_with_ranks(config: GPTConfig) -> dict[str, tuple[str, ...]]:
+    """{attn_ranks, mlp_ranks or a matrix with ranks of its own: the matrices whose ranks it gives}"""
+    return matrices_by_field(config, "attn_ranks") | matrices_by_field(config, "mlp_ranks")
+
+
+# ---- printed ----------------------------------------------------------------------------------------------
+
+def ranks_in_short(ranks: tuple[float, ...]) -> str:
+    """'full', '64', or the first, the middle and the last layer's rank: '100…46…10'."""
+    if not any(ranks):
+        return "full"
+    if len(set(ranks)) == 1:
+        return f"{ranks[0]:g}"
+    return "…".join(f"{ranks[layer]:g}" for layer in (0, len(ranks) // 2, -1))
+
+
+def named_in_short(config: GPTConfig) -> str:
+    """Ranks of matrices that have their own: 'v full, down 64'; '' if there are none."""
+    return ", ".join(f"{name} {ranks_in_short(ranks)}" for name, ranks in config.matrix_ranks.items())
+
+
+def rank_lines(config: GPTConfig) -> list[str]:
+    """What a model's ranks are: 'rank of mlp: 0.297 (384)', with the whole rank that a fraction means."""
+    names = {"attn_ranks": "attention", "mlp_ranks": "mlp"}
+    fields = fields_with_ranks(config)
+    lines = []
+    for field in (*GROUPS, *config.matrix_ranks):
+        if field in fields:
+            shapes = [config.matrix_shape(matrix) for matrix in fields[field]]
+            words = rank_words(ranks_of_field(config, field), shapes, config.rank_multiple)
+            lines.append(f"rank of {names.get(field, field)}: {words}")
+    head = rank_words((config.lm_head_rank,), [(config.n_embd, config.vocab_size)], config.rank_multiple)
+    return [*lines, f"rank of lm_head: {head}"]
+
+
+def rank_words(ranks: tuple[float, ...], shapes: list[tuple[int, int]], multiple: int) -> str:
+    words = []
+    for rank in ranks or (0,):
+        whole = sorted({resolve_rank(rank, *shape, multiple) for shape in shapes}, reverse=True)
+        meaning = f" ({' and '.join(map(str, whole))})" if 0 < rank < 1 else ""
+        words.append(f"{rank:g}{meaning}" if rank else "full")
+    return words[0] if len(set(words)) == 1 else ", ".join(words)

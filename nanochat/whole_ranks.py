@@ -1,0 +1,47 @@
+"""From a rank as it is given to the whole rank of one matrix. Without torch, so that a report can read ranks.
+
+A rank is 0 (full), a whole number, or a fraction in (0, 1) of the matrix's smaller side. A whole number stays
+as it is. A fraction becomes a multiple of --rank-multiple: the matrix units of a GPU read rows in pieces of
+16 bytes, which are 8 numbers in bfloat16, and compute in blocks of 64 numbers or so. For example, 0.297 of
+1280 is 380.16. A row of 380 numbers ends inside a piece, a row of 384 numbers at the end of one.
+"""
+AUTOMATIC = -1  # --rank-multiple: from 1024 rows and columns on 64, from 256 on 8, below as given
+
+
+def rank_step(multiple: int, smaller: int) -> int:
+    """What ranks given as fractions are multiples of in a matrix with this smaller side; 1 = any rank."""
+    if multiple != AUTOMATIC:
+        return multiple if multiple <= smaller else 1
+    if smaller >= 1024:
+        return 64
+    return 8 if smaller >= 256 else 1
+
+
+def resolve_rank(rank: float, in_features: int, out_features: int, multiple: int = 1) -> int:
+    """A rank as given -> the whole rank of one matrix; 0 stays 0 (full). ValueError above min(in, out).
+
+    A fraction becomes the nearest multiple, at least one and at most what fits into min(in, out).
+    """
+    smaller = min(in_features, out_features)
+    if 0 < rank < 1:
+        step = rank_step(multiple, smaller)
+        nearest = max(1, round(rank * smaller / step))
+        return step * min(nearest, smaller // step)
+    if rank < 0 or rank > smaller or rank != int(rank):
+        raise ValueError(f"rank {rank:g} does not fit a {out_features} x {in_features} matrix: "
+                         f"give 0 (full), 1 to {smaller}, or a fraction between 0 and 1")
+    return int(rank)
+
+
+def matrix_ranks_text(ranks: dict[str, tuple[float, ...]]) -> str:
+    """{'v': (0,), 'down': (64, 128)} -> 'down=64/128,v=0', as --matrix-ranks takes it."""
+    words = {name: [f"{rank:g}" for rank in of_layers] for name, of_layers in ranks.items()}
+    return ",".join(f"{name}={'/'.join(words[name])}" for name in sorted(words))
+
+
+def shortest_ranks_text(ranks: dict[str, tuple[float, ...]]) -> str:
+    """The same of one rank a layer, written once where it is the same in all layers."""
+    shortest = {}
+    for name, of_layers in ranks.items():
+        shortest[name] = of_layers[:1] if len(set(of_layers)) == 1 else of_layers
+    return matrix_ranks_text(shortest)
