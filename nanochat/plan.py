@@ -320,7 +320,7 @@ def default_tag(args, config: GPTConfig) -> str:
     for name, ranks in (groups | config.matrix_ranks).items():
         if any(ranks) or name in config.matrix_ranks:
             tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
-    asks_multiple = args.rank_multiple != AUTOMATIC and args.init_from is None
+    asks_multiple = args.rank_multiple != AUTOMATIC and "rank_multiple" in getattr(args, "given", ())
     tag += f"_multiple{args.rank_multiple}" if asks_multiple else ""
     tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
     tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""

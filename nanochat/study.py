@@ -243,7 +243,8 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 def paste_flags(config: Configuration) -> str:
     """The flags of scripts.base_train that make these runs, defaults left out, without tag, wandb name and seed; shell-quoted."""
     from nanochat.plan import SHAPE_FLAGS
-    run, defaults = config.runs[0], flag_defaults()
+    from nanochat.flags import DEFAULTS_BEFORE, build_parser
+    run, defaults = config.runs[0], vars(build_parser().parse_args([]))
     flags, words = run.config.get("flags", {}), []
     if flags.get("adapter"):
         given = {key: flag for key, flag in flags.items() if key not in ("run", "run_tag", "seed", "resume") and flag not in (None, False, "")}
@@ -251,7 +252,7 @@ def paste_flags(config: Configuration) -> str:
         return f"(behind python -m scripts.adapter_train) {' '.join(words)}"
     if "materialized_from" in flags:
         return f"made by scripts.materialize from {flags['materialized_from']}"
-    for key, given in flags.items():
+    for key, given in (DEFAULTS_BEFORE | flags).items():  # an older run is made with the defaults of then
         if key in ("run", "model_tag", "seed", "resume", "dry_run") or given is None or (key in defaults and given == defaults[key]):
             continue
         if flags.get("init_from") and key in SHAPE_FLAGS:

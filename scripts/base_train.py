@@ -92,7 +92,8 @@ def main(argv=None):
         subspace.check_memory(within, config, dtype.itemsize, device_type)
     if args.dry_run:
         return print_plan(config, plan | derived, accounting, args)
-    tag = args.model_tag or check_tag("--model-tag is missing, and", default_tag(args, config))
+    if not args.model_tag:
+        check_tag("--model-tag is missing, and", tag)
     check_memory(args, accounting, device_type)
 
     def build(device) -> Learner:
