@@ -1,0 +1,160 @@
+"""Every command of the README is run as it stands there, in the order of the README, on a tiny text.
+
+Only what makes it big is replaced: DIR becomes a folder of tiny stories, and flags that make a model small are added at the end.
+"""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from nanochat import metrics
+from processes import free_port
+from test_core_eval import write_bundle
+from test_speedrun import SMALL
+
+README = (ROOT / "README.md").read_text("utf-8")
+SHELL_BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+STEPS = ["--max-seq-len", "32", "--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "4", "--eval-tokens", "512",
+         "--sample-every", "-1"]
+SMALLER = {
+    "tok_train": ["--vocab-size", "300"],
+    "base_train": ["--depth", "4", "--model-dim", "128", "--head-dim", "32", *STEPS],
+    "base_train --init-from": [flag for flag in STEPS if flag not in ("--max-seq-len", "32")],
+    "adapter_train": ["--num-iterations", "4", "--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--sample-every", "-1"],
+    "base_eval": ["--eval-tokens", "512"],
+    "generate": ["--max-tokens", "8"],
+    "infer_bench": ["--batch-sizes", "1", "--prompt-tokens", "8", "--repeats", "1"],
+    "layer_bench": ["--model-dim", "64", "--vocab-size", "300", "--ranks", "0.25", "--tokens", "64", "--repeats", "1"],
+    "layer_map_eval": ["--eval-tokens", "64"],
+}
+ELSEWHERE = {  # commands that another test runs, or that no test can
+    "bash speedrun.sh": "test_speedrun",
+    "bash dev/test.sh": "this suite",
+    "bash dev/bench/gpu.sh": "needs a GPU; test_bench runs its parts",
+    "dev/bench/": "test_bench",
+    "dev/experiments/low_rank_substitution.toml": "test_the_experiment_of_the_readme",
+    "srun": "test_two_nodes_under_slurm",
+    "DATA=": "test_speedrun_with_variables",
+}
+
+
+def commands() -> list[str]:
+    lines = "\n".join(SHELL_BLOCKS).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def words_of(command: str, corpus: str) -> list[str]:
+    return [corpus if word in ("DIR", "wiki/") else word for word in shlex.split(command, comments=True)]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """The command with the flags that make it small."""
+    script = words[2].removeprefix("scripts.")
+    return SMALLER.get(f"{script} --init-from" if "--init-from" in words else script, [])
+
+
+def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    bundle = tmp_path / "bundle"  # the README's command downloads it
+    write_bundle(bundle)
+    ran = []
+    for text in commands():
+        if any(part in text for part in ELSEWHERE):
+            continue
+        words = words_of(text, str(corpus_dir))
+        assert words[0] == "python", text
+        if words[1:3] == ["-m", "scripts.layer_map_eval"] and "tuned" in words:
+            shutil.copytree(metrics.runs_dir() / "full", metrics.runs_dir() / "tuned")
+        if words[1] == "-m":
+            core = ["--core-dir", str(bundle)] if "core,bpb,sample" in words else []
+            code, stdout, stderr = command(f"scripts/{words[2].removeprefix('scripts.')}.py", *words[3:], *smaller(words), *core)
+        else:
+            code, stdout, stderr = command(words[1], *words[2:])
+        assert not code, f"{text}\n{stdout[-2000:]}\n{stderr[-2000:]}"
+        ran.append(words[2])
+    assert len(ran) >= 22 and {"scripts.base_train", "scripts.adapter_train", "scripts.materialize", "scripts.report"} <= set(ran)
+    for picture in ("report/report.html", "infer/infer_bench.png", "maps/layer_maps.png", "both/layer_maps.png", "low.json"):
+        assert (tmp_path / picture).stat().st_size > 500, picture
+
+
+def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
+    """The file in the README under the commands beside it; the model and the text are made small."""
+    text = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
+    flags = dict(zip(STEPS[::2], STEPS[1::2]))
+    small = "\n".join(f"{flag[2:]} = {value}" for flag, value in flags.items())
+    for given, instead in (('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"), ("vocab-size = 4096", "vocab-size = 300"),
+                           ("depth = 4", "depth = 1"), ("depth = 8", "depth = 2"), ("model-dim = 384", "model-dim = 32"), ("[1, 2, 3]", "[1]")):
+        assert given in text
+        text = text.replace(given, instead)
+    (tmp_path / "experiment.toml").write_text(text)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    lines = [line for line in commands() if "low_rank_substitution.toml" in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = words_of(line.replace("dev/experiments/low_rank_substitution.toml --preset small", str(tmp_path / "experiment.toml")), "")
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "base/sweeps/experiment/report/report.html").stat().st_size > 10_000
+
+
+def readme_speedrun(command: str, folder, corpus_dir, **variables):
+    """The exit code and what is printed of a command of the README that calls speedrun.sh."""
+    for name in re.findall(r"([A-Z_]+)=", command):
+        variables.pop(name, None)
+    home = folder / "home"
+    home.mkdir()
+    shutil.copytree(corpus_dir, home / "my_texts")
+    small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
+    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": str(folder / "base"), "WANDB_MODE": "offline"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return done.returncode, done.stdout + done.stderr
+
+
+needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
+
+
+@needs_environment
+def test_speedrun_with_variables(tmp_path, corpus_dir):
+    """The line that sets them, on two processes, with its wandb name."""
+    command = next(line for line in commands() if line.startswith("DATA=")).replace("NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="2")
+    assert code == 0, output[-3000:]
+    runs = sorted((tmp_path / "base/runs").iterdir())
+    assert len(runs) == 2 and all(list(run.glob("wandb/offline-run-*")) for run in runs)
+    assert all(metrics.load_run(run).config["device"]["processes"] == 2 for run in runs)
+    assert (tmp_path / "base/report/report.html").exists()
+
+
+SRUN = """#!/usr/bin/env bash
+# the command on two "nodes" of this machine
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_NNODES=2 SLURM_JOB_NODELIST=this
+SLURM_NODEID=1 "$@" & second=$!
+SLURM_NODEID=0 "$@"
+code=$?
+wait "$second" && exit "$code"
+"""
+
+
+@needs_environment
+def test_two_nodes_under_slurm(tmp_path, corpus_dir):
+    """With an srun that starts both nodes on this machine."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    command = next(line for line in commands() if line.startswith("srun"))
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1", MASTER_PORT=str(free_port()), PATH=f"{programs}:{os.environ['PATH']}",
+                                   DATA=str(corpus_dir))
+    assert code == 0, output[-3000:]
+    runs = sorted((tmp_path / "base/runs").iterdir())
+    assert len(runs) == 2 and all(metrics.load_run(run).config["device"]["processes"] == 2 for run in runs)
+    assert (tmp_path / "base/report/report.html").exists()
