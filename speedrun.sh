@@ -4,6 +4,7 @@
 # Every variable below can also be given in the environment: DEPTH=6 MLP_RANK=64 bash speedrun.sh
 # A second call reuses what is there: finished runs are skipped, an interrupted one continues.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: speedrun.sh is written for bash: bash speedrun.sh" >&2; exit 2; }
+{   # bash reads all of this before it runs any of it: the file may be edited for the next run while this one goes on
 set -euo pipefail
 { : <&0; } 2>/dev/null || exec </dev/null   # where standard input is closed
 for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
@@ -32,18 +33,25 @@ source dev/setup.sh   # .venv, installation
 # A signal may reach this shell alone, or every process. It is handed on, and we wait until the training is saved.
 PROCESS=
 SIGNALS=0
+INTERRUPTS=0
 TOLD=0
-tell() {   # a second signal ends it at once
-  TOLD=$((TOLD + 1))
-  kill "-$([ "$TOLD" = 1 ] && echo TERM || echo KILL)" "$PROCESS" 2>/dev/null || :
+tell() {   # a second Ctrl-C ends it at once; other signals come twice from closing terminals and from schedulers
+  [ "$TOLD" = 1 ] || kill -TERM "$PROCESS" 2>/dev/null || :
+  TOLD=1
+  [ "$INTERRUPTS" -lt 2 ] || kill -KILL "$PROCESS" 2>/dev/null || :
 }
-trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$PROCESS" ] || tell' INT TERM HUP USR1 USR2
+hear() {
+  SIGNALS=$((SIGNALS + 1))
+  [ -z "$PROCESS" ] || tell
+}
+trap hear TERM HUP USR1 USR2
+trap 'INTERRUPTS=$((INTERRUPTS + 1)); hear' INT
 run() {
   local code=75 before
   [ "$SIGNALS" = 0 ] || exit "$code"
   "$@" <&0 &
   PROCESS=$!
-  [ "$SIGNALS" = "$TOLD" ] || tell         # one that came before we knew the process
+  [ "$SIGNALS" = 0 ] || tell               # one that came before we knew the process
   while :; do
     before=$SIGNALS
     code=0
@@ -143,3 +151,5 @@ for TAG in "$FULL" "$LOWRANK"; do
 done
 OUT=$(python -c 'from nanochat.common import get_base_dir; print(get_base_dir() / "report")')
 [ "$NODE_RANK" -gt 0 ] || run python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"
+exit
+}

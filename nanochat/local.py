@@ -21,6 +21,7 @@ from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
 from nanochat.figures import TIME, human
 from nanochat.rank import account
+from nanochat.signals import ENDING
 
 POLL = 0.5          # seconds between two looks at the children
 REPORT_EVERY = 60   # seconds between two lines where there is no terminal
@@ -39,7 +40,7 @@ def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
     """Run every point that is not finished; return when none is left, here or in another sweep, or after a signal.
 
     task_command(sweep, point, args): the command line of one run. Returns ({tag: (what happened, log file, its last lines)} of the
-    failed runs, name of the signal or ""). SIGTERM, SIGUSR1 and SIGINT are passed on, so that the runs save; a second one kills them.
+    failed runs, name of the signal or ""). The signals in ENDING are passed on, so that the runs save; a second one kills them.
     """
     here = places(sweep, args.j)
     waiting, running, failed = [p for p in sweep.points if p.status() != "finished"], [], {}
@@ -75,9 +76,17 @@ class Signals(list):
 
     def __enter__(self):
         self.event = threading.Event()
-        self.before = {s: signal.signal(s, lambda number, _: (self.append(number), self.event.set()))
-                       for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.before = {}
+        for number in ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                self.before[number] = signal.signal(number, self.hear)
         return self
+
+    def hear(self, number, _frame):
+        if number == signal.SIGHUP and self:
+            return  # a terminal that closes sends it, and the shell in it once more
+        self.append(number)
+        self.event.set()
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -30,6 +30,7 @@ from nanochat.wandb_worker import MARK, Sent
 SECONDS = 60.0          # what the two variables are where they are not set
 SECONDS_STOPPED = 10.0  # for what is left of a run that was asked to stop: its machine may soon be gone
 SECONDS_OFFLINE = 30.0  # for an offline folder to begin, and to end
+SECONDS_LATER = 10.0    # wandb says why W&B did not answer a little after its own limit
 SECONDS_QUIET = 5.0     # of waiting at the end, before a line says so
 POLL = 0.2              # seconds between two looks at the worker
 PROJECT = "nanochat-lowrank"
@@ -133,7 +134,7 @@ class WandbLog:
             return SECONDS_OFFLINE
         if started:
             return self.job["finish_seconds"]
-        return self.job["start_seconds"] + 10  # wandb says why a little after its own limit
+        return self.job["start_seconds"] + SECONDS_LATER
 
     def _say_where(self, started: dict, trouble: str):
         """Where the run is to be seen; of an offline one, how to send it."""

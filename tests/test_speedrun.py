@@ -1,7 +1,9 @@
 """The two commands as a newcomer calls them, at a size of seconds."""
 import os
 import shutil
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -79,7 +81,9 @@ def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(f
     run, = folder.glob("base/runs/*")
     wait_for(lambda: len(metrics.read_history(run)) >= 5)
     assert len(alive(run.name)) == 3  # torchrun and its workers
-    process.terminate()
+    for _ in range(2):  # as a terminal that closes does, and the shell in it
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode not in (0, 2), stderr[-2000:]
     assert not alive(run.name)
