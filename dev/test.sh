@@ -4,5 +4,7 @@
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 source dev/setup.sh
-export OMP_NUM_THREADS=1  # a core for each of as many tests at once as there are cores
-python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
+export OMP_NUM_THREADS=1
+# a worker more than cores: many tests wait for processes that they have started
+WORKERS=$(python -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))")
+python -m pytest -n "$WORKERS" --dist worksteal "$@"
