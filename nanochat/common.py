@@ -106,7 +106,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 LARGEST_INTEGER = 2**63 - 1  # of torch and numpy
 LARGEST = 1e30   # of other numbers: float32 reaches to 3e38
@@ -133,9 +133,11 @@ def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None =
 
 
 def number(low: float = 0, high: float = LARGEST, *, above: float | None = None, off: float | None = None):
-    """argparse type: a number from `low`, or above `above`, to high; or `off`, which switches off what the flag sets.
+    """argparse type: a number from `low`, or above `above`, to high; or `off`, which switches
+    off what the flag sets.
 
-    It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses others, or takes them for 0.
+    It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses others,
+    or takes them for 0.
     """
     def parse(text):
         try:
@@ -167,7 +169,7 @@ def quoted(text: str) -> str:
     return repr(shortened(text))
 
 
-# ---- flags that several scripts have --------------------------------------------------------------------------------
+# ---- flags that several scripts have -----------------------------------------------------------------------
 
 def device_flags(add, dtype: str):
     """--device-type and --dtype, for pick_device_type and compute_dtype. `dtype` says what is of that dtype."""
@@ -183,7 +185,8 @@ def get_base_dir() -> Path:
     try:
         return Path(given or "~/.cache/nanochat-lowrank").expanduser()
     except RuntimeError:  # no such user, or one without a home folder
-        fault = f"={given}: there is no such home folder" if given else ": not set, and there is no home folder"
+        fault = (f"={given}: there is no such home folder" if given
+                 else ": not set, and there is no home folder")
         raise InputError(f"NANOCHAT_BASE_DIR{fault}; give it a folder, for example /tmp/nanochat") from None
 
 
@@ -208,7 +211,9 @@ def write_atomic(path: Path, content: str | bytes):
 
 
 def check_out(flag: str, path: Path, is_file: bool = False):
-    """InputError if results cannot be written there; ask before they are computed. path: a folder, or a file."""
+    """InputError if results cannot be written there; ask before they are computed. path:
+    a folder, or a file.
+    """
     folder = path.absolute().parent if is_file else path.absolute()
     try:
         if is_file and path.is_dir():
@@ -244,8 +249,9 @@ def locked(path: Path):
 
 @contextlib.contextmanager
 def claimed(path: Path, what: str):
-    """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and host if another
-    one has it. While the holder writes a checkpoint it is waited for: it may be an orphan (nanochat.writer).
+    """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and
+    host if another one has it. While the holder writes a checkpoint it is waited for: it may be an
+    orphan (nanochat.writer).
     """
     waits = False
     while not (lock := locks.acquire(path, wait=False)):
@@ -263,7 +269,9 @@ def claimed(path: Path, what: str):
 
 
 def memory_bytes(device_type: str) -> int:
-    """All the memory of a GPU, of the machine, or of the container around us. A batch system may allow less."""
+    """All the memory of a GPU, of the machine, or of the container around us. A batch
+    system may allow less.
+    """
     if device_type == "cuda":
         import torch
         if not torch.cuda.is_available():  # what that means is said by `init_process`
@@ -366,7 +374,8 @@ def join_group(device, rank: int, world_size: int):
     patience.start()
     on_gpu = device.type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                device_id=device if on_gpu else None)
     except (RuntimeError, ValueError) as e:
         raise InputError(f"{place}: process {rank} of {world_size} did not find the others: {first_line(e)}; "
                          f"{WAY_OUT}") from None
@@ -384,7 +393,9 @@ def stop_without_launcher():
 
 
 def stop_without(parent: int, patience: float = 600):
-    """Once the process that started this one is gone, ask this one to stop; end it `patience` seconds later."""
+    """Once the process that started this one is gone, ask this one to stop; end it
+    `patience` seconds later.
+    """
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)

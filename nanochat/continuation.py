@@ -68,7 +68,7 @@ def tag_by_default(args, tag_of) -> str:
     return tag
 
 
-# ---- the same run or another ----------------------------------------------------------------------------------------
+# ---- the same run or another -------------------------------------------------------------------------------
 
 def differences(record: dict, flags: dict, derived: dict) -> list[str]:
     """Names of what differs between a record and the run of these flags and derived values, with both values.

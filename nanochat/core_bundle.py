@@ -118,13 +118,14 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
         raise InputError(f"{path}: not a table in CSV: {e}") from None
     if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
         there = shortened(", ".join(columns)) or "none"
-        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {there}")
+        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; "
+                         f"there are: {there}")
     baselines = {}
     for row in rows:
         task, baseline = row["Eval Task"], row["Random baseline"]
         if baselines.setdefault(task, baseline) != baseline:
-            raise InputError(f"{path}: task {task} is listed twice, with \"Random baseline\" {baselines[task]} and "
-                             f"{baseline}; leave one of them")
+            raise InputError(f"{path}: task {task} is listed twice, "
+                             f"with \"Random baseline\" {baselines[task]} and {baseline}; leave one of them")
     return baselines
 
 
@@ -152,8 +153,9 @@ def read_task(folder: Path, entry: dict, baselines: dict, read) -> Task:
         raise InputError(f"{where}: num_fewshot {shots!r} is not a list of one whole number")
     given = baselines.get(str(label))
     if (baseline := percent(given)) is None:
-        raise InputError(f"{folder / 'eval_meta_data.csv'}: no \"Random baseline\" in percent for task {label}: "
-                         f"{quoted(given or '')}; give 0, or a number from 1 to below 100, such as 25 for one of four answers")
+        raise InputError(f"{folder / 'eval_meta_data.csv'}: "
+                         f"no \"Random baseline\" in percent for task {label}: {quoted(given or '')}; "
+                         "give 0, or a number from 1 to below 100, such as 25 for one of four answers")
     name = f"eval_data/{entry['dataset_uri']}"
     lines = [(number, line) for number, line in enumerate(read(name).split("\n"), 1) if line.strip()]
     examples = [read_example(line, kind, f"{folder / name}: line {number}") for number, line in lines]

@@ -167,9 +167,10 @@ def judged(logits, targets):
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
-def score(model, rows: list, dtype, tokens: int, stop: StopRequest = NEVER) -> list[list[tuple[float, bool]]] | None:
-    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process was
-    asked to stop before the last.
+def score(model, rows: list, dtype, tokens: int,
+          stop: StopRequest = NEVER) -> list[list[tuple[float, bool]]] | None:
+    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process
+    was asked to stop before the last.
     """
     out = [None] * len(rows)
     for batch in batches(rows, tokens):

@@ -12,8 +12,8 @@ ON_THE_CPU = "or train on the CPU: --device-type cpu, or CUDA_VISIBLE_DEVICES= (
 def usable_gpus() -> int:
     """How many GPUs torch can use. InputError where this machine has some, and torch can use none.
 
-    With a driver too old for torch's CUDA, or a build of torch without CUDA, a run would otherwise train on the
-    CPU, unnoticed for hours.
+    With a driver too old for torch's CUDA, or a build of torch without CUDA, a run would otherwise train on
+    the CPU, unnoticed for hours.
     """
     import torch
     with warnings.catch_warnings():
@@ -22,8 +22,9 @@ def usable_gpus() -> int:
             return torch.cuda.device_count()
         listed = 0 if hidden() else max(torch.cuda.device_count(), len(device_files()))
     if listed:
-        raise InputError(f"--device-type: this machine has {listed} GPU(s), but torch {torch.__version__} cannot use "
-                         f"them: {reason()}; install a driver and a build of torch that fit each other, {ON_THE_CPU}")
+        raise InputError(f"--device-type: this machine has {listed} GPU(s), "
+                         f"but torch {torch.__version__} cannot use them: {reason()}; "
+                         f"install a driver and a build of torch that fit each other, {ON_THE_CPU}")
     return 0
 
 
@@ -34,7 +35,9 @@ def hidden() -> bool:
 
 
 def device_files() -> list[str]:
-    """Those of NVIDIA GPUs that we may open. A container or a scheduler may show us files of other GPUs too."""
+    """The device files of those NVIDIA GPUs that we may open. A container or a scheduler may show us files of
+    other GPUs too.
+    """
     return [path for path in glob.glob("/dev/nvidia[0-9]*") if opens(path)]
 
 

@@ -1,8 +1,8 @@
 """The environment as launchers, schedulers, notebooks and containers leave it.
 
-Libraries read some variables when they are imported, and fail in ways that name no variable. So each script begins
-here. What cannot be used is replaced, with one line on standard error where the user had chosen it, or refused in
-one line that names the variable.
+Libraries read some variables when they are imported, and fail in ways that name no variable. So each script
+begins here. What cannot be used is replaced, with one line on standard error where the user had chosen it, or
+refused in one line that names the variable.
 """
 import getpass
 import os
@@ -16,16 +16,17 @@ MOST_THREADS = 1024
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TEMPORARY_FOLDERS = ("TMPDIR", "TEMP", "TMP")
 # what programs write into a home folder, and the variable that names another place for it
-HOME_FOLDERS = {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
-                "HF_HOME": "huggingface", "WANDB_CONFIG_DIR": "wandb/config", "WANDB_CACHE_DIR": "wandb/cache",
+HOME_FOLDERS = {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton",
+                "TORCHINDUCTOR_CACHE_DIR": "inductor", "HF_HOME": "huggingface",
+                "WANDB_CONFIG_DIR": "wandb/config", "WANDB_CACHE_DIR": "wandb/cache",
                 "WANDB_DATA_DIR": "wandb/data", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config"}
 # set by a launcher for the processes of one run
-PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
-                 "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
-                 "TORCHELASTIC_ERROR_FILE")
+PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                 "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
+                 "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
 # the place of a process on its machine, as Open MPI, Intel MPI, MVAPICH, PALS and Slurm say it
-LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PALS_LOCAL_RANKID",
-               "SLURM_LOCALID")
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK",
+               "PALS_LOCAL_RANKID", "SLURM_LOCALID")
 
 
 def prepare_environment():
@@ -36,7 +37,8 @@ def prepare_environment():
 
 def replace_unusable_variables():
     """Change variables only, nothing on the disk."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's may not be installed here; our figures are files and need none
+    # a notebook's may not be installed here; our figures are files and need none
+    os.environ.pop("MPLBACKEND", None)
     for name in THREAD_COUNTS:
         check_thread_count(name)
     for name in TEMPORARY_FOLDERS:
@@ -102,7 +104,9 @@ def home_of_user() -> str:
 
 
 def choose_temporary_folder():
-    """Where no usual place can be written to, Python takes the folder we are in. The base directory is better."""
+    """Where no usual place can be written to, Python takes the folder we are in. The base
+    directory is better.
+    """
     try:
         usable = tempfile.gettempdir() != os.getcwd()
     except OSError:
@@ -114,7 +118,7 @@ def choose_temporary_folder():
         tempfile.tempdir = str(instead)
 
 
-# ---- the processes of a run -----------------------------------------------------------------------------------------
+# ---- the processes of a run --------------------------------------------------------------------------------
 
 WAY_OUT = "start with torchrun, which sets all of them, or unset RANK and WORLD_SIZE for a run of one process"
 

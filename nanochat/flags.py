@@ -1,7 +1,8 @@
 """The flags of the training scripts, in groups, and how their values are read. What they mean together is nanochat/plan.py's."""
 from argparse import ArgumentTypeError
 
-from nanochat.common import LARGEST_INTEGER, ArgumentParser, as_whole_number, device_flags, number, quoted, shortened, whole_number
+from nanochat.common import (LARGEST_INTEGER, ArgumentParser, as_whole_number, device_flags, number, quoted,
+                             shortened, whole_number)
 from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.naming import optional_tag, run_name
@@ -38,7 +39,8 @@ def rank_flag(text: str) -> float:
         if not 0 < value < 1:
             value = -1
     if not 0 <= value <= LARGEST_INTEGER:
-        raise ArgumentTypeError(f"{quoted(text)}: give 0 (full rank), a whole number, or a fraction between 0 and 1")
+        raise ArgumentTypeError(f"{quoted(text)}: give 0 (full rank), a whole number, "
+                                "or a fraction between 0 and 1")
     return value
 
 
@@ -47,8 +49,9 @@ def matrix_ranks(text: str) -> dict[str, tuple[float, ...]]:
     pairs = [part.strip().partition("=")[::2] for part in text.split(",") if part.strip()]
     names = [name.strip() for name, _ in pairs]
     if unknown := sorted(set(names) - set(MATRICES)):
-        raise ArgumentTypeError(f"{quoted(text)}: no matrix is called {shortened(', '.join(unknown))}; write e.g. "
-                                f"v=128,down=0.5, of {', '.join(MATRICES)}; one rank a layer as v=64/64/128")
+        raise ArgumentTypeError(f"{quoted(text)}: no matrix is called {shortened(', '.join(unknown))}; "
+                                f"write e.g. v=128,down=0.5, of {', '.join(MATRICES)}; "
+                                "one rank a layer as v=64/64/128")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ArgumentTypeError(f"{quoted(text)}: gives {twice[0]} more than once; "
                                 f"one rank a layer is written {twice[0]}=64/64/128")
@@ -79,7 +82,8 @@ def positive_floats(text: str) -> list[float]:
     try:
         return [number(above=0)(part) for part in text.split(",") if part.strip()]
     except ArgumentTypeError:
-        raise ArgumentTypeError(f"{quoted(text)} is not a list of positive numbers such as 100,50,30") from None
+        raise ArgumentTypeError(f"{quoted(text)} is not a list of positive "
+                                "numbers such as 100,50,30") from None
 
 
 # ---- flags, in groups -----------------------------------------------------------------------------------------------
@@ -87,7 +91,8 @@ def positive_floats(text: str) -> list[float]:
 
 def add_machine_flags(add):
     """Where and how a run computes, and what it is called on the dashboard."""
-    add("--run", type=run_name, default="dummy", help="wandb run name; 'dummy' turns wandb off, the local record is always written")
+    add("--run", type=run_name, default="dummy",
+        help="wandb run name; 'dummy' turns wandb off, the local record is always written")
     device_flags(add, "compute dtype; master weights are float32; auto = bfloat16 on a GPU, and on a CPU that has instructions for it")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto = on for cuda; on a cpu from 4e13 training FLOPs on")
     add("--recompute", choices=["none", "bottleneck"], default="none",
@@ -97,10 +102,13 @@ def add_machine_flags(add):
 def add_shape_flags(add):
     """The model but for its ranks."""
     add("--depth", type=whole_number(1, DEEPEST), default=20, help="layers")
-    add("--aspect-ratio", type=whole_number(1, WIDEST), default=64, help="width = depth × this, rounded up to a multiple of --head-dim")
-    add("--model-dim", type=whole_number(1, WIDEST, off=-1), default=-1, help="width, overriding depth × aspect-ratio")
+    add("--aspect-ratio", type=whole_number(1, WIDEST), default=64,
+        help="width = depth × this, rounded up to a multiple of --head-dim")
+    add("--model-dim", type=whole_number(1, WIDEST, off=-1), default=-1,
+        help="width, overriding depth × aspect-ratio")
     add("--head-dim", type=whole_number(1, WIDEST), default=128)
-    add("--n-kv-head", type=whole_number(1, off=-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--n-kv-head", type=whole_number(1, off=-1), default=-1,
+        help="key/value heads, a divisor of the heads; -1 = as many as heads")
     add("--mlp-ratio", type=number(above=0), default=4.0, help="hidden width of the MLP / width")
     add("--max-seq-len", type=whole_number(2, LONGEST), default=2048)
     add("--window-pattern", default="SSSL", help="attention per layer, tiled: L = whole context, S = half; the last layer is L")
@@ -154,28 +162,33 @@ def add_subspace_flags(add):
 def add_horizon_flags(add):
     """The batch, and how long to train: of the horizons the first that is given counts."""
     add("--num-iterations", type=whole_number(1, off=-1), default=-1, help="optimization steps")
-    add("--target-flops", type=number(above=0, off=-1), default=-1, help="total training FLOPs, always of this model itself")
-    add("--target-param-data-ratio", type=number(above=0, high=1e9, off=-1), default=12, help="tokens per parameter of the matrices, head included")
+    add("--target-flops", type=number(above=0, off=-1), default=-1,
+        help="total training FLOPs, always of this model itself")
+    add("--target-param-data-ratio", type=number(above=0, high=1e9, off=-1), default=12,
+        help="tokens per parameter of the matrices, head included")
     add("--horizon-from", choices=["full", "own"], default="full",
         help="whose parameters the steps and the batch follow from where they are not given: those of the "
         "full-rank model of the same shape, so that runs of other ranks take the same; or the model's own")
     add("--device-batch-size", type=whole_number(1, LONGEST), default=32,
         help="the most rows in one forward pass of one process: what its memory allows")
-    add("--total-batch-size", type=whole_number(1, off=-1), default=-1, help="tokens in one step; -1 = from the training tokens")
+    add("--total-batch-size", type=whole_number(1, off=-1), default=-1,
+        help="tokens in one step; -1 = from the training tokens")
 
 
 def add_rate_flags(add):
     """Learning rates of everything that is trained from scratch."""
     add("--embedding-lr", type=number(0), default=0.3, help="of the embedding tables")
     add("--unembedding-lr", type=number(0), default=0.004, help="of the head at width 768; scaled by 768 / width")
-    add("--matrix-lr", type=number(0, off=-1), default=-1, help="of Muon for the matrices in the blocks; -1 = from the number of steps")
+    add("--matrix-lr", type=number(0, off=-1), default=-1,
+        help="of Muon for the matrices in the blocks; -1 = from the number of steps")
     add("--scalar-lr", type=number(0), default=0.1, help="of the per-layer and per-channel scalars")
     add("--weight-decay", type=number(0), default=0.0, help="of the matrices in the blocks")
 
 
 def add_schedule_flags(add):
     """What the learning rates do over the steps."""
-    add("--grad-clip", type=number(above=0, off=-1), default=-1, help="largest norm of the gradient; -1 = no clipping")
+    add("--grad-clip", type=number(above=0, off=-1), default=-1,
+        help="largest norm of the gradient; -1 = no clipping")
     add("--warmup-steps", type=whole_number(0), default=0)
     add("--warmdown-ratio", type=number(0, 1), default=0.5, help="share of the steps over which the learning rates fall linearly")
     add("--final-lr-frac", type=number(0, 1), default=0.0, help="where they end, as a fraction")
@@ -183,16 +196,20 @@ def add_schedule_flags(add):
 
 def add_evaluation_flags(add):
     """What is measured on the way."""
-    add("--eval-every", type=whole_number(1, off=-1), default=250, help="steps between evaluations; -1 = only at the end")
+    add("--eval-every", type=whole_number(1, off=-1), default=250,
+        help="steps between evaluations; -1 = only at the end")
     add("--eval-tokens", type=whole_number(1), default=2**19, help="validation tokens, taken from the start of the validation text")
     add("--ppl-thresholds", type=positive_floats, default=[100.0, 50.0, 30.0], help="perplexities to time")
-    add("--stop-at-ppl", type=number(1, off=-1), default=-1, help="stop at the first evaluation at or below this perplexity")
-    add("--sample-every", type=whole_number(1, off=-1), default=2000, help="steps between text samples (and at the end); -1 = none")
+    add("--stop-at-ppl", type=number(1, off=-1), default=-1,
+        help="stop at the first evaluation at or below this perplexity")
+    add("--sample-every", type=whole_number(1, off=-1), default=2000,
+        help="steps between text samples (and at the end); -1 = none")
 
 
 def add_checkpoint_flags(add):
     """What is saved, and gone on from."""
-    add("--save-every", type=whole_number(1, off=-1), default=-1, help="steps between checkpoints; -1 = only at the end")
+    add("--save-every", type=whole_number(1, off=-1), default=-1,
+        help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=whole_number(1, off=-1), default=2, help="newest checkpoints to keep; -1 = all")
     add("--max-bad-steps", type=whole_number(0), default=5,
         help="steps in a row whose loss or gradient may be not finite (they are not applied) before the run stops")
@@ -201,8 +218,10 @@ def add_checkpoint_flags(add):
 
 def add_core_flags(add):
     """The CORE metric on the way."""
-    add("--core-metric-every", type=whole_number(1, off=-1), default=-1, help="steps between measurements of CORE (and at the end); -1 = none")
-    add("--core-metric-max-per-task", type=whole_number(1, off=-1), default=500, help="examples asked in each task of CORE; -1 = all")
+    add("--core-metric-every", type=whole_number(1, off=-1), default=-1,
+        help="steps between measurements of CORE (and at the end); -1 = none")
+    add("--core-metric-max-per-task", type=whole_number(1, off=-1), default=500,
+        help="examples asked in each task of CORE; -1 = all")
     add("--core-dir", default="", help="folder of the evaluation bundle; '' = downloaded once")
 
 
@@ -217,7 +236,8 @@ def build_parser():
     """The flags of scripts.base_train."""
     parser = ArgumentParser("Pretrain a GPT, full rank or low rank.")
     add = parser.add_argument
-    add("--model-tag", type=optional_tag, default="", help="name of the run folder ('' = made from the shape)")
+    add("--model-tag", type=optional_tag, default="",
+        help="name of the run folder ('' = made from the shape)")
     add_machine_flags(add)
     add("--seed", type=whole_number(0), default=42, help="model initialisation and data order")
     add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder of parquet / jsonl / txt files")

@@ -39,8 +39,9 @@ class Running:
 def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
     """Run every point that is not finished; return when none is left, here or in another sweep, or after a signal.
 
-    task_command(sweep, point, args): the command line of one run. Returns ({tag: (what happened, log file, its last lines)} of the
-    failed runs, name of the signal or ""). The signals in ENDING are passed on, so that the runs save; a second one kills them.
+    task_command(sweep, point, args): the command line of one run. Returns ({tag: (what happened, log file,
+    its last lines)} of the failed runs, name of the signal or ""). The signals in ENDING are passed on, so
+    that the runs save; a second one kills them.
     """
     here = places(sweep, args.j)
     waiting, running, failed = [p for p in sweep.points if p.status() != "finished"], [], {}

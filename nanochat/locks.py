@@ -35,7 +35,9 @@ class Lock:
         return self.file.fileno()
 
     def sign(self, activity: str = ""):
-        """Say in the lock file that this process holds it and what it does. A forked process takes the lock over so."""
+        """Say in the lock file that this process holds it and what it does. A forked process takes the lock
+        over by doing the same.
+        """
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
         self.file.flush()
@@ -86,7 +88,7 @@ def holder(path: Path) -> str:
     return "another process"
 
 
-# ---- file systems without flock -------------------------------------------------------------------------------------
+# ---- file systems without flock ----------------------------------------------------------------------------
 
 def owner_path(path: Path) -> Path:
     return path.with_name(path.name + ".owner")

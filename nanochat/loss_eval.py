@@ -55,8 +55,8 @@ def reference_losses(train_rows: Rows, val_rows: Rows, count: int, vocab_size: i
 
 
 def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NEVER) -> list[str] | None:
-    """48 tokens after the first 16 of each of the first two validation rows. None if this process was asked to
-    stop before they were all there.
+    """48 tokens after the first 16 of each of the first two validation rows. None if this process was asked
+    to stop before they were all there.
     """
     texts = []
     for i in range(min(2, val_rows.count)):

@@ -17,7 +17,7 @@ RULE = (f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginni
         f"at most {LONGEST_TAG} bytes")
 
 
-# ---- what can be a name ---------------------------------------------------------------------------------------------
+# ---- what can be a name ------------------------------------------------------------------------------------
 
 def is_tag(text: str) -> bool:
     """Whether a text can name a run: one part of a path, which no command takes for an option."""
@@ -50,12 +50,12 @@ def optional_tag(text: str) -> str:
 def run_name(text: str) -> str:
     """argparse type: a name on W&B's dashboard."""
     if not text.strip() or not text.isprintable() or len(text) > LONGEST_RUN_NAME:
-        raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable characters, "
-                                "or 'dummy' to turn it off")
+        raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable "
+                                "characters, or 'dummy' to turn it off")
     return text
 
 
-# ---- runs by their names --------------------------------------------------------------------------------------------
+# ---- runs by their names -----------------------------------------------------------------------------------
 
 def run_folder(flag: str, text: str) -> Path:
     """The folder of the run that a flag names. InputError, beginning with the flag, if there is none."""

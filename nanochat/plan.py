@@ -6,8 +6,10 @@ from pathlib import Path
 
 from nanochat import metrics
 from nanochat.checkpoint_manager import saved_steps
-from nanochat.common import LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted, shortened
-from nanochat.flags import DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser, group_defaults
+from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted,
+                             shortened)
+from nanochat.flags import (DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser,
+                            group_defaults)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.layer_ranks import (check_ranks, layer_ranks, list_that_fixes_depth, named_in_short,
@@ -45,7 +47,8 @@ def starting_point(init_from: str) -> tuple[Path, int]:
     tag, _, step = init_from.partition(":")
     folder = run_folder("--init-from", tag)
     if not (steps := saved_steps(folder)):
-        raise InputError(f"--init-from {init_from}: the run {tag} has no checkpoint in {folder / 'checkpoints'} yet")
+        raise InputError(f"--init-from {init_from}: "
+                         f"the run {tag} has no checkpoint in {folder / 'checkpoints'} yet")
     if step and as_whole_number(step) not in steps:
         raise InputError(f"--init-from {init_from}: no checkpoint of step {step}; there are: {steps}")
     return folder, int(step or steps[-1])
@@ -86,21 +89,24 @@ def check_size(config: GPTConfig):
     C, N = config.n_embd, config.n_hidden
     entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
     if entries > MOST_PARAMETERS:
-        raise InputError(f"--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: {config.n_layer} layers of "
-                         f"width {C:,}, with MLPs of {N:,} and a vocabulary of {config.vocab_size:,}, are more than "
-                         f"{MOST_PARAMETERS:.0e} parameters; give less of one of them")
+        raise InputError("--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: "
+                         f"{config.n_layer} layers of width {C:,}, with MLPs of {N:,} and a vocabulary of "
+                         f"{config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; "
+                         "give less of one of them")
 
 
 def check_memory(args, accounting: dict, device_type: str):
-    """InputError if this machine's memory can never hold the training. Activations count half: compilation saves some."""
+    """InputError if this machine's memory can never hold the training. Activations count half:
+    compilation saves some.
+    """
     needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"]
     needed += accounting.get("mem/activations_bytes", 0) // 2
     there = memory_bytes(device_type)
     if needed > there:
         flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size"
         flags += ", --subspace-dim" if args.subspace else ""
-        raise InputError(f"{flags}: weights, gradients and activations need at least "
-                         f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them")
+        raise InputError(f"{flags}: weights, gradients and activations need at least {needed / 2**30:,.1f} "
+                         f"GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them")
 
 
 def tied_map(text: str, depth: int) -> tuple[int, ...]:
@@ -125,13 +131,13 @@ def parameter_budget(args) -> int:
     """--budget-params as a number; of a run, what it has."""
     if (budget := as_whole_number(args.budget_params)) is not None:
         if not 0 < budget <= LARGEST_INTEGER:
-            raise InputError(f"--budget-params {quoted(args.budget_params)}: give a number of parameters such as "
-                             "10_000_000, or the tag of a run")
+            raise InputError(f"--budget-params {quoted(args.budget_params)}: "
+                             "give a number of parameters such as 10_000_000, or the tag of a run")
         return budget
     folder = metrics.runs_dir() / args.budget_params
     if not is_tag(args.budget_params) or not (folder / "config.json").is_file():
-        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as 10_000_000 "
-                         f"nor a run's tag: {no_such_run(args.budget_params)}")
+        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as "
+                         f"10_000_000 nor a run's tag: {no_such_run(args.budget_params)}")
     found = metrics.load_run(folder).summary.get("params/total")
     if found is None:
         raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
@@ -153,8 +159,8 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def checked_depth(args, depth: int) -> int:
     if depth > DEEPEST:
-        raise InputError(f"--budget-params {args.budget_params}: leaves room for more than {DEEPEST:,} layers; "
-                         "give less, or a larger --model-dim")
+        raise InputError(f"--budget-params {args.budget_params}: "
+                         f"leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim")
     return depth
 
 
@@ -194,7 +200,8 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
         raise InputError("--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth")
     check_depth_is_free(args, "--plan")
     if args.depth > 256:
-        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256")
+        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that; "
+                         "give at most 256")
     budget, found = parameter_budget(args), []
     for depth in range(1, 4 * args.depth + 1):
         config = nearest_config(args, vocab_size, depth)
@@ -297,8 +304,8 @@ def take_device_batch(args, plan: dict, world_size: int):
 
 def check_schedule(args, steps: int):
     if args.warmup_steps > steps:
-        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, which would "
-                         f"never reach its learning rates; give at most {steps}")
+        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, "
+                         f"which would never reach its learning rates; give at most {steps}")
 
 
 def horizon_words(args) -> str:

@@ -71,7 +71,7 @@ def reader_of(path: Path) -> Iterator[tuple[str, str]]:
     return read_text(path)
 
 
-# ---- parquet --------------------------------------------------------------------------------------------------------
+# ---- parquet -----------------------------------------------------------------------------------------------
 
 def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
     import pyarrow as pa  # here, because the embedded corpus needs none of it
@@ -111,7 +111,7 @@ def as_bytes(column):
     return column.cast(pa.large_binary())
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ---- JSON --------------------------------------------------------------------------------------------------
 
 def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
     with opened(path) as f:
@@ -256,7 +256,7 @@ def holds_no_text(path: Path) -> bool:
     return not (isinstance(row, dict) and "text" in row)
 
 
-# ---- plain text, compressed files -----------------------------------------------------------------------------------
+# ---- plain text, compressed files --------------------------------------------------------------------------
 
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix.lower() not in COMPRESSIONS and path.stat().st_size > max_bytes():

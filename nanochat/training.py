@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat import common, compiler, continuation, metrics, signals, writer
-from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest, save_checkpoint,
-                                         saved_steps)
+from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest,
+                                         save_checkpoint, saved_steps)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -23,8 +23,8 @@ from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
 from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
-from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state, share_parameters,
-                               share_requests)
+from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state,
+                               share_parameters, share_requests)
 from nanochat.plan import print_plan
 from nanochat.tokenizer import other_text
 
@@ -105,8 +105,8 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
 
 def forward_backward(model, batches, micro_steps: int, place, dtype, stop) -> tuple[float | None, bool]:
     """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all
-    of them, whether a process was asked to stop). The loss is None if one of them broke the step off for that:
-    the gradients are then of no use.
+    of them, whether a process was asked to stop). The loss is None if one of them broke the step off for
+    that: the gradients are then of no use.
     """
     device, rank, world_size = place
     total = torch.zeros(3, device=device)  # loss, requests to stop, processes that broke off
@@ -191,8 +191,8 @@ class Evaluation:
                         self.args.device_batch_size, device, self.dtype, rank, world_size, stop)
 
     def __call__(self, step: int, stop) -> tuple[dict, bool] | None:
-        """(values for the record, whether the run ends with this step). None if this process broke off because a
-        process was asked to stop; what the others then return is void.
+        """(values for the record, whether the run ends with this step). None if this process broke off
+        because a process was asked to stop; what the others then return is void.
         """
         args, model = self.args, self.learner.model
         values = {}
@@ -209,7 +209,8 @@ class Evaluation:
             if core is None:
                 return None
             values["core_metric"] = core["core_metric"]
-            values |= {f"centered_results/{label}": score for label, score in core["centered_results"].items()}
+            values |= {f"centered_results/{label}": score
+                       for label, score in core["centered_results"].items()}
         if self.place[1] == 0 and (self.falls_on(step, "sample_every") or (last and args.sample_every > 0)):
             samples = sample_texts(model, self.tokenizer, self.val_rows, self.dtype, stop)
             if samples is None:
@@ -237,8 +238,8 @@ def check_resume(resume: str):
 
 def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build,
         tag_flag: str = "--model-tag", corpus=None, **derived):
-    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits with
-    `signals.exit_code` if it was asked to stop before.
+    """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits
+    with `signals.exit_code` if it was asked to stop before.
 
     start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named
     it. corpus: the text of --data, if it is open already. derived: more that config.json is to hold and that
@@ -302,8 +303,8 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
 
 def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer,
           train_rows: Rows, val_rows: Rows, core, place, dtype, lock) -> signals.StopRequest | None:
-    """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with its
-    state saved; else None.
+    """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with
+    its state saved; else None.
 
     lock: the locks.Lock, on the first process, by which it holds the folder.
     """
@@ -373,8 +374,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
                 "total_training_flops": tokens * accounting["flops/per_token"]}
 
     def measure(step, entry, line, stopping):
-        """Add to the entry what is to be measured after this step, and record it. Returns whether the run ends
-        with it, whether a process was asked to stop, and whether the measuring is owed: put off for that.
+        """Add to the entry what is to be measured after this step, and record it. Returns whether
+        the run ends with it, whether a process was asked to stop, and whether the measuring is
+        owed: put off for that.
         """
         last = False
         owed = False
@@ -420,7 +422,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
             started = time.perf_counter()
             if learner.draws:
-                torch.manual_seed(hash((args.seed, step, rank)))  # of whole numbers: the same in every process
+                # a hash of whole numbers: the same in every process
+                torch.manual_seed(hash((args.seed, step, rank)))
             loss, stopping = forward_backward(model, batches, plan["grad_accum_steps"], place, dtype, stop)
             if loss is None:  # broken off: the model is still that of the step before
                 step -= 1
@@ -433,7 +436,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
                 learner.after_update()
             model.zero_grad()
             if evaluation.due(step) and device.type == "cuda":
-                torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
+                # so that the evaluation does not wait for the update on its own clock
+                torch.cuda.synchronize()
             dt = time.perf_counter() - started
             seconds += dt
             speed = plan["total_batch_size"] / dt
@@ -451,7 +455,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
                 entry |= {"mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
                           "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
             minutes = (steps - step) * seconds / step / 60
-            line = f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {minutes:.1f} min"
+            line = (f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | "
+                    f"ETA {minutes:.1f} min")
             line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
 
             last, stopping, owed = measure(step, entry, line, stopping)
@@ -474,5 +479,6 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
     if record:
         record.close()
-        print0(f"finished: {folder}" if last else f"stopped after step {step} as asked; continue with --resume auto")
+        print0(f"finished: {folder}" if last
+               else f"stopped after step {step} as asked; continue with --resume auto")
     return None if last else stop

@@ -51,7 +51,8 @@ class WandbLog:
     """One run on W&B, from its first step, or the step that it goes on from, to its end. Lives on rank 0."""
 
     def __init__(self, folder: Path, name: str, accounting: dict, offset: int, resumed_step: int):
-        """folder: of the run, with config.json in it; name: on the dashboard; accounting: see metrics.RunRecord.
+        """folder: of the run, with config.json in it; name: on the dashboard; accounting:
+        see metrics.RunRecord.
 
         offset: bytes of metrics.jsonl that earlier starts of the run wrote; resumed_step: the step from which
         it goes on, 0 where it begins.

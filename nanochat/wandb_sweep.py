@@ -1,9 +1,10 @@
 """A sweep as a W&B sweep: the server deals out the points, agents on any machines run them.
 
-The grid has one parameter, `task`, the tag of a point. An agent's command, `python -m scripts.sweep FILE --task=TAG`, starts base_train
-with that point's flags (in as many processes as it has, with --resume auto). A W&B grid over the flags themselves would
-be every combination of their values: it cannot say "these points, each once", nor pair a low-rank run with its baseline, nor name the
-run folders. The flags of every run are in its W&B config, where columns, filters and parameter importance find them.
+The grid has one parameter, `task`, the tag of a point. An agent's command,
+`python -m scripts.sweep FILE --task=TAG`, starts base_train with that point's flags (in as many processes as
+it has, with --resume auto). A W&B grid over the flags themselves would be every combination of their values:
+it cannot say "these points, each once", nor pair a low-rank run with its baseline, nor name the run folders.
+The flags of every run are in its W&B config, where columns, filters and parameter importance find them.
 """
 import json
 import os

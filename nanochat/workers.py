@@ -1,8 +1,8 @@
 """A run of several processes on this machine: they are started together, and they end together.
 
-torchrun gives its workers sessions of their own and makes a 1 of every exit code. Whoever started it can neither
-reach them all nor learn how they ended. A sweep has to, so it starts them itself, with the variables that torchrun
-would set.
+torchrun gives its workers sessions of their own and makes a 1 of every exit code. Whoever started it can
+neither reach them all nor learn how they ended. A sweep has to, so it starts them itself, with the variables
+that torchrun would set.
 """
 import os
 import signal
@@ -14,16 +14,16 @@ import time
 from nanochat.common import REQUEUE
 
 POLL = 0.2        # seconds between two looks at the workers
-TO_SAVE = 600     # seconds from a request to stop: to finish a step, or an evaluation, and to write a checkpoint
+TO_SAVE = 600     # seconds from a request to stop: to finish a step or an evaluation, and write a checkpoint
 TO_FOLLOW = 30    # seconds from when one has failed: without it the others can do nothing
 
 
 def run_workers(command: list[str], count: int, stop) -> int:
     """Run `command` in `count` processes as one run, until all have ended.
 
-    stop: an event that asks them to save and stop. Returns 0, common.REQUEUE if they stopped as asked, or the exit
-    code of the first that failed. None of them outlives this call. Should this process be killed, they notice
-    (`common.stop_without_launcher`), save, and stop.
+    stop: an event that asks them to save and stop. Returns 0, common.REQUEUE if they stopped as asked, or the
+    exit code of the first that failed. None of them outlives this call. Should this process be killed, they
+    notice (`common.stop_without_launcher`), save, and stop.
     """
     workers = []
     try:
@@ -37,7 +37,9 @@ def run_workers(command: list[str], count: int, stop) -> int:
 
 
 def start_workers(workers: list[subprocess.Popen], command: list[str], count: int):
-    """Append the started processes to `workers`, one by one. They inherit the locks that this one was given."""
+    """Append the started processes to `workers`, one by one. They inherit the locks
+    that this one was given.
+    """
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(free_port()), "NANOCHAT_LAUNCHER": str(os.getpid())}
     for rank in range(count):

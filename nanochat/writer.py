@@ -22,7 +22,8 @@ def under_launcher() -> bool:
 
 
 def on_cpu(state, copies: dict | None = None):
-    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and a copy of each other."""
+    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and copies of all others.
+    """
     copies = {} if copies is None else copies
     if isinstance(state, dict):
         return {key: on_cpu(value, copies) for key, value in state.items()}

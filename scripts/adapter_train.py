@@ -84,13 +84,15 @@ def parse(argv=None):
     # on which model
     add("--layer-map", type=layer_map_flag, default="",
         help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them")
-    add("--second-tag", type=optional_tag, default="", metavar="TAG", help="the run whose newest checkpoint is B in such a map")
+    add("--second-tag", type=optional_tag, default="", metavar="TAG",
+        help="the run whose newest checkpoint is B in such a map")
     tying = parser.add_mutually_exclusive_group()
     tying.add_argument("--tied", dest="tied", action="store_true", default=True,
                        help="positions of one layer share its weights; each has an adapter of its own")
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
     # how
-    add("--lr", type=number(0, off=-1), default=-1, help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
+    add("--lr", type=number(0, off=-1), default=-1,
+        help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
         + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()))
     add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
     add_horizon_flags(add)
@@ -132,17 +134,20 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
     folder = run_folder(flag, base)
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
-        raise InputError(f"{flag} {base}: is not finished; continue it with scripts.base_train … --model-tag {base} --resume auto")
+        raise InputError(f"{flag} {base}: is not finished; "
+                         f"continue it with scripts.base_train … --model-tag {base} --resume auto")
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
         raise InputError(f"{flag} {base}: no checkpoint of step {step}")
     meta = metrics.read_json(step_folder(folder, step) / "meta.json")
     if "adapter" in meta:
-        raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; make a plain model of it first: "
+        raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
+                         "make a plain model of it first: "
                          f"python -m scripts.materialize --model-tag {base} --out-tag {base}_merged")
     if "subspace" in meta:
-        raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace {meta['subspace']['kind']}), there is nothing beside which an adapter could stand; "
-                         "give a run trained without --subspace")
+        raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace "
+                         f"{meta['subspace']['kind']}), there is nothing beside which an adapter could "
+                         "stand; give a run trained without --subspace")
     return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, GPTConfig(**meta["model"])
 
 

@@ -49,13 +49,15 @@ def store(path, results: dict) -> list[str]:
 def main(argv=None):
     parser = common.ArgumentParser("Evaluate a trained model.")
     parser.add_argument("--model-tag", type=tag, required=True, help="the run")
-    parser.add_argument("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
+    parser.add_argument("--step", type=whole_number(0, off=-1), default=-1,
+                        help="checkpoint; -1 = the newest")
     parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
     parser.add_argument("--data", default="",
                         help="text to evaluate on, or where that of the run is now; '' = that of the run")
     parser.add_argument("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
     parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
-    parser.add_argument("--max-per-task", type=whole_number(1, off=-1), default=-1, help="examples asked in each task of CORE; -1 = all")
+    parser.add_argument("--max-per-task", type=whole_number(1, off=-1), default=-1,
+                        help="examples asked in each task of CORE; -1 = all")
     parser.add_argument("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(parser.add_argument, "of the computation; weights are float32")
     args = parser.parse_args(argv)

@@ -1,7 +1,8 @@
-"""Pretrain a GPT, full rank or low rank.
+r"""Pretrain a GPT, full rank or low rank.
 
     python -m scripts.base_train --depth 4 --model-dim 256 --head-dim 64 --data stdlib
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth 20 --attn-rank 0.25 --mlp-rank 0.25
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- \
+        --depth 20 --attn-rank 0.25 --mlp-rank 0.25
 
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.

@@ -106,7 +106,8 @@ def main(argv=None):
     if args.prompt is not None:
         return continue_prompt(model, tokenizer, args.prompt, args, dtype)
     if sys.stdin is None:
-        raise InputError("-p: no prompt, and standard input is closed; give a prompt, or one a line on standard input")
+        raise InputError("-p: no prompt, and standard input is closed; "
+                         "give a prompt, or one a line on standard input")
     if sys.stdin.isatty():
         say("a line to continue, an empty one to end:")
     while (line := sys.stdin.readline()).strip():

@@ -212,13 +212,19 @@ SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "mlp_rat
 def build_parser():
     parser = ArgumentParser("Prefill, decoding and memory of a model's forms: dense, factored, materialised.")
     add = parser.add_argument
-    add("--model-tag", type=optional_tag, default="", help="a run, for its checkpoint; '' = random weights of the shape below")
+    add("--model-tag", type=optional_tag, default="",
+        help="a run, for its checkpoint; '' = random weights of the shape below")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    for flag, most in (("--depth", flags.DEEPEST), ("--model-dim", flags.WIDEST), ("--head-dim", flags.WIDEST), ("--max-seq-len", flags.LONGEST)):
-        add(flag, type=whole_number(1, most), default=None, help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run")
-    add("--vocab-size", type=whole_number(2, flags.LONGEST), default=None, help=f"{SHAPE['vocab_size']} without a run")
-    add("--n-kv-head", type=whole_number(1, off=-1), default=None, help="key/value heads, a divisor of the heads; -1 = as many as heads")
-    add("--mlp-ratio", type=flags.number(above=0), default=None, help="hidden width of the MLP / width; 4 without a run")
+    for flag, most in (("--depth", flags.DEEPEST), ("--model-dim", flags.WIDEST),
+                       ("--head-dim", flags.WIDEST), ("--max-seq-len", flags.LONGEST)):
+        add(flag, type=whole_number(1, most), default=None,
+            help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run")
+    add("--vocab-size", type=whole_number(2, flags.LONGEST), default=None,
+        help=f"{SHAPE['vocab_size']} without a run")
+    add("--n-kv-head", type=whole_number(1, off=-1), default=None,
+        help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--mlp-ratio", type=flags.number(above=0), default=None,
+        help="hidden width of the MLP / width; 4 without a run")
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
         add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")

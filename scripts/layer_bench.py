@@ -290,7 +290,8 @@ def build_parser():
     add = parser.add_argument
     add("--model-dim", type=whole_number(1, WIDEST), default=256, help="width")
     add("--head-dim", type=whole_number(1, WIDEST), default=64)
-    add("--n-kv-head", type=whole_number(1, off=-1), default=-1, help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add("--n-kv-head", type=whole_number(1, off=-1), default=-1,
+        help="key/value heads, a divisor of the heads; -1 = as many as heads")
     add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
     add("--ranks", type=list_of(low_rank), default="0.125,0.25,0.33,0.5,0.75,0.95",
         help="whole numbers, or fractions of min(in, out) of each matrix")

@@ -64,14 +64,20 @@ def parse(argv):
     add = parser.add_argument
     add("--model-tag", type=tag, required=True, help="the run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--second-tag", type=optional_tag, default="", metavar="TAG", help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as A:0,A:1,B:1")
+    add("--second-tag", type=optional_tag, default="", metavar="TAG",
+        help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as "
+        "A:0,A:1,B:1")
     add("--maps", default="", help=f"maps, separated by spaces: '0,1,1,2,3 0,0,1,2,3', or by name: {', '.join(NAMED)} (of two runs)")
-    add("--all-monotone", type=whole_number(1, DEEPEST), default=None, metavar="POSITIONS", help="every map to so many positions that keeps the order of the layers")
-    add("--random", type=whole_number(0, 10_000), default=0, help="so many random maps that do not, to --positions")
-    add("--positions", type=whole_number(2, DEEPEST), default=None, help="of random maps; as many as the model has if not given")
+    add("--all-monotone", type=whole_number(1, DEEPEST), default=None, metavar="POSITIONS",
+        help="every map to so many positions that keeps the order of the layers")
+    add("--random", type=whole_number(0, 10_000), default=0,
+        help="so many random maps that do not, to --positions")
+    add("--positions", type=whole_number(2, DEEPEST), default=None,
+        help="of random maps; as many as the model has if not given")
     add("--seed", type=whole_number(0), default=0, help="of random maps")
     add("--data", default="", help="where the run's text is now; '' = where the run read it")
-    add("--eval-tokens", type=whole_number(1, off=-1), default=-1, help="validation tokens; -1 = as many as in the run")
+    add("--eval-tokens", type=whole_number(1, off=-1), default=-1,
+        help="validation tokens; -1 = as many as in the run")
     add("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(add, "of the evaluation; weights are float32")
     add("--out", type=Path, default=None, help="folder of layer_maps.csv and layer_maps.png")
@@ -116,8 +122,8 @@ def main(argv=None):
     if args.all_monotone and args.all_monotone < layers:
         raise InputError(f"--all-monotone {args.all_monotone}: the model has {layers} layers; give at least as many positions")
     if args.all_monotone and math.comb(args.all_monotone - 1, layers - 1) > MOST_MAPS:
-        raise InputError(f"--all-monotone {args.all_monotone}: {layers} layers have more than {MOST_MAPS:,} such maps; "
-                         "give fewer positions")
+        raise InputError(f"--all-monotone {args.all_monotone}: "
+                         f"{layers} layers have more than {MOST_MAPS:,} such maps; give fewer positions")
     maps = [*(parse_map(word, layers, "--maps") for word in args.maps.split()), *(monotone(layers, args.all_monotone) if args.all_monotone else ()),
             *drawn(layers, args.positions or len(own), args.random, args.seed)]
     names = {named(layers): name for name, named in NAMED.items()}

@@ -20,7 +20,8 @@ from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number, write_atomic
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
-from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser, matrix_ranks_flag, number, rank_flag
+from nanochat.flags import (DEFAULTS_BEFORE, add_rank_multiple, build_parser, matrix_ranks_flag, number,
+                            rank_flag)
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
@@ -35,7 +36,8 @@ def parse(argv):
     add = parser.add_argument
     add("--model-tag", type=tag, required=True, help="the run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--out-tag", type=optional_tag, default="", help="the new run: all factors merged or, with a rank or --energy, truncated")
+    add("--out-tag", type=optional_tag, default="",
+        help="the new run: all factors merged or, with a rank or --energy, truncated")
     add("--attn-rank", type=rank_flag, default=0, help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)")
     add("--mlp-rank", type=rank_flag, default=0)
     add("--lm-head-rank", type=rank_flag, default=0)

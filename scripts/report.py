@@ -82,10 +82,14 @@ def parse(argv):
     add("runs", nargs="*", metavar="RUN", help="run tag, or path to a run folder; of a few runs, ratios are to the first")
     add("--from-wandb", default="", metavar="ENTITY/PROJECT[/GROUP]", help="runs that are on W&B, instead of folders or beside them")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the report (created if needed)")
-    add("--margin-time", type=common.number(), default=0.0, help="H1: the share by which time per step must be below full rank's")
-    add("--margin-memory", type=common.number(), default=0.0, help="H1: the share by which memory must be below full rank's")
-    add("--margin-ppl", type=common.number(), default=0.05, help="H2: the share of perplexity that counts as little")
-    add("--equal-params", type=common.number(), default=0.02, help="H3: the share by which equal numbers of parameters may differ")
+    add("--margin-time", type=common.number(), default=0.0,
+        help="H1: the share by which time per step must be below full rank's")
+    add("--margin-memory", type=common.number(), default=0.0,
+        help="H1: the share by which memory must be below full rank's")
+    add("--margin-ppl", type=common.number(), default=0.05,
+        help="H2: the share of perplexity that counts as little")
+    add("--equal-params", type=common.number(), default=0.02,
+        help="H3: the share by which equal numbers of parameters may differ")
     add("--confidence", type=common.number(), default=0.95, help="of all intervals of a hypothesis together")
     args = parser.parse_args(argv)
     if not args.runs and not args.from_wandb:

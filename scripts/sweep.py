@@ -42,7 +42,8 @@ def build_parser():
     add("--data", action="append", default=[], metavar="[NAME=]TEXT",
         help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so")
     add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
-    add("--run", type=run_name, default="dummy", help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
+    add("--run", type=run_name, default="dummy",
+        help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
     add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')

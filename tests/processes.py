@@ -44,7 +44,9 @@ def free_port():
 
 
 def alive(words: str) -> list[int]:
-    """Processes with these words in their command line, without ours. Where there is no /proc, none are seen."""
+    """Processes with these words in their command line, without ours. Where there is no
+    /proc, none are seen.
+    """
     pids = []
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         try:

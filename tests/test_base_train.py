@@ -332,8 +332,11 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatc
 
 
 @pytest.mark.parametrize("in_step,saved", [(2, 3), (3, 3), (6, 6)])
-def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch, in_step, saved):
-    """A request during step 2 is agreed on with the losses of step 3. The evaluation of steps 3 and 6 hears it, and is put off."""
+def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch, in_step,
+                                                                                  saved):
+    """A request during step 2 is agreed on with the losses of step 3. The evaluation of steps 3 and 6
+    hears it, and is put off.
+    """
     straight = train(tag="straight")
     original, steps = training.gradient_norm, []
 
@@ -353,7 +356,8 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
     resumed = train("--resume", "auto", tag="stopped")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
     assert evaluations(resumed) == evaluations(straight) and resumed.summary["status"] == "finished"
-    assert resumed.summary["val/loss"] == straight.summary["val/loss"] and "evaluation_owed" not in load_checkpoint(folder, 6)[1]
+    assert (resumed.summary["val/loss"] == straight.summary["val/loss"]
+            and "evaluation_owed" not in load_checkpoint(folder, 6)[1])
 
 
 class Once(threading.Event):
@@ -370,22 +374,28 @@ class Once(threading.Event):
 
 
 def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train, monkeypatch, tmp_path):
-    """In micro-steps, evaluation, CORE, samples and saves: stopped again and again, each time after more looks at the request."""
+    """In micro-steps, evaluation, CORE, samples and saves: stopped again and again, each time after more
+    looks at the request.
+    """
     flags = ["--sample-every", 2, "--save-every", 2, "--eval-every", 2, "--stop-at-ppl", 20,
              "--core-metric-every", 3, "--core-dir", write_bundle(tmp_path / "bundle")]
     straight = train(*flags, tag="straight")
     monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
     stops, ended = 0, False
     while not ended:
-        monkeypatch.setattr(training.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops)))
+        monkeypatch.setattr(training.signals, "stop_signals",
+                            lambda: contextlib.nullcontext(Once(13 * stops)))
         try:
             resumed = train(*flags, "--resume", "auto", tag="stopped")
             ended = True
         except SystemExit as e:
-            assert e.code == REQUEUE and metrics.load_run(metrics.runs_dir() / "stopped").summary["status"] == "stopped"
+            assert (e.code == REQUEUE
+                    and metrics.load_run(metrics.runs_dir() / "stopped").summary["status"] == "stopped")
             stops += 1
-    assert stops > 5 and losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
-    assert evaluations(resumed) == evaluations(straight) and resumed.summary["step"] == straight.summary["step"]
+    assert (stops > 5 and losses(resumed) == losses(straight)
+            and same(final_state(resumed), final_state(straight)))
+    assert (evaluations(resumed) == evaluations(straight)
+            and resumed.summary["step"] == straight.summary["step"])
 
 
 def evaluations(run) -> list[dict]:

@@ -291,7 +291,8 @@ def test_plan_stops_where_rank_1_no_longer_fits():
     (("--budget-params", 40_000, "--solve", "rank"), r"--plan: .* without --solve"),
     (("--budget-params", 5_000), r"--budget-params 5000: at depth 1 even rank 1 in every layer has 19,\d+ parameters"),
     (("--budget-params", 40_000, "--mlp-rank", 8, "--rank-schedule", "8,4,2"), r"--plan: --rank-schedule 8,4,2 has one rank a layer"),
-    (("--budget-params", "40k"), r"--budget-params 40k: neither a whole number such as 10_000_000 nor a run's tag: no such run in"),
+    (("--budget-params", "40k"),
+     r"--budget-params 40k: neither a whole number such as 10_000_000 nor a run's tag: no such run in"),
     (("--budget-params", 40_000, "--mlp-rank", 99), r"--mlp-rank.*rank 99 does not fit"),
     (("--budget-params", 40_000, "--total-batch-size", 100), r"--total-batch-size 100: not a multiple")])
 def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):

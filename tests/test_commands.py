@@ -1,6 +1,7 @@
 """Every command of the README is run as it stands there, in the order of the README, on a tiny text.
 
-Only what makes it big is replaced: DIR becomes a folder of tiny stories, and flags that make a model small are added at the end.
+Only what makes it big is replaced: DIR becomes a folder of tiny stories, and flags that make a model small
+are added at the end.
 """
 import os
 import re
@@ -20,17 +21,19 @@ from test_speedrun import SMALL
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL_BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
-STEPS = ["--max-seq-len", "32", "--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "4", "--eval-tokens", "512",
-         "--sample-every", "-1"]
+STEPS = ["--max-seq-len", "32", "--device-batch-size", "4", "--total-batch-size", "256",
+         "--num-iterations", "4", "--eval-tokens", "512", "--sample-every", "-1"]
 SMALLER = {
     "tok_train": ["--vocab-size", "300"],
     "base_train": ["--depth", "4", "--model-dim", "128", "--head-dim", "32", *STEPS],
     "base_train --init-from": [flag for flag in STEPS if flag not in ("--max-seq-len", "32")],
-    "adapter_train": ["--num-iterations", "4", "--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512", "--sample-every", "-1"],
+    "adapter_train": ["--num-iterations", "4", "--device-batch-size", "4", "--total-batch-size", "256",
+                      "--eval-tokens", "512", "--sample-every", "-1"],
     "base_eval": ["--eval-tokens", "512"],
     "generate": ["--max-tokens", "8"],
     "infer_bench": ["--batch-sizes", "1", "--prompt-tokens", "8", "--repeats", "1"],
-    "layer_bench": ["--model-dim", "64", "--vocab-size", "300", "--ranks", "0.25", "--tokens", "64", "--repeats", "1"],
+    "layer_bench": ["--model-dim", "64", "--vocab-size", "300", "--ranks", "0.25", "--tokens", "64",
+                    "--repeats", "1"],
     "layer_map_eval": ["--eval-tokens", "64"],
 }
 ELSEWHERE = {  # commands that another test runs, or that no test can
@@ -74,13 +77,16 @@ def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp
             shutil.copytree(metrics.runs_dir() / "full", metrics.runs_dir() / "tuned")
         if words[1] == "-m":
             core = ["--core-dir", str(bundle)] if "core,bpb,sample" in words else []
-            code, stdout, stderr = command(f"scripts/{words[2].removeprefix('scripts.')}.py", *words[3:], *smaller(words), *core)
+            code, stdout, stderr = command(f"scripts/{words[2].removeprefix('scripts.')}.py", *words[3:],
+                                           *smaller(words), *core)
         else:
             code, stdout, stderr = command(words[1], *words[2:])
         assert not code, f"{text}\n{stdout[-2000:]}\n{stderr[-2000:]}"
         ran.append(words[2])
-    assert len(ran) >= 22 and {"scripts.base_train", "scripts.adapter_train", "scripts.materialize", "scripts.report"} <= set(ran)
-    for picture in ("report/report.html", "infer/infer_bench.png", "maps/layer_maps.png", "both/layer_maps.png", "low.json"):
+    assert len(ran) >= 22 and {"scripts.base_train", "scripts.adapter_train", "scripts.materialize",
+                               "scripts.report"} <= set(ran)
+    for picture in ("report/report.html", "infer/infer_bench.png", "maps/layer_maps.png",
+                    "both/layer_maps.png", "low.json"):
         assert (tmp_path / picture).stat().st_size > 500, picture
 
 
@@ -89,8 +95,10 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
     text = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
     flags = dict(zip(STEPS[::2], STEPS[1::2]))
     small = "\n".join(f"{flag[2:]} = {value}" for flag, value in flags.items())
-    for given, instead in (('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"), ("vocab-size = 4096", "vocab-size = 300"),
-                           ("depth = 4", "depth = 1"), ("depth = 8", "depth = 2"), ("model-dim = 384", "model-dim = 32"), ("[1, 2, 3]", "[1]")):
+    for given, instead in (('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"),
+                           ("vocab-size = 4096", "vocab-size = 300"), ("depth = 4", "depth = 1"),
+                           ("depth = 8", "depth = 2"), ("model-dim = 384", "model-dim = 32"),
+                           ("[1, 2, 3]", "[1]")):
         assert given in text
         text = text.replace(given, instead)
     (tmp_path / "experiment.toml").write_text(text)
@@ -98,8 +106,10 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
     lines = [line for line in commands() if "low_rank_substitution.toml" in line]
     assert len(lines) == 2
     for line in lines:
-        words = words_of(line.replace("dev/experiments/low_rank_substitution.toml --preset small", str(tmp_path / "experiment.toml")), "")
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        words = words_of(line.replace("dev/experiments/low_rank_substitution.toml --preset small",
+                                      str(tmp_path / "experiment.toml")), "")
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True,
+                              timeout=240)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "base/sweeps/experiment/report/report.html").stat().st_size > 10_000
 
@@ -112,8 +122,10 @@ def readme_speedrun(command: str, folder, corpus_dir, **variables):
     home.mkdir()
     shutil.copytree(corpus_dir, home / "my_texts")
     small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
-    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": str(folder / "base"), "WANDB_MODE": "offline"}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": str(folder / "base"),
+           "WANDB_MODE": "offline"}
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True,
+                          timeout=280)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -123,7 +135,8 @@ needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(),
 @needs_environment
 def test_speedrun_with_variables(tmp_path, corpus_dir):
     """The line that sets them, on two processes, with its wandb name."""
-    command = next(line for line in commands() if line.startswith("DATA=")).replace("NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
+    command = next(line for line in commands() if line.startswith("DATA=")).replace(
+        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
     code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="2")
     assert code == 0, output[-3000:]
     runs = sorted((tmp_path / "base/runs").iterdir())
@@ -152,8 +165,8 @@ def test_two_nodes_under_slurm(tmp_path, corpus_dir):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     command = next(line for line in commands() if line.startswith("srun"))
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1", MASTER_PORT=str(free_port()), PATH=f"{programs}:{os.environ['PATH']}",
-                                   DATA=str(corpus_dir))
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1", MASTER_PORT=str(free_port()),
+                                   PATH=f"{programs}:{os.environ['PATH']}", DATA=str(corpus_dir))
     assert code == 0, output[-3000:]
     runs = sorted((tmp_path / "base/runs").iterdir())
     assert len(runs) == 2 and all(metrics.load_run(run).config["device"]["processes"] == 2 for run in runs)

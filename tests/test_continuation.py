@@ -79,7 +79,7 @@ def narrow_before(monkeypatch):
     monkeypatch.setitem(DEFAULTS_BEFORE, "mlp_ratio", 2.0)
 
 
-# ---- flags that came later, and other defaults ----------------------------------------------------------------------
+# ---- flags that came later, and other defaults -------------------------------------------------------------
 
 def test_every_later_flag_has_a_value_with_which_the_flags_of_then_mean_what_they_meant():
     args = build_parser().parse_args([])
@@ -212,7 +212,7 @@ def test_a_sweep_begun_then_goes_on_as_a_whole(base_dir, corpus_dir, tmp_path, k
         prepare()
 
 
-# ---- text is its content --------------------------------------------------------------------------------------------
+# ---- text is its content -----------------------------------------------------------------------------------
 
 def test_the_same_text_elsewhere_is_the_same_run(base_dir, corpus_dir, tmp_path, kill_after, monkeypatch,
                                                  capsys):

@@ -343,7 +343,7 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
 
 
-# ---- fingerprints that are kept -------------------------------------------------------------------------------------
+# ---- fingerprints that are kept ----------------------------------------------------------------------------
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):

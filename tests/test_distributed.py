@@ -32,8 +32,8 @@ def train_on(base_dir, corpus_dir):
 
 
 def torchrun(*launcher, corpus_dir, flags):
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "scripts.base_train", "--", *TINY, "--run", "dummy",
-               "--data", str(corpus_dir), *FLAGS, *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "scripts.base_train", "--",
+               *TINY, "--run", "dummy", "--data", str(corpus_dir), *FLAGS, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 

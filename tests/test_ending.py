@@ -1,4 +1,6 @@
-"""Whoever ends a run, and whenever: it ends within seconds, its state is saved, and the resumed run is the uninterrupted one to the bit."""
+"""Whoever ends a run, and whenever: it ends within seconds, its state is saved, and the resumed run is the
+uninterrupted one to the bit.
+"""
 import contextlib
 import ctypes
 import os
@@ -29,7 +31,8 @@ def final_weights(run):
 def assert_same_run(resumed, straight):
     assert resumed.summary["status"] == straight.summary["status"] == "finished"
     assert losses(resumed) == losses(straight)
-    assert [entry.get("val/loss") for entry in resumed.history] == [entry.get("val/loss") for entry in straight.history]
+    assert ([entry.get("val/loss") for entry in resumed.history]
+            == [entry.get("val/loss") for entry in straight.history])
     for name, weight in final_weights(straight).items():
         assert torch.equal(weight, final_weights(resumed)[name]), name
 
@@ -49,7 +52,8 @@ def lines_of(path) -> int:
 def launch(base_dir, corpus_dir, tmp_path):
     """launch(processes, function, '--flag', …): a Launched whose processes call function(flags)."""
     def start(processes, function, *flags):
-        return Launched(processes, tmp_path / "output", function, [*FLAGS, "--data", str(corpus_dir), *map(str, flags)])
+        return Launched(processes, tmp_path / "output", function,
+                        [*FLAGS, "--data", str(corpus_dir), *map(str, flags)])
     return start
 
 
@@ -98,19 +102,22 @@ def compute_without_an_end(_flags):
 @pytest.mark.parametrize("number", signals.ENDING, ids=signals.name_of)
 def test_each_signal_saves_the_run_and_says_so_in_its_code(launch, number):
     folder = metrics.runs_dir() / "stopped"
-    launched = launch(1, base_train.main, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "stopped")
+    launched = launch(1, base_train.main, "--num-iterations", 5000, "--eval-every", -1,
+                      "--model-tag", "stopped")
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, number)
     assert launched.codes() == [130 if number == signal.SIGINT else 75]
     run = metrics.load_run(folder)
     assert run.summary["status"] == "stopped" and saved_steps(folder) == [run.history[-1]["step"]]
     output = launched.output.read_text()
-    assert f"{signal.Signals(number).name}: the run saves its state and ends" in output and "Traceback" not in output
+    assert (f"{signal.Signals(number).name}: the run saves its state and ends" in output
+            and "Traceback" not in output)
 
 
 def test_a_second_ctrl_c_leaves_at_once(launch):
     folder = metrics.runs_dir() / "left"
-    launched = launch(1, train_and_save_slowly, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "left")
+    launched = launch(1, train_and_save_slowly, "--num-iterations", 5000, "--eval-every", -1,
+                      "--model-tag", "left")
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, signal.SIGINT)
     wait_until(lambda: list(folder.glob("checkpoints/.step_*")))
@@ -119,7 +126,8 @@ def test_a_second_ctrl_c_leaves_at_once(launch):
     send(launched, signal.SIGINT)
     assert launched.codes() == [130] and time.monotonic() - began < 20
     output = launched.output.read_text()
-    assert "once more leaves at once" in output and output.endswith("SIGINT again: left without saving\n") and "Traceback" not in output
+    assert ("once more leaves at once" in output and output.endswith("SIGINT again: left without saving\n")
+            and "Traceback" not in output)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -145,7 +153,8 @@ run_script(main, *sys.argv[1:])
 def script(body, before="", **options):
     """A script of this package, without torch: (exit code, stdout, stderr)."""
     text = SCRIPT.format(body=body.replace("\n", "\n    "), before=before)
-    done = subprocess.run([sys.executable, "-c", text], cwd=common.Path(__file__).parents[1], stderr=subprocess.PIPE, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", text], cwd=common.Path(__file__).parents[1],
+                          stderr=subprocess.PIPE, text=True, timeout=60,
                           **{"stdout": subprocess.PIPE, **options})
     return done.returncode, done.stdout, done.stderr
 
@@ -153,17 +162,20 @@ def script(body, before="", **options):
 def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
     body, before = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')", "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     assert script(body, before) == (0, "goes on\n", "")
-    assert script(body, before, env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}) == (75, "", "stopped by SIGHUP\n")
+    assert script(body, before, env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}) == (
+        75, "", "stopped by SIGHUP\n")
 
 
 def test_a_script_that_is_stopped_clears_away_what_is_half_written():
-    body = "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\nfinally:\n    print('cleared')"
+    body = ("try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+            "finally:\n    print('cleared')")
     assert script(body) == (75, "cleared\n", "stopped by SIGTERM\n")
 
 
 def test_a_library_that_lets_no_thread_run_is_ended_too():
     body = ("os.system(f'(sleep 0.5; kill -TERM {os.getpid()}) > /dev/null 2>&1 &')\n"
-            "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)")  # PyDLL keeps the interpreter's lock
+            # PyDLL keeps the interpreter's lock
+            "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)")
     assert script(body, "import ctypes\nfrom nanochat import signals") == (-signal.SIGTERM, "", "")
 
 
@@ -179,7 +191,8 @@ def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
     send(launched, signal.SIGTERM, ranks=[1])
     assert launched.codes() == [75, 75] and time.monotonic() - began < 12
     stopped = metrics.load_run(folder)
-    assert stopped.summary["status"] == "stopped" and saved_steps(folder) == [3] and "val/loss" not in stopped.history[2]
+    assert (stopped.summary["status"] == "stopped" and saved_steps(folder) == [3]
+            and "val/loss" not in stopped.history[2])
     resumed = launch(2, base_train.main, "--model-tag", "stopped", "--resume", "auto")
     assert resumed.codes() == [0, 0], resumed.output.read_text()
     assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))
@@ -213,7 +226,8 @@ def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_
             send(launched, signal.SIGKILL)
             with common.claimed(tmp_path / "lock", "the run"):
                 assert (tmp_path / "checkpoint").exists() and (tmp_path / "summary").exists()
-            assert re.fullmatch(r"the run: waiting for process \d+ on \S+, which writes a checkpoint\n", capsys.readouterr().out)
+            assert re.fullmatch(r"the run: waiting for process \d+ on \S+, which writes a checkpoint\n",
+                                capsys.readouterr().out)
             launched.codes()
         else:
             assert launched.codes() == [0] and launched.output.read_text() == "writing\nwritten\n"
@@ -224,13 +238,15 @@ def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_
 
 def test_what_the_writer_cannot_do_is_the_same_line(tmp_path):
     launched = Launched(1, tmp_path / "output", refuse_to_write, tmp_path)
-    assert launched.codes() == [2] and launched.output.read_text() == f"error: {tmp_path}: cannot write the checkpoint\n"
+    assert (launched.codes() == [2]
+            and launched.output.read_text() == f"error: {tmp_path}: cannot write the checkpoint\n")
 
 
 def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monkeypatch):
     train(tag="base")
-    flags = ["--model-tag", "base", "--run-tag", "adapter", "--num-iterations", "2", "--eval-every", "-1", "--sample-every", "-1", "--resume", "auto",
-             "--total-batch-size", "256", "--device-batch-size", "4", "--eval-tokens", "1024"]
+    flags = ["--model-tag", "base", "--run-tag", "adapter", "--num-iterations", "2", "--eval-every", "-1",
+             "--sample-every", "-1", "--resume", "auto", "--total-batch-size", "256",
+             "--device-batch-size", "4", "--eval-tokens", "1024"]
     with monkeypatch.context() as asked:
         request = signals.StopRequest()
         request.hear(signal.SIGINT)
@@ -238,10 +254,12 @@ def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monk
         with pytest.raises(SystemExit) as e:
             adapter_train.main(flags)
     folder = metrics.runs_dir() / "adapter"
-    assert e.value.code == 130 and metrics.load_run(folder).summary["status"] == "stopped" and saved_steps(folder) == []
+    assert (e.value.code == 130 and metrics.load_run(folder).summary["status"] == "stopped"
+            and saved_steps(folder) == [])
     adapter_train.main(flags)
     run = metrics.load_run(folder)
-    assert run.summary["status"] == "finished" and [entry["step"] for entry in run.history if "val/loss" in entry] == [0, 2]
+    assert (run.summary["status"] == "finished"
+            and [entry["step"] for entry in run.history if "val/loss" in entry] == [0, 2])
 
 
 SLOW_DISK = """
@@ -262,17 +280,20 @@ def test_a_save_that_outlasts_the_patience_of_torchrun_loses_nothing(launch, cor
     assert launch(2, base_train.main, *flags, "--model-tag", "straight").codes() == [0, 0]
     folder = metrics.runs_dir() / "slow"
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--", *FLAGS,
-               "--data", str(corpus_dir), *map(str, flags), "--model-tag", "slow", "--run", "offline"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "scripts.base_train", "--", *FLAGS, "--data", str(corpus_dir), *map(str, flags),
+               "--model-tag", "slow", "--run", "offline"]
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment(
             PYTHONPATH=tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline"))
-        wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists() or launcher.poll() is not None)
+        wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
+                   or launcher.poll() is not None)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(60) != 0, (tmp_path / "log").read_text()
     assert "forcefully exiting via" in (tmp_path / "log").read_text() and saved_steps(folder) == []
     resumed = launch(2, base_train.main, *flags, "--model-tag", "slow", "--resume", "auto")
     assert resumed.codes() == [0, 0], resumed.output.read_text()
     output = resumed.output.read_text()
-    assert re.search(r"slow: waiting for process \d+ on \S+, which writes a checkpoint\n", output) and "from step 10" in output
+    assert (re.search(r"slow: waiting for process \d+ on \S+, which writes a checkpoint\n", output)
+            and "from step 10" in output)
     assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))

@@ -1,4 +1,6 @@
-"""What launchers, schedulers, notebooks and containers leave in the environment: replaced, or said in one line."""
+"""What launchers, schedulers, notebooks and containers leave in the environment: replaced,
+or said in one line.
+"""
 import os
 import pwd
 import subprocess
@@ -14,7 +16,8 @@ from nanochat import common, devices, environment
 from nanochat.common import InputError
 from processes import Launched, free_port
 
-GROUP = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+GROUP = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+         "MASTER_PORT": "29511"}
 
 
 @pytest.fixture
@@ -35,11 +38,13 @@ def variables(monkeypatch):
 
 @pytest.mark.parametrize("given, layout", [
     ({}, (0, 0, 1)),
-    ({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"}, (0, 0, 1)),  # leftovers
+    ({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
+     (0, 0, 1)),  # leftovers
     ({"RANK": "", "WORLD_SIZE": ""}, (0, 0, 1)),
     ({"WORLD_SIZE": "1"}, (0, 0, 1)),
     ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1)),
-    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "PMI_RANK": "3"}, (0, 0, 1)),  # an allocation is not yet a group
+    # an allocation is not yet a group
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "PMI_RANK": "3"}, (0, 0, 1)),
     ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 1, 8)),
     ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 1, 8)),
     ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "2"}, (5, 2, 8)),
@@ -90,7 +95,8 @@ def test_others_that_never_come_are_said(variables, tmp_path):
     lonely = Launched(1, tmp_path / "output", join_with_little_patience)
     assert lonely.codes() == [2]
     last = (tmp_path / "output").read_text().splitlines()[-1]
-    assert last.startswith(f"error: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: process 0 of 2 did not find the others: ")
+    assert last.startswith(f"error: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: "
+                           "process 0 of 2 did not find the others: ")
 
 
 # ---- what is replaced
@@ -100,9 +106,11 @@ def test_thread_counts_and_figures_windows(variables, capsys):
               MPLBACKEND="module://matplotlib_inline.backend_inline")
     environment.replace_unusable_variables()
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "MPLBACKEND"} & set(os.environ)
+    assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                "MPLBACKEND"} & set(os.environ)
     fault = "is no number of threads from 1 to 1024; going on without it"
-    assert capsys.readouterr().err == f"note: OPENBLAS_NUM_THREADS=0 {fault}\nnote: NUMEXPR_NUM_THREADS=many {fault}\n"
+    assert capsys.readouterr().err == (f"note: OPENBLAS_NUM_THREADS=0 {fault}\n"
+                                       f"note: NUMEXPR_NUM_THREADS=many {fault}\n")
 
 
 @pytest.fixture
@@ -119,12 +127,14 @@ def test_a_user_without_a_name_and_a_home(variables, nobody, tmp_path):
         os.environ.pop(name, None)
     environment.replace_unusable_variables()
     assert os.environ["USER"] == f"uid{os.getuid()}" and Path("~/x").expanduser() == tmp_path / "base/home/x"
-    assert all(Path(os.environ[name]).is_relative_to(tmp_path / "base/home") for name in environment.HOME_FOLDERS)
+    assert all(Path(os.environ[name]).is_relative_to(tmp_path / "base/home")
+               for name in environment.HOME_FOLDERS)
     assert not (tmp_path / "base").exists()  # variables only
     for name in ("HOME", "NANOCHAT_BASE_DIR"):
         os.environ.pop(name)
     environment.replace_unusable_variables()
-    with pytest.raises(InputError, match="^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"):
+    with pytest.raises(InputError,
+                       match="^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"):
         common.get_base_dir()
 
 
@@ -151,9 +161,9 @@ def test_temporary_folders(variables, tmp_path, monkeypatch, capsys):
     assert os.path.isdir(tempfile.gettempdir())
 
 
-ODD = {"MPLBACKEND": "a_window", "LC_ALL": "xx_YY", "LANG": "C", "OMP_NUM_THREADS": "abc", "TMPDIR": "/nowhere",
-       "COLUMNS": "1", "LINES": "-3", "LOCAL_RANK": "7", "MASTER_PORT": "none", "TORCHELASTIC_RUN_ID": "x",
-       "SLURM_PROCID": "3", "PBS_NODEFILE": "/nowhere", "HOME": ""}
+ODD = {"MPLBACKEND": "a_window", "LC_ALL": "xx_YY", "LANG": "C", "OMP_NUM_THREADS": "abc",
+       "TMPDIR": "/nowhere", "COLUMNS": "1", "LINES": "-3", "LOCAL_RANK": "7", "MASTER_PORT": "none",
+       "TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "3", "PBS_NODEFILE": "/nowhere", "HOME": ""}
 
 
 def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_path):
@@ -165,8 +175,9 @@ def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_pa
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ODD}, capture_output=True, text=True,
                           preexec_fn=lambda: os.close(0))
     assert done.returncode == 0 and "finished" in done.stdout
-    assert done.stderr == ("note: OMP_NUM_THREADS=abc is no number of threads from 1 to 1024; going on without it\n"
-                           "note: TMPDIR=/nowhere is no folder that can be written to; going on without it\n")
+    assert done.stderr == (
+        "note: OMP_NUM_THREADS=abc is no number of threads from 1 to 1024; going on without it\n"
+        "note: TMPDIR=/nowhere is no folder that can be written to; going on without it\n")
     assert (tmp_path / "report/report.html").exists()
 
 
@@ -174,9 +185,12 @@ def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_pa
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """cuda(listed, why, files): torch lists so many GPUs and can use none. This machine's own files are not seen."""
+    """cuda(listed, why, files): torch lists so many GPUs and can use none. This machine's
+    own files are not seen.
+    """
     import torch
-    too_old = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
+    too_old = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\n"
+                           "Please update.")
 
     def be(listed=8, why=too_old, files=()):
         def init():
@@ -219,11 +233,14 @@ def test_no_gpus_mean_the_cpu(cuda):
 def test_a_gpu_that_does_not_compute_is_said(monkeypatch):
     import torch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match=r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"):
+    with pytest.raises(InputError,
+                       match=r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"):
         devices.take_gpu(2)
 
     def busy(_):
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might …")
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\n"
+                           "CUDA kernel errors might …")
     monkeypatch.setattr(torch.cuda, "set_device", busy)
-    with pytest.raises(InputError, match="^--device-type cuda: GPU 1 cannot be used: CUDA error: all .* unavailable; choose"):
+    with pytest.raises(InputError, match="^--device-type cuda: GPU 1 cannot be used: "
+                                         "CUDA error: all .* unavailable; choose"):
         devices.take_gpu(1)

@@ -176,7 +176,8 @@ def test_a_mistake_is_one_line_that_names_it(read, text, message):
 @pytest.mark.parametrize("content, message", [
     ("seeds = [1]\n", "vocab-size is missing"), ("[flags]\nvocab-size = 300\nnum-iterations = 1\n", "no seeds: write for example"),
     ("matrix-lr = 1\n", r"unknown key matrix-lr; flags of base_train belong into \[flags\]"), ("seeds = 3\n", "seeds is to be a list"),
-    ("processes = true\n", "processes is to be a whole number"), ("processes = 0\n", "processes: give whole numbers >= 1, up to 1024"), ("a = [", "not TOML"),
+    ("processes = true\n", "processes is to be a whole number"),
+    ("processes = 0\n", "processes: give whole numbers >= 1, up to 1024"), ("a = [", "not TOML"),
     (b"\xff", "invalid UTF-8 at byte 0")])
 def test_a_file_that_is_no_experiment(tmp_path, content, message):
     path = tmp_path / "e.toml"

@@ -28,11 +28,12 @@ def start(processes: int, corpus_dir, *flags):
 
 
 def family(pid: int) -> list[int]:
-    """The launcher, its processes and the writers of their checkpoints, which have sessions of their own. Asked of the kernel (Linux): to
-    start a program that looks takes longer than to write a checkpoint.
+    """The launcher, its processes and the writers of their checkpoints, which have sessions of their own.
+    Asked of the kernel (Linux): to start a program that looks takes longer than to write a checkpoint.
     """
     with contextlib.suppress(OSError):
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()]
         return [pid, *(descendant for child in children for descendant in family(child))]
     return [pid]
 

@@ -83,7 +83,8 @@ def test_a_given_step_and_the_newest(train, go_on):
 def test_what_does_not_fit_is_refused_before_anything_is_written(train, go_on, corpus_dir, tmp_path):
     source = train(tag="a")
     for where, flags, message in [
-            ("b", (), "--init-from b: no such run in .*"), ("a:5", (), r"--init-from a:5: no checkpoint of step 5; there are: \[6\]"),
+            ("b", (), "--init-from b: no such run in .*"),
+            ("a:5", (), r"--init-from a:5: no checkpoint of step 5; there are: \[6\]"),
             ("a:x", (), "no checkpoint of step x"), ("", (), "--init-from '': becomes the name of a folder"),
             ("a", ("--depth", 20), "--depth: not with --init-from.*leave it out"),  # even where it is the default
             ("a", ("--attn-rank", 4, "--tie-embeddings"), "--tie-embeddings, --attn-rank: not with --init-from.*leave them out"),

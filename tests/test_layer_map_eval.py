@@ -33,7 +33,8 @@ def test_the_script_writes_every_map_best_first(train, tmp_path, capsys):
     for flags, message in (
             (["--maps", "0,2"], "--maps 0,2: there is no layer 2, the layers are 0 to 1"), (["--maps", "0;1"], "--maps 0;1: give the layer at each"),
             (["--all-monotone", 1], "--all-monotone 1: the model has 2 layers"), ([], "--maps, --all-monotone, --random: give at least one"),
-            (["--maps", "1", "--eval-tokens", 31], "--eval-tokens 31: less than one row of 32 tokens; give more$"),
+            (["--maps", "1", "--eval-tokens", 31],
+             "--eval-tokens 31: less than one row of 32 tokens; give more$"),
             (["--maps", "0 goliath"], "--maps goliath: takes layers of a second checkpoint; name its run with --second-tag"),
             (["--maps", "A:0,B:1", "--second-tag", "none"], "--second-tag none: no such run in"),
             (["--maps", "0", "--second-tag", "two"], "--second-tag two: no map takes its layers")):

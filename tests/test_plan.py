@@ -122,7 +122,8 @@ def test_a_device_batch_is_what_memory_allows_and_divides():
     assert plan(256, 8, 32)["device_batch_size"] == 32 and plan(2, 2, 32) == plan(2, 2, 1)
     six = plan(36, 6, 4)
     assert (six["device_batch_size"], six["grad_accum_steps"], six["total_batch_size"]) == (3, 2, 36 * 32)
-    said = r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; nearest: 8064 or 8256$"
+    said = (r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; "
+            "nearest: 8064 or 8256$")
     with pytest.raises(InputError, match=said):
         plan(256, 6, 32)
 
@@ -134,8 +135,8 @@ def test_two_nodes_of_eight_processes_share_the_batch_of_one(capsys):
     plan = training_plan(args, model_config(args, 300), 16)
     take_device_batch(args, plan, 16)
     assert args.device_batch_size == 16 and plan["grad_accum_steps"] == 1
-    assert capsys.readouterr().out == ("--device-batch-size 32: taking 16, the largest that divides 524,288 tokens a step "
-                                       "of 2048 × 16 process(es)\n")
+    assert capsys.readouterr().out == ("--device-batch-size 32: taking 16, the largest that divides 524,288 "
+                                       "tokens a step of 2048 × 16 process(es)\n")
 
 
 @pytest.mark.parametrize("words", [[], ["--"]])

@@ -23,9 +23,11 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason
 
 def start(folder, **changes):
     """speedrun.sh, called from a folder that is not its own."""
-    env = {**os.environ, **SMALL, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(folder / "base"), **changes}
+    env = {**os.environ, **SMALL, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(folder / "base"),
+           **changes}
     pipe = subprocess.PIPE
-    return subprocess.Popen(["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe,
+                            text=True)
 
 
 def speedrun(folder, **changes):
@@ -49,7 +51,8 @@ def test_speedrun_leaves_a_report_and_repeats_nothing(folder):
     out = folder / "my base/report"
     for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
         assert (out / name).stat().st_size > 500, name
-    assert all(words in stdout for words in ("validation perplexity", "my stories_v300", "_full", "_attn8_mlp0.25"))
+    assert all(words in stdout
+               for words in ("validation perplexity", "my stories_v300", "_full", "_attn8_mlp0.25"))
     assert len(list((folder / "my base/runs").iterdir())) == 2
     written = {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")}
     code, stdout, _ = speedrun(folder, **places, NANOCHAT_BASE_DIR="my base")
@@ -71,7 +74,8 @@ def test_speedrun_stops_at_a_bad_setting_with_its_line(folder, changes, message)
 def test_another_shell_is_told_to_be_bash(script):
     shell = shutil.which("dash") or pytest.skip("no other shell here")
     done = subprocess.run([shell, ROOT / script], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"error: {script} is written for bash: bash {script}\n" and not done.stdout
+    assert (done.returncode == 2 and done.stderr == f"error: {script} is written for bash: bash {script}\n"
+            and not done.stdout)
 
 
 def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):

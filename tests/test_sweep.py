@@ -100,9 +100,11 @@ def test_two_sweeps_on_one_file_share_its_runs_and_both_wait_for_all(stand_in):
     assert other.exitcode == 0 and sorted(stand_in.starts()) == sorted(p.tag for p in stand_in.sweep.points)
 
 
-@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 1), (signal.SIGHUP, 2)])  # a terminal that closes says it twice
+# a terminal that closes says it twice
+@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 1), (signal.SIGHUP, 2)])
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(stand_in, number, times):
-    other = get_context("fork").Process(target=lambda: os._exit(stand_in(seconds=60, j=2) == ({}, number.name)))
+    other = get_context("fork").Process(
+        target=lambda: os._exit(stand_in(seconds=60, j=2) == ({}, number.name)))
     other.start()
     wait_for(lambda: len(stand_in.starts()) == 2 and (metrics.runs_dir() / "tiny_low_s1" / "metrics.jsonl").exists())
     for _ in range(times):

@@ -73,7 +73,7 @@ def test_the_training_text_is_capped():
     assert list(tok_train.capped(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)) == ["abcd", "xyz", "12"]
 
 
-# ---- long texts ------------------------------------------------------------------------------------------------------
+# ---- long texts --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("unit", [" ", "\n", "a", "1", "🙂", "\t", "!", "\u3000", " \n", " " * 5])
 def test_a_million_of_one_character_is_encoded(base_dir, unit):
@@ -147,7 +147,7 @@ def test_what_the_tokenizer_throws_is_one_line_with_the_file(tmp_path, base_dir,
         tok_train.main(["--data", str(tmp_path), "--vocab-size", "262", "--doc-cap", "5000000"])
 
 
-# ---- several tokenizers ----------------------------------------------------------------------------------------------
+# ---- several tokenizers ------------------------------------------------------------------------------------
 
 def test_tokenizers_have_names(base_dir, corpus_dir, train, capsys):
     before = tokenizer_path().read_bytes()

@@ -128,7 +128,8 @@ def test_an_agents_run_is_the_one_it_asked_for_with_its_names(register, base_dir
         assert list(server.runs) == ["run42"], "the run that the agent asked for"
     tag = command[-1].removeprefix("--task=")
     assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == run["state"] == "finished"
-    assert run["group"] == "question-small" and run["displayName"] == f"try-{tag.removeprefix('question-small_')}"
+    assert (run["group"] == "question-small"
+            and run["displayName"] == f"try-{tag.removeprefix('question-small_')}")
     assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"])
     assert "baseline" not in run["tags"]
     assert (metrics.runs_dir() / tag / "wandb_id.txt").read_text() == "run42\n"

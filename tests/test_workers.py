@@ -112,7 +112,8 @@ def test_one_that_fails_takes_the_others_along(launch, tmp_path, what, code, mes
 def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = [4]\n", [1], corpus_dir)
-    text = path.read_text().replace("num-iterations = 6\neval-every = 3", "num-iterations = 300\neval-every = 100")
+    text = path.read_text().replace("num-iterations = 6\neval-every = 3",
+                                    "num-iterations = 300\neval-every = 100")
     path.write_text("baseline = false\nprocesses = 2\n" + text)
     tag = "tiny_low_attn4_s1"
     folder = metrics.runs_dir() / tag
@@ -122,7 +123,8 @@ def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpu
     sweep.kill()
     wait_for(lambda: not alive(tag), 30)
     run = metrics.load_run(folder)
-    assert run.summary["status"] == "stopped" and len(run.history) < 300 and run.config["device"]["processes"] == 2
+    assert (run.summary["status"] == "stopped" and len(run.history) < 300
+            and run.config["device"]["processes"] == 2)
     point = sweeps.load(sweeps.build_parser().parse_args([str(path)])).point(tag)
     base_train.main(point.argv)  # it goes on, also in one process
     run = metrics.load_run(folder)

@@ -413,7 +413,8 @@ def build_parser():
     add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
     add_rank_multiple(add)
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
-    add("--mlp-ratio", type=number(above=0), default=4.0, help="of the low-rank model: hidden width of the MLP / width")
+    add("--mlp-ratio", type=number(above=0), default=4.0,
+        help="of the low-rank model: hidden width of the MLP / width")
     add("--recompute", choices=["none", "bottleneck"], default="none", help="of the low-rank model, as in scripts.base_train")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
@@ -425,16 +426,19 @@ def build_parser():
 
 def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **more) -> GPTConfig:
     if width % args.head_dim or args.head_dim % 2:
-        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}, which has to be even")
+        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}, "
+                         "which has to be even")
     if args.window_pattern.strip("SL") or not args.window_pattern:
         raise InputError(f"--window-pattern {args.window_pattern}: use the letters S and L")
     heads = width // args.head_dim
-    config = GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads,
-                       n_embd=width, window_pattern=args.window_pattern, rank_multiple=args.rank_multiple,
-                       attn_ranks=(attn_rank,) * args.depth, mlp_ranks=(mlp_rank,) * args.depth, **more)
+    config = GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth,
+                       n_head=heads, n_kv_head=heads, n_embd=width, window_pattern=args.window_pattern,
+                       rank_multiple=args.rank_multiple, attn_ranks=(attn_rank,) * args.depth,
+                       mlp_ranks=(mlp_rank,) * args.depth, **more)
     check_size(config)
     if not config.n_hidden:
-        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
+        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; "
+                         "give more, e.g. 4")
     return config
 
 
