@@ -125,7 +125,10 @@ wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 
 # the tag says what was changed, so that another setting is another run
 NAME=${DATA%/}
-BASE_TAG="${NAME##*/}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
+NAME=${NAME##*/}
+OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # what the name of a folder may have and the name of a run may not
+NAME=${NAME//$OTHER/-}
+BASE_TAG="${NAME/#[.-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
 FULL="${BASE_TAG}_full"
 LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
 SINGLE="${MATRIX_RANKS//=/}"

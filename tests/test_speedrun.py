@@ -40,19 +40,19 @@ def speedrun(folder, **changes):
 @pytest.fixture
 def folder(tmp_path, corpus_dir):
     """Where the user stands; the text is in a folder there whose name has a space."""
-    (tmp_path / "my stories").symlink_to(corpus_dir)
+    (tmp_path / "my stories #1").symlink_to(corpus_dir)
     return tmp_path
 
 
 def test_speedrun_leaves_a_report_and_repeats_nothing(folder):
-    places = {"DATA": "my stories", "HOME": str(folder)}
+    places = {"DATA": "my stories #1", "HOME": str(folder)}
     code, stdout, stderr = speedrun(folder, **places, NANOCHAT_BASE_DIR="~/my base")
     assert code == 0, stderr[-3000:]
     out = folder / "my base/report"
     for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
         assert (out / name).stat().st_size > 500, name
     assert all(words in stdout
-               for words in ("validation perplexity", "my stories_v300", "_full", "_attn8_mlp0.25"))
+               for words in ("validation perplexity", "my stories -1_v300", "_full", "_attn8_mlp0.25"))
     assert len(list((folder / "my base/runs").iterdir())) == 2
     written = {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")}
     code, stdout, _ = speedrun(folder, **places, NANOCHAT_BASE_DIR="my base")
@@ -79,7 +79,7 @@ def test_another_shell_is_told_to_be_bash(script):
 
 
 def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):
-    process = start(folder, DATA="my stories", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
+    process = start(folder, DATA="my stories #1", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
                     NUM_ITERATIONS="100000", SAVE_EVERY="-1", EVAL_EVERY="-1")
     wait_for(lambda: len(list(folder.glob("base/runs/*/metrics.jsonl"))) == 1, 100)
     run, = folder.glob("base/runs/*")
@@ -100,8 +100,8 @@ def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(f
 @pytest.mark.faults
 def test_two_processes_and_two_nodes_give_the_losses_of_one(folder):
     """Their steps are the same up to rounding; what is made once is made once, whichever node comes first."""
-    assert speedrun(folder, DATA="my stories")[0] == 0
-    places = {"DATA": "my stories", "WANDB_RUN": "try", "WANDB_MODE": "offline"}
+    assert speedrun(folder, DATA="my stories #1")[0] == 0
+    places = {"DATA": "my stories #1", "WANDB_RUN": "try", "WANDB_MODE": "offline"}
     code, _, stderr = speedrun(folder, **places, NPROC="2", NANOCHAT_BASE_DIR="two")
     assert code == 0, stderr[-3000:]
     port = str(free_port())
