@@ -25,7 +25,8 @@ if [ -n "${NANOCHAT_BASE_DIR:-}" ]; then
 fi
 case "${DATA:-}" in
   stdlib|tinystories|climbmix|fineweb-edu|c4) ;;
-  *) DATA=$(absolute "${DATA:-}") ;;
+  *) DATA=$(absolute "${DATA:-}")
+     [ ! -d "$DATA" ] || DATA=$(cd -- "$DATA" && pwd) ;;   # its own name, also where it was given as . or ..
 esac
 CDPATH='' cd -- "$(dirname -- "$0")"
 source dev/setup.sh   # .venv, installation
@@ -124,8 +125,7 @@ launch() {          # launch MODULE FLAGS…
 wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 
 # the tag says what was changed, so that another setting is another run
-NAME=${DATA%/}
-NAME=${NAME##*/}
+NAME=${DATA##*/}
 OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # what the name of a folder may have and the name of a run may not
 NAME=${NAME//$OTHER/-}
 BASE_TAG="${NAME/#[.-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"

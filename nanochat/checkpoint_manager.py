@@ -57,13 +57,21 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
             folder.rename(folder.with_name(f".{folder.name}.damaged"))
         building.rename(folder)
         sync_folder(folder.parent)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as e:
         shutil.rmtree(building, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the checkpoint ({first_line(e)}); "
+        raise InputError(f"{folder}: cannot write the checkpoint ({system_error(e)}); "
                          f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
                          "make room or give write permission, and continue with --resume auto") from None
     for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
         shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)
+
+
+def system_error(e: BaseException) -> str:
+    """What the system said. torch makes an error of its own of a full disk, with the system's in its context."""
+    cause = e
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return (cause.strerror if cause else "") or first_line(e)
 
 
 def clear_owed_evaluation(run_folder: Path, step: int):

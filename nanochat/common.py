@@ -45,8 +45,7 @@ def run_script(main, result_is_printed: bool = False):
     except OSError as e:  # permission denied, disk full, a file that vanished
         if e.errno is None:
             raise
-        hint = " (free some space, then run the same command again)" if e.errno == errno.ENOSPC else ""
-        message = f"{e.filename or 'file system'}: {e.strerror}{hint}"
+        message = f"{e.filename or 'file system'}: {e.strerror}{way_out(e)}"
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
@@ -69,6 +68,16 @@ def run_script(main, result_is_printed: bool = False):
     message = " ".join(message.splitlines())  # a value may hold line breaks
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def way_out(e: OSError) -> str:
+    """What a user can do about a file operation that failed; '' where the error says it all."""
+    if e.errno == errno.ENOSPC:
+        return " (free some space, then run the same command again)"
+    in_base_dir = Path(str(e.filename)).is_relative_to(get_base_dir())
+    if in_base_dir and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return " (NANOCHAT_BASE_DIR names the folder for tokenizers, token caches and runs)"
+    return ""
 
 
 def out_of_memory(e: Exception) -> bool:

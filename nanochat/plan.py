@@ -61,8 +61,10 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     depth = depth or args.depth
     width = args.model_dim if args.model_dim > 0 else math.ceil(depth * args.aspect_ratio / args.head_dim) * args.head_dim
     if width % args.head_dim or args.head_dim % 2:
-        near = sorted({max(1, width // args.head_dim) * args.head_dim, (width // args.head_dim + 1) * args.head_dim})
-        raise InputError(f"--head-dim {args.head_dim}: must be even and divide the width {width}; e.g. --model-dim {near[0]} or {near[-1]}")
+        heads = {max(1, width // args.head_dim), width // args.head_dim + 1}
+        near = " or ".join(str(number * args.head_dim) for number in sorted(heads))
+        raise InputError(f"--head-dim {args.head_dim}: must be even and divide the width {width}; "
+                         f"e.g. --model-dim {near}")
     heads = width // args.head_dim
     kv_heads = args.n_kv_head if args.n_kv_head > 0 else heads
     if heads % kv_heads:

@@ -29,7 +29,7 @@ from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
-from nanochat.tokenizer import load_tokenizer, tokenizer_path
+from nanochat.tokenizer import load_tokenizer, other_text, tokenizer_path
 from nanochat.variant import to_argv
 from nanochat.workers import run_workers
 
@@ -137,6 +137,8 @@ def prepare(sweep: Sweep):
         if os.path.isabs(text) and not os.path.exists(text):
             raise InputError(f"{sweep.file}: there is no {text}; say where the text {name} is: --data {name}=FOLDER")
     tokenizer, corpora = prepare_tokenizer(sweep), {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)}
+    if line := other_text(tokenizer, corpora[sweep.data]):
+        print(line)
     check_existing(sweep, tokenizer, corpora)
     for corpus in corpora.values():
         for shard in (*corpus.train, *corpus.val):

@@ -1,13 +1,15 @@
 """What was computed is shown also where it cannot be written; where nothing can be written is said before
 anything is computed.
 """
+import errno
 import json
+import os
 import time
 
 import pytest
 
 from conftest import ROOT
-from nanochat import metrics
+from nanochat import locks, metrics
 from nanochat.common import InputError, check_out
 
 SHAPE = ["--device-type", "cpu"]
@@ -78,3 +80,12 @@ def test_check_out_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is a folder; give a file"):
         check_out("--out", tmp_path, is_file=True)
+
+
+def test_a_base_folder_that_cannot_be_written_to_is_named_with_the_way_out(base_dir, command, monkeypatch):
+    def refuse(*_, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(base_dir / "locks/tokenizer.lock"))
+    monkeypatch.setattr(locks, "acquire", refuse)
+    code, _, stderr = command("scripts/tok_train.py", "--data", "stdlib")
+    assert code == 2
+    one_line(stderr, "tokenizer.lock: Read-only file system", "NANOCHAT_BASE_DIR")

@@ -79,7 +79,7 @@ def test_another_shell_is_told_to_be_bash(script):
 
 
 def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):
-    process = start(folder, DATA="my stories #1", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
+    process = start(folder, DATA="./my stories #1/.", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
                     NUM_ITERATIONS="100000", SAVE_EVERY="-1", EVAL_EVERY="-1")
     wait_for(lambda: len(list(folder.glob("base/runs/*/metrics.jsonl"))) == 1, 100)
     run, = folder.glob("base/runs/*")

@@ -228,3 +228,13 @@ def test_what_does_not_belong_to_the_sweep_is_refused_before_it_begins(experimen
         sweeps.main([str(path)])
     with pytest.raises(InputError, match="no run is finished"):
         sweeps.main([str(experiment("[points.new]\ndepth = 1\n")), "--report"])
+
+
+def test_a_sweep_says_that_its_tokenizer_is_of_another_text(experiment, base_dir, tmp_path, capsys):
+    text = tmp_path / "other"
+    text.mkdir()
+    for name in ("a", "val"):
+        (text / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog again and again. " * 200)
+    path = tiny_experiment(tmp_path / "moved.toml", "[points.full]\n", [1], text)
+    sweeps.prepare(sweeps.load(sweeps.build_parser().parse_args([str(path)])))
+    assert "this text is other: it takes more tokens" in capsys.readouterr().out
