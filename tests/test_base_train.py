@@ -268,19 +268,6 @@ def test_an_unfinished_run_with_checkpoints_is_refused_with_the_way_on(train, ki
         train("--save-every", 2)
 
 
-def test_a_tokenizer_trained_meanwhile_does_not_reach_a_run_that_has_its_own(train, kill_after, corpus_dir):
-    from scripts import tok_train
-    straight = train(tag="straight")
-    kill_after(4)
-    with pytest.raises(Killed):
-        train("--save-every", 2)
-    kill_after(None)
-    tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
-    resumed = train("--save-every", 2, "--resume", "auto")
-    assert resumed.config["derived"]["tokenizer_hash"] == straight.config["derived"]["tokenizer_hash"]
-    assert losses(resumed) == losses(straight)
-
-
 def spoiled(monkeypatch, bad_calls, spoil):
     """training.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
     original, calls = training.gradient_norm, [0]
