@@ -98,7 +98,7 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
     for given, instead in (('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"),
                            ("vocab-size = 4096", "vocab-size = 300"), ("depth = 4", "depth = 1"),
                            ("depth = 8", "depth = 2"), ("model-dim = 384", "model-dim = 32"),
-                           ("[1, 2, 3]", "[1]")):
+                           ("[1, 2, 3]", "[1]"), ("[0.25, 0.333]", "[0.25]")):
         assert given in text
         text = text.replace(given, instead)
     (tmp_path / "experiment.toml").write_text(text)
@@ -119,10 +119,9 @@ def readme_speedrun(command: str, folder, corpus_dir, **variables):
     for name in re.findall(r"([A-Z_]+)=", command):
         variables.pop(name, None)
     home = folder / "home"
-    home.mkdir()
-    shutil.copytree(corpus_dir, home / "my_texts")
+    shutil.copytree(corpus_dir, home / "my_texts", dirs_exist_ok=True)
     small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
-    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": str(folder / "base"),
+    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": "~/../base",
            "WANDB_MODE": "offline"}
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True,
                           timeout=280)
@@ -134,15 +133,24 @@ needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(),
 
 @needs_environment
 def test_speedrun_with_variables(tmp_path, corpus_dir):
-    """The line that sets them, on two processes, with its wandb name."""
+    """The line that sets them, on two processes, with its wandb name. Again, on one, it does what is missing."""
     command = next(line for line in commands() if line.startswith("DATA=")).replace(
         "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
     code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="2")
     assert code == 0, output[-3000:]
-    runs = sorted((tmp_path / "base/runs").iterdir())
-    assert len(runs) == 2 and all(list(run.glob("wandb/offline-run-*")) for run in runs)
-    assert all(metrics.load_run(run).config["device"]["processes"] == 2 for run in runs)
-    assert (tmp_path / "base/report/report.html").exists()
+    assert "validation perplexity" in output
+    full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
+    assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
+    for run in (full, low):
+        assert list(run.glob("wandb/offline-run-*")) and metrics.load_run(run).config["device"]["processes"] == 2
+    for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
+        assert (tmp_path / "base/report" / name).stat().st_size > 500, name
+    written = (full / "metrics.jsonl").stat().st_mtime_ns
+    shutil.rmtree(low)
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1")
+    assert code == 0 and output.count("already finished") == 1 and "already trained" in output, output[-3000:]
+    assert (full / "metrics.jsonl").stat().st_mtime_ns == written
+    assert metrics.load_run(low).config["device"]["processes"] == 1
 
 
 SRUN = """#!/usr/bin/env bash

@@ -44,22 +44,6 @@ def folder(tmp_path, corpus_dir):
     return tmp_path
 
 
-def test_speedrun_leaves_a_report_and_repeats_nothing(folder):
-    places = {"DATA": "my stories #1", "HOME": str(folder)}
-    code, stdout, stderr = speedrun(folder, **places, NANOCHAT_BASE_DIR="~/my base")
-    assert code == 0, stderr[-3000:]
-    out = folder / "my base/report"
-    for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
-        assert (out / name).stat().st_size > 500, name
-    assert all(words in stdout
-               for words in ("validation perplexity", "my stories -1_v300", "_full", "_attn8_mlp0.25"))
-    assert len(list((folder / "my base/runs").iterdir())) == 2
-    written = {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")}
-    code, stdout, _ = speedrun(folder, **places, NANOCHAT_BASE_DIR="my base")
-    assert code == 0 and stdout.count("already finished") == 2 and "already trained" in stdout
-    assert {p: p.stat().st_mtime_ns for p in folder.glob("my base/runs/*/metrics.jsonl")} == written
-
-
 @pytest.mark.parametrize("changes, message", [
     ({"DATA": "nonesuch"}, "error: --data {folder}/nonesuch: "),
     ({"NPROC": "two"}, "error: NPROC=two: give a whole number"),
