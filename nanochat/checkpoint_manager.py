@@ -67,7 +67,7 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
 
 
 def system_error(e: BaseException) -> str:
-    """What the system said. torch makes an error of its own of a full disk, with the system's in its context."""
+    """What the system said. Of a full disk torch makes an error of its own; the system's is its context."""
     cause = e
     while cause and not isinstance(cause, OSError):
         cause = cause.__context__

@@ -133,7 +133,8 @@ needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(),
 
 @needs_environment
 def test_speedrun_with_variables(tmp_path, corpus_dir):
-    """The line that sets them, on two processes, with its wandb name. Again, on one, it does what is missing."""
+    """The line that sets them, on two processes, with its wandb name. Again, on one, it does what is missing.
+    """
     command = next(line for line in commands() if line.startswith("DATA=")).replace(
         "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
     code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="2")
@@ -142,8 +143,10 @@ def test_speedrun_with_variables(tmp_path, corpus_dir):
     full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
     assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
     for run in (full, low):
-        assert list(run.glob("wandb/offline-run-*")) and metrics.load_run(run).config["device"]["processes"] == 2
-    for name in ("report.md", "report.html", "report.csv", "loss.png", "parameters.png", "memory.png", "perplexity.png"):
+        assert list(run.glob("wandb/offline-run-*"))
+        assert metrics.load_run(run).config["device"]["processes"] == 2
+    for name in ("report.md", "report.html", "report.csv",
+                 "loss.png", "parameters.png", "memory.png", "perplexity.png"):
         assert (tmp_path / "base/report" / name).stat().st_size > 500, name
     written = (full / "metrics.jsonl").stat().st_mtime_ns
     shutil.rmtree(low)

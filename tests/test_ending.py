@@ -160,7 +160,8 @@ def script(body, before="", **options):
 
 
 def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
-    body, before = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')", "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    body = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"
+    before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     assert script(body, before) == (0, "goes on\n", "")
     assert script(body, before, env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}) == (
         75, "", "stopped by SIGHUP\n")

@@ -12,7 +12,7 @@ from conftest import tiny_experiment
 from nanochat import local, metrics
 from nanochat.common import REQUEUE, InputError
 from nanochat.experiment import read_experiment
-from processes import Launched
+from processes import Launched, wait_for
 from scripts import sweep as sweeps
 
 
@@ -64,13 +64,6 @@ def stand_in(tmp_path, experiment, monkeypatch):
         return local.run_all(sweep, SimpleNamespace(j=j, run="dummy"), command)
     run.sweep, run.starts = sweep, lambda: (tmp_path / "starts").read_text().split() if (tmp_path / "starts").exists() else []
     return run
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_runs_are_started_in_order_once_and_finished_ones_are_skipped(stand_in, capfd):
@@ -234,7 +227,8 @@ def test_a_sweep_says_that_its_tokenizer_is_of_another_text(experiment, base_dir
     text = tmp_path / "other"
     text.mkdir()
     for name in ("a", "val"):
-        (text / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog again and again. " * 200)
+        sentence = "the quick brown fox jumps over the lazy dog again and again. "
+        (text / f"{name}.txt").write_text(sentence * 200)
     path = tiny_experiment(tmp_path / "moved.toml", "[points.full]\n", [1], text)
     sweeps.prepare(sweeps.load(sweeps.build_parser().parse_args([str(path)])))
     assert "this text is other: it takes more tokens" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from conftest import ROOT
 from nanochat import metrics, wandb_log
 from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
 from nanochat.metrics import RunRecord
+from processes import wait_for
 
 INIT, FINISH, LATER = 2, 2, 3  # seconds
 
@@ -22,13 +23,6 @@ INIT, FINISH, LATER = 2, 2, 3  # seconds
 def row(step):
     return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step,
             "total_training_flops": 1e6 * step, "train/loss": 9.0 / step, "sample": ["the cat"]}
-
-
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -170,7 +164,8 @@ HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
     ({"start": {"answering": False}}, "no answer|Failed to get", True),
     ({"start": {"status": 500}}, "no answer|HTTP 500", True),
     # the client gives up by itself, or is given up: which comes first is a matter of milliseconds
-    ({"middle": {"answering": False}}, f"no answer from W&B within {FINISH} s|Fatal error while uploading", True),
+    ({"middle": {"answering": False}},
+     f"no answer from W&B within {FINISH} s|Fatal error while uploading", True),
     ({"middle": {"stream_status": 404}}, "Fatal error while uploading data", True),
     ({"middle": {}, "kill": True}, "its process ended with code -9", True),
     ({"environment": {"WANDB_MODE": "bogus"}}, "settings: mode Input should be 'online'", True),
@@ -193,7 +188,7 @@ def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said,
     record.log(row(1))
     assert time.monotonic() - began < 0.5
     if "middle" in trouble:
-        wait_for(lambda: server.runs)
+        wait_for(lambda: server.runs, 30)
         server.behave(**trouble["middle"])
     if "kill" in trouble:
         os.killpg(workers[0].pid, signal.SIGKILL)
