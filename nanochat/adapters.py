@@ -26,7 +26,8 @@ import torch
 import torch.nn as nn
 
 from nanochat.adapter_layers import IA3, AdaptedAttention, AdaptedLinear, AdaptedMLP, LoRA, Triplets
-from nanochat.common import InputError, write_atomic
+from nanochat.common import InputError
+from nanochat.files import write_atomic
 from nanochat.gpt import GPT, MATRICES, MLP, Attention
 
 TARGETS = {"lora": r"attn\.[qkvo]$|mlp\.(up|down)$", "adalora": r"attn\.[qkvo]$|mlp\.(up|down)$", "ia3": r"attn\.[kv]$|mlp\.down$"}

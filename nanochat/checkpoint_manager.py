@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from nanochat.adapters import attach_saved
-from nanochat.common import InputError, first_line, print0, sha256, write_atomic
+from nanochat.common import InputError, first_line, print0
 from nanochat.factorize import stacked
+from nanochat.files import sha256, write_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer

@@ -3,12 +3,10 @@ import argparse
 import contextlib
 import errno
 import functools
-import hashlib
 import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -197,53 +195,6 @@ def get_base_dir() -> Path:
         fault = (f"={given}: there is no such home folder" if given
                  else ": not set, and there is no home folder")
         raise InputError(f"NANOCHAT_BASE_DIR{fault}; give it a folder, for example /tmp/nanochat") from None
-
-
-def write_atomic(path: Path, content: str | bytes):
-    """Write a file so that a reader, a crash or a full disk sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock colleagues out of a shared base dir
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(e, OSError):
-            e.filename = str(path)
-        raise
-
-
-def check_out(flag: str, path: Path, is_file: bool = False):
-    """InputError if results cannot be written there; ask before they are computed. path:
-    a folder, or a file.
-    """
-    folder = path.absolute().parent if is_file else path.absolute()
-    try:
-        if is_file and path.is_dir():
-            raise InputError(f"{flag} {path}: is a folder; give a file")
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
-        if existing.is_dir():
-            with tempfile.TemporaryFile(dir=existing):  # permissions do not tell of a read-only file system
-                return
-    except OSError as e:
-        message = f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place"
-        raise InputError(message) from None
-    raise InputError(f"{flag} {path}: {'' if existing == folder else f'{existing} '}is a file; give a folder")
-
-
-def sha256(path: Path) -> str:
-    """Of the file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanochat.common import InputError, get_base_dir, locked, process_layout, write_atomic
+from nanochat.common import InputError, get_base_dir, locked, process_layout
+from nanochat.files import write_atomic
 from nanochat.tokenizer import EncodingError
 
 DOCUMENTS_AT_ONCE = 512

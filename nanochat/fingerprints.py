@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from nanochat.common import get_base_dir, sha256, write_atomic
+from nanochat.common import get_base_dir
+from nanochat.files import sha256, write_atomic
 
 # A compressed file larger than all its samples together is hashed by samples.
 COMPRESSED = (".parquet", ".gz", ".zst")

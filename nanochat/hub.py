@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import signals
-from nanochat.common import InputError, first_line, sha256
+from nanochat.common import InputError, first_line
+from nanochat.files import sha256
 
 
 @dataclass(frozen=True)

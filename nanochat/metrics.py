@@ -15,7 +15,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import InputError, get_base_dir, write_atomic
+from nanochat.common import InputError, get_base_dir
+from nanochat.files import write_atomic
 
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
 CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"), ("total_training_flops", "flops"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from nanochat import common, metrics
 from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
+from nanochat.files import write_atomic
 
 SAVING_SECONDS = 180  # from the signal, which Slurm may send a minute early, to the time limit: to finish a step and write a checkpoint
 
@@ -65,7 +66,7 @@ def submit(sweep: Sweep, args):
                 awaited = [job for job, tasks in jobs.items() if bases & set(tasks.values())]
                 submitted.append(sbatch(sweep.folder / name, runs_script(sweep, stage, args, awaited)))
                 jobs[submitted[-1]] = {str(task): p.tag for task, p in enumerate(stage)}
-                common.write_atomic(record_of(sweep), json.dumps(jobs, indent=2) + "\n")
+                write_atomic(record_of(sweep), json.dumps(jobs, indent=2) + "\n")
         report = sbatch(sweep.folder / "slurm_report.sh", report_script(sweep, list(jobs), args))
     print(f"submitted as job {', '.join(submitted)}, the report as job {report}")
     for what, command in (("what waits and runs", ["squeue", f"--jobs={','.join([*jobs, report])}"]),
@@ -118,7 +119,7 @@ def slurm(*command: str) -> str:
 
 def sbatch(path: Path, script: str) -> str:
     """Write and submit a batch script. Returns the job's id."""
-    common.write_atomic(path, script)
+    write_atomic(path, script)
     return slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]  # id[;cluster]
 
 

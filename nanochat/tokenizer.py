@@ -12,7 +12,8 @@ import numpy as np
 import tiktoken
 
 from nanochat import signals
-from nanochat.common import InputError, first_line, get_base_dir, write_atomic
+from nanochat.common import InputError, first_line, get_base_dir
+from nanochat.files import write_atomic
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (BOS,)  # they take the last ids of the vocabulary

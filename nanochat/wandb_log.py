@@ -24,7 +24,8 @@ import threading
 import time
 from pathlib import Path
 
-from nanochat.common import first_line, write_atomic
+from nanochat.common import first_line
+from nanochat.files import write_atomic
 from nanochat.wandb_worker import MARK, Sent
 
 SECONDS = 60.0          # what the two variables are where they are not set

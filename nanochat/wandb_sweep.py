@@ -10,9 +10,9 @@ import json
 import os
 import threading
 
-from nanochat import common
 from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
+from nanochat.files import write_atomic
 from nanochat.wandb_log import seconds
 
 
@@ -25,7 +25,7 @@ def register(sweep: Sweep, args):
     if not points:
         return print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
     path = sweep.folder / "wandb_sweep.yaml"
-    common.write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2) + "\n")  # JSON is YAML
+    write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2) + "\n")  # JSON is YAML
     project = os.environ.get("WANDB_PROJECT", "nanochat-lowrank")
     if os.environ.get("WANDB_MODE") == "offline":
         print(f"{path}: {len(points)} runs\n  wandb sweep --project {project} {path}   # registers them, and says how to start agents")

@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import REQUEUE, write_atomic
+from nanochat.common import REQUEUE
+from nanochat.files import write_atomic
 from nanochat.metrics import CLOCKS
 
 MARK = "\0"       # begins the lines that are messages

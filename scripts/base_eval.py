@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
-from nanochat.common import InputError, print0, quoted, whole_number, write_atomic
+from nanochat.common import InputError, print0, quoted, whole_number
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import Corpus
+from nanochat.files import write_atomic
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.naming import run_folder, tag
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text

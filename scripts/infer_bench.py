@@ -23,10 +23,11 @@ import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nanochat import common, flags, plan
-from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
+from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import rank_flag, rank_multiple_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
@@ -252,7 +253,7 @@ def main(argv=None):
     if args.step >= 0 and not args.model_tag:
         raise InputError(f"--step {args.step}: of which run? name it with --model-tag")
     if args.out:
-        common.check_out("--out", args.out)
+        check_out("--out", args.out)
     config = None if args.model_tag else shape_of(args)
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)

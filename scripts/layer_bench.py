@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from nanochat import common
-from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
+from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import LONGEST, WIDEST, add_rank_multiple, rank_flag
 from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear
@@ -325,7 +326,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     shapes = [(*shape, ranks_of(args, *shape)) for shape in layer_shapes(model_of(args))]
     if args.out:
-        common.check_out("--out", args.out)
+        check_out("--out", args.out)
     device = common.init_process(args.device_type)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
     machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,

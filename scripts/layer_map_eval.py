@@ -16,9 +16,10 @@ from matplotlib.patches import Rectangle
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
-from nanochat.common import InputError, whole_number, write_atomic
+from nanochat.common import InputError, whole_number
 from nanochat.factorize import check_same_shape, with_copied_layers, with_layer_map
 from nanochat.figures import new_figure, png
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import DEEPEST
 from nanochat.gpt import GPT
 from nanochat.layer_maps import NAMED, drawn, map_text, monotone, of_two, parse_map
@@ -90,7 +91,7 @@ def parse(argv):
     if args.second_tag and not two:
         raise InputError(f"--second-tag {args.second_tag}: no map takes its layers; give --maps with B:0, B:1, …, or goliath")
     if args.out:
-        common.check_out("--out", args.out)
+        check_out("--out", args.out)
     return args
 
 

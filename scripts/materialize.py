@@ -18,8 +18,9 @@ import torch
 from nanochat import common, metrics
 from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
-from nanochat.common import InputError, whole_number, write_atomic
+from nanochat.common import InputError, whole_number
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import (DEFAULTS_BEFORE, add_rank_multiple, build_parser, matrix_ranks_flag, number,
                             rank_flag)
 from nanochat.functional import SOFTCAP
@@ -71,7 +72,7 @@ def parse(argv):
     if args.safetensors and args.safetensors.suffix != ".safetensors":
         raise InputError(f"--safetensors {args.safetensors}: the name has to end in .safetensors; the config goes beside it, ending in .json")
     if args.safetensors:
-        common.check_out("--safetensors", args.safetensors, is_file=True)
+        check_out("--safetensors", args.safetensors, is_file=True)
     args.truncates = bool(ranks)
     return args
 

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from nanochat import common
-from nanochat.common import ArgumentParser, InputError, quoted, run_script, write_atomic
+from nanochat.common import ArgumentParser, InputError, quoted, run_script
 from nanochat.equal_cost import equal_cost_table
 from nanochat.figures import draw_all
+from nanochat.files import check_out, write_atomic
 from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
 from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
@@ -58,7 +59,7 @@ def main(argv=None):
     margins = {"margin_time": args.margin_time, "margin_memory": args.margin_memory, "margin_ppl": args.margin_ppl,
                "confidence": args.confidence, "equal_params": args.equal_params}
     verdict([], **margins)  # refuses a margin that is out of range
-    common.check_out("--out", args.out)
+    check_out("--out", args.out)
 
     runs = load_runs(args.runs, args.from_wandb)
     configs = configurations(runs)

@@ -26,6 +26,7 @@ from nanochat.dataset import open_corpus
 from nanochat.environment import leave_process_group
 from nanochat.experiment import Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
+from nanochat.files import check_out, write_atomic
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, run_name
 from nanochat.rank import account, predict_peak
@@ -68,7 +69,7 @@ def main(argv=None):
         return run_task(sweep, sweep.point(args.task), args)
 
     if args.out:
-        common.check_out("--out", Path(args.out))
+        check_out("--out", Path(args.out))
     if args.launcher == "local":
         places(sweep, args.j)  # that there are any is known before anything is tokenised
     if args.launcher == "slurm":
@@ -332,7 +333,7 @@ def conclude(sweep: Sweep, args, missing: dict, what: str):
             print(*lines, sep="\n", flush=True)
     beside = report_folder(sweep, args) / "unfinished.txt"
     if missing:
-        common.write_atomic(beside, "\n".join(lines) + "\n")
+        write_atomic(beside, "\n".join(lines) + "\n")
         sys.exit(1)
     beside.unlink(missing_ok=True)
 

@@ -5,9 +5,9 @@ tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do
 """
 import time
 
-from nanochat.common import (ArgumentParser, InputError, check_out, get_base_dir, locked, run_script,
-                             whole_number)
+from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
 from nanochat.dataset import open_corpus
+from nanochat.files import check_out
 from nanochat.naming import optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import InputError, write_atomic
+from nanochat.common import InputError
+from nanochat.files import write_atomic
 
 STATE = {"model": {"w": torch.arange(6.0)}, "optimizers": [{"state": {0: {"momentum": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}]}
 

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import ROOT
 from nanochat import locks, metrics
-from nanochat.common import InputError, check_out
+from nanochat.common import InputError
+from nanochat.files import check_out
 
 SHAPE = ["--device-type", "cpu"]
 BENCH = ["--depth", 1, "--model-dim", 64, "--head-dim", 32, "--vocab-size", 64, "--max-seq-len", 32,

@@ -21,7 +21,8 @@ from train_step import RATES, compare, machine, make_subject, noise_rows, shown 
 import torch
 
 from nanochat import common, metrics
-from nanochat.common import ArgumentParser, whole_number, write_atomic
+from nanochat.common import ArgumentParser, whole_number
+from nanochat.files import check_out, write_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 
@@ -239,7 +240,7 @@ def main(argv=None):
     add("--tiny", action="store_true", help="a model of seconds, float32 and uncompiled, to try the program itself")
     add("--seconds", type=whole_number(1), default=420, help="no comparison is begun that would probably end later than this")
     args = parser.parse_args(argv)
-    common.check_out("--out", args.out)
+    check_out("--out", args.out)
     began = time.monotonic()
     device = common.init_process(args.device_type)[0]
     dtype, compiled, repeats, start = (torch.float32, False, 2, 4) if args.tiny else (torch.bfloat16, True, 10, LARGEST_BATCH)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import common
-from nanochat.common import ArgumentParser, whole_number, write_atomic
+from nanochat.common import ArgumentParser, whole_number
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import LONGEST, WIDEST
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
 
@@ -81,7 +82,7 @@ def main(argv=None):
     add("--out", type=Path, default=None, help="JSON file")
     args = parser.parse_args(argv)
     if args.out:
-        common.check_out("--out", args.out, is_file=True)
+        check_out("--out", args.out, is_file=True)
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
     result = measure(args.device_batch_size * args.max_seq_len, args.model_dim, args.vocab_size, device, dtype, args.repeats)
     result = {"machine": train_step.machine(device, dtype, False), **result}

@@ -37,9 +37,10 @@ import numpy as np
 import torch
 
 from nanochat import common, metrics
-from nanochat.common import ArgumentParser, InputError, whole_number, write_atomic
+from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
+from nanochat.files import check_out, write_atomic
 from nanochat.flags import DEEPEST, LONGEST, WIDEST, add_rank_multiple, matrix_ranks_flag, number, rank_flag
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
@@ -463,7 +464,7 @@ def main(argv=None):
         if args.reference and getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two")
     if args.out:
-        common.check_out("--out", args.out, is_file=True)
+        check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
     device, dtype, compiled = common.init_process(args.device_type)[0], getattr(torch, args.dtype), args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)

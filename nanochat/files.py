@@ -1,0 +1,167 @@
+"""Files that are whole or not there, and that survive a power cut.
+
+A name that a program gives to a file (by creating, renaming or linking it) is kept by the folder, and the content by
+the file. Either may be lost in a power cut until it is synced: the file first, then the folder.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.common import InputError, shortened
+
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
+
+
+def write_atomic(path: Path, content: str | bytes):
+    """Write a file so that a reader, a crash, a full disk or a power cut sees the old content or the new, never a part.
+
+    Once this returns, the new content is there to stay.
+    """
+    create_folder(path.parent)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
+    try:
+        with open_new(temporary) as f:
+            f.write(data)
+            sync(f)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(e, OSError):
+            e.filename = str(path)
+        raise
+
+
+def open_new(path: Path):
+    """A new file, open for writing bytes, with the permissions that the user's umask leaves. Not through a link."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def sync(file):
+    """Make what was written to an open file survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path):
+    """Make the names in a folder survive a power cut, where the file system can be asked for that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            e.filename = str(folder)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def create_folder(folder: Path):
+    """The folder and those around it, where they are missing, there to stay."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def remove_temporary(folder: Path, *names: str):
+    """Remove what killed processes left of writing the files of these names. Nobody may be writing them now."""
+    for name in names:
+        for left in folder.glob(f".{name}.*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of the file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_out(flag: str, path: Path, is_file: bool = False):
+    """InputError if results cannot be written there; ask before they are computed. path:
+    a folder, or a file.
+    """
+    folder = path.absolute().parent if is_file else path.absolute()
+    try:
+        if is_file and path.is_dir():
+            raise InputError(f"{flag} {path}: is a folder; give a file")
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if existing.is_dir():
+            with tempfile.TemporaryFile(dir=existing):  # permissions do not tell of a read-only file system
+                return
+    except OSError as e:
+        message = f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place"
+        raise InputError(message) from None
+    raise InputError(f"{flag} {path}: {'' if existing == folder else f'{existing} '}is a file; give a folder")
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Schema:
+    """What a JSON file of one kind holds: an object with these keys, and perhaps others.
+
+    A value's kind is `str`, `int` (no boolean), `float` (any number), `bool`, `list`, `dict`, or a tuple of these.
+    remedy: what the user of a damaged file can do.
+    """
+    name: str
+    required: dict[str, type | tuple]
+    optional: dict[str, type | tuple] = field(default_factory=dict)
+    format: int = 1  # the newest that this version of the program knows; a file without one has format 1
+    remedy: str = "restore it"
+
+    def check(self, where: str, content) -> dict:
+        """The content itself. InputError, beginning with `where`, if it is none of this kind."""
+        if not isinstance(content, dict):
+            raise InputError(f"{where}: not a {self.name} (no JSON object); {self.remedy}")
+        written = content.get("format", 1)
+        if is_kind(written, int) and written > self.format:
+            unknown = sorted(content.keys() - self.required.keys() - self.optional.keys() - {"format"})
+            raise InputError(f"{where}: a {self.name} of a newer version of this program (format {written}, here "
+                             f"{self.format}; new: {', '.join(unknown) or 'nothing'}); use that version")
+        for key, kind in {**self.required, **self.optional}.items():
+            if key not in content and key in self.optional:
+                continue
+            if key not in content or not is_kind(content[key], kind):
+                value = shortened(repr(content[key])) if key in content else "missing"
+                raise InputError(f"{where}: not a {self.name} ({key}: {value}); {self.remedy}")
+        return content
+
+
+def is_kind(value, kind: type | tuple) -> bool:
+    if isinstance(kind, tuple):
+        return any(is_kind(value, one) for one in kind)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def parse_json(text: str):
+    """What a text says in JSON; None where it is none: json.loads fails in several ways, by the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(path: Path, schema: Schema) -> dict:
+    """The object in a JSON file. InputError if it is damaged or of another kind; OSError if it cannot be read."""
+    return schema.check(str(path), parse_json(path.read_bytes().decode("utf-8", "replace")))
+
+
+def write_json(path: Path, content: dict):
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
