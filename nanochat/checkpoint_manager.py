@@ -1,35 +1,25 @@
 """Checkpoints: runs/<tag>/checkpoints/step_000200/{state.pt, meta.json}, each appearing whole by one rename.
 
 state.pt holds tensors and plain numbers only (read with weights_only=True: loading cannot execute code); meta.json holds
-its SHA-256, so a truncated or altered file is noticed before it is used.
+its SHA-256 and its own, so a truncated or altered file is noticed before it is used.
 """
-import json
-import os
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from nanochat.adapters import attach_saved
-from nanochat.common import InputError, first_line, print0
+from nanochat.common import InputError, first_line, out_of_memory, print0
 from nanochat.factorize import stacked
-from nanochat.files import sha256, write_atomic
+from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run_files import read_meta, saved_steps, step_folder, write_meta
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
-
 OWED = "evaluation_owed"  # in meta: the run was stopped before this step's evaluation was through
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    return run_folder / "checkpoints" / f"step_{step:06d}"
-
-
-def saved_steps(run_folder: Path) -> list[int]:
-    """Steps with a checkpoint, ascending; not yet verified."""
-    names = (f.name.removeprefix("step_") for f in (run_folder / "checkpoints").glob("step_*"))
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> int:
@@ -39,23 +29,24 @@ def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> in
     return step if step >= 0 else steps[-1]
 
 
+# ---- writing -----------------------------------------------------------------------------------------------
+
 def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int = -1):
     """Write state (tensors, nested in dicts and lists) and meta (JSON) as the checkpoint of `step`; then remove all but the
-    newest `keep` (-1: none). Killed at any moment it leaves the earlier ones as they were.
+    newest `keep` (-1: none). Killed, or without power, at any moment it leaves the earlier ones as they were.
     """
     folder = step_folder(run_folder, step)
     building = folder.with_name(f".{folder.name}.building")
     try:
-        for left in folder.parent.glob(".step_*"):  # by a process that was killed here
-            shutil.rmtree(left, ignore_errors=True)
-        building.mkdir(parents=True)
-        with open(building / "state.pt", "wb") as f:
+        create_folder(folder.parent)
+        remove_unfinished(run_folder)
+        building.mkdir()
+        with open_new(building / "state.pt") as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        write_atomic(building / "meta.json", json.dumps({**meta, "step": step, "sha256": sha256(building / "state.pt")}, indent=2) + "\n")
-        if folder.exists():  # a damaged one of the same step, reached again after a resume from before it
-            folder.rename(folder.with_name(f".{folder.name}.damaged"))
+            sync(f)
+        write_meta(building, {**meta, "step": step, "sha256": sha256(building / "state.pt")})
+        if folder.exists():  # of the same step, reached again after a resume from before it
+            set_aside(folder)
         building.rename(folder)
         sync_folder(folder.parent)
     except (OSError, RuntimeError) as e:
@@ -64,7 +55,26 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
                          f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
                          "make room or give write permission, and continue with --resume auto") from None
     for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
-        shutil.rmtree(step_folder(run_folder, old), ignore_errors=True)
+        set_aside(step_folder(run_folder, old))
+    remove_unfinished(run_folder)
+
+
+def set_aside(folder: Path):
+    """Let a checkpoint be one no more, at once: a process that removes it file by file may be killed."""
+    with contextlib.suppress(OSError):
+        folder.rename(folder.with_name(f".{folder.name}.before"))
+
+
+def remove_unfinished(run_folder: Path):
+    """Remove what is no checkpoint, or none any more, in the folder of them. Nobody may be writing one now."""
+    for left in (run_folder / "checkpoints").glob(".step_*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def amend_checkpoint(run_folder: Path, step: int, changes: dict):
+    """Change entries of a checkpoint's meta.json; an entry of None is struck out."""
+    meta = read_meta(run_folder, step) | changes
+    write_meta(step_folder(run_folder, step), {key: value for key, value in meta.items() if value is not None})
 
 
 def system_error(e: BaseException) -> str:
@@ -75,47 +85,79 @@ def system_error(e: BaseException) -> str:
     return (cause.strerror if cause else "") or first_line(e)
 
 
-def clear_owed_evaluation(run_folder: Path, step: int):
-    """Strike out of a checkpoint's meta.json that the evaluation of its step is owed: it was made."""
-    path = step_folder(run_folder, step) / "meta.json"
-    meta = json.loads(path.read_text("utf-8"))
-    del meta[OWED]
-    write_atomic(path, json.dumps(meta, indent=2) + "\n")
-
-
-def sync_folder(folder: Path):
-    """Make the names in a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
+# ---- reading -----------------------------------------------------------------------------------------------
 
 def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, dict]:
-    """(state, meta) of a step, verified. InputError if it is missing or damaged."""
+    """(state, meta) of a step, verified. InputError if it is missing, damaged or cannot be read."""
     folder = step_folder(run_folder, step)
     if not folder.is_dir():
         raise InputError(f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}")
     try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        intact = meta["sha256"] == sha256(folder / "state.pt")
-    except (OSError, ValueError, KeyError):
-        intact = False
-    if not intact:
-        raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); use another step")
-    # memory-mapped: the processes of a machine share one copy of what they read
-    return torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=True), meta
+        meta = read_meta(run_folder, step)
+        if meta["sha256"] != sha256(folder / "state.pt"):
+            raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); use another step")
+        # memory-mapped: the processes of a machine share one copy of what they read
+        state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=True)
+    except FileNotFoundError as e:
+        raise InputError(f"{folder}: damaged checkpoint ({Path(e.filename).name} is missing); use another step") from None
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be read ({e.strerror or first_line(e)}); use another step") from None
+    except Exception as e:  # torch's, of a file that is none of its own
+        if isinstance(e, InputError) or out_of_memory(e):
+            raise
+        raise InputError(f"{folder}: not a checkpoint of this program ({first_line(e)})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{folder}: not a checkpoint of this program; use another step")
+    return state, meta
 
 
-def load_newest(run_folder: Path, device="cpu") -> tuple[dict, dict] | None:
-    """The newest checkpoint that is intact, naming those that are skipped; None if there is none."""
+def load_to_resume(run_folder: Path, step: int) -> tuple[dict, dict]:
+    """load_checkpoint for a run that goes on. InputError also where it holds what is not finite."""
+    state, meta = load_checkpoint(run_folder, step)
+    if names := not_finite(state):
+        raise InputError(f"{step_folder(run_folder, step)}: {names[0]} and {len(names)} tensor(s) in all are not finite; "
+                         "use another step")
+    return state, meta
+
+
+def load_newest(run_folder: Path) -> tuple[dict, dict] | None:
+    """The newest checkpoint that a run can go on from, naming those that are skipped; None if there is none."""
     for step in reversed(saved_steps(run_folder)):
         try:
-            return load_checkpoint(run_folder, step, device)
+            return load_to_resume(run_folder, step)
         except InputError as e:
             print0(f"skipped: {e}")
     return None
+
+
+def named_tensors(state, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dicts and lists, by the keys that lead to them."""
+    entries = ()
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    elif isinstance(state, dict):
+        entries = state.items()
+    elif isinstance(state, (list, tuple)):
+        entries = enumerate(state)
+    for key, value in entries:
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def not_finite(state) -> list[str]:
+    """Names of the tensors that hold NaN or an infinity."""
+    return [name for name, tensor in named_tensors(state) if not tensor.isfinite().all()]
+
+
+@contextlib.contextmanager
+def fitting_together(folder: Path):
+    """InputError where a checkpoint does not hold what its meta.json, or the run, says that it holds."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
+        if out_of_memory(e):
+            raise
+        raise InputError(f"{folder}: does not hold the model that it should ({type(e).__name__}: {first_line(e)}); "
+                         "use another step") from None
 
 
 def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
@@ -124,16 +166,18 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
     """
     tokenizer = load_tokenizer(run_folder / "tokenizer.json")
     state, meta = load_checkpoint(run_folder, step, device)
-    if meta["tokenizer_hash"] != tokenizer.hash:
-        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta['tokenizer_hash']}, tokenizer.json is {tokenizer.hash}")
-    if "adapter" in meta:
-        return adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes), tokenizer, meta
-    with torch.device(device):
-        model = GPT(GPTConfig(**meta["model"] | changes))
-    if "subspace" in meta:
-        restore(model, meta["subspace"], state["model"])
-    else:
-        model.load_state_dict(state["model"])
+    if meta.get("tokenizer_hash") != tokenizer.hash:
+        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta.get('tokenizer_hash')}, tokenizer.json is {tokenizer.hash}")
+    with fitting_together(step_folder(run_folder, step)):
+        if "adapter" in meta:
+            model = adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes)
+            return model, tokenizer, meta
+        with torch.device(device):
+            model = GPT(GPTConfig(**meta["model"] | changes))
+        if "subspace" in meta:
+            restore(model, meta["subspace"], state["model"])
+        else:
+            model.load_state_dict(state["model"])
     return model, tokenizer, meta
 
 

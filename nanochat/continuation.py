@@ -10,7 +10,8 @@ from pathlib import Path
 
 from nanochat.common import InputError, print0
 from nanochat.flags import DEFAULTS_BEFORE
-from nanochat.metrics import FREE, differing_keys, read_json, runs_dir
+from nanochat.metrics import FREE, differing_keys, runs_dir
+from nanochat.run_files import read_config
 
 # Flags that say where something is. What is there is compared, by its fingerprint or hash.
 PLACES = {"data", "tokenizer_tag"}
@@ -18,8 +19,7 @@ PLACES = {"data", "tokenizer_tag"}
 
 def read_record(folder: Path) -> dict:
     """config.json of a run folder; {} where there is none."""
-    path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_config(folder) if (folder / "config.json").is_file() else {}
 
 
 def flags_given(record: dict) -> set[str]:

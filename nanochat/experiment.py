@@ -31,6 +31,7 @@ from nanochat.flags import add_rank_flags, group_defaults
 from nanochat.gpt import GPTConfig
 from nanochat.naming import LONGEST_TAG
 from nanochat.rank import count_parameters
+from nanochat.run_files import read_summary
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
 RANK_FLAGS = (*(name.replace("_", "-") for name in group_defaults(add_rank_flags)), "recompute")
@@ -63,11 +64,10 @@ class Point:
         return metrics.runs_dir() / self.tag
 
     def status(self) -> str:
-        """'new', or what the run folder says: 'running' (or killed), 'stopped', 'finished'."""
+        """'new', or what the run folder says: see run_files.read_summary."""
         if not (self.folder / "config.json").exists():
             return "new"
-        summary = self.folder / "summary.json"
-        return metrics.read_json(summary).get("status", "running") if summary.exists() else "running"
+        return read_summary(self.folder)["status"]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat import common, locks, metrics
+from nanochat import common, locks
 from nanochat.common import InputError
 from nanochat.experiment import Point, Sweep
 from nanochat.figures import TIME, human
 from nanochat.rank import account
+from nanochat.run_files import read_summary
 from nanochat.signals import ENDING
 
 POLL = 0.5          # seconds between two looks at the children
@@ -221,7 +222,7 @@ def finished_rate(sweep: Sweep) -> tuple[float, str]:
     flops = seconds = count = 0
     for point in sweep.points:
         if point.status() == "finished":
-            summary = metrics.read_json(point.folder / "summary.json")
+            summary = read_summary(point.folder)
             flops, seconds, count = flops + summary["total_training_flops"], seconds + summary["total_training_time"] * sweep.processes, count + 1
     return (flops / seconds, f"as in {count} finished run(s)") if seconds else (0.0, "")
 
@@ -285,7 +286,7 @@ class Display:
     def event(self, point: Point, what: str):
         self.done += what.startswith("finished")
         if what == "finished":
-            what += f", perplexity {metrics.read_json(point.folder / 'summary.json').get('val/ppl', float('nan')):.2f}"
+            what += f", perplexity {read_summary(point.folder).get('val/ppl', float('nan')):.2f}"
         self.say(f"{time.strftime('%H:%M:%S')} {point.tag}: {what}")
 
     def say(self, line: str):

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import InputError, get_base_dir
-from nanochat.files import write_atomic
+from nanochat.files import remove_temporary, write_json
+from nanochat.history_file import HistoryFile
+from nanochat.run_files import read_config, read_summary
 
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
 CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"), ("total_training_flops", "flops"))
@@ -24,6 +26,10 @@ CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens",
 # what may differ between a run and its continuation: it changes neither the model nor its data
 FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
         "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir"}
+
+
+# what only the process that has the run's lock writes
+WRITTEN = ("config.json", "summary.json", "tokenizer.json", "wandb_id.txt")
 
 
 def runs_dir() -> Path:
@@ -35,7 +41,7 @@ class Run:
     """A run as read from its folder."""
     name: str
     config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
-    summary: dict        # flat metric names -> last values, "status": "running" | "stopped" | "finished"
+    summary: dict        # flat metric names -> last values, "status": see run_files.read_summary
     history: list[dict]  # one dict a step, in order; keys as in design section 6
     core: dict = field(default_factory=dict)  # base_eval's CORE of the newest step: core_metric, core_metric_interval, tasks, …
 
@@ -45,10 +51,8 @@ def load_run(folder: Path) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a run folder (no config.json)")
-    config = read_json(folder / "config.json")
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {"status": "running"}
     core = sorted(folder.glob("core_*.json"))
-    return Run(folder.name, config, summary, read_history(folder), read_json(core[-1]) if core else {})
+    return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder), read_json(core[-1]) if core else {})
 
 
 def read_json(path: Path) -> dict:
@@ -63,7 +67,7 @@ def read_json(path: Path) -> dict:
 
 def dtype_so_far(folder: Path, device_type: str) -> str:
     """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
-    device = read_json(folder / "config.json").get("device", {}) if (folder / "config.json").exists() else {}
+    device = read_config(folder).get("device", {}) if (folder / "config.json").exists() else {}
     return device.get("dtype", "") if device.get("type") == device_type else ""
 
 
@@ -103,15 +107,14 @@ class RunRecord:
         for entry in read_history(folder):
             if entry["step"] <= resumed_step:  # what the checkpoint knows of; later steps are run again
                 self._remember(entry)
-        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        end_broken_line(folder / "metrics.jsonl")
+        remove_temporary(folder, *WRITTEN)
+        write_json(folder / "config.json", config)
+        self.file = HistoryFile(folder / "metrics.jsonl")
         self.status = "running"
         self.wandb = None
         if wandb_run != "dummy":
             from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
-            offset = os.path.getsize(self.file.name)
-            self.wandb = WandbLog(folder, wandb_run, accounting, offset, resumed_step)
+            self.wandb = WandbLog(folder, wandb_run, accounting, self.file.size, resumed_step)
 
     def _remember(self, metrics):
         self.latest.update(metrics)
@@ -121,35 +124,27 @@ class RunRecord:
     def log(self, metrics: dict):
         """Append one line. metrics must hold `step` and the clocks in CLOCKS."""
         self._remember(metrics)
-        try:
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
-        except OSError as e:  # the disk is full
-            e.filename = self.file.name
-            raise
+        self.file.append(metrics)
+
+    def summary(self) -> dict:
+        """The last value of every metric, and the thresholds reached."""
+        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
+        return values | time_to_ppl(self.evals, self.thresholds)
+
+    def commit(self) -> dict:
+        """What a checkpoint's meta.json holds of this record, which is on the disk by then."""
+        return {"record": self.file.commit(), "summary": self.summary()}
 
     def summarize(self, status: str):
-        """Rewrite summary.json, also for W&B: the last value of every metric, and the thresholds reached."""
+        """Rewrite summary.json, also for W&B."""
         self.status = status
-        values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
-        values |= time_to_ppl(self.evals, self.thresholds)
-        write_atomic(self.folder / "summary.json", json.dumps({"status": status, **values}, indent=2) + "\n")
+        write_json(self.folder / "summary.json", {"status": status, **self.summary()})
 
     def close(self):
         """The run has ended, as the last summarize() said. W&B gets a limited time to have all of it."""
         self.file.close()
         if self.wandb:
             self.wandb.close("failed" if self.status == "running" else self.status)
-
-
-def end_broken_line(path: Path):
-    """End a last line of which a killed process wrote a half, so that the next row has a line of its own."""
-    with open(path, "rb+") as f:
-        if f.seek(0, os.SEEK_END) == 0:
-            return
-        f.seek(-1, os.SEEK_END)
-        if f.read(1) != b"\n":
-            f.write(b"\n")
 
 
 def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:

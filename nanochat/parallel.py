@@ -8,6 +8,7 @@ Muon orthogonalises whole. All collectives here are waited for.
 """
 import contextlib
 import threading
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,15 @@ def any_process(place, *flags: bool) -> list[bool]:
     counts = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(counts)
     return [count > 0 for count in counts.tolist()]
+
+
+def names_anywhere(place, names: list[str]) -> list[str]:
+    """The names that any process has: the same list on all."""
+    if place[2] == 1:
+        return names
+    everyone = [None] * place[2]
+    dist.all_gather_object(everyone, names)
+    return list(dict.fromkeys(chain.from_iterable(everyone)))
 
 
 @contextlib.contextmanager

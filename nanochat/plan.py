@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted,
                              shortened)
 from nanochat.flags import (DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser,
@@ -19,6 +18,7 @@ from nanochat.naming import is_tag, no_such_run, run_folder
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (account, count_parameters, matrix_parameters, on_meta, predict_peak, solve_depth,
                            solve_rank)
+from nanochat.run_files import read_config, saved_steps
 from nanochat.whole_ranks import AUTOMATIC
 
 SHAPE_FLAGS = (*group_defaults(add_shape_flags), *group_defaults(add_rank_flags))
@@ -37,7 +37,7 @@ def parse_flags(argv=None) -> Namespace:
         folder, step = starting_point(args.init_from)
         if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]:
             raise InputError(f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out")
-        flags = {**DEFAULTS_BEFORE, **metrics.read_json(folder / "config.json")["flags"]}
+        flags = {**DEFAULTS_BEFORE, **read_config(folder)["flags"]}
         vars(args).update({name: flags[name] for name in SHAPE_FLAGS if name in flags}, init_from=f"{folder.name}:{step}")
     return args
 
@@ -178,7 +178,7 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
     """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given; or that of --init-from."""
     if args.init_from is not None:
         folder, _ = starting_point(args.init_from)
-        config = GPTConfig(**metrics.read_json(folder / "config.json")["derived"]["model"])
+        config = GPTConfig(**read_config(folder)["derived"]["model"])
         if config.vocab_size != vocab_size:
             raise InputError(f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place")
         return replace(config, recompute=args.recompute)

@@ -13,23 +13,27 @@ import torch
 import torch.distributed as dist
 
 from nanochat import common, compiler, continuation, metrics, signals, writer
-from nanochat.checkpoint_manager import (OWED, clear_owed_evaluation, load_checkpoint, load_newest,
-                                         save_checkpoint, saved_steps)
+from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_newest, load_to_resume,
+                                         not_finite, remove_unfinished, save_checkpoint)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
 from nanochat.dataloader import Rows, training_batch, training_batches
 from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT
+from nanochat.history_file import check_history
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
-from nanochat.optim import build_optimizers, load_optimizer_state, muon_momentum, split_parameters
+from nanochat.optim import (build_optimizers, load_optimizer_state, muon_momentum, optimizer_state,
+                            split_parameters)
 from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state,
-                               share_parameters, share_requests)
+                               names_anywhere, share_parameters, share_requests)
 from nanochat.plan import print_plan
+from nanochat.run_files import complete_summary, read_config, saved_steps, step_folder, summary_says_finished
 from nanochat.tokenizer import other_text
 
 PATIENCE = 2.0  # seconds: a request to stop waits for the rest of a step that is no longer
-START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0}  # the meta of a run that has no checkpoint yet
+# the meta of a run that has no checkpoint yet
+START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0, "bad_steps_in_a_row": 0}
 
 
 class Learner:
@@ -71,24 +75,32 @@ class Learner:
 def open_run(folder, given: str, config: dict, resume: str):
     """What to do with this run: None to start, (state, meta) of a checkpoint to go on from, or 'finished'. given: the flag that names it, and its tag.
 
-    InputError: another config under this tag, or a tag with checkpoints and no --resume.
+    InputError: another config under this tag, a tag with checkpoints and no --resume, or a damaged record.
     """
+    steps = saved_steps(folder)
     if not (folder / "config.json").exists():
+        if steps:
+            raise InputError(f"{given}: has checkpoints {steps} and no config.json, which says of what; restore "
+                             f"{folder / 'config.json'}, or choose another tag")
         if resume not in ("-1", "auto"):
             raise InputError(f"--resume {resume}: there is no run {folder.name}")
         return None
-    before = metrics.load_run(folder)
-    if differing := continuation.differences(before.config, config["flags"], config["derived"]):
+    if differing := continuation.differences(read_config(folder), config["flags"], config["derived"]):
         raise InputError(f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
-    if before.summary.get("status") == "finished":
+    if summary_says_finished(folder):
         return "finished"
-    if resume == "auto":
-        return load_newest(folder)
+    if resume == "-1" and steps:
+        raise InputError(f"{given}: has checkpoints {steps} and is not finished; continue it with --resume auto, or choose another tag")
+    saved = None
     if resume != "-1":
-        return load_checkpoint(folder, int(resume))
-    if saved_steps(folder):
-        raise InputError(f"{given}: has checkpoints {saved_steps(folder)} and is not finished; continue it with --resume auto, or choose another tag")
-    return None
+        saved = load_newest(folder) if resume == "auto" else load_to_resume(folder, int(resume))
+    if not saved:
+        return None
+    check_history(folder, saved[1])
+    if saved[1].get("last"):  # killed after its last checkpoint, before its summary
+        complete_summary(folder)
+        return "finished"
+    return saved
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
@@ -316,14 +328,16 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     optimizers = learner.optimizers(pieces[rank], dtype)
     if meta["step"] and "optimizer" not in state:
         raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another tag")
-    if state:
-        learner.load(state)
-    if meta["step"]:
-        load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
+    with fitting_together(step_folder(folder, meta["step"])):
+        if state:
+            learner.load(state)
+        if meta["step"]:
+            load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
     del state
 
     record = None
     if rank == 0:
+        remove_unfinished(folder)
         tokenizer.save(folder / "tokenizer.json")
         record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"])
     print_plan(config, plan, accounting, args)
@@ -333,9 +347,16 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     def way_back():
         return f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0"
 
+    def end_diverged(step):
+        if record:
+            record.summarize("diverged")
+        raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row "
+                         f"(--max-bad-steps {args.max_bad_steps}); {way_back()}")
+
     def save(step, last, owed=False):
-        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-            raise InputError(f"step {step}: {broken[0]} and {len(broken)} parameter(s) in all are not finite; nothing was saved; {way_back()}")
+        mine = {**learner.state(), "optimizer": optimizer_state(optimizers)}
+        if broken := names_anywhere(place, not_finite(mine)):
+            raise InputError(f"step {step}: {broken[0]} and {len(broken)} tensor(s) in all are not finite; nothing was saved; {way_back()}")
         if world_size > 1 and (names := differing_parameters(model)):
             raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
                              "nothing was saved: continue from the checkpoint before with --resume auto")
@@ -343,8 +364,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         if not record:
             return
         state = {**learner.state(), "optimizer": whole}
-        now = {"total_training_time": seconds, "bad_steps": bad_steps, "tokenizer_hash": tokenizer.hash,
-               **learner.meta()}
+        now = {"total_training_time": seconds, "bad_steps": bad_steps, "bad_steps_in_a_row": bad_in_a_row,
+               "tokenizer_hash": tokenizer.hash, **learner.meta(), **record.commit(), "last": last}
         if owed:
             now[OWED] = True
         if writer.under_launcher():
@@ -361,7 +382,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
-    seconds, bad_steps, bad_in_a_row = meta["total_training_time"], meta["bad_steps"], 0  # bad: not finite
+    seconds = meta["total_training_time"]
+    bad_steps = meta["bad_steps"]  # loss or gradient not finite
+    bad_in_a_row = meta.get("bad_steps_in_a_row", 0)
     peak = metrics.peak_flops(run_config["device"]["name"])
     batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
     val_count = plan["val_tokens"] // args.max_seq_len
@@ -402,6 +425,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         if record:
             record.summarize("running")
         step = saved = meta["step"]
+        if step == steps and bad_in_a_row > args.max_bad_steps:
+            end_diverged(step)
         last, stopping = step == steps, False
         owed = OWED in meta
         if learner.starting and step == 0:
@@ -416,7 +441,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             last, stopping, owed = measure(step, entry, f"step {step:05d}/{steps:05d}, evaluated now", False)
             show_samples(entry)
             if record and not owed:
-                clear_owed_evaluation(folder, step)
+                amend_checkpoint(folder, step, {OWED: None, "last": last, **record.commit()})
         while not (last or stopping):
             step += 1
             lrm = lr_multiplier(step - 1, steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
@@ -461,9 +486,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
             last, stopping, owed = measure(step, entry, line, stopping)
             if bad_in_a_row > args.max_bad_steps:
-                save(step, last, owed)  # none of the bad steps was applied: these are the last good weights
-                raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row "
-                                 f"(--max-bad-steps {args.max_bad_steps}); {way_back()}")
+                save(step, False, owed)  # none of the bad steps was applied: these are the last good weights
+                end_diverged(step)
             if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
                 save(step, last, owed)
                 saved = step
@@ -479,6 +503,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
     if record:
         record.close()
-        print0(f"finished: {folder}" if last
+        unapplied = f"; {bad_steps} of {step} steps were not applied, loss or gradient not finite" if bad_steps else ""
+        print0(f"finished: {folder}{unapplied}" if last
                else f"stopped after step {step} as asked; continue with --resume auto")
     return None if last else stop

@@ -13,7 +13,7 @@ from nanochat import common, metrics
 from nanochat.adalora import Allocator
 from nanochat.adapter_learner import AdapterLearner
 from nanochat.adapters import AdapterConfig, adapters_of, attach
-from nanochat.checkpoint_manager import ADAPTER, load_bases, step_folder, step_or_newest
+from nanochat.checkpoint_manager import ADAPTER, fitting_together, load_bases, step_or_newest
 from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
 from nanochat.factorize import check_same_shape, stacked, with_layer_map
@@ -26,6 +26,7 @@ from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.optim import default_matrix_lr
 from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan, take_device_batch
 from nanochat.rank import account, on_meta
+from nanochat.run_files import read_meta, step_folder
 from nanochat.run_text import note_on_text, open_run_text
 from nanochat.tokenizer import load_tokenizer
 from nanochat.training import START, Learner, check_resume, run
@@ -139,7 +140,7 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
         raise InputError(f"{flag} {base}: no checkpoint of step {step}")
-    meta = metrics.read_json(step_folder(folder, step) / "meta.json")
+    meta = read_meta(folder, step)
     if "adapter" in meta:
         raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
                          "make a plain model of it first: "
@@ -148,7 +149,9 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
         raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace "
                          f"{meta['subspace']['kind']}), there is nothing beside which an adapter could "
                          "stand; give a run trained without --subspace")
-    return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, GPTConfig(**meta["model"])
+    with fitting_together(step_folder(folder, step)):
+        config = GPTConfig(**meta["model"])
+    return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, config
 
 
 def check_map(args, layers: tuple[int, ...], depth: int):

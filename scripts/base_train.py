@@ -40,8 +40,8 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     state, theirs = load_checkpoint(folder, step)
     if "adapter" in theirs:
         raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
-    if tokenizer and tokenizer.hash != theirs["tokenizer_hash"]:
-        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs['tokenizer_hash']}, "
+    if tokenizer and tokenizer.hash != theirs.get("tokenizer_hash"):
+        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs.get('tokenizer_hash')}, "
                          f"{tokenizer_file(args)} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
     if "subspace" in theirs:

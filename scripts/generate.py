@@ -6,15 +6,18 @@
 Text goes to stdout as it comes, all else to stderr. It ends at --max-tokens or where the model ends its document.
 """
 import codecs
+import contextlib
 import sys
 import time
+from pathlib import Path
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, saved_steps, step_or_newest
+from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.engine import generate, what_fits
 from nanochat.flags import number
 from nanochat.naming import optional_tag, run_folder
+from nanochat.run_files import read_summary, saved_steps
 
 
 def say(text: str):
@@ -22,12 +25,20 @@ def say(text: str):
 
 
 def newest_finished_run() -> str:
-    finished = [(path.stat().st_mtime, path.parent.name) for path in metrics.runs_dir().glob("*/summary.json")
-                if metrics.read_json(path).get("status") == "finished" and saved_steps(path.parent)]
+    finished = []
+    for config in metrics.runs_dir().glob("*/config.json"):
+        with contextlib.suppress(InputError):  # a damaged run is not the one that is meant
+            if saved_steps(config.parent) and read_summary(config.parent)["status"] == "finished":
+                finished.append((last_change(config.parent), config.parent.name))
     if not finished:
         raise InputError(f"{metrics.runs_dir()}: no finished run with a checkpoint; "
                          "train one with scripts.base_train, or name a run with --model-tag")
     return max(finished)[1]
+
+
+def last_change(folder: Path) -> float:
+    summary = folder / "summary.json"
+    return (summary if summary.exists() else folder / "config.json").stat().st_mtime
 
 
 def open_model(tag: str, step: int, device):

@@ -29,6 +29,7 @@ from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.rank import account
+from nanochat.run_files import complete_summary
 from nanochat.whole_ranks import AUTOMATIC, resolve_rank, shortest_ranks_text
 
 
@@ -150,7 +151,8 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
               "git": metrics.git_state(), "versions": metrics.versions()}
     record = metrics.RunRecord(out, config, account(new.config), "dummy", [])
     record.log(values)
-    save_checkpoint(out, step, {"model": new.state_dict()}, {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config)})
+    meta = {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config), **record.commit(), "last": True}
+    save_checkpoint(out, step, {"model": new.state_dict()}, meta)
     record.summarize("finished")
     record.close()
     print(f"finished: {out}")
@@ -169,7 +171,10 @@ def is_done(out: Path, wanted: dict) -> bool:
         before["source"]["rank_multiple"] = AUTOMATIC  # made before there was the flag: it stays as it is
     if differing := metrics.differing_keys(before, wanted):
         raise InputError(f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}")
-    return there.summary.get("status") == "finished"
+    if there.summary["status"] != "finished":
+        return False
+    complete_summary(out)
+    return True
 
 
 def ranks_to_choose(args, config: GPTConfig) -> dict:

@@ -9,13 +9,14 @@ from conftest import TINY, Killed
 from nanochat import metrics
 from nanochat.adalora import orthogonality
 from nanochat.adapters import adapters_of
-from nanochat.checkpoint_manager import ADAPTER, load_checkpoint, load_model, saved_steps
+from nanochat.checkpoint_manager import ADAPTER, amend_checkpoint, load_checkpoint, load_model, saved_steps
 from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
 from nanochat.factorize import stacked, with_layer_map
 from nanochat.gpt import GPTConfig
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import account, on_meta
+from nanochat.run_files import write_meta
 from nanochat.variant import resolve_adapted
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
 from test_base_train import final_state, same
@@ -278,6 +279,7 @@ def test_unfinished_bases_adapters_and_changed_flags_are_refused(adapt, world):
     refused(("--model-tag", "few"), "--model-tag few: its matrices are made of a few numbers .--subspace none.")
     shutil.copytree(world / "runs/base", world / "runs/half")
     (world / "runs/half/summary.json").write_text('{"status": "stopped"}')
+    amend_checkpoint(world / "runs/half", 12, {"last": None})
     refused(("--model-tag", "half"), "--model-tag half: is not finished")
 
 
@@ -286,7 +288,8 @@ def test_an_adapter_does_not_load_onto_another_base(adapt, world, tmp_path, monk
     adapt(*WHOLE, tag="whole")
     shutil.copytree(world / "runs/lora", tmp_path / "runs/lora")
     shutil.copytree(world / "runs/whole", tmp_path / "runs/base")
-    (tmp_path / "runs/base/checkpoints/step_000006").rename(tmp_path / "runs/base/checkpoints/step_000012")
+    saved = (tmp_path / "runs/base/checkpoints/step_000006").rename(tmp_path / "runs/base/checkpoints/step_000012")
+    write_meta(saved, {**json.loads((saved / "meta.json").read_text()), "step": 12})
     with pytest.raises(InputError, match="base: step 12 is another base than the adapter was trained on"):
         load_model(tmp_path / "runs/lora", 6)
     shutil.rmtree(tmp_path / "runs/base")

@@ -58,7 +58,12 @@ def as_of_then(tag, flags=OF_THEN["flags"].keys()):
     folder = metrics.runs_dir() / tag
     for step in saved_steps(folder):
         meta = step_folder(folder, step) / "meta.json"
-        rewrite(meta, lambda content: keep(content.get("model", {}), MODEL_OF_THEN))
+        rewrite(meta, shorten_meta)
+
+
+def shorten_meta(meta):
+    keep(meta, meta.keys() - {"format", "meta_sha256", "last", "summary", "record", "bad_steps_in_a_row"})
+    keep(meta.get("model", {}), MODEL_OF_THEN)
 
 
 @pytest.fixture

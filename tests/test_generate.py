@@ -82,6 +82,7 @@ def test_the_newest_finished_run_is_chosen(base_dir):
     for age, (tag, status, saved) in enumerate((("new", "running", True), ("bare", "finished", False), ("z", "finished", True), ("a", "finished", True))):
         folder = metrics.runs_dir() / tag
         (folder / "checkpoints" / ("step_000006" if saved else ".none")).mkdir(parents=True)
+        (folder / "config.json").touch()
         (folder / "summary.json").write_text(json.dumps({"status": status}))
         os.utime(folder / "summary.json", (1e9 - age, 1e9 - age))
     assert newest_finished_run() == "z"

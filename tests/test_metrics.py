@@ -51,5 +51,5 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path):
     with pytest.raises(InputError, match="not a run folder"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="config.json: not a JSON object"):
+    with pytest.raises(InputError, match="config.json: not a run's config.json"):
         load_run(tmp_path)

@@ -1,0 +1,85 @@
+"""metrics.jsonl as a run writes it: a JSON object a line, appended only, and vouched for by the checkpoints."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from nanochat.common import InputError
+from nanochat.files import sync_folder
+
+BLOCK = 2**20  # bytes that are read at once
+
+
+class HistoryFile:
+    """Appends lines. `commit` makes them survive a power cut and says what a checkpoint needs to know them again."""
+
+    def __init__(self, path: Path):
+        """Open it, or create it. Half a line at its end, which a killed process left, is cut off."""
+        self.path = path
+        self.file = open(path, "ab", buffering=0)
+        self.file.truncate(end_of_lines(path))
+        self.digest = digest_of(path, os.path.getsize(path))
+        self.size = os.path.getsize(path)
+        sync_folder(path.parent)
+
+    def append(self, entry: dict):
+        line = (json.dumps(entry) + "\n").encode()
+        try:
+            written = 0
+            while written < len(line):
+                written += self.file.write(line[written:])
+        except OSError as e:  # the disk is full
+            e.filename = str(self.path)
+            raise
+        self.digest.update(line)
+        self.size += len(line)
+
+    def commit(self) -> dict:
+        """{"bytes", "sha256"} of all lines so far, which are on the disk."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as e:
+            e.filename = str(self.path)
+            raise
+        return {"bytes": self.size, "sha256": self.digest.hexdigest()}
+
+    def close(self):
+        self.file.close()
+
+
+def end_of_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    with open(path, "rb") as f:
+        end = f.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - BLOCK)
+            f.seek(begin)
+            last = f.read(end - begin).rfind(b"\n")
+            if last >= 0:
+                return begin + last + 1
+            end = begin
+    return 0
+
+
+def digest_of(path: Path, size: int):
+    """The SHA-256 of the first `size` bytes of a file, or of fewer if it has fewer; it can be updated further."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while size > 0 and (block := f.read(min(BLOCK, size))):
+            digest.update(block)
+            size -= len(block)
+    return digest
+
+
+def check_history(run_folder: Path, meta: dict):
+    """InputError unless metrics.jsonl begins with the lines that a checkpoint vouches for."""
+    vouched = meta.get("record")
+    if not vouched:  # the checkpoint of an earlier version
+        return
+    path = run_folder / "metrics.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    if size < vouched["bytes"] or digest_of(path, vouched["bytes"]).hexdigest() != vouched["sha256"]:
+        problem = f"has {size:,} bytes" if size < vouched["bytes"] else "was changed"
+        step = meta["step"]
+        raise InputError(f"{path}: {problem}; the checkpoint of step {step} vouches for {vouched['bytes']:,} bytes of "
+                         f"it; restore it, or go on as another run: --init-from {run_folder.name}:{step} --model-tag NEW")
