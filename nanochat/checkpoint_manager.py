@@ -66,7 +66,7 @@ def set_aside(folder: Path):
 
 
 def remove_unfinished(run_folder: Path):
-    """Remove what is no checkpoint, or none any more, in the folder of them. Nobody may be writing one now."""
+    """Remove what is no checkpoint, or none any more, among them. Nobody may be writing one now."""
     for left in (run_folder / "checkpoints").glob(".step_*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -74,7 +74,8 @@ def remove_unfinished(run_folder: Path):
 def amend_checkpoint(run_folder: Path, step: int, changes: dict):
     """Change entries of a checkpoint's meta.json; an entry of None is struck out."""
     meta = read_meta(run_folder, step) | changes
-    write_meta(step_folder(run_folder, step), {key: value for key, value in meta.items() if value is not None})
+    meta = {key: value for key, value in meta.items() if value is not None}
+    write_meta(step_folder(run_folder, step), meta)
 
 
 def system_error(e: BaseException) -> str:
@@ -95,13 +96,16 @@ def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, di
     try:
         meta = read_meta(run_folder, step)
         if meta["sha256"] != sha256(folder / "state.pt"):
-            raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); use another step")
+            raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); "
+                             "use another step")
         # memory-mapped: the processes of a machine share one copy of what they read
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=True)
     except FileNotFoundError as e:
-        raise InputError(f"{folder}: damaged checkpoint ({Path(e.filename).name} is missing); use another step") from None
+        missing = Path(e.filename).name
+        raise InputError(f"{folder}: damaged checkpoint ({missing} is missing); use another step") from None
     except OSError as e:
-        raise InputError(f"{folder}: cannot be read ({e.strerror or first_line(e)}); use another step") from None
+        reason = e.strerror or first_line(e)
+        raise InputError(f"{folder}: cannot be read ({reason}); use another step") from None
     except Exception as e:  # torch's, of a file that is none of its own
         if isinstance(e, InputError) or out_of_memory(e):
             raise
@@ -115,13 +119,13 @@ def load_to_resume(run_folder: Path, step: int) -> tuple[dict, dict]:
     """load_checkpoint for a run that goes on. InputError also where it holds what is not finite."""
     state, meta = load_checkpoint(run_folder, step)
     if names := not_finite(state):
-        raise InputError(f"{step_folder(run_folder, step)}: {names[0]} and {len(names)} tensor(s) in all are not finite; "
-                         "use another step")
+        raise InputError(f"{step_folder(run_folder, step)}: {names[0]} and {len(names)} tensor(s) in all "
+                         "are not finite; use another step")
     return state, meta
 
 
 def load_newest(run_folder: Path) -> tuple[dict, dict] | None:
-    """The newest checkpoint that a run can go on from, naming those that are skipped; None if there is none."""
+    """The newest checkpoint that a run can go on from; those skipped are named. None if there is none."""
     for step in reversed(saved_steps(run_folder)):
         try:
             return load_to_resume(run_folder, step)
@@ -156,8 +160,8 @@ def fitting_together(folder: Path):
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
         if out_of_memory(e):
             raise
-        raise InputError(f"{folder}: does not hold the model that it should ({type(e).__name__}: {first_line(e)}); "
-                         "use another step") from None
+        raise InputError(f"{folder}: does not hold the model that it should "
+                         f"({type(e).__name__}: {first_line(e)}); use another step") from None
 
 
 def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
@@ -167,7 +171,9 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
     tokenizer = load_tokenizer(run_folder / "tokenizer.json")
     state, meta = load_checkpoint(run_folder, step, device)
     if meta.get("tokenizer_hash") != tokenizer.hash:
-        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {meta.get('tokenizer_hash')}, tokenizer.json is {tokenizer.hash}")
+        trained_with = meta.get("tokenizer_hash")
+        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {trained_with}, "
+                         f"tokenizer.json is {tokenizer.hash}")
     with fitting_together(step_folder(run_folder, step)):
         if "adapter" in meta:
             model = adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes)

@@ -1,7 +1,7 @@
 """Files that are whole or not there, and that survive a power cut.
 
-A name that a program gives to a file (by creating, renaming or linking it) is kept by the folder, and the content by
-the file. Either may be lost in a power cut until it is synced: the file first, then the folder.
+A file keeps its content, and its folder keeps its name. A power cut may take either until it is synced:
+first the file, then the folder.
 """
 import contextlib
 import errno
@@ -19,7 +19,7 @@ TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 def write_atomic(path: Path, content: str | bytes):
-    """Write a file so that a reader, a crash, a full disk or a power cut sees the old content or the new, never a part.
+    """Write a file so that a reader, a crash, a full disk or a power cut sees the old content or the new.
 
     Once this returns, the new content is there to stay.
     """
@@ -41,8 +41,10 @@ def write_atomic(path: Path, content: str | bytes):
 
 
 def open_new(path: Path):
-    """A new file, open for writing bytes, with the permissions that the user's umask leaves. Not through a link."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+    """A new file, open for writing bytes, with the permissions that the user's umask leaves. Not through a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def sync(file):
@@ -64,6 +66,16 @@ def sync_folder(folder: Path):
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def named(path: Path):
+    """An OSError in here names the file. Of an open file that cannot be read or written the system does not."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def create_folder(folder: Path):
     """The folder and those around it, where they are missing, there to stay."""
     missing = []
@@ -76,7 +88,7 @@ def create_folder(folder: Path):
 
 
 def remove_temporary(folder: Path, *names: str):
-    """Remove what killed processes left of writing the files of these names. Nobody may be writing them now."""
+    """Remove what killed processes left of writing the files of these names. Nobody may write them now."""
     for name in names:
         for left in folder.glob(f".{name}.*{TEMPORARY}"):
             left.unlink(missing_ok=True)
@@ -85,7 +97,7 @@ def remove_temporary(folder: Path, *names: str):
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with named(path), open(path, "rb") as f:
         while block := f.read(2**22):
             digest.update(block)
     return digest.hexdigest()
@@ -115,7 +127,8 @@ def check_out(flag: str, path: Path, is_file: bool = False):
 class Schema:
     """What a JSON file of one kind holds: an object with these keys, and perhaps others.
 
-    A value's kind is `str`, `int` (no boolean), `float` (any number), `bool`, `list`, `dict`, or a tuple of these.
+    A value's kind is `str`, `int` (no boolean), `float` (any number), `bool`, `list`, `dict`, or a tuple of
+    these.
     remedy: what the user of a damaged file can do.
     """
     name: str
@@ -131,8 +144,8 @@ class Schema:
         written = content.get("format", 1)
         if is_kind(written, int) and written > self.format:
             unknown = sorted(content.keys() - self.required.keys() - self.optional.keys() - {"format"})
-            raise InputError(f"{where}: a {self.name} of a newer version of this program (format {written}, here "
-                             f"{self.format}; new: {', '.join(unknown) or 'nothing'}); use that version")
+            raise InputError(f"{where}: a {self.name} of a newer version of this program (format {written}, "
+                             f"here {self.format}; new: {', '.join(unknown) or 'nothing'}); use that version")
         for key, kind in {**self.required, **self.optional}.items():
             if key not in content and key in self.optional:
                 continue
@@ -159,8 +172,10 @@ def parse_json(text: str):
 
 
 def read_json(path: Path, schema: Schema) -> dict:
-    """The object in a JSON file. InputError if it is damaged or of another kind; OSError if it cannot be read."""
-    return schema.check(str(path), parse_json(path.read_bytes().decode("utf-8", "replace")))
+    """The object in a JSON file. InputError if it is damaged or of another kind, OSError if it cannot be read."""
+    with named(path):
+        content = path.read_bytes()
+    return schema.check(str(path), parse_json(content.decode("utf-8", "replace")))
 
 
 def write_json(path: Path, content: dict):

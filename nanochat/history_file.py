@@ -1,46 +1,41 @@
-"""metrics.jsonl as a run writes it: a JSON object a line, appended only, and vouched for by the checkpoints."""
+"""metrics.jsonl as a run writes it: a JSON object a line, only appended. The checkpoints vouch for it."""
 import hashlib
 import json
 import os
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.files import sync_folder
+from nanochat.files import named, sync_folder
 
 BLOCK = 2**20  # bytes that are read at once
 
 
 class HistoryFile:
-    """Appends lines. `commit` makes them survive a power cut and says what a checkpoint needs to know them again."""
+    """Appends lines. `commit` makes them survive a power cut, and returns their sum for a checkpoint."""
 
     def __init__(self, path: Path):
         """Open it, or create it. Half a line at its end, which a killed process left, is cut off."""
         self.path = path
         self.file = open(path, "ab", buffering=0)
-        self.file.truncate(end_of_lines(path))
+        with named(path):
+            self.file.truncate(end_of_lines(path))
         self.digest = digest_of(path, os.path.getsize(path))
         self.size = os.path.getsize(path)
         sync_folder(path.parent)
 
     def append(self, entry: dict):
         line = (json.dumps(entry) + "\n").encode()
-        try:
-            written = 0
+        written = 0
+        with named(self.path):  # the disk may be full
             while written < len(line):
                 written += self.file.write(line[written:])
-        except OSError as e:  # the disk is full
-            e.filename = str(self.path)
-            raise
         self.digest.update(line)
         self.size += len(line)
 
     def commit(self) -> dict:
         """{"bytes", "sha256"} of all lines so far, which are on the disk."""
-        try:
+        with named(self.path):
             os.fsync(self.file.fileno())
-        except OSError as e:
-            e.filename = str(self.path)
-            raise
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
     def close(self):
@@ -49,7 +44,7 @@ class HistoryFile:
 
 def end_of_lines(path: Path) -> int:
     """Bytes up to the end of the last whole line."""
-    with open(path, "rb") as f:
+    with named(path), open(path, "rb") as f:
         end = f.seek(0, os.SEEK_END)
         while end > 0:
             begin = max(0, end - BLOCK)
@@ -62,9 +57,9 @@ def end_of_lines(path: Path) -> int:
 
 
 def digest_of(path: Path, size: int):
-    """The SHA-256 of the first `size` bytes of a file, or of fewer if it has fewer; it can be updated further."""
+    """The SHA-256 of the first `size` bytes of a file, as an object that can be updated further."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with named(path), open(path, "rb") as f:
         while size > 0 and (block := f.read(min(BLOCK, size))):
             digest.update(block)
             size -= len(block)
@@ -81,5 +76,6 @@ def check_history(run_folder: Path, meta: dict):
     if size < vouched["bytes"] or digest_of(path, vouched["bytes"]).hexdigest() != vouched["sha256"]:
         problem = f"has {size:,} bytes" if size < vouched["bytes"] else "was changed"
         step = meta["step"]
-        raise InputError(f"{path}: {problem}; the checkpoint of step {step} vouches for {vouched['bytes']:,} bytes of "
-                         f"it; restore it, or go on as another run: --init-from {run_folder.name}:{step} --model-tag NEW")
+        raise InputError(f"{path}: {problem}; the checkpoint of step {step} vouches for "
+                         f"{vouched['bytes']:,} bytes of it; restore it, or go on as another run: "
+                         f"--init-from {run_folder.name}:{step} --model-tag NEW")

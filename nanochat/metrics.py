@@ -52,7 +52,8 @@ def load_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a run folder (no config.json)")
     core = sorted(folder.glob("core_*.json"))
-    return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder), read_json(core[-1]) if core else {})
+    return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder),
+               read_json(core[-1]) if core else {})
 
 
 def read_json(path: Path) -> dict:

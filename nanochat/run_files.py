@@ -1,8 +1,8 @@
 """The files of a run folder: where they are, what they hold, and what they say together.
 
-A checkpoint is the one commit of a run. It appears whole, by one rename, after what it vouches for: its tensors, the
-rows of metrics.jsonl up to its step, the summary at that step, and whether the run ends with it. summary.json repeats
-that for readers, and may be older by one kill.
+A checkpoint is the one commit of a run. It appears whole, by one rename, after what it vouches for: its
+tensors, the rows of metrics.jsonl up to its step, the summary at that step, and whether the run ends with it.
+summary.json repeats that for readers. After a kill it may be older.
 """
 import hashlib
 import json
@@ -18,8 +18,8 @@ CONFIG = Schema("run's config.json", {"flags": dict},
 SUMMARY = Schema("run's summary.json", {"status": str}, {"step": int}, remedy=REMEDY)
 META = Schema("checkpoint's meta.json", {"step": int, "sha256": str},
               {"meta_sha256": str, "total_training_time": float, "bad_steps": int, "bad_steps_in_a_row": int,
-               "tokenizer_hash": str, "model": dict, "adapter": dict, "subspace": dict, "evaluation_owed": bool,
-               "last": bool, "summary": dict, "record": dict},
+               "tokenizer_hash": str, "model": dict, "adapter": dict, "subspace": dict,
+               "evaluation_owed": bool, "last": bool, "summary": dict, "record": dict},
               format=2, remedy="use another step")
 
 
@@ -40,7 +40,7 @@ def saved_steps(run_folder: Path) -> list[int]:
 
 
 def read_meta(run_folder: Path, step: int) -> dict:
-    """meta.json of a checkpoint, as it was written. InputError if it is damaged, OSError if it cannot be read."""
+    """meta.json of a checkpoint. InputError if it is damaged, OSError if it cannot be read."""
     path = step_folder(run_folder, step) / "meta.json"
     meta = read_json(path, META)
     if meta["step"] != step:
@@ -100,7 +100,7 @@ def summary_says_finished(folder: Path) -> bool:
 
 
 def newest_commit(folder: Path) -> dict:
-    """The summary in the newest checkpoint; {} if there is none, or it is of an earlier version or damaged."""
+    """The summary in the newest checkpoint; {} if there is none, as in those of earlier versions."""
     for step in reversed(saved_steps(folder)):
         try:
             return committed_summary(read_meta(folder, step))

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat import common, compiler, continuation, metrics, signals, writer
-from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_newest, load_to_resume,
-                                         not_finite, remove_unfinished, save_checkpoint)
+from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_newest,
+                                         load_to_resume, not_finite, remove_unfinished, save_checkpoint)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -80,8 +80,8 @@ def open_run(folder, given: str, config: dict, resume: str):
     steps = saved_steps(folder)
     if not (folder / "config.json").exists():
         if steps:
-            raise InputError(f"{given}: has checkpoints {steps} and no config.json, which says of what; restore "
-                             f"{folder / 'config.json'}, or choose another tag")
+            raise InputError(f"{given}: has checkpoints {steps} and no config.json, which says of what; "
+                             f"restore {folder / 'config.json'}, or choose another tag")
         if resume not in ("-1", "auto"):
             raise InputError(f"--resume {resume}: there is no run {folder.name}")
         return None
@@ -90,7 +90,8 @@ def open_run(folder, given: str, config: dict, resume: str):
     if summary_says_finished(folder):
         return "finished"
     if resume == "-1" and steps:
-        raise InputError(f"{given}: has checkpoints {steps} and is not finished; continue it with --resume auto, or choose another tag")
+        raise InputError(f"{given}: has checkpoints {steps} and is not finished; "
+                         "continue it with --resume auto, or choose another tag")
     saved = None
     if resume != "-1":
         saved = load_newest(folder) if resume == "auto" else load_to_resume(folder, int(resume))
@@ -356,7 +357,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     def save(step, last, owed=False):
         mine = {**learner.state(), "optimizer": optimizer_state(optimizers)}
         if broken := names_anywhere(place, not_finite(mine)):
-            raise InputError(f"step {step}: {broken[0]} and {len(broken)} tensor(s) in all are not finite; nothing was saved; {way_back()}")
+            raise InputError(f"step {step}: {broken[0]} and {len(broken)} tensor(s) in all are not finite; "
+                             f"nothing was saved; {way_back()}")
         if world_size > 1 and (names := differing_parameters(model)):
             raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
                              "nothing was saved: continue from the checkpoint before with --resume auto")
@@ -503,7 +505,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
     if record:
         record.close()
-        unapplied = f"; {bad_steps} of {step} steps were not applied, loss or gradient not finite" if bad_steps else ""
+        unapplied = ""
+        if bad_steps:
+            unapplied = f"; {bad_steps} of {step} steps were not applied, loss or gradient not finite"
         print0(f"finished: {folder}{unapplied}" if last
                else f"stopped after step {step} as asked; continue with --resume auto")
     return None if last else stop

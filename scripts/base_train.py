@@ -41,8 +41,8 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     if "adapter" in theirs:
         raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
     if tokenizer and tokenizer.hash != theirs.get("tokenizer_hash"):
-        raise InputError(f"--init-from {args.init_from}: learned with tokenizer {theirs.get('tokenizer_hash')}, "
-                         f"{tokenizer_file(args)} is {tokenizer.hash}; "
+        raise InputError(f"--init-from {args.init_from}: learned with tokenizer "
+                         f"{theirs.get('tokenizer_hash')}, {tokenizer_file(args)} is {tokenizer.hash}; "
                          f"put {folder / 'tokenizer.json'} in its place")
     if "subspace" in theirs:
         raise InputError(f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it")

@@ -288,7 +288,8 @@ def test_an_adapter_does_not_load_onto_another_base(adapt, world, tmp_path, monk
     adapt(*WHOLE, tag="whole")
     shutil.copytree(world / "runs/lora", tmp_path / "runs/lora")
     shutil.copytree(world / "runs/whole", tmp_path / "runs/base")
-    saved = (tmp_path / "runs/base/checkpoints/step_000006").rename(tmp_path / "runs/base/checkpoints/step_000012")
+    checkpoints = tmp_path / "runs/base/checkpoints"
+    saved = (checkpoints / "step_000006").rename(checkpoints / "step_000012")
     write_meta(saved, {**json.loads((saved / "meta.json").read_text()), "step": 12})
     with pytest.raises(InputError, match="base: step 12 is another base than the adapter was trained on"):
         load_model(tmp_path / "runs/lora", 6)

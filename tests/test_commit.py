@@ -1,4 +1,5 @@
 """A checkpoint is the commit of a run: what it vouches for is there, and nothing else has to be."""
+
 import json
 import math
 import os
@@ -21,8 +22,10 @@ RESUME = ("--save-every", 3, "--resume", "auto", "--ppl-thresholds", "290")
 def contents(folder):
     """Of a run folder, without what differs between two runs: clocks, memory, versions."""
     differ = ("total_training_time", "train/dt", "train/tok_per_sec", "mem/")
-    history = [{key: value for key, value in row.items() if not key.startswith(differ)}
-               for row in metrics.read_history(folder)]
+    history = [
+        {key: value for key, value in row.items() if not key.startswith(differ)}
+        for row in metrics.read_history(folder)
+    ]
     return history, cm.load_checkpoint(folder, 6)[0]
 
 
@@ -35,6 +38,7 @@ def assert_same(a, b):
 @pytest.fixture
 def die_before_summary(monkeypatch):
     """The process is killed after its last checkpoint, before the summary that says finished."""
+
     def arm(status="finished"):
         summarize = metrics.RunRecord.summarize
 
@@ -42,13 +46,19 @@ def die_before_summary(monkeypatch):
             if said == status:
                 raise Killed
             summarize(record, said)
+
         monkeypatch.setattr(metrics.RunRecord, "summarize", killed)
         return lambda: monkeypatch.setattr(metrics.RunRecord, "summarize", summarize)
+
     return arm
 
 
-@pytest.mark.parametrize("flags", [(), ("--stop-at-ppl", 296, "--num-iterations", 40)], ids=["steps", "stop-at-ppl"])
-def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(train, die_before_summary, capsys, flags):
+@pytest.mark.parametrize(
+    "flags", [(), ("--stop-at-ppl", 296, "--num-iterations", 40)], ids=["steps", "stop-at-ppl"]
+)
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(
+    train, die_before_summary, capsys, flags
+):
     flags = (*RESUME, *flags)
     live = die_before_summary()
     with pytest.raises(Killed):
@@ -61,12 +71,21 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(tr
     (folder / "summary.json").write_text("{")
     steps = read_summary(folder)["step"]
     run = train(*flags)
-    assert "already finished" in capsys.readouterr().out and run.summary["step"] == steps == run.history[-1]["step"]
+    assert (
+        "already finished" in capsys.readouterr().out
+        and run.summary["step"] == steps == run.history[-1]["step"]
+    )
     assert json.loads((folder / "summary.json").read_text()) == run.summary
     straight = train(*flags, tag="straight")
     assert losses(run) == losses(straight)
-    untimed = [key for key in straight.summary if "time" not in key and "second" not in key and "tok_per" not in key
-               and key not in ("train/dt", "mem/peak_bytes")]
+    untimed = [
+        key
+        for key in straight.summary
+        if "time" not in key
+        and "second" not in key
+        and "tok_per" not in key
+        and key not in ("train/dt", "mem/peak_bytes")
+    ]
     assert {key: run.summary[key] for key in untimed} == {key: straight.summary[key] for key in untimed}
 
 
@@ -78,9 +97,12 @@ def test_a_record_that_lost_lines_is_refused_and_one_that_lost_half_a_line_is_cu
     kill_after(None)
     path = metrics.runs_dir() / "tiny" / "metrics.jsonl"
     whole = path.read_bytes()
-    for damaged in (whole[:len(whole) // 2], whole.replace(b'"step": 1,', b'"step": 9,'), b""):
+    for damaged in (whole[: len(whole) // 2], whole.replace(b'"step": 1,', b'"step": 9,'), b""):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"metrics.jsonl: .*checkpoint of step 3 vouches for [\d,]+ bytes of it; restore it, or"):
+        with pytest.raises(
+            InputError,
+            match=r"metrics.jsonl: .*checkpoint of step 3 vouches for [\d,]+ bytes of it; restore it, or",
+        ):
             train(*RESUME)
         assert path.read_bytes() == damaged
     path.write_bytes(whole + b'{"step": 6, "train/lo\0\0\0')
@@ -107,11 +129,14 @@ def test_lines_survive_once_committed_and_their_sum_goes_on_after_a_restart(tmp_
 
 # ---- damage ------------------------------------------------------------------------------------------------
 
+
 def changed(**changes):
     """A damage to meta.json that its sum tells of."""
+
     def damage(folder):
         path = folder / "meta.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
     return damage
 
 
@@ -127,17 +152,30 @@ def written(name, content):
 def unsummed(folder):
     """As an earlier version wrote it, with another step."""
     path = folder / "meta.json"
-    meta = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("format", "meta_sha256")}
+    meta = {
+        key: value
+        for key, value in json.loads(path.read_text()).items()
+        if key not in ("format", "meta_sha256")
+    }
     path.write_text(json.dumps(meta | {"step": 4}))
 
 
 DAMAGES = {
-    "step": changed(step=4), "steps": changed(step=3.5), "time": changed(total_training_time=1.0),
-    "model": changed(model={}), "no object": written("meta.json", b"[]"), "empty": written("meta.json", b""),
-    "binary": written("meta.json", b"\xff\xfe\x00"), "deep": written("meta.json", b"[" * 100_000),
-    "sum of another type": signed(sha256=3), "newer": changed(format=9, flavour=1),
-    "another step": signed(step=4), "of then": unsummed, "state": written("state.pt", b"PK\x03\x04"),
-    "empty state": written("state.pt", b""), "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "step": changed(step=4),
+    "steps": changed(step=3.5),
+    "time": changed(total_training_time=1.0),
+    "model": changed(model={}),
+    "no object": written("meta.json", b"[]"),
+    "empty": written("meta.json", b""),
+    "binary": written("meta.json", b"\xff\xfe\x00"),
+    "deep": written("meta.json", b"[" * 100_000),
+    "sum of another type": signed(sha256=3),
+    "newer": changed(format=9, flavour=1),
+    "another step": signed(step=4),
+    "of then": unsummed,
+    "state": written("state.pt", b"PK\x03\x04"),
+    "empty state": written("state.pt", b""),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
     "a folder": lambda folder: ((folder / "state.pt").unlink(), (folder / "state.pt").mkdir()),
 }
 
@@ -163,44 +201,73 @@ def test_a_damaged_checkpoint_is_said_in_a_line_and_the_one_before_is_used(inter
         damage(folder)
         state, meta = cm.load_newest(interrupted)
         lines = capsys.readouterr().out.splitlines()
-        assert meta["step"] == 3 and len(lines) == 1 and lines[0].startswith("skipped: ") and "step_000005" in lines[0], name
+        assert (
+            meta["step"] == 3
+            and len(lines) == 1
+            and lines[0].startswith("skipped: ")
+            and "step_000005" in lines[0]
+        ), name
         shutil.rmtree(folder)
         kept.rename(folder)
     assert cm.load_newest(interrupted)[1]["step"] == 5
     write_meta(step_folder(interrupted, 5), read_meta(interrupted, 5) | {"format": 2})
     changed(format=9, flavour=1)(step_folder(interrupted, 5))
     cm.load_newest(interrupted)
-    assert "newer version of this program (format 9, here 2; new: flavour); use that version" in capsys.readouterr().out
+    assert (
+        "newer version of this program (format 9, here 2; new: flavour); use that version"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_state_of_another_model_is_a_line(interrupted):
     state, meta = cm.load_checkpoint(interrupted, 5)
     del state["model"]["lm_head.weight"]
-    cm.save_checkpoint(interrupted, 5, state, {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")})
-    with pytest.raises(InputError, match="step_000005: does not hold the model that it should .*; use another step"):
+    cm.save_checkpoint(
+        interrupted,
+        5,
+        state,
+        {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")},
+    )
+    with pytest.raises(
+        InputError, match="step_000005: does not hold the model that it should .*; use another step"
+    ):
         cm.load_model(interrupted, 5)
 
 
 def test_a_poisoned_checkpoint_is_skipped_and_none_is_written(train, interrupted, monkeypatch, capsys):
     state, meta = cm.load_checkpoint(interrupted, 5)
     state["optimizer"]["smear"]["exp_avg_sq"] = torch.full((), math.inf)
-    cm.save_checkpoint(interrupted, 5, state, {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")})
+    cm.save_checkpoint(
+        interrupted,
+        5,
+        state,
+        {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")},
+    )
     assert cm.load_newest(interrupted)[1]["step"] == 3
-    assert "step_000005: optimizer.smear.exp_avg_sq and 1 tensor(s) in all are not finite; use another step" in capsys.readouterr().out
+    assert (
+        "step_000005: optimizer.smear.exp_avg_sq and 1 tensor(s) in all are not finite; use another step"
+        in capsys.readouterr().out
+    )
     update = training.update
 
     def poison(optimizers, pieces, place, step, lrm):
         update(optimizers, pieces, place, step, lrm)
         if step == 2:  # the update before the save: the weights are good
             next(iter(optimizers[0].state.values()))["exp_avg"].fill_(math.nan)
+
     monkeypatch.setattr(training, "update", poison)
-    with pytest.raises(InputError, match=r"step 3: optimizer\..*exp_avg and 1 tensor.* not finite; nothing was saved"):
+    with pytest.raises(
+        InputError, match=r"step 3: optimizer\..*exp_avg and 1 tensor.* not finite; nothing was saved"
+    ):
         train("--save-every", 3, tag="poisoned")
 
 
 def test_a_run_folder_without_its_config_is_refused(train, interrupted):
     (interrupted / "config.json").unlink()
-    with pytest.raises(InputError, match=r"--model-tag tiny: has checkpoints \[3, 5\] and no config.json.*restore .*choose another tag"):
+    with pytest.raises(
+        InputError,
+        match=r"--model-tag tiny: has checkpoints \[3, 5\] and no config.json.*restore .*choose another tag",
+    ):
         train("--save-every", 3, "--resume", "auto")
 
 
@@ -208,7 +275,9 @@ def test_a_diverged_run_says_so_and_does_not_become_finished(train, monkeypatch)
     monkeypatch.setattr(training, "gradient_norm", lambda model, clip: math.nan)
     flags = ("--max-bad-steps", 2, "--resume", "auto")
     for done in (3, 4):  # resumed, it has one more chance a time
-        with pytest.raises(InputError, match=f"step {done}: loss or gradient not finite in {done} steps in a row"):
+        with pytest.raises(
+            InputError, match=f"step {done}: loss or gradient not finite in {done} steps in a row"
+        ):
             train(*flags)
         assert metrics.load_run(metrics.runs_dir() / "tiny").summary["status"] == "diverged"
 
