@@ -41,8 +41,7 @@ def write_atomic(path: Path, content: str | bytes):
 
 
 def open_new(path: Path):
-    """A new file, open for writing bytes, with the permissions that the user's umask leaves. Not through a link.
-    """
+    """A new file, open for writing bytes, with the permissions that the umask leaves. Not through a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
@@ -68,7 +67,7 @@ def sync_folder(folder: Path):
 
 @contextlib.contextmanager
 def named(path: Path):
-    """An OSError in here names the file. Of an open file that cannot be read or written the system does not."""
+    """An OSError in here names the file: of an open file that cannot be read, the system does not."""
     try:
         yield
     except OSError as e:
@@ -172,7 +171,7 @@ def parse_json(text: str):
 
 
 def read_json(path: Path, schema: Schema) -> dict:
-    """The object in a JSON file. InputError if it is damaged or of another kind, OSError if it cannot be read."""
+    """The object in a JSON file. InputError if it is no such one, OSError if it cannot be read."""
     with named(path):
         content = path.read_bytes()
     return schema.check(str(path), parse_json(content.decode("utf-8", "replace")))
