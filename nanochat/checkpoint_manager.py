@@ -15,6 +15,7 @@ from nanochat.common import InputError, first_line, out_of_memory, print0
 from nanochat.factorize import stacked
 from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.naming import check_tag
 from nanochat.run_files import read_meta, saved_steps, step_folder, write_meta
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
@@ -196,6 +197,7 @@ def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[G
     """The models that an adapter run begins with: {"tag", "step", "sha256"} of each. InputError if a checkpoint is no longer the one of the sum."""
     models = []
     for base in bases:
+        check_tag("the base that meta.json names:", base["tag"])
         model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
         if meta["sha256"] != base["sha256"]:
             raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on "

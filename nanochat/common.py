@@ -9,14 +9,12 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 from nanochat import console, locks, signals
+from nanochat.errors import InputError, printable  # what others know by this module's name
 from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what would be right."""
 
 
 def first_line(e: BaseException) -> str:
@@ -63,8 +61,7 @@ def run_script(main, result_is_printed: bool = False):
     if rank > 0:
         time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
     where = f" [process {rank} of {world_size}]" if rank > 0 else ""
-    message = " ".join(message.splitlines())  # a value may hold line breaks
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -72,9 +69,10 @@ def way_out(e: OSError) -> str:
     """What a user can do about a file operation that failed; '' where the error says it all."""
     if e.errno == errno.ENOSPC:
         return " (free some space, then run the same command again)"
-    in_base_dir = Path(str(e.filename)).is_relative_to(get_base_dir())
-    if in_base_dir and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return " (NANOCHAT_BASE_DIR names the folder for tokenizers, token caches and runs)"
+    with contextlib.suppress(InputError):  # there may be no base directory
+        in_base_dir = Path(str(e.filename)).is_relative_to(get_base_dir())
+        if in_base_dir and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return " (NANOCHAT_BASE_DIR names the folder for tokenizers, token caches and runs)"
     return ""
 
 
@@ -189,6 +187,8 @@ def device_flags(add, dtype: str):
 def get_base_dir() -> Path:
     """Where tokenizers, token caches, downloads and runs live. Nothing is created here."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
+    if given and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
+        raise InputError(f"NANOCHAT_BASE_DIR={given}: has control characters, or is no UTF-8; give another folder")
     try:
         return Path(given or "~/.cache/nanochat-lowrank").expanduser()
     except RuntimeError:  # no such user, or one without a home folder

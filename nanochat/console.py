@@ -1,17 +1,35 @@
 """Standard output and error of a script: what happens to them never ends the work.
 
 They may be closed, a pipe that nobody reads any more, a file on a full disk, a terminal that is gone, or one
-that lacks a character. What can be printed is printed; the rest is lost.
+that lacks a character. What can be printed is printed; the rest is lost. What is printed holds no commands to
+the terminal: a name, a file or a model may have made it.
 """
 import contextlib
 import errno
 import io
 import os
+import re
 import select
 import sys
 
 READER_GONE = 141  # exit code of a tool that a broken pipe ends, as shells have it
 STALLED = 5        # seconds that a stream without blocking is waited for
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+COMMANDS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab, \n and \r
+CURSOR_UP = re.compile(r"\n*(\x1b\[A)*")  # what a progress bar writes between its lines, by itself
+
+
+class Plain(io.TextIOWrapper):
+    """Text of which a terminal takes nothing for a command: colours go, other control characters are spelt out."""
+
+    def write(self, text: str) -> int:
+        if COMMANDS.search(text) and not CURSOR_UP.fullmatch(text):
+            text = COMMANDS.sub(lambda match: f"\\x{ord(match[0]):02x}", COLOURS.sub("", text))
+        return super().write(text)
+
+    def command(self, text: str):
+        """Write our own commands to the terminal."""
+        super().write(text)
 
 
 class Lossy(io.FileIO):
@@ -58,7 +76,7 @@ def lossy(stream, result: bool = False):
     """
     if stream is None:  # it was closed when Python started
         nothing = Lossy(os.open(os.devnull, os.O_WRONLY), result)
-        return io.TextIOWrapper(io.BufferedWriter(nothing), "utf-8", "backslashreplace")
+        return Plain(io.BufferedWriter(nothing), "utf-8", "backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     with contextlib.suppress(OSError, ValueError):
@@ -68,8 +86,8 @@ def lossy(stream, result: bool = False):
     except (OSError, ValueError):
         return stream
     buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace",
-                            line_buffering=stream.line_buffering, write_through=stream.write_through)
+    return Plain(buffer, stream.encoding, "backslashreplace",
+                 line_buffering=stream.line_buffering, write_through=stream.write_through)
 
 
 def protect(result: bool = False):

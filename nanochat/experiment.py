@@ -18,18 +18,17 @@ dev/experiments/ has examples.
 """
 import itertools
 import os
-import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import InputError, get_base_dir, printable
 from nanochat.dataset import HUB_SETS
 from nanochat.experiment_file import POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flags_of, load_toml, nearest, whole_numbers
 from nanochat.flags import add_rank_flags, group_defaults
 from nanochat.gpt import GPTConfig
-from nanochat.naming import LONGEST_TAG
+from nanochat.naming import LONGEST_TAG, check_tag, option, part_of_tag
 from nanochat.rank import count_parameters
 from nanochat.run_files import read_summary
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
@@ -102,7 +101,8 @@ class Sweep:
 
     def data_flags(self) -> list[str]:
         """--data as scripts.sweep takes it, for the same texts from anywhere."""
-        return ["--data", self.data, *(word for name, text in self.texts for word in ("--data", f"{name}={text}"))]
+        return [*option("--data", self.data),
+                *(word for name, text in self.texts for word in option("--data", f"{name}={text}"))]
 
     def point(self, tag: str) -> Point:
         for point in self.points:
@@ -153,12 +153,15 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
             v.flags["data"] = texts.get(v.flags["data"], base["data"]) if "data" in v.table else base["data"]
     pair_up(variants, base, spec)
     variants, same = merge_equal(variants)
-    name = f"{file_name(path.stem)}-{preset}" if preset else file_name(path.stem)
+    name = f"{part_of_tag(path.stem)}-{preset}" if preset else part_of_tag(path.stem)
+    check_tag("the sweep, named by its file and preset,", name)
     check_names(name, variants)
     variants.sort(key=lambda v: v.base is not None)  # what others start from comes first
     points = [make_point(name, v, seed) for seed in dict.fromkeys(s for v in variants for s in v.seeds)
               for v in variants if seed in v.seeds]  # all of one seed near one another in time
-    return Sweep(name, path, preset, spec.get("question", ""), spec.get("cost", ""), base["data"], points[0].args.vocab_size,
+    question = printable(spec.get("question", ""))
+    cost = printable(spec.get("cost", ""))
+    return Sweep(name, path, preset, question, cost, base["data"], points[0].args.vocab_size,
                  spec["processes"], tuple(points), tuple(same), make_evals(name, variants, base, spec),
                  tuple(texts.items()))
 
@@ -209,11 +212,7 @@ def short(flag: str, value) -> str:
     """An axis in a name: lr0.02, attn64, d8."""
     if isinstance(value, bool):
         return flag if value else f"no-{flag}"
-    return f"{SHORT.get(flag, flag)}{file_name(str(value))}"
-
-
-def file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+    return f"{SHORT.get(flag, flag)}{part_of_tag(str(value))}"
 
 
 def tag_of(sweep: str, label: str, seed: int) -> str:

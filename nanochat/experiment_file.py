@@ -36,6 +36,7 @@ def load_toml(path: Path) -> dict:
         raise InputError(f"{path}: not TOML: {first_line(e)}") from None
     check_keys(path, content, {**KEYS, "preset": dict})
     for name, table in content.get("preset", {}).items():
+        check_tag(f"{path}: preset", name)
         if not isinstance(table, dict):
             raise InputError(f"{path}: preset.{name} is not a table; write [preset.{name}]")
         check_keys(f"{path}: [preset.{name}]", table, KEYS)

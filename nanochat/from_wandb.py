@@ -4,8 +4,9 @@ What `metrics.RunRecord` sent is all there is: no text samples, and nothing that
 """
 import sys
 
-from nanochat.common import InputError
+from nanochat.common import InputError, printable
 from nanochat.metrics import Run
+from nanochat.naming import LONGEST_RUN_NAME, is_tag
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers: W&B hands them out as text
 
@@ -63,8 +64,11 @@ def reason(error: Exception) -> str:
 
 
 def run_name(run) -> str:
-    """The tag, as of a run folder; where it was not sent, the name on the dashboard."""
-    return run.config.get("tag") or run.config["flags"].get("model_tag") or run.name or run.id
+    """The tag, as of a run folder; where none was sent, the name on the dashboard, which may be any text."""
+    for sent in (run.config.get("tag"), run.config["flags"].get("model_tag")):
+        if is_tag(sent):
+            return sent
+    return printable(str(run.name or run.id))[:LONGEST_RUN_NAME]
 
 
 def read_run(run, name: str) -> Run:

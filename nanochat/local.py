@@ -1,6 +1,6 @@
 """The runs of a sweep on this machine: as many at once as there are places, each a process of its own with a log of its own.
 
-A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/<tag>.sweep.lock. The child inherits the lock, so it is
+A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/.sweep.<tag>.lock. The child inherits the lock, so it is
 free only when launcher and child are both gone, however they went: two sweeps never have the same run, and no lock is ever stale.
 """
 import contextlib
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import common, locks
-from nanochat.common import InputError
+from nanochat.common import InputError, printable
 from nanochat.experiment import Point, Sweep
 from nanochat.figures import TIME, human
+from nanochat.files import create_folder
+from nanochat.naming import lock_path
 from nanochat.rank import account
 from nanochat.run_files import read_summary
 from nanochat.signals import ENDING
@@ -136,7 +138,7 @@ def visible_gpus() -> list[str]:
 
 
 def claim_path(tag: str) -> Path:
-    return common.get_base_dir() / "locks" / f"{tag}.sweep.lock"
+    return lock_path(tag, "sweep")
 
 
 def claim(path: Path):
@@ -151,7 +153,7 @@ def start(sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set
     started, bases = [], {p.base for p in waiting} - {""}
     unfinished = {tag for tag in bases if sweep.point(tag).status() != "finished"}
     for number in (n for n in range(len(here)) if n not in taken):
-        gpus = [claim(common.get_base_dir() / "locks" / f"gpu-{socket.gethostname()}-{gpu}.lock") for gpu in here[number]["gpus"]]
+        gpus = [claim(lock_path(f"{socket.gethostname()}-{gpu}", "gpu")) for gpu in here[number]["gpus"]]
         for point in list(waiting) if all(gpus) else ():
             lock = None if point.base in unfinished else claim(claim_path(point.tag))
             if not lock:
@@ -178,7 +180,7 @@ def launch(sweep: Sweep, point: Point, args, place: dict, held: list, task_comma
     else:
         environment.setdefault("OMP_NUM_THREADS", str(place["threads"]))
     log = log_of(sweep, point)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(log.parent)
     with open(log, "a", encoding="utf-8") as out:
         return subprocess.Popen([*task_command(sweep, point, args), "--launched", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                 env=environment, start_new_session=True, pass_fds=[lock.fileno() for lock in held])
@@ -203,7 +205,7 @@ def log_of(sweep: Sweep, point: Point) -> Path:
 
 
 def last_lines(path: Path, count: int = 5) -> list[str]:
-    return [line[:300] for line in tail(path).splitlines() if line.strip()][-count:]
+    return [printable(line[:300]) for line in tail(path).splitlines() if line.strip()][-count:]
 
 
 def tail(path: Path, size: int = 2**16) -> str:
@@ -246,6 +248,7 @@ class Display:
         self.flops = {p.tag: p.plan["tokens"] * account(p.config)["flops/per_token"] for p in waiting}
         self.began, self.at_first = time.monotonic(), sum(self.left(p, progress(p)) for p in waiting)
         self.live, self.drawn, self.last = sys.stdout.isatty(), 0, time.monotonic()
+        self.command = getattr(sys.stdout, "command", sys.stdout.write)  # a protected stream has one
         self.say(f"{sweep.name}: {self.total} runs, {self.done} finished; logs in {sweep.folder / 'logs'}")
 
     def __call__(self, running: list[Running], waiting: list[Point], failed: dict):
@@ -296,7 +299,7 @@ class Display:
     def clear(self):
         """Take the table away, so that a line can be printed above the next one."""
         if self.drawn:
-            print(f"\033[{self.drawn}F\033[J", end="")
+            self.command(f"\033[{self.drawn}F\033[J")
         self.drawn = 0
 
     def end(self):

@@ -1,13 +1,17 @@
-"""Names that a user gives to runs: what can be one, and what is said of one that is not there.
+"""Names that a user gives to runs and to what they are made of: what can be one, and what is said of one that is not there.
 
-A tag becomes the name of a folder, of locks and other files, a part of a W&B name, and a word of TAG[:STEP].
+Runs, tokenizers, sweeps, their presets, points and evaluations, and what files of other runs say of them have names of one
+kind, the tag. A tag becomes the name of a folder, of locks and other files, a part of a W&B name, a word of TAG[:STEP], and a
+word of batch scripts.
 """
 import difflib
+import re
+import shlex
 import unicodedata
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from nanochat.common import InputError, quoted
+from nanochat.common import InputError, get_base_dir, quoted
 from nanochat.metrics import runs_dir
 
 MARKS = " ._-+=,@()"   # what a tag may hold besides letters and digits of any script
@@ -19,19 +23,21 @@ RULE = (f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginni
 
 # ---- what can be a name ------------------------------------------------------------------------------------
 
-def is_tag(text: str) -> bool:
-    """Whether a text can name a run: one part of a path, which no command takes for an option."""
-    if not text or text[0] in ".-" or text != text.strip():
+def is_tag(text) -> bool:
+    """Whether a value, as of a file of another run, is a text that can name a run: one part of a path, which no command takes
+    for an option.
+    """
+    if not isinstance(text, str) or not text or text[0] in ".-" or text != text.strip():
         return False
     if len(text.encode("utf-8", "replace")) > LONGEST_TAG:
         return False
     return all(c in MARKS or unicodedata.category(c)[0] in "LMN" for c in text)
 
 
-def check_tag(flag: str, text: str) -> str:
-    """The tag itself. InputError, beginning with the flag, if it cannot be one."""
+def check_tag(flag: str, text) -> str:
+    """The tag itself. InputError, beginning with the flag or the file and key, if it cannot be one."""
     if not is_tag(text):
-        raise InputError(f"{flag} {quoted(text)}: becomes the name of a folder; {RULE}")
+        raise InputError(f"{flag} {quoted(str(text))}: becomes the name of a folder; {RULE}")
     return text
 
 
@@ -53,6 +59,35 @@ def run_name(text: str) -> str:
         raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable "
                                 "characters, or 'dummy' to turn it off")
     return text
+
+
+def part_of_tag(text: str) -> str:
+    """What a tag can hold of any text, such as the name of a file or a value."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def lock_path(name: str, kind: str = "") -> Path:
+    """The lock of the run of this tag; of another kind of thing, a file that begins with a dot, as no tag does."""
+    name = name if is_tag(name) else part_of_tag(name)
+    return get_base_dir() / "locks" / (f".{kind}.{name}.lock" if kind else f"{name}.lock")
+
+
+# ---- words of commands -------------------------------------------------------------------------------------
+
+def option(flag: str, value: str) -> tuple[str, ...]:
+    """A flag and its value as words of a command. By itself a value that begins with - and is no number is taken for a flag."""
+    apart = not value.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", value)
+    return (flag, value) if apart else (f"{flag}={value}",)
+
+
+def path_word(path: Path) -> str:
+    """A path as a word of a command, which does not take it for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def shell_command(*words) -> str:
+    """A command for the user to copy."""
+    return shlex.join(map(str, words))
 
 
 # ---- runs by their names -----------------------------------------------------------------------------------

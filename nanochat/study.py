@@ -248,7 +248,7 @@ def paste_flags(config: Configuration) -> str:
     flags, words = run.config.get("flags", {}), []
     if flags.get("adapter"):
         given = {key: flag for key, flag in flags.items() if key not in ("run", "run_tag", "seed", "resume") and flag not in (None, False, "")}
-        words = [f"--{key.replace('_', '-')}" + ("" if flag is True else f" {shlex.quote(str(flag))}") for key, flag in given.items()]
+        words = [shlex.quote(f"--{key.replace('_', '-')}") + ("" if flag is True else f" {shlex.quote(str(flag))}") for key, flag in given.items()]
         return f"(behind python -m scripts.adapter_train) {' '.join(words)}"
     if "materialized_from" in flags:
         return f"made by scripts.materialize from {flags['materialized_from']}"
@@ -259,7 +259,7 @@ def paste_flags(config: Configuration) -> str:
             continue  # the checkpoint's, and not to be given beside it
         if key == "budget_params" and not str(given).replace("_", "").isdigit():
             given = run.summary.get("params/total", given)  # it named a run, which need not exist where this is pasted
-        words.append("--" + key.replace("_", "-"))
+        words.append(shlex.quote("--" + key.replace("_", "-")))
         if given is not True:
             words.append(",".join(f"{v:g}" for v in given) if isinstance(given, list) else shlex.quote(str(given)))
     return " ".join(words)

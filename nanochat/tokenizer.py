@@ -130,7 +130,7 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
     """Read a tokenizer (default: the one scripts.tok_train wrote). InputError if absent, damaged or of another kind."""
     path = path or tokenizer_path()
     tag = path.parent.name
-    named = f" --tokenizer-tag {tag}" if path == tokenizer_path(tag) else ""
+    named = f" --tokenizer-tag {shlex.quote(tag)}" if path == tokenizer_path(tag) else ""
     if not path.is_file():
         raise InputError(f"{path}: no tokenizer here yet; train one with: "
                          f"python -m scripts.tok_train --data NAME{named}")

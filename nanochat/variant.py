@@ -7,6 +7,7 @@ from nanochat.common import InputError
 from nanochat.experiment_file import flag_names, flags_of
 from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import parse_map
+from nanochat.naming import option
 from nanochat.plan import solve_budget, training_plan
 
 
@@ -28,7 +29,7 @@ class Variant:
 def to_argv(flags: dict) -> tuple[str, ...]:
     """Flags as base_train takes them: a switch stands alone, or not at all."""
     return tuple(word for flag, value in flags.items() if value is not False
-                 for word in ((f"--{flag}",) if value is True else (f"--{flag}", str(value))))
+                 for word in ((f"--{flag}",) if value is True else option(f"--{flag}", str(value))))
 
 
 def known(flags: dict, v: Variant) -> dict:

@@ -8,12 +8,14 @@ The flags of every run are in its W&B config, where columns, filters and paramet
 """
 import json
 import os
+import re
 import threading
 
-from nanochat.common import InputError
+from nanochat import wandb_log
+from nanochat.common import InputError, quoted
 from nanochat.experiment import Point, Sweep
 from nanochat.files import write_atomic
-from nanochat.wandb_log import seconds
+from nanochat.naming import option, path_word, shell_command
 
 
 def register(sweep: Sweep, args):
@@ -25,17 +27,21 @@ def register(sweep: Sweep, args):
     if not points:
         return print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
     path = sweep.folder / "wandb_sweep.yaml"
-    write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2) + "\n")  # JSON is YAML
-    project = os.environ.get("WANDB_PROJECT", "nanochat-lowrank")
+    write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2, ensure_ascii=False) + "\n")  # JSON is YAML
+    project = wandb_log.project(os.environ)
     if os.environ.get("WANDB_MODE") == "offline":
-        print(f"{path}: {len(points)} runs\n  wandb sweep --project {project} {path}   # registers them, and says how to start agents")
+        command = shell_command("wandb", "sweep", *option("--project", project), path.absolute())
+        print(f"{path}: {len(points)} runs\n  {command}   # registers them, and says how to start agents")
         return
     sweep_id, trouble = ask(json.loads(path.read_text("utf-8")), project)
+    if sweep_id and not re.fullmatch(r"[\w/-]+", sweep_id):
+        raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")
     if not sweep_id:
         raise InputError(f"--launcher wandb: {trouble}; run `wandb login`, "
                          f"or register {path} later with: wandb sweep")
+    command = shell_command("wandb", "agent", *option("--project", project), sweep_id)
     print(f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
-          f"  CUDA_VISIBLE_DEVICES=0 wandb agent --project {project} {sweep_id}")
+          f"  CUDA_VISIBLE_DEVICES=0 {command}")
 
 
 def ask(config: dict, project: str) -> tuple[str, str]:
@@ -45,17 +51,21 @@ def ask(config: dict, project: str) -> tuple[str, str]:
     def call():
         try:
             import wandb
-            answer.append((wandb.sweep(config, project=project) or "", "W&B gave the sweep no name"))
+            answer.append((str(wandb.sweep(config, project=project) or ""), "W&B gave the sweep no name"))
         except Exception as e:  # of wandb, of the libraries below it, or a setting that it refuses
             answer.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(seconds("INIT"))
+    thread.join(wandb_log.seconds("INIT"))
     return answer[0] if answer else ("", f"no answer from W&B within {seconds('INIT'):.0f} s")
 
 
-def check(sweep: Sweep):
-    """InputError where runs start from other runs."""
+def check(sweep: Sweep, run: str):
+    """InputError where runs start from other runs, or W&B's agents would change a word of the command. run: see sweep_config."""
+    for word in (path_word(sweep.file), *sweep.data_flags(), run):
+        if "${" in word or not word.isprintable():  # ${args} and its like are an agent's own
+            raise InputError(f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control characters "
+                             "in a command; rename it")
     if later := next((p for p in sweep.points if p.base), None):
         raise InputError(f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm")
 
@@ -69,6 +79,6 @@ def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
         "method": "grid",
         "metric": {"name": "val/ppl", "goal": "minimize"},
         "parameters": {"task": {"values": [p.tag for p in points]}},
-        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", str(sweep.file), *(["--preset", sweep.preset] if sweep.preset else []),
-                    *sweep.data_flags(), "--run", sweep.name if run == "dummy" else run, "${args}"],
+        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", path_word(sweep.file), *(["--preset", sweep.preset] if sweep.preset else []),
+                    *sweep.data_flags(), *option("--run", sweep.name if run == "dummy" else run), "${args}"],
     }

@@ -22,7 +22,7 @@ from nanochat.flags import (DEFAULTS_BEFORE, add_checkpoint_flags, add_core_flag
                             layer_map_flag, number)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
-from nanochat.naming import optional_tag, run_folder, tag
+from nanochat.naming import optional_tag, run_folder, shell_command, tag
 from nanochat.optim import default_matrix_lr
 from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan, take_device_batch
 from nanochat.rank import account, on_meta
@@ -136,15 +136,15 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
         raise InputError(f"{flag} {base}: is not finished; "
-                         f"continue it with scripts.base_train … --model-tag {base} --resume auto")
+                         f"continue it with scripts.base_train … {shell_command('--model-tag', base)} --resume auto")
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
         raise InputError(f"{flag} {base}: no checkpoint of step {step}")
     meta = read_meta(folder, step)
     if "adapter" in meta:
+        command = shell_command("python", "-m", "scripts.materialize", "--model-tag", base, "--out-tag", f"{base}_merged")
         raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
-                         "make a plain model of it first: "
-                         f"python -m scripts.materialize --model-tag {base} --out-tag {base}_merged")
+                         f"make a plain model of it first: {command}")
     if "subspace" in meta:
         raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace "
                          f"{meta['subspace']['kind']}), there is nothing beside which an adapter could "

@@ -28,7 +28,7 @@ from nanochat.experiment import Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.files import check_out, write_atomic
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
-from nanochat.naming import LONGEST_RUN_NAME, run_name
+from nanochat.naming import LONGEST_RUN_NAME, is_tag, lock_path, option, part_of_tag, path_word, run_name
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, other_text, tokenizer_path
 from nanochat.variant import to_argv
@@ -77,7 +77,7 @@ def main(argv=None):
         slurm.check(args.sbatch)
     if args.launcher == "wandb":
         from nanochat import wandb_sweep
-        wandb_sweep.check(sweep)
+        wandb_sweep.check(sweep, args.run)
     prepare(sweep)
     if args.launcher == "slurm":
         return slurm.submit(sweep, args)
@@ -91,7 +91,7 @@ def main(argv=None):
 
 
 def load(args) -> Sweep:
-    named = [re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", word) for word in args.data]
+    named = [re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", word, re.DOTALL) for word in args.data]
     main = [word for word, match in zip(args.data, named) if not match]
     if len(main) > 1:
         raise InputError(f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is")
@@ -149,7 +149,7 @@ def prepare(sweep: Sweep):
 def prepare_tokenizer(sweep: Sweep):
     tag = sweep.points[0].args.tokenizer_tag  # that of [flags], which all share
     path = tokenizer_path(tag)
-    with common.locked(common.get_base_dir() / "locks" / "tokenizer.lock"):  # two tasks of a cluster may come here at once
+    with common.locked(lock_path("tokenizer", "all")):  # two tasks of a cluster may come here at once
         if not path.exists():
             from scripts import tok_train
             vocab_size = str(sweep.vocab_size)
@@ -189,7 +189,8 @@ def check_existing(sweep: Sweep, tokenizer, corpora: dict):
 def task_command(sweep: Sweep, point: Point, args) -> list[str]:
     """A command that runs this point in the foreground."""
     preset = ["--preset", sweep.preset] if sweep.preset else []
-    return [sys.executable, "-m", "scripts.sweep", str(sweep.file), *preset, *sweep.data_flags(), "--run", args.run, "--task", point.tag]
+    return [sys.executable, "-m", "scripts.sweep", path_word(sweep.file), *preset, *sweep.data_flags(),
+            *option("--run", args.run), "--task", point.tag]
 
 
 def run_task(sweep: Sweep, point: Point, args):
@@ -200,7 +201,7 @@ def run_task(sweep: Sweep, point: Point, args):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor_cache"))  # compiled once for all runs of a shape
     argv = [*point.argv]
     if args.run != "dummy":
-        argv += ["--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"[:LONGEST_RUN_NAME]]
+        argv += option("--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"[:LONGEST_RUN_NAME])
         name_for_wandb(sweep, point)
     with contextlib.ExitStack() as held:
         if args.launched:
@@ -364,18 +365,33 @@ def make_report(sweep: Sweep, args):
     finished = [p for p in sweep.points if p.status() == "finished"]
     if not finished:
         raise InputError(f"{sweep.name}: no run is finished, so there is nothing to report on")
-    texts = {sweep.data: Path(sweep.data).name, **{where: name for name, where in sweep.texts if where != sweep.data}}
+    texts = text_folders(sweep)
     for text, name in texts.items():
         tags = [p.tag for p in sorted(finished, key=lambda p: (bool(p.base), bool(p.pair))) if p.args.data == text]
         if tags:
-            report.main([*tags, "--out", str(out / name if len(texts) > 1 else out)])
+            report.main([*tags, *option("--out", str(out / name if len(texts) > 1 else out))])
     for measured in sweep.evals:
         point = sweep.point(measured.base)
         if not (out / measured.name).exists() and point.status() == "finished":
             moved = read_record(point.folder).get("flags", {}).get("data", point.args.data) != point.args.data
             where = ["--data", point.args.data] if moved and "--data" not in measured.argv else []
             script = importlib.import_module(f"scripts.{measured.script}")
-            script.main([*measured.argv, *where, "--out", str(out / measured.name)])
+            script.main([*measured.argv, *where, *option("--out", str(out / measured.name))])
+
+
+def text_folders(sweep: Sweep) -> dict[str, str]:
+    """{text: name of the folder of its report}, of all texts of a sweep: one part of a path, another for each."""
+    names = {sweep.data: Path(sweep.data).name, **{where: name for name, where in sweep.texts if where != sweep.data}}
+    folders = {}
+    for text, name in names.items():
+        name = name if is_tag(name) else part_of_tag(Path(text).name).strip("-.") or "text"
+        number = 2
+        unique = name
+        while unique in folders.values():
+            unique = f"{name}-{number}"
+            number += 1
+        folders[text] = unique
+    return folders
 
 
 if __name__ == "__main__":

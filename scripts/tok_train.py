@@ -5,10 +5,10 @@ tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do
 """
 import time
 
-from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
+from nanochat.common import ArgumentParser, InputError, locked, run_script, whole_number
 from nanochat.dataset import open_corpus
 from nanochat.files import check_out
-from nanochat.naming import optional_tag
+from nanochat.naming import lock_path, optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
 
 
@@ -60,7 +60,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     # of two nodes, or tasks, one trains it and the other finds it
-    with locked(get_base_dir() / "locks" / "tokenizer.lock"):
+    with locked(lock_path("tokenizer", "all")):
         train(args)
 
 
