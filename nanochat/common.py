@@ -211,12 +211,16 @@ def locked(path: Path):
 def claimed(path: Path, what: str):
     """Hold `path` for this process alone, as a locks.Lock. InputError with the holder's pid and
     host if another one has it. While the holder writes a checkpoint it is waited for: it may be an
-    orphan (nanochat.writer).
+    orphan (nanochat.writer). So is one of another machine that gives no sign of life, until it
+    gives one or its lease ends.
     """
     waits = False
+    first_sign = locks.last_sign_of_life(path)
     while not (lock := locks.acquire(path, wait=False)):
         holder = locks.holder(path)
-        if locks.WRITING not in holder:
+        sign = locks.last_sign_of_life(path)
+        may_be_gone = sign is not None and sign == first_sign
+        if locks.WRITING not in holder and not may_be_gone:
             raise InputError(f"{what} is in use by {holder}; wait for it, or stop it")
         if not waits:
             print0(f"{what}: waiting for {holder}")

@@ -1,15 +1,12 @@
 """Locks between processes, and between machines that share a folder.
 
-The kernel's flock is taken where the file system has it: it is freed when its last holder dies, however
-that dies. Some network file systems have none (Lustre and NFS, as some sites mount them). There a second
-file, `<path>.owner`, is the lock. Its holder creates it, is named in it, and removes it. One that a dead
-process of this machine left is removed by the next process that wants the lock. Whether a process of
-another machine lives cannot be told: its file stays until a person removes it.
+The kernel's flock is taken where the file system has it: it is freed when its last holder dies, however that dies. Some network
+file systems have none (Lustre and NFS, as some sites mount them). There a second file, `<path>.owner`, is the lock: a lease,
+which its holder keeps alive (nanochat/leases.py).
 """
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
 import socket
@@ -17,178 +14,115 @@ import sys
 import time
 from pathlib import Path
 
+from nanochat import leases
+from nanochat.errors import printable
+from nanochat.leases import Lease, acquire_lease, in_words, lease_of, open_own_file, read_entry
+
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 WRITING = ", which writes a checkpoint"  # what Lock.sign says of a writer
-POLL = 0.1           # seconds between two tries at an owner file
+POLL = 0.1           # seconds between the first two tries at a lease
+SLOWEST_POLL = 2.0   # between later ones: each is some calls to a server
 NOTICE_AFTER = 10.0  # seconds until a waiting process says what it waits for
 
 
 class Lock:
     """A lock that this process has. Where there is flock, a child that inherits `fileno()` shares it."""
 
-    def __init__(self, file, owner: Path | None = None, identity: dict | None = None):
+    def __init__(self, file, lease: Lease | None = None):
         self.file = file
-        self.owner = owner
-        self.identity = identity
+        self.lease = lease
 
     def fileno(self) -> int:
         return self.file.fileno()
 
+    def check(self):
+        """InputError if another process has the lock by now. To be called before what the lock protects is written."""
+        if self.lease:
+            self.lease.check()
+
     def sign(self, activity: str = ""):
         """Say in the lock file that this process holds it and what it does. A forked process takes the lock
-        over by doing the same.
+        over by doing the same. InputError if another process has the lock by now.
         """
+        if self.lease:
+            self.lease.sign(activity)
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
         self.file.flush()
-        if self.owner:
-            self.identity = this_process() | {"activity": activity}
-            whole = self.owner.with_name(f"{self.owner.name}.{os.getpid()}.signed")
-            whole.write_text(json.dumps(self.identity))
-            os.replace(whole, self.owner)
 
     def close(self):
-        if self.owner and read_owner(self.owner) == self.identity:
-            self.owner.unlink(missing_ok=True)
-        self.owner = None
+        if self.lease:
+            self.lease.release()
+        self.lease = None
         self.file.close()
 
 
 def acquire(path: Path, wait: bool) -> Lock | None:
-    """The exclusive lock on `path` (created if needed). None, without `wait`, if another process has it."""
+    """The exclusive lock on `path` (created if needed). None, without `wait`, if another process has it. InputError
+    if the path is a link, whose target would be written to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
+    file = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    lock = Lock(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock = Lock(file)
     except BlockingIOError:
-        lock = None
+        file.close()
+        return None
     except OSError as e:
         if e.errno not in NO_FLOCK:
             e.filename = e.filename or str(path)
             file.close()
             raise
-        lock = acquire_owner_file(path, file, wait)
-    if lock is None:
+        lock = lock_by_lease(path, file, wait)
+    if not lock:
         file.close()
         return None
-    lock.sign()
+    try:
+        lock.sign()
+    except BaseException:
+        lock.close()
+        raise
     return lock
+
+
+def lock_by_lease(path: Path, file, wait: bool) -> Lock | None:
+    notice_at = time.monotonic() + NOTICE_AFTER
+    pause = POLL
+    while not (lease := acquire_lease(owner_path(path))):
+        if not wait:
+            return None
+        if time.monotonic() >= notice_at:
+            print(f"waiting for {path}: in use by {holder(path)}", file=sys.stderr, flush=True)
+            notice_at = math.inf
+        time.sleep(pause)
+        pause = min(1.1 * pause, SLOWEST_POLL)
+    return Lock(file, lease)
+
+
+def owner_path(path: Path) -> Path:
+    return path.with_name(path.name + ".owner")
 
 
 def holder(path: Path) -> str:
     """Who has the lock, in words; where no flock frees it, also what to do if that process is gone."""
     with contextlib.suppress(OSError):
         owner = owner_path(path)
-        if owner.exists():
-            identity = read_owner(owner)
-            name = f"process {identity.get('pid')} on {identity.get('host')}{identity.get('activity', '')}"
-            return f"{name} (remove {owner} if that process is gone)"
-        return path.read_text(errors="replace").strip() or "another process"
+        entry = read_entry(owner)
+        if entry:
+            seconds = lease_of(entry)
+            may_wait = seconds is not None and not leases.is_here(entry.identity)
+            remedy = f"wait {seconds:.0f} s or remove" if may_wait else "remove"
+            return f"{in_words(entry.identity)} ({remedy} {owner} if that process is gone)"
+        with open_own_file(path, os.O_RDONLY) as f:
+            return printable(f.read().strip()) or "another process"
     return "another process"
 
 
-# ---- file systems without flock ----------------------------------------------------------------------------
-
-def owner_path(path: Path) -> Path:
-    return path.with_name(path.name + ".owner")
-
-
-def acquire_owner_file(path: Path, file, wait: bool) -> Lock | None:
-    """Create the owner file; None, without `wait`, if a process that may live has it."""
-    owner = owner_path(path)
-    identity = this_process()
-    notice_at = time.monotonic() + NOTICE_AFTER
-    while True:
-        remove_if_stale(owner)
-        if create_owner_file(owner, identity):
-            return Lock(file, owner, identity)
-        if not wait:
-            return None
-        if time.monotonic() >= notice_at:
-            print(f"waiting for {path}: in use by {holder(path)}", file=sys.stderr, flush=True)
-            notice_at = math.inf
-        time.sleep(POLL)
-
-
-def create_owner_file(owner: Path, identity: dict) -> bool:
-    """Whether it was created. It appears with its content, as a hard link to a whole file."""
-    whole = owner.with_name(f"{owner.name}.{identity['host']}.{identity['pid']}.{time.monotonic_ns()}")
-    whole.write_text(json.dumps(identity))
-    try:
-        os.link(whole, owner)
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # no hard links here either
-        return create_exclusively(owner, identity)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
-def create_exclusively(owner: Path, identity: dict) -> bool:
-    try:
-        with open(owner, "x") as f:
-            f.write(json.dumps(identity))
-        return True
-    except FileExistsError:
-        return False
-
-
-def remove_if_stale(owner: Path):
-    """Remove the owner file of a dead process of this machine. A folder beside it lets one process do so."""
-    if not is_stale(read_owner(owner)):
-        return
-    takeover = owner.with_name(owner.name + ".takeover")
-    try:
-        takeover.mkdir()
-    except FileExistsError:
-        return  # another process is at it
-    try:
-        if is_stale(read_owner(owner)):
-            owner.unlink(missing_ok=True)
-    finally:
-        takeover.rmdir()
-
-
-def is_stale(identity: dict) -> bool:
-    """Whether this owner was a process of this machine (its host, its process numbers) and is no more."""
-    here = this_process()
-    if not identity or any(identity.get(key) != here[key] for key in ("host", "pid_space")):
-        return False
-    pid = identity.get("pid")
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # it is another user's
-        pass
-    started = start_time(pid)
-    return bool(started) and started != identity.get("started")
-
-
-def this_process() -> dict:
-    """What tells it from other processes, also from a later one with its number."""
-    pid_space = ""
-    with contextlib.suppress(OSError):  # containers on one machine may have one host name
-        pid_space = os.readlink("/proc/self/ns/pid")
-    pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "pid_space": pid_space, "started": start_time(pid)}
-
-
-def start_time(pid: int) -> str:
-    """As Linux counts it, since the machine started; '' where that cannot be read."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return fields[19]
-
-
-def read_owner(owner: Path) -> dict:
-    """{} if there is no owner file, or it is being written."""
-    try:
-        identity = json.loads(owner.read_text())
-    except (OSError, ValueError):
-        return {}
-    return identity if isinstance(identity, dict) and isinstance(identity.get("pid"), int) else {}
+def last_sign_of_life(path: Path) -> float | None:
+    """When the holder, a process of another machine, last refreshed its lease; None of other holders."""
+    with contextlib.suppress(OSError):
+        entry = read_entry(owner_path(path))
+        if entry and lease_of(entry) is not None and not leases.is_here(entry.identity):
+            return entry.refreshed
+    return None

@@ -57,7 +57,7 @@ def ask(config: dict, project: str) -> tuple[str, str]:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(wandb_log.seconds("INIT"))
-    return answer[0] if answer else ("", f"no answer from W&B within {seconds('INIT'):.0f} s")
+    return answer[0] if answer else ("", f"no answer from W&B within {wandb_log.seconds('INIT'):.0f} s")
 
 
 def check(sweep: Sweep, run: str):

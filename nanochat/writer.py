@@ -74,6 +74,7 @@ def be_writer(write, if_orphaned, parent: int, answers: int, lock):
         write()
         if os.getppid() != parent:
             if_orphaned()
+            lock.close()
     except BaseException as e:  # whatever it is, the parent raises it
         error = e
     try:

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from nanochat import locks
+from nanochat import leases, locks
 from nanochat.common import InputError, claimed, locked
-from processes import Launched
+from nanochat.writer import write_apart
+from processes import Launched, wait_for
 
 WITHOUT_FLOCK = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
 
@@ -94,9 +95,9 @@ def test_without_flock_a_killed_holder_blocks_nobody(tmp_path, without_flock):
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_space": "pid:[1]"}])
-def test_without_flock_a_holder_elsewhere_is_alive(tmp_path, without_flock, monkeypatch, capfd, change):
+def test_without_flock_a_holder_elsewhere_of_an_earlier_version_is_alive(tmp_path, without_flock, monkeypatch, capfd, change):
     path = tmp_path / "a.lock"
-    locks.owner_path(path).write_text(json.dumps(locks.this_process() | {"pid": 999_999_999} | change))
+    locks.owner_path(path).write_text(json.dumps(leases.this_process() | {"pid": 999_999_999} | change))
     assert locks.acquire(path, wait=False) is None
     monkeypatch.setattr(locks, "NOTICE_AFTER", 0)
     person = locks.owner_path(path).unlink
@@ -108,9 +109,186 @@ def test_without_flock_a_holder_elsewhere_is_alive(tmp_path, without_flock, monk
 
 
 def test_without_flock_a_later_process_with_the_number_of_the_holder_is_another(tmp_path, without_flock):
-    if not locks.start_time(os.getpid()):
+    if not leases.start_time(os.getpid()):
         pytest.skip("this system does not tell when a process started")
     path = tmp_path / "a.lock"
-    locks.owner_path(path).write_text(json.dumps(locks.this_process() | {"started": "1"}))
+    locks.owner_path(path).write_text(json.dumps(leases.this_process() | {"started": "1"}))
     with claimed(path, "x"):
         pass
+
+
+# ---- leases: the holder is on another machine ---------------------------------------------------------------
+
+ELSEWHERE = {"pid": 4242, "host": "node\x1b[31m-7", "pid_space": "pid:[1]", "boot": "b", "started": "1", "token": "t"}
+
+
+def hold_elsewhere(path, seconds_ago, **changes):
+    """The lease of a process of another machine, which last gave a sign of life so many seconds ago."""
+    owner = locks.owner_path(path)
+    owner.write_text(json.dumps({**ELSEWHERE, "lease": 120, **changes}))
+    refreshed = owner.stat().st_mtime - seconds_ago
+    os.utime(owner, (refreshed, refreshed))
+    return owner
+
+
+def test_a_lease_is_taken_over_after_its_time_by_the_clock_of_the_file_system(tmp_path, without_flock, monkeypatch, capfd):
+    monkeypatch.setattr(time, "time", lambda: 5.0)  # this machine's clock says nothing
+    path = tmp_path / "a.lock"
+    hold_elsewhere(path, 100)
+    assert locks.acquire(path, wait=False) is None
+    name = r"process 4242 on node\x1b[31m-7"
+    assert locks.holder(path) == f"{name} (wait 120 s or remove {path}.owner if that process is gone)"
+    hold_elsewhere(path, 130)
+    with locked(path):
+        assert locks.read_entry(locks.owner_path(path)).identity["pid"] == os.getpid()
+    error = capfd.readouterr().err
+    assert error == f"{path}.owner: taken over from {name}, which gave no sign of life for 120 s\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_a_damaged_lease_and_a_takeover_that_was_killed_block_nobody_for_long(tmp_path, without_flock):
+    path = tmp_path / "a.lock"
+    owner = hold_elsewhere(path, 130)
+    digest = leases.read_entry(owner).digest
+    killed = owner.with_name(f"{owner.name}.takeover-{digest}")
+    killed.write_text(json.dumps(leases.this_process() | {"started": "1"}))  # of this machine
+    with locked(path):
+        pass
+    owner.write_text("")  # a power cut
+    assert locks.acquire(path, wait=False) is None
+    os.utime(owner, (1, 1))
+    (tmp_path / f".{owner.name}.abc.tmp").write_text("")  # of a killed process
+    os.utime(tmp_path / f".{owner.name}.abc.tmp", (1, 1))
+    with locked(path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
+
+
+def race(folder, times):
+    refuse_flock()
+    for number in range(times):
+        wait_for((folder / f"go{number}").exists)
+        lock = locks.acquire(folder / f"{number}.lock", wait=False)
+        with open(folder / f"has{number}", "a") as f:
+            f.write("yes\n" if lock else "no\n")
+    answers = [folder / f"has{number}" for number in range(times)]
+    wait_for(lambda: all(p.read_text().count("\n") == 3 for p in answers))  # the lease of one that has ended is free
+
+
+def test_of_processes_that_want_an_old_lease_one_gets_it(tmp_path):
+    workers = [Launched(1, tmp_path / "output", race, tmp_path, 10) for _ in range(3)]
+    for number in range(10):
+        hold_elsewhere(tmp_path / f"{number}.lock", 130)
+        (tmp_path / f"go{number}").touch()
+    assert [w.codes() for w in workers] == [[0]] * 3
+    for number in range(10):
+        assert sorted((tmp_path / f"has{number}").read_text().split()) == ["no", "no", "yes"]
+    assert (tmp_path / "output").read_text().count("taken over") == 10
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases of a second."""
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(leases, "LEASE", 1.0)
+
+
+def test_a_holder_gives_signs_of_life_and_notices_what_happens_to_its_lease(tmp_path, without_flock, quick):
+    path = tmp_path / "a.lock"
+    owner = locks.owner_path(path)
+    with pytest.raises(InputError) as e, claimed(path, "x") as lock:
+        os.utime(owner, (1, 1))
+        wait_for(lambda: owner.stat().st_mtime > 1)
+        lock.check()
+        owner.unlink()  # by a person, who took its holder for dead
+        wait_for(owner.exists)
+        lock.check()
+        owner.unlink()
+        hold_elsewhere(path, 0)  # another process had it meanwhile
+        lock.check()
+    assert str(e.value).startswith(f"{owner}: process 4242 on node") and "has taken over what this process" in str(e.value)
+    assert owner.exists(), "it is the other process's"
+    with pytest.raises(InputError, match="has taken over"):
+        leases.Lease(owner, {"token": "mine", "lease": 1}).sign("")
+
+
+def test_a_claim_waits_for_a_silent_holder_until_it_speaks_or_its_lease_ends(tmp_path, without_flock, capsys):
+    path = tmp_path / "a.lock"
+    owner = hold_elsewhere(path, 0, lease=0.5)
+    with claimed(path, "run x"):
+        assert capsys.readouterr().out.startswith("run x: waiting for process 4242 on ")
+    owner = hold_elsewhere(path, 50)
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        os.utime(owner)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="run x is in use by process 4242"):
+        patch.setattr(time, "sleep", nap)
+        with claimed(path, "run x"):
+            pass
+    assert len(naps) == 1
+
+
+def write_slowly(folder):
+    refuse_flock()
+    leases.HEARTBEAT = 0.02
+    path = folder / "a.lock"
+
+    def write():
+        (folder / "writer").write_text(str(os.getpid()))
+        wait_for((folder / "go").exists)
+    with claimed(path, "x") as lock:
+        write_apart(write, lock, (folder / "orphan").touch)
+        assert leases.read_entry(locks.owner_path(path)).identity["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_writer_keeps_the_lease_of_a_process_that_is_killed(tmp_path, without_flock, killed):
+    path = tmp_path / "a.lock"
+    owner = locks.owner_path(path)
+    launched = Launched(1, tmp_path / "output", write_slowly, tmp_path)
+    trainer, = launched.processes
+    wait_for((tmp_path / "writer").exists)
+    if killed:
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.join()
+    os.utime(owner, (1, 1))
+    wait_for(lambda: owner.stat().st_mtime > 1)
+    assert leases.read_entry(owner).identity["pid"] == int((tmp_path / "writer").read_text()) != trainer.pid
+    assert locks.acquire(path, wait=False) is None
+    (tmp_path / "go").touch()
+    if not killed:
+        assert launched.codes() == [0], (tmp_path / "output").read_text()
+    wait_for(lambda: not owner.exists())
+    assert (tmp_path / "orphan").exists() == killed
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.lock", "a.lock.owner"])
+def test_a_lock_that_leads_to_another_file_is_refused_and_the_file_is_left_alone(tmp_path, file_system, name):
+    if name.endswith("owner") and not file_system:
+        pytest.skip("there is no such file where there is flock")
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("years of work")
+    for target in (precious, tmp_path / "missing"):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(InputError, match=f"{name}: is a symbolic link, .*; remove the link"), \
+                claimed(tmp_path / "a.lock", "x"):
+            pass
+        (tmp_path / name).unlink()
+    assert precious.read_text() == "years of work" and not (tmp_path / "missing").exists()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: is no ordinary file"), claimed(tmp_path / "a.lock", "x"):
+        pass
+
+
+@pytest.mark.parametrize("umask, mode", [(0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_locks_have_the_permissions_that_the_umask_leaves(tmp_path, without_flock, umask, mode):
+    before = os.umask(umask)
+    try:
+        with claimed(tmp_path / "a.lock", "x"):
+            assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {mode}
+    finally:
+        os.umask(before)

@@ -1,0 +1,304 @@
+"""Leases: locks on file systems without flock, which no kernel frees when the holder dies.
+
+A lease is a file that names its holder: host and process. The holder refreshes the file's time every HEARTBEAT seconds, and
+removes it in the end. The file of a process of this machine that is dead may be taken over at once. So may, on whatever machine
+the holder was, a file that was not refreshed for LEASE seconds. These are counted by the clock that the file system gives its
+files, which all machines share. A holder that slept for so long may find that another process has its lease: `Lease.check`.
+
+Earlier versions of this program did not refresh their files. Those of other machines stay until a person removes them.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import socket
+import stat
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.errors import InputError, printable
+
+HEARTBEAT = 10.0  # seconds between two signs of life
+LEASE = 120.0     # seconds without one after which a lease may be taken over
+GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: on a network file system
+TAKEOVER = ".takeover-"
+TEMPORARY = ".tmp"
+
+
+class Lease:
+    """A lease that this process has. A forked process shares it, and keeps it alive once it has signed."""
+
+    def __init__(self, path: Path, identity: dict):
+        self.path = path
+        self.identity = identity
+        self.keep_alive()
+
+    def keep_alive(self):
+        """Refresh the file from now on. Of a forked process's parent neither threads nor mutexes can be used."""
+        self.pid = os.getpid()
+        self.mutex = threading.Lock()
+        self.released = threading.Event()
+        threading.Thread(target=self._beat, args=(self.released,), name="lease", daemon=True).start()
+
+    def _beat(self, released: threading.Event):
+        while not released.wait(HEARTBEAT):
+            with contextlib.suppress(OSError, InputError), self.mutex:
+                if not released.is_set():
+                    self._refresh()
+
+    def _refresh(self) -> dict:
+        """Refresh the file. Returns who has the lease: the identity of this process, or another one."""
+        while True:
+            try:
+                with open_own_file(self.path, os.O_RDONLY) as f:
+                    identity = read_identity(f.read())
+                    if identity.get("token") == self.identity["token"]:
+                        os.utime(f.fileno())  # not by its name: another process may be replacing the file
+                    return identity
+            except OSError as e:
+                if e.errno not in GONE:
+                    raise
+            if create(self.path, self.identity):  # a person had removed it
+                return self.identity
+
+    def check(self):
+        """InputError if another process has taken the lease over, because this one slept for too long."""
+        with self.mutex:
+            identity = self._refresh()
+        if identity.get("token") != self.identity["token"]:
+            raise InputError(f"{self.path}: {in_words(identity)} has taken over what this process held, which gave no sign of "
+                             f"life for {LEASE:.0f} s (a sleeping machine, or a file system that did not answer); nothing "
+                             "more is written here: leave it to that process")
+
+    def sign(self, activity: str):
+        """Say in the file which process holds the lease now, and what it does."""
+        if os.getpid() != self.pid:
+            self.keep_alive()
+        self.check()
+        with self.mutex:
+            self.identity = this_process() | {key: self.identity[key] for key in ("token", "lease")} | {"activity": activity}
+            replace(self.path, self.identity)
+
+    def release(self):
+        self.released.set()
+        with self.mutex:
+            entry = read_entry(self.path)
+            if entry and entry.identity.get("token") == self.identity["token"]:
+                self.path.unlink(missing_ok=True)
+
+
+def acquire_lease(path: Path) -> Lease | None:
+    """None if a process that may live has it. Says so where the process that had it gave no sign of life."""
+    identity = this_process() | {"token": secrets.token_hex(8), "lease": LEASE}
+    if not take(path, identity):
+        return None
+    with contextlib.suppress(OSError):  # another process removes it too
+        remove_left_over(path)
+    return Lease(path, identity)
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+def open_own_file(path: Path, flags: int):
+    """A text file that is open for reading and perhaps writing. InputError if its name leads to another file."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.EMLINK):
+            raise
+        raise InputError(f"{path}: is a symbolic link, and a lock is a file of its own; remove the link") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: is no ordinary file, as a lock is; remove it")
+    return os.fdopen(descriptor, "r" if flags & os.O_ACCMODE == os.O_RDONLY else "a+", encoding="utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a lease's file says."""
+    identity: dict    # of the holder; {} if the file is damaged, or is being written
+    digest: str       # of its name and content, which differ from those of every other lease
+    refreshed: float  # seconds, by the file system's clock
+
+
+def read_entry(path: Path) -> Entry | None:
+    try:
+        with open_own_file(path, os.O_RDONLY) as f:
+            text = f.read()
+            refreshed = os.fstat(f.fileno()).st_mtime
+    except OSError as e:
+        if e.errno in GONE:
+            return None
+        raise
+    digest = hashlib.sha256(f"{path.name}\n{text}".encode()).hexdigest()[:16]
+    return Entry(read_identity(text), digest, refreshed)
+
+
+def read_identity(text: str) -> dict:
+    try:
+        identity = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return identity if isinstance(identity, dict) and type(identity.get("pid")) is int else {}
+
+
+def write_temporary(path: Path, identity: dict) -> Path:
+    """A new file beside `path` that becomes it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
+    with open_own_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL) as f:
+        f.write(json.dumps(identity))
+    return temporary
+
+
+def replace(path: Path, identity: dict):
+    os.replace(write_temporary(path, identity), path)
+
+
+def create(path: Path, identity: dict) -> bool:
+    """Whether the file was created: by one process at most. It appears with its content, as a hard link to a whole file."""
+    temporary = write_temporary(path, identity)
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return os.stat(temporary).st_nlink > 1  # a server that did it, and whose first answer was lost
+    except OSError:  # no hard links here either
+        return create_exclusively(path, identity)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_exclusively(path: Path, identity: dict) -> bool:
+    try:
+        with open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as f:
+            f.write(json.dumps(identity))
+        return True
+    except FileExistsError:
+        return False
+
+
+def file_system_time(folder: Path) -> float:
+    """Seconds, by the clock of the file system: a new file's time."""
+    probe = folder / f".time.{secrets.token_hex(6)}{TEMPORARY}"
+    try:
+        with open_own_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL) as f:
+            f.write("now")
+            f.flush()
+            os.fsync(f.fileno())  # the server's time, where it is another machine
+            return os.fstat(f.fileno()).st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def remove_left_over(path: Path):
+    """Remove what killed processes left beside the file."""
+    now = file_system_time(path.parent)
+    for entry in os.scandir(path.parent):
+        temporary = entry.name.startswith((f".{path.name}.", ".time.")) and entry.name.endswith(TEMPORARY)
+        left_over = temporary or entry.name.startswith(path.name + TAKEOVER)
+        if left_over and now - entry.stat(follow_symlinks=False).st_mtime > LEASE:
+            os.unlink(entry.path)
+
+
+# ---- taking over -------------------------------------------------------------------------------------------
+
+def take(path: Path, identity: dict) -> bool:
+    """Whether this process now has the lease: there was none, or its holder was gone."""
+    for _ in range(5):
+        if create(path, identity):
+            return True
+        entry = read_entry(path)
+        if entry:
+            return is_over(path, entry) and take_over(path, entry, identity)
+    return False  # others create and remove it all the time
+
+
+def take_over(path: Path, entry: Entry, identity: dict) -> bool:
+    """Replace a lease that is over; False if another process does.
+
+    The right to do so is a lease itself, on a name that is made of the one that is over. Whoever has it looks again: the file
+    that it then still finds can be replaced by nobody else.
+    """
+    right = path.with_name(f"{path.name.partition(TAKEOVER)[0]}{TAKEOVER}{entry.digest}")
+    if not take(right, identity):
+        return False
+    try:
+        again = read_entry(path)
+        if not again or again.digest != entry.digest or not is_over(path, again):
+            return False
+        replace(path, identity)
+    finally:
+        right.unlink(missing_ok=True)
+    if not is_dead(entry.identity) and TAKEOVER not in path.name:
+        print(f"{path}: taken over from {in_words(entry.identity)}, which gave no sign of life for {LEASE:.0f} s",
+              file=sys.stderr, flush=True)
+    return True
+
+
+def is_over(path: Path, entry: Entry) -> bool:
+    if is_here(entry.identity):
+        return is_dead(entry.identity)
+    seconds = lease_of(entry)
+    return seconds is not None and file_system_time(path.parent) - entry.refreshed > seconds
+
+
+def lease_of(entry: Entry) -> float | None:
+    """For how many seconds it goes on without a sign of life; None: for ever."""
+    if not entry.identity:
+        return LEASE
+    seconds = entry.identity.get("lease")
+    return seconds if type(seconds) in (int, float) else None
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+def this_process() -> dict:
+    """What tells it from other processes, also from a later one with its number."""
+    pid_space = ""
+    boot = ""
+    with contextlib.suppress(OSError):  # containers on one machine may have one host name
+        pid_space = os.readlink("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # and so may two machines
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    pid = os.getpid()
+    return {"pid": pid, "host": socket.gethostname(), "pid_space": pid_space, "boot": boot, "started": start_time(pid)}
+
+
+def is_here(identity: dict) -> bool:
+    """Whether it is, or was, a process of this machine, with its process numbers."""
+    here = this_process()
+    return bool(identity) and all(identity.get(key, here[key] if key == "boot" else None) == here[key]
+                                  for key in ("host", "pid_space", "boot"))
+
+
+def is_dead(identity: dict) -> bool:
+    """Whether it was a process of this machine and is no more."""
+    if not is_here(identity):
+        return False
+    pid = identity["pid"]
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # it is another user's
+        pass
+    started = start_time(pid)
+    return bool(started) and started != identity.get("started")
+
+
+def start_time(pid: int) -> str:
+    """As Linux counts it, since the machine started; '' where that cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return fields[19]
+
+
+def in_words(identity: dict) -> str:
+    words = f"process {identity.get('pid')} on {identity.get('host')}{identity.get('activity', '')}"
+    return printable(words) if identity else "an unknown process"
