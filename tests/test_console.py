@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT, TINY
-from nanochat import metrics
+from nanochat import console, metrics
 from processes import environment
 
 SCRIPT = """
@@ -49,6 +49,16 @@ def test_streams_that_take_nothing_stop_nothing(tmp_path, shell):
 def test_what_the_terminal_has_no_character_for_is_spelt_out(tmp_path, encoding):
     code, stdout, _, worked = run(tmp_path, PYTHONIOENCODING=encoding)
     assert code == 0 and worked and r"line 1999 \u2192 " in stdout and r"\ud800" in stdout
+
+
+def test_what_is_printed_commands_no_terminal_but_ours(tmp_path):
+    with open(tmp_path / "out", "w") as file:
+        stream = console.lossy(file)
+        print("\x1b[31mred\x1b[0m \x1b[2J\x1b]0;title\x07 \x9b5n\x08\x7f tab\t é", file=stream)
+        stream.write("\n\x1b[A")  # a progress bar
+        stream.command("\x1b[J")
+        stream.flush()
+    assert (tmp_path / "out").read_text() == "red \\x1b[2J\\x1b]0;title\\x07 \\x9b5n\\x08\\x7f tab\t é\n\n\x1b[A\x1b[J"
 
 
 def test_a_full_disk_is_said_once_where_it_can_be(tmp_path):

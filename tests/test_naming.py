@@ -1,11 +1,16 @@
 """What can name a run, everywhere a run is named; and what is said of one that is not there."""
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from conftest import tiny_experiment
 from nanochat import metrics
-from nanochat.common import InputError
+from nanochat.checkpoint_manager import load_bases
+from nanochat.common import InputError, get_base_dir
 from nanochat.experiment import read_experiment
-from nanochat.naming import is_tag, run_folder
+from nanochat.from_wandb import run_name
+from nanochat.naming import is_tag, lock_path, option, run_folder
 from scripts import (adapter_train, base_eval, base_train, generate, infer_bench, layer_map_eval, materialize,
                      sweep)
 
@@ -86,3 +91,77 @@ def test_points_of_an_experiment_are_named_by_the_same_rule(tmp_path, corpus_dir
             read(name)
     with pytest.raises(InputError, match="point x*: this name is too long"):
         read("x" * 149)
+
+
+# ---- names in files ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [text for text in NO_TAGS if text != "\udcff"] + ["a\ntouch pwned", "\x1b[31m", ""])
+def test_a_preset_that_is_no_name_is_refused_in_one_line(tmp_path, name):
+    path = tmp_path / "e.toml"
+    path.write_text(f"[preset.{json.dumps(name)}]\nseeds = [1]\n")
+    with pytest.raises(InputError, match="e.toml: preset .*: becomes the name of a folder; use letters") as e:
+        read_experiment(path, name)
+    assert str(e.value).isprintable()
+
+
+def test_a_sweep_that_its_file_gives_no_name_is_refused(tmp_path, corpus_dir):
+    for name in ("-x.toml", ".hidden.toml", "ä.toml", "x" * 152 + ".toml"):
+        path = tiny_experiment(tmp_path / name, "", [1], corpus_dir)
+        with pytest.raises(InputError, match="named by its file and preset, '.*': becomes the name of a folder"):
+            read_experiment(path)
+    path = tiny_experiment(tmp_path / "a\n$(b) \x1b.toml", "", [1], corpus_dir)
+    assert read_experiment(path).name == "a-b-"
+    path.write_text(f'question = "red \\u001b[31m\\n!"\n{path.read_text()}')
+    assert read_experiment(path).question == r"red \x1b[31m !"
+    path.write_text('"bad\\u001b\\n" = 3\n')
+    with pytest.raises(InputError) as e:
+        read_experiment(path)
+    assert str(e.value).isprintable()
+
+
+def test_the_reports_of_several_texts_are_parts_of_the_reports_folder():
+    texts = (("/home/me/wiki", "/home/me/wiki"), ("../../up", "/home/up"), ("a/b", "/x/b"), ("b", "/y/b"), ("/", "/"))
+    folders = sweep.text_folders(SimpleNamespace(data="/z/wiki", texts=texts))
+    assert list(folders.values()) == ["wiki", "wiki-2", "up", "b", "b-2", "text"]
+
+
+def test_a_base_that_meta_json_names_is_a_run_beside_this_one(tmp_path):
+    for tag in ("../elsewhere", "/tmp/x", "a\nb", "", None, 3, ["a"]):
+        with pytest.raises(InputError, match="the base that meta.json names: .*becomes the name of a folder"):
+            load_bases(tmp_path, [{"tag": tag, "step": 1, "sha256": ""}])
+
+
+def test_a_name_that_wandb_sends_cannot_command_a_terminal():
+    def name(tag, model_tag, shown):
+        return run_name(SimpleNamespace(config={"tag": tag, "flags": {"model_tag": model_tag}}, name=shown, id="i1"))
+    assert name("d4", "d5", "x") == "d4" and name({"a": 1}, "d5", "x") == "d5"
+    assert name("../up", None, "my run!") == "my run!" and name("", "", "") == "i1"
+    assert name(None, None, "\x1b]0;x\x07" + "y" * 200) == r"\x1b]0;x\x07" + "y" * 116
+
+
+# ---- names that are shown, or go into commands --------------------------------------------------------------
+
+def test_an_error_is_one_line_that_commands_no_terminal():
+    assert str(InputError("a\nb\x1b[2J\u202e \udcff\x85é")) == r"a b\x1b[2J\u202e \udcff é"
+
+
+def test_a_base_directory_has_a_name_that_can_be_shown(monkeypatch):
+    for name in ("a\nb", "\x1b[31m", "x\udcff", "a\x85"):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", f"/tmp/{name}")
+        with pytest.raises(InputError, match="NANOCHAT_BASE_DIR=/tmp/.*give another folder"):
+            get_base_dir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "-x $(y) 'z' é")
+    assert str(get_base_dir()) == "-x $(y) 'z' é"
+
+
+def test_no_other_lock_has_the_name_of_a_runs(base_dir):
+    names = {lock_path(*what).name for what in (("a",), ("a", "sweep"), ("a.sweep",), ("sweep.a",), ("tokenizer",),
+                                                ("tokenizer", "all"), ("GPU-0/../1", "gpu"))}
+    assert names == {"a.lock", ".sweep.a.lock", "a.sweep.lock", "sweep.a.lock", "tokenizer.lock", ".all.tokenizer.lock",
+                     ".gpu.GPU-0-..-1.lock"}
+
+
+def test_a_value_that_looks_like_a_flag_is_a_value():
+    for value in ("-x", "--dry-run", "-1", "-0.5", "x", "-1e-3"):
+        words = option("--run", value)
+        assert sweep.build_parser().parse_args(["e.toml", *words]).run == value

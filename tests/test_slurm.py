@@ -1,5 +1,7 @@
 """A sweep on Slurm: what is submitted, what a task does with signals and exit codes; and, opt-in, the whole on a real cluster."""
+import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import time
 
 import pytest
 
+from conftest import ROOT
 from nanochat import metrics, slurm
 from nanochat.common import REQUEUE, InputError
 from scripts import sweep
@@ -108,7 +111,7 @@ def test_what_is_finished_or_in_the_queue_is_not_submitted_again(submit, base, c
 
 @pytest.mark.parametrize("given, message", [
     ("--array=0-3", "--array=0-3 is not to be given"), ("-a 0-3", "-a is not"), ("--job-name=x", "--job-name=x is not"),
-    ('--comment="a', "no closing quotation"), ("gpu", "give options of sbatch"),
+    ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"), ('--comment="a', "no closing quotation"), ("gpu", "give options of sbatch"),
 ])
 def test_options_that_cannot_be(submit, given, message):
     with pytest.raises(InputError, match=message):
@@ -125,6 +128,72 @@ def test_sbatch_refuses(submit, base):
 def test_no_slurm(submit, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="there is no sbatch here; .*--launcher local"):
+        submit()
+
+
+# ---- names that a shell would take for more ---------------------------------------------------------------------
+
+HOSTILE = "a \"b\" 'c' $(touch pwned) `touch pwned` ;touch pwned; %A #é {name}"
+
+
+def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, capsys):
+    """sbatch reads options as it says; bash parses both scripts, runs them, and does nothing but start the task."""
+    here = tmp_path / HOSTILE.format(name="here")
+    base = tmp_path / HOSTILE.format(name="base")
+    here.mkdir()
+    python = here / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.chdir(here)
+    preset = "é (b)=@, c"
+    experiment = here / "question.toml"
+    experiment.write_text(EXPERIMENT.format(steps=6) + f"[preset.'{preset}.']\nseeds = [2]\n")
+    name = HOSTILE.format(name="run")
+    args = sweep.build_parser().parse_args([str(experiment), "--preset", f"{preset}.", "--data", "stdlib", f"--run=-{name}",
+                                            f"--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned"])
+    slurm.submit(sweep.load(args), args)
+    folder = base / "sweeps" / f"question-{preset}."
+    script, report = ((folder / file).read_text() for file in ("slurm.sh", "slurm_report.sh"))
+    assert options(script)[:2] == [f'--job-name="question-{preset}."', "--output=" + '"' + str(folder / "logs").replace(
+        "%", "%%").replace('"', '\\"') + '/slurm-%A_%a.log"']
+    assert [line for line in script.splitlines() if line.startswith("touch")] == []
+    tail = next(line for line in capsys.readouterr().out.splitlines() if "tail -f" in line)
+    assert shlex.split(tail.split(":", 1)[1]) == ["tail", "-f", f"{folder}/logs/question-{preset}._full_s2.log"]
+
+    command = [str(experiment), "--preset", f"{preset}.", "--data", "stdlib", f"--run=-{name}"]
+    numbers = {"SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_ON_NODE": "6"}
+    for text, last in ((script, ["--task", f"question-{preset}._full_s2"]), (report, ["--report"])):
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=os.environ | numbers, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        output = (folder / "logs" / f"{last[1]}.log").read_text() if len(last) > 1 else done.stdout
+        assert output.split("\0")[:-1] == ["-m", "scripts.sweep", *command, *last]
+    assert not list(tmp_path.rglob("pwned*")) and not (ROOT / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [{"71\ntouch pwned": {"0": "a"}}, {"71": {"0": "../a"}}, {"71": {"0\n": "a"}},
+                                     {"71": {"0": 3}}, {"71": ["a"]}, {"": {}}, {"٣": {}}, ["71"], "71"])
+def test_a_record_of_jobs_that_somebody_wrote_is_no_part_of_a_script(submit, base, content):
+    path = base / "sweeps" / "question" / "slurm_jobs.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as e:
+        submit()
+    assert str(e.value).startswith(f"{path}: ") and str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("answer", ["71\n#SBATCH --wrap=x", "Submitted 71", "", "71:72"])
+def test_only_a_number_is_taken_for_a_job(submit, answer):
+    (submit.bin / "sbatch.says").write_text(answer)
+    with pytest.raises(InputError, match="--launcher slurm: sbatch answers .*, which is no number of a job"):
+        submit()
+
+
+def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(submit, base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", f"{base}\\n")
+    with pytest.raises(InputError, match="Slurm takes no folder for its logs that has a backslash"):
         submit()
 
 

@@ -1,4 +1,6 @@
 """A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, names of its runs."""
+import shlex
+
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
@@ -110,6 +112,34 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
     monkeypatch.setattr(wandb, "sweep", refuse)
     with pytest.raises(InputError, match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later"):
+        register()
+
+
+def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a $(b) 'c' 😀"
+    folder.mkdir()
+    monkeypatch.setenv("WANDB_PROJECT", "our project; $(b)")
+    path = tmp_path / "question.toml"
+    args = sweep.build_parser().parse_args([str(path), "--preset", "small", "--data", str(folder)])
+    planned = sweep.load(args)
+    wandb_sweep.register(planned, args)
+    config = load_sweep_config(planned.folder / "wandb_sweep.yaml")
+    assert config["command"][config["command"].index("--data") + 1] == str(folder)
+    command = capsys.readouterr().out.splitlines()[1].split("#")[0]
+    assert shlex.split(command) == ["wandb", "sweep", "--project", "our project; $(b)", f"{planned.folder}/wandb_sweep.yaml"]
+    for name in ("${args}", "${envvar:HOME}", "a\x1b"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=r"--launcher wandb: .*agents do not take \$\{") as e:
+            sweep.main([str(path), "--preset", "small", "--data", str(tmp_path / name), "--launcher", "wandb"])
+        assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("answer", ["a b", "$(x)", "-x\n", "\x1b"])
+def test_what_wandb_calls_a_sweep_is_checked(register, monkeypatch, answer):
+    import wandb
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "sweep", lambda config, project: answer)
+    with pytest.raises(InputError, match="W&B calls the sweep .*, which is no name of one"):
         register()
 
 
