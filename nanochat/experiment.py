@@ -18,6 +18,7 @@ dev/experiments/ has examples.
 """
 import itertools
 import os
+import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from nanochat.rank import count_parameters
 from nanochat.run_files import read_summary
 from nanochat.variant import Variant, identity, known, low_rank, resolved, to_argv
 
+NAMED_TEXT = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)  # of --data NAME=TEXT
 RANK_FLAGS = (*(name.replace("_", "-") for name in group_defaults(add_rank_flags)), "recompute")
 SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "mlp-ratio": "ratio", "rank-schedule": "",
          "rank-end": "end", "attn-rank-schedule": "attn-", "attn-rank-end": "attn-end",
@@ -100,9 +102,9 @@ class Sweep:
         return get_base_dir() / "sweeps" / self.name
 
     def data_flags(self) -> list[str]:
-        """--data as scripts.sweep takes it, for the same texts from anywhere."""
-        return [*option("--data", self.data),
-                *(word for name, text in self.texts for word in option("--data", f"{name}={text}"))]
+        """--data as scripts.sweep takes it, for the same texts. A text that the file names by a path stands there for itself."""
+        named = [f"{name}={text}" for name, text in self.texts if NAMED_TEXT.fullmatch(f"{name}={text}")]
+        return [word for text in (self.data, *named) for word in option("--data", text)]
 
     def point(self, tag: str) -> Point:
         for point in self.points:

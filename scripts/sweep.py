@@ -11,7 +11,6 @@ The format of the file is in nanochat/experiment.py; logs and report are in $NAN
 import contextlib
 import importlib
 import os
-import re
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from nanochat.continuation import differences, flags_given, flags_text, inherita
 from nanochat.dataloader import cached_tokens
 from nanochat.dataset import open_corpus
 from nanochat.environment import leave_process_group
-from nanochat.experiment import Point, Sweep, read_experiment
+from nanochat.experiment import NAMED_TEXT, Point, Sweep, read_experiment
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.files import check_out, write_atomic
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
@@ -91,7 +90,7 @@ def main(argv=None):
 
 
 def load(args) -> Sweep:
-    named = [re.fullmatch(r"([A-Za-z0-9._-]+)=(.+)", word, re.DOTALL) for word in args.data]
+    named = [NAMED_TEXT.fullmatch(word) for word in args.data]
     main = [word for word, match in zip(args.data, named) if not match]
     if len(main) > 1:
         raise InputError(f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is")
