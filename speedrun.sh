@@ -8,7 +8,7 @@
 set -euo pipefail
 { : <&0; } 2>/dev/null || exec </dev/null   # where standard input is closed
 for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
-  case "${!NAME:-0}" in *[!0-9]*) echo "error: $NAME=${!NAME}: give a whole number" >&2; exit 2 ;; esac
+  case "${!NAME:-0}" in *[!0-9]*) printf 'error: %s=%q: give a whole number\n' "$NAME" "${!NAME}" >&2; exit 2 ;; esac
 done
 
 # a path is meant from where the user stands, and we go elsewhere; a quoted ~ is still one
@@ -128,7 +128,8 @@ wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 NAME=${DATA##*/}
 OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # what the name of a folder may have and the name of a run may not
 NAME=${NAME//$OTHER/-}
-BASE_TAG="${NAME/#[.-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
+NAME=${NAME//[[:cntrl:]]/-}
+BASE_TAG="${NAME/#[ .-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
 FULL="${BASE_TAG}_full"
 LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
 SINGLE="${MATRIX_RANKS//=/}"
@@ -142,10 +143,10 @@ COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HE
         --eval-every "$EVAL_EVERY" --eval-tokens "$EVAL_TOKENS" --ppl-thresholds "$PPL_THRESHOLDS"
         --save-every "$SAVE_EVERY" --resume auto)
 
-launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run "$(wandb_name full)" --num-iterations "$NUM_ITERATIONS"
+launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run="$(wandb_name full)" --num-iterations "$NUM_ITERATIONS"
 # the same number of steps as the baseline took, also where that was derived from its size
 STEPS=$(python -c 'import sys; from nanochat.metrics import load_run, runs_dir; print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
-launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run "$(wandb_name lowrank)" --num-iterations "$STEPS" \
+launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run="$(wandb_name lowrank)" --num-iterations "$STEPS" \
   --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" --mlp-ratio "$MLP_RATIO" \
   --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
 

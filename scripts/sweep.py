@@ -11,6 +11,7 @@ The format of the file is in nanochat/experiment.py; logs and report are in $NAN
 import contextlib
 import importlib
 import os
+import re
 import statistics
 import sys
 import time
@@ -196,8 +197,9 @@ def run_task(sweep: Sweep, point: Point, args):
     """Run one point here, to its end or until it is told to stop; exits with its script's code."""
     if point.base and (status := sweep.point(point.base).status()) != "finished":
         raise InputError(f"--task {point.tag}: starts from {point.base}, which is not finished ({status}); run --task {point.base} first")
-    base = common.get_base_dir()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor_cache"))  # compiled once for all runs of a shape
+    cache = str(common.get_base_dir().absolute() / "inductor_cache")
+    if re.fullmatch(r"[\w./+@-]+", cache, re.ASCII):  # torch's compiler puts its path into commands as it is
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)  # compiled once for all runs of a shape
     argv = [*point.argv]
     if args.run != "dummy":
         argv += option("--run", f"{args.run}-{point.tag.removeprefix(sweep.name + '_')}"[:LONGEST_RUN_NAME])

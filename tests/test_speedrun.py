@@ -47,6 +47,7 @@ def folder(tmp_path, corpus_dir):
 @pytest.mark.parametrize("changes, message", [
     ({"DATA": "nonesuch"}, "error: --data {folder}/nonesuch: "),
     ({"NPROC": "two"}, "error: NPROC=two: give a whole number"),
+    ({"NNODES": "a[$(touch pwned)]\x1b"}, r"error: NNODES=$'a[$(touch pwned)]\E': give a whole number"),
     ({"NPROC": "0"}, "error: NPROC=0 NNODES=1 NODE_RANK=0: give a process or more"),
 ])
 def test_speedrun_stops_at_a_bad_setting_with_its_line(folder, changes, message):
