@@ -164,6 +164,16 @@ def test_a_damaged_lease_and_a_takeover_that_was_killed_block_nobody_for_long(tm
     assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
 
 
+def test_who_saw_an_old_lease_looks_again_before_replacing_it(tmp_path, without_flock):
+    path = tmp_path / "a.lock"
+    owner = hold_elsewhere(path, 130)
+    old = leases.read_entry(owner)
+    with claimed(path, "x"):
+        assert not leases.take_over(owner, old, {"pid": 1, "token": "late"})
+        assert leases.read_entry(owner).identity["pid"] == os.getpid()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.lock", "a.lock.owner"]
+
+
 def race(folder, times):
     refuse_flock()
     for number in range(times):
@@ -210,6 +220,20 @@ def test_a_holder_gives_signs_of_life_and_notices_what_happens_to_its_lease(tmp_
     assert owner.exists(), "it is the other process's"
     with pytest.raises(InputError, match="has taken over"):
         leases.Lease(owner, {"token": "mine", "lease": 1}).sign("")
+
+
+def test_a_run_whose_folder_was_taken_over_stops(train, base_dir, without_flock, monkeypatch):
+    from nanochat import metrics, training
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    save = training.save_checkpoint
+
+    def save_and_sleep(*arguments, **options):
+        save(*arguments, **options)
+        hold_elsewhere(base_dir / "locks/slept.lock", 0)
+    monkeypatch.setattr(training, "save_checkpoint", save_and_sleep)
+    with pytest.raises(InputError, match=r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"):
+        train("--save-every", 2, "--num-iterations", 6, tag="slept")
+    assert os.listdir(metrics.runs_dir() / "slept/checkpoints") == ["step_000002"]
 
 
 def test_a_claim_waits_for_a_silent_holder_until_it_speaks_or_its_lease_ends(tmp_path, without_flock, capsys):
