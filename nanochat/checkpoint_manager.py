@@ -197,7 +197,7 @@ def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[G
     """The models that an adapter run begins with: {"tag", "step", "sha256"} of each. InputError if a checkpoint is no longer the one of the sum."""
     models = []
     for base in bases:
-        check_tag("the base that meta.json names:", base["tag"])
+        check_tag("the base that meta.json names:", base.get("tag"))
         model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
         if meta["sha256"] != base["sha256"]:
             raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on "

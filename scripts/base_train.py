@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.gpt import GPT
-from nanochat.naming import check_tag
+from nanochat.naming import check_tag, shell_command
 from nanochat.plan import (check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget,
                            starting_point, take_device_batch, training_plan)
 from nanochat.rank import account, predict_peak
@@ -39,7 +39,9 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     folder, step = starting_point(args.init_from)
     state, theirs = load_checkpoint(folder, step)
     if "adapter" in theirs:
-        raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with scripts.materialize --model-tag {folder.name} --out-tag NEW, and begin with that")
+        raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with "
+                         f"scripts.materialize {shell_command('--model-tag', folder.name)} --out-tag NEW, "
+                         "and begin with that")
     if tokenizer and tokenizer.hash != theirs.get("tokenizer_hash"):
         raise InputError(f"--init-from {args.init_from}: learned with tokenizer "
                          f"{theirs.get('tokenizer_hash')}, {tokenizer_file(args)} is {tokenizer.hash}; "

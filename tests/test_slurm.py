@@ -152,7 +152,7 @@ def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, ca
     experiment.write_text(EXPERIMENT.format(steps=6) + f"[preset.'{preset}.']\nseeds = [2]\n")
     name = HOSTILE.format(name="run")
     args = sweep.build_parser().parse_args([str(experiment), "--preset", f"{preset}.", "--data", "stdlib", f"--run=-{name}",
-                                            f"--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned"])
+                                            "--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned"])
     slurm.submit(sweep.load(args), args)
     folder = base / "sweeps" / f"question-{preset}."
     script, report = ((folder / file).read_text() for file in ("slurm.sh", "slurm_report.sh"))
