@@ -60,7 +60,7 @@ def ask(config: dict, project: str) -> tuple[str, str]:
     return answer[0] if answer else ("", f"no answer from W&B within {wandb_log.seconds('INIT'):.0f} s")
 
 
-def check(sweep: Sweep, run: str):
+def check(sweep: Sweep, run: str = ""):
     """InputError where runs start from other runs, or W&B's agents would change a word of the command. run: see sweep_config."""
     for word in (path_word(sweep.file), *sweep.data_flags(), run):
         if "${" in word or not word.isprintable():  # ${args} and its like are an agent's own

@@ -73,7 +73,7 @@ def submit(base, tmp_path, monkeypatch):
 def finish(base, tag):
     folder = base / "runs" / tag
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"flags": {}}')
     (folder / "summary.json").write_text('{"status": "finished"}')
 
 

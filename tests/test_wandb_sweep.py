@@ -1,4 +1,5 @@
 """A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, names of its runs."""
+import json
 import shlex
 
 import pytest
@@ -83,7 +84,7 @@ def test_agents_run_every_point_exactly_once_with_flags_that_base_train_takes(re
 
 def finish(point):
     point.folder.mkdir(parents=True)
-    (point.folder / "config.json").write_text("{}")
+    (point.folder / "config.json").write_text(json.dumps({"flags": vars(point.args)}))
     (point.folder / "summary.json").write_text('{"status": "finished"}')
 
 
