@@ -8,7 +8,9 @@
 set -euo pipefail
 { : <&0; } 2>/dev/null || exec </dev/null   # where standard input is closed
 for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
-  case "${!NAME:-0}" in *[!0-9]*) printf 'error: %s=%q: give a whole number\n' "$NAME" "${!NAME}" >&2; exit 2 ;; esac
+  case "${!NAME:-0}" in
+    *[!0-9]*) printf 'error: %s=%q: give a whole number\n' "$NAME" "${!NAME}" >&2; exit 2 ;;
+  esac
 done
 
 # a path is meant from where the user stands, and we go elsewhere; a quoted ~ is still one

@@ -188,7 +188,8 @@ def get_base_dir() -> Path:
     """Where tokenizers, token caches, downloads and runs live. Nothing is created here."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
     if given and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
-        raise InputError(f"NANOCHAT_BASE_DIR={given}: has control characters, or is no UTF-8; give another folder")
+        raise InputError(f"NANOCHAT_BASE_DIR={given}: has control characters, or is no UTF-8; "
+                         "give another folder")
     try:
         return Path(given or "~/.cache/nanochat-lowrank").expanduser()
     except RuntimeError:  # no such user, or one without a home folder

@@ -20,7 +20,7 @@ CURSOR_UP = re.compile(r"\n*(\x1b\[A)*")  # what a progress bar writes between i
 
 
 class Plain(io.TextIOWrapper):
-    """Text of which a terminal takes nothing for a command: colours go, other control characters are spelt out."""
+    """Text of which a terminal takes nothing for a command: colours go, control characters are spelt out."""
 
     def write(self, text: str) -> int:
         if COMMANDS.search(text) and not CURSOR_UP.fullmatch(text):

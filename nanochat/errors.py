@@ -2,9 +2,11 @@
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what would be right.
+    """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what
+    would be right.
 
-    It may quote names, files and what other programs said. Their line breaks and control characters are not kept.
+    It may quote names, files and what other programs said. Their line breaks and control characters are not
+    kept.
     """
 
     def __init__(self, message=""):

@@ -102,7 +102,7 @@ class Sweep:
         return get_base_dir() / "sweeps" / self.name
 
     def data_flags(self) -> list[str]:
-        """--data as scripts.sweep takes it, for the same texts. A text that the file names by a path stands there for itself."""
+        """--data as scripts.sweep takes it, for these texts; without those that the file names by paths."""
         named = [f"{name}={text}" for name, text in self.texts if NAMED_TEXT.fullmatch(f"{name}={text}")]
         return [word for text in (self.data, *named) for word in option("--data", text)]
 

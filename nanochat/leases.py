@@ -1,11 +1,13 @@
 """Leases: locks on file systems without flock, which no kernel frees when the holder dies.
 
-A lease is a file that names its holder: host and process. The holder refreshes the file's time every HEARTBEAT seconds, and
-removes it in the end. The file of a process of this machine that is dead may be taken over at once. So may, on whatever machine
-the holder was, a file that was not refreshed for LEASE seconds. These are counted by the clock that the file system gives its
-files, which all machines share. A holder that slept for so long may find that another process has its lease: `Lease.check`.
+A lease is a file that names its holder: host and process. The holder refreshes the file's time every
+HEARTBEAT seconds, and removes it in the end. The file of a dead process of this machine may be taken over at
+once. That of a process of another machine may be when it was not refreshed for LEASE seconds. The file
+system's clock counts them, by which all machines date their files. A holder that slept for so long may find
+that another process has its lease: `Lease.check`.
 
-Earlier versions of this program did not refresh their files. Those of other machines stay until a person removes them.
+Earlier versions of this program did not refresh their files. Those of other machines stay until a person
+removes them.
 """
 import contextlib
 import errno
@@ -38,7 +40,7 @@ class Lease:
         self.keep_alive()
 
     def keep_alive(self):
-        """Refresh the file from now on. Of a forked process's parent neither threads nor mutexes can be used."""
+        """Refresh the file from now on. A forked process does so itself: it inherits no threads."""
         self.pid = os.getpid()
         self.mutex = threading.Lock()
         self.released = threading.Event()
@@ -70,9 +72,9 @@ class Lease:
         with self.mutex:
             identity = self._refresh()
         if identity.get("token") != self.identity["token"]:
-            raise InputError(f"{self.path}: {in_words(identity)} has taken over what this process held, which gave no sign of "
-                             f"life for {LEASE:.0f} s (a sleeping machine, or a file system that did not answer); nothing "
-                             "more is written here: leave it to that process")
+            raise InputError(f"{self.path}: {in_words(identity)} has taken over what this process held, "
+                             f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file system "
+                             "that did not answer); nothing more is written here: leave it to that process")
 
     def sign(self, activity: str):
         """Say in the file which process holds the lease now, and what it does."""
@@ -80,7 +82,8 @@ class Lease:
             self.keep_alive()
         self.check()
         with self.mutex:
-            self.identity = this_process() | {key: self.identity[key] for key in ("token", "lease")} | {"activity": activity}
+            kept = {key: self.identity[key] for key in ("token", "lease")}
+            self.identity = {**this_process(), **kept, "activity": activity}
             replace(self.path, self.identity)
 
     def release(self):
@@ -104,17 +107,19 @@ def acquire_lease(path: Path) -> Lease | None:
 # ---- files -------------------------------------------------------------------------------------------------
 
 def open_own_file(path: Path, flags: int):
-    """A text file that is open for reading and perhaps writing. InputError if its name leads to another file."""
+    """A text file, open for reading and perhaps writing. InputError if its name leads to another file."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as e:
         if e.errno not in (errno.ELOOP, errno.EMLINK):
             raise
-        raise InputError(f"{path}: is a symbolic link, and a lock is a file of its own; remove the link") from None
+        message = f"{path}: is a symbolic link, and a lock is a file of its own; remove the link"
+        raise InputError(message) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{path}: is no ordinary file, as a lock is; remove it")
-    return os.fdopen(descriptor, "r" if flags & os.O_ACCMODE == os.O_RDONLY else "a+", encoding="utf-8", errors="replace")
+    mode = "r" if flags & os.O_ACCMODE == os.O_RDONLY else "a+"
+    return os.fdopen(descriptor, mode, encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def read_entry(path: Path) -> Entry | None:
         if e.errno in GONE:
             return None
         raise
-    digest = hashlib.sha256(f"{path.name}\n{text}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{path.name}\n{text}".encode(errors="replace")).hexdigest()[:16]
     return Entry(read_identity(text), digest, refreshed)
 
 
@@ -159,7 +164,7 @@ def replace(path: Path, identity: dict):
 
 
 def create(path: Path, identity: dict) -> bool:
-    """Whether the file was created: by one process at most. It appears with its content, as a hard link to a whole file."""
+    """Whether this process created the file. It appears with its content, by a hard link to a whole one."""
     temporary = write_temporary(path, identity)
     try:
         os.link(temporary, path)
@@ -220,8 +225,8 @@ def take(path: Path, identity: dict) -> bool:
 def take_over(path: Path, entry: Entry, identity: dict) -> bool:
     """Replace a lease that is over; False if another process does.
 
-    The right to do so is a lease itself, on a name that is made of the one that is over. Whoever has it looks again: the file
-    that it then still finds can be replaced by nobody else.
+    The right to do so is a lease itself, on a name that is made of the one that is over. Whoever has it looks
+    again: the file that it then still finds can be replaced by nobody else.
     """
     right = path.with_name(f"{path.name.partition(TAKEOVER)[0]}{TAKEOVER}{entry.digest}")
     if not take(right, identity):
@@ -234,7 +239,8 @@ def take_over(path: Path, entry: Entry, identity: dict) -> bool:
     finally:
         right.unlink(missing_ok=True)
     if not is_dead(entry.identity) and TAKEOVER not in path.name:
-        print(f"{path}: taken over from {in_words(entry.identity)}, which gave no sign of life for {LEASE:.0f} s",
+        name = in_words(entry.identity)
+        print(f"{path}: taken over from {name}, which gave no sign of life for {lease_of(entry):.0f} s",
               file=sys.stderr, flush=True)
     return True
 
@@ -265,14 +271,15 @@ def this_process() -> dict:
     with contextlib.suppress(OSError):  # and so may two machines
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "pid_space": pid_space, "boot": boot, "started": start_time(pid)}
+    return {"pid": pid, "host": socket.gethostname(), "pid_space": pid_space, "boot": boot,
+            "started": start_time(pid)}
 
 
 def is_here(identity: dict) -> bool:
     """Whether it is, or was, a process of this machine, with its process numbers."""
     here = this_process()
-    return bool(identity) and all(identity.get(key, here[key] if key == "boot" else None) == here[key]
-                                  for key in ("host", "pid_space", "boot"))
+    same = all(identity.get(key) == here[key] for key in ("host", "pid_space"))
+    return same and identity.get("boot", here["boot"]) == here["boot"]  # earlier versions wrote none
 
 
 def is_dead(identity: dict) -> bool:

@@ -1,7 +1,8 @@
 """The runs of a sweep on this machine: as many at once as there are places, each a process of its own with a log of its own.
 
-A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/.sweep.<tag>.lock. The child inherits the lock, so it is
-free only when launcher and child are both gone, however they went: two sweeps never have the same run, and no lock is ever stale.
+A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/.sweep.<tag>.lock. The child
+inherits the lock, so it is free only when launcher and child are both gone, however they went: two sweeps
+never have the same run, and no lock is ever stale.
 """
 import contextlib
 import json

@@ -1,8 +1,8 @@
 """Locks between processes, and between machines that share a folder.
 
-The kernel's flock is taken where the file system has it: it is freed when its last holder dies, however that dies. Some network
-file systems have none (Lustre and NFS, as some sites mount them). There a second file, `<path>.owner`, is the lock: a lease,
-which its holder keeps alive (nanochat/leases.py).
+The kernel's flock is taken where the file system has it: it is freed when its last holder dies, however
+that dies. Some network file systems have none (Lustre and NFS, as some sites mount them). There a second
+file, `<path>.owner`, is the lock: a lease, which its holder keeps alive (nanochat/leases.py).
 """
 import contextlib
 import errno
@@ -36,7 +36,8 @@ class Lock:
         return self.file.fileno()
 
     def check(self):
-        """InputError if another process has the lock by now. To be called before what the lock protects is written."""
+        """InputError if another process has the lock by now. To be called before what it protects is written.
+        """
         if self.lease:
             self.lease.check()
 
@@ -58,8 +59,8 @@ class Lock:
 
 
 def acquire(path: Path, wait: bool) -> Lock | None:
-    """The exclusive lock on `path` (created if needed). None, without `wait`, if another process has it. InputError
-    if the path is a link, whose target would be written to.
+    """The exclusive lock on `path` (created if needed). None, without `wait`, if another process has it.
+    InputError if the path is a link, whose target would be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

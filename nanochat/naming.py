@@ -1,8 +1,8 @@
-"""Names that a user gives to runs and to what they are made of: what can be one, and what is said of one that is not there.
+"""Names that a user gives to runs: what can be one, and what is said of one that is not there.
 
-Runs, tokenizers, sweeps, their presets, points and evaluations, and what files of other runs say of them have names of one
-kind, the tag. A tag becomes the name of a folder, of locks and other files, a part of a W&B name, a word of TAG[:STEP], and a
-word of batch scripts.
+Runs, tokenizers, sweeps, their presets, points and evaluations have names of one kind, the tag, also where a
+file of another run names them. A tag becomes the name of a folder, of locks and other files, a part of a W&B
+name, a word of TAG[:STEP], and a word of batch scripts.
 """
 import difflib
 import re
@@ -24,8 +24,7 @@ RULE = (f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginni
 # ---- what can be a name ------------------------------------------------------------------------------------
 
 def is_tag(text) -> bool:
-    """Whether a value, as of a file of another run, is a text that can name a run: one part of a path, which no command takes
-    for an option.
+    """Whether a value is a text that can name a run: one part of a path, which no command takes for a flag.
     """
     if not isinstance(text, str) or not text or text[0] in ".-" or text != text.strip():
         return False
@@ -67,7 +66,7 @@ def part_of_tag(text: str) -> str:
 
 
 def lock_path(name: str, kind: str = "") -> Path:
-    """The lock of the run of this tag; of another kind of thing, a file that begins with a dot, as no tag does."""
+    """The lock of a run, or of a thing of another kind: it begins with a dot, as no tag does."""
     name = name if is_tag(name) else part_of_tag(name)
     return get_base_dir() / "locks" / (f".{kind}.{name}.lock" if kind else f"{name}.lock")
 
@@ -75,7 +74,8 @@ def lock_path(name: str, kind: str = "") -> Path:
 # ---- words of commands -------------------------------------------------------------------------------------
 
 def option(flag: str, value: str) -> tuple[str, ...]:
-    """A flag and its value as words of a command. By itself a value that begins with - and is no number is taken for a flag."""
+    """A flag and its value as words of a command. A word that begins with - and is no number would be a flag.
+    """
     apart = not value.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", value)
     return (flag, value) if apart else (f"{flag}={value}",)
 

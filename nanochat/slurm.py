@@ -85,7 +85,9 @@ def record_of(sweep: Sweep) -> Path:
 
 
 def read_jobs(path: Path) -> dict[str, dict[str, str]]:
-    """{job array: {task: tag}} of all jobs that were submitted for a sweep. What is none of these would become words of scripts."""
+    """{job array: {task: tag}} of all jobs that were submitted for a sweep. They become words of scripts:
+    what is none of these is an InputError.
+    """
     jobs = read_json(path, JOBS) if path.exists() else {}
     for job, tasks in jobs.items():
         numbers = [job, *tasks] if isinstance(tasks, dict) else []
@@ -102,7 +104,8 @@ def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
     alive = {job: {} for job in jobs}
     for line in slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines() if jobs else ():
         job, task, name = (*line.split(maxsplit=2), "", "", "")[:3]
-        if name.strip() == sweep.name and task in jobs.get(job, ()):  # a cluster that was set up anew counts jobs from 1 again
+        # a cluster that was set up anew counts jobs from 1 again
+        if name.strip() == sweep.name and task in jobs.get(job, ()):
             alive[job][task] = jobs[job][task]
     return {job: tasks for job, tasks in alive.items() if tasks}
 
@@ -148,10 +151,10 @@ def log_folder(sweep: Sweep) -> Path:
 
 
 def check_log_folder(folder: Path):
-    """InputError where Slurm has no way to write the name: it drops backslashes, and an option ends with its line."""
+    """InputError where Slurm cannot write the name: it drops backslashes, and a line ends an option."""
     if "\\" in str(folder) or not str(folder).isprintable():
-        raise InputError(f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a backslash or a control "
-                         "character in its name; give another NANOCHAT_BASE_DIR")
+        raise InputError(f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a "
+                         "backslash or a control character in its name; give another NANOCHAT_BASE_DIR")
 
 
 # ---- batch scripts --------------------------------------------------------------------------------------------------
@@ -159,8 +162,10 @@ def check_log_folder(folder: Path):
 def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()) -> str:
     """The job array over `points`: task k runs points[k], once the jobs `awaited` have ended well; where one has not, never."""
     after = {"dependency": f"afterok:{':'.join(awaited)}", "kill-on-invalid-dep": "yes"} if awaited else {}
+    defaults = {"job-name": sweep.name, "output": log_name(sweep, "slurm-%A_%a.log"),
+                "signal": f"B:USR1@{SAVING_SECONDS}"}
     return "\n".join([
-        *head(sweep, args.sbatch, {"job-name": sweep.name, "output": log_name(sweep, "slurm-%A_%a.log"), "signal": f"B:USR1@{SAVING_SECONDS}"},
+        *head(sweep, args.sbatch, defaults,
               {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else ""), **after}),
         f"LOGS={shlex.quote(str(log_folder(sweep)))}",
         f"PROCESSES={sweep.processes}",
@@ -171,8 +176,9 @@ def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()
 
 def report_script(sweep: Sweep, jobs: list[str], args) -> str:
     """The report once no task of `jobs` waits or runs. The job names the unfinished runs, and then fails."""
+    defaults = {"job-name": f"{sweep.name}-report", "output": log_name(sweep, "slurm-report.log")}
     return "\n".join([
-        *head(sweep, args.sbatch, {"job-name": f"{sweep.name}-report", "output": log_name(sweep, "slurm-report.log")},
+        *head(sweep, args.sbatch, defaults,
               {"dependency": f"afterany:{':'.join(jobs)}"}),
         f"exec {shlex.join([*sweep_command(sweep, args), '--report'])}", ""])
 
@@ -202,4 +208,5 @@ def in_double_quotes(value: str) -> str:
 def sweep_command(sweep: Sweep, args) -> list[str]:
     """This sweep's command line, as another machine with the same files would run it; --task or --report is to be added."""
     return [sys.executable, "-m", "scripts.sweep", str(sweep.file.absolute()), *(["--preset", sweep.preset] if sweep.preset else []),
-            *sweep.data_flags(), *option("--run", args.run), *(["--out", os.path.abspath(args.out)] if args.out else [])]
+            *sweep.data_flags(), *option("--run", args.run),
+            *(["--out", os.path.abspath(args.out)] if args.out else [])]

@@ -248,7 +248,9 @@ def paste_flags(config: Configuration) -> str:
     flags, words = run.config.get("flags", {}), []
     if flags.get("adapter"):
         given = {key: flag for key, flag in flags.items() if key not in ("run", "run_tag", "seed", "resume") and flag not in (None, False, "")}
-        words = [shlex.quote(f"--{key.replace('_', '-')}") + ("" if flag is True else f" {shlex.quote(str(flag))}") for key, flag in given.items()]
+        names = {key: shlex.quote(f"--{key.replace('_', '-')}") for key in given}
+        words = [names[key] + ("" if flag is True else f" {shlex.quote(str(flag))}")
+                 for key, flag in given.items()]
         return f"(behind python -m scripts.adapter_train) {' '.join(words)}"
     if "materialized_from" in flags:
         return f"made by scripts.materialize from {flags['materialized_from']}"

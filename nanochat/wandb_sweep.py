@@ -27,13 +27,14 @@ def register(sweep: Sweep, args):
     if not points:
         return print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
     path = sweep.folder / "wandb_sweep.yaml"
-    write_atomic(path, json.dumps(sweep_config(sweep, points, args.run), indent=2, ensure_ascii=False) + "\n")  # JSON is YAML
+    config = sweep_config(sweep, points, args.run)
+    write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")  # JSON is YAML
     project = wandb_log.project(os.environ)
     if os.environ.get("WANDB_MODE") == "offline":
         command = shell_command("wandb", "sweep", *option("--project", project), path.absolute())
         print(f"{path}: {len(points)} runs\n  {command}   # registers them, and says how to start agents")
         return
-    sweep_id, trouble = ask(json.loads(path.read_text("utf-8")), project)
+    sweep_id, trouble = ask(config, project)
     if sweep_id and not re.fullmatch(r"[\w/-]+", sweep_id):
         raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")
     if not sweep_id:
@@ -61,11 +62,13 @@ def ask(config: dict, project: str) -> tuple[str, str]:
 
 
 def check(sweep: Sweep, run: str = ""):
-    """InputError where runs start from other runs, or W&B's agents would change a word of the command. run: see sweep_config."""
+    """InputError where runs start from other runs, or W&B's agents would change a word of the command. run:
+    see sweep_config.
+    """
     for word in (path_word(sweep.file), *sweep.data_flags(), run):
         if "${" in word or not word.isprintable():  # ${args} and its like are an agent's own
-            raise InputError(f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control characters "
-                             "in a command; rename it")
+            raise InputError(f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control "
+                             "characters in a command; rename it")
     if later := next((p for p in sweep.points if p.base), None):
         raise InputError(f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm")
 
@@ -79,6 +82,7 @@ def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
         "method": "grid",
         "metric": {"name": "val/ppl", "goal": "minimize"},
         "parameters": {"task": {"values": [p.tag for p in points]}},
-        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", path_word(sweep.file), *(["--preset", sweep.preset] if sweep.preset else []),
+        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", path_word(sweep.file),
+                    *(["--preset", sweep.preset] if sweep.preset else []),
                     *sweep.data_flags(), *option("--run", sweep.name if run == "dummy" else run), "${args}"],
     }

@@ -136,13 +136,15 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
         raise InputError(f"{flag} {base}: is not finished; "
-                         f"continue it with scripts.base_train … {shell_command('--model-tag', base)} --resume auto")
+                         f"continue it with scripts.base_train … {shell_command('--model-tag', base)} "
+                         "--resume auto")
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
         raise InputError(f"{flag} {base}: no checkpoint of step {step}")
     meta = read_meta(folder, step)
     if "adapter" in meta:
-        command = shell_command("python", "-m", "scripts.materialize", "--model-tag", base, "--out-tag", f"{base}_merged")
+        command = shell_command("python", "-m", "scripts.materialize", "--model-tag", base,
+                                "--out-tag", f"{base}_merged")
         raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
                          f"make a plain model of it first: {command}")
     if "subspace" in meta:

@@ -381,8 +381,10 @@ def make_report(sweep: Sweep, args):
 
 
 def text_folders(sweep: Sweep) -> dict[str, str]:
-    """{text: name of the folder of its report}, of all texts of a sweep: one part of a path, another for each."""
-    names = {sweep.data: Path(sweep.data).name, **{where: name for name, where in sweep.texts if where != sweep.data}}
+    """{text: name of the folder of its report}, of all texts of a sweep: one part of a path, one for each."""
+    names = {sweep.data: Path(sweep.data).name}
+    for name, text in sweep.texts:
+        names.setdefault(text, name)
     folders = {}
     for text, name in names.items():
         name = name if is_tag(name) else part_of_tag(Path(text).name).strip("-.") or "text"

@@ -58,7 +58,8 @@ def test_what_is_printed_commands_no_terminal_but_ours(tmp_path):
         stream.write("\n\x1b[A")  # a progress bar
         stream.command("\x1b[J")
         stream.flush()
-    assert (tmp_path / "out").read_text() == "red \\x1b[2J\\x1b]0;title\\x07 \\x9b5n\\x08\\x7f tab\t é\n\n\x1b[A\x1b[J"
+    spelt_out = r"red \x1b[2J\x1b]0;title\x07 \x9b5n\x08\x7f"
+    assert (tmp_path / "out").read_text() == f"{spelt_out} tab\t é\n\n\x1b[A\x1b[J"
 
 
 def test_a_full_disk_is_said_once_where_it_can_be(tmp_path):

@@ -95,7 +95,8 @@ def test_without_flock_a_killed_holder_blocks_nobody(tmp_path, without_flock):
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_space": "pid:[1]"}])
-def test_without_flock_a_holder_elsewhere_of_an_earlier_version_is_alive(tmp_path, without_flock, monkeypatch, capfd, change):
+def test_without_flock_a_holder_elsewhere_of_an_earlier_version_is_alive(tmp_path, without_flock, monkeypatch,
+                                                                         capfd, change):
     path = tmp_path / "a.lock"
     locks.owner_path(path).write_text(json.dumps(leases.this_process() | {"pid": 999_999_999} | change))
     assert locks.acquire(path, wait=False) is None
@@ -117,9 +118,10 @@ def test_without_flock_a_later_process_with_the_number_of_the_holder_is_another(
         pass
 
 
-# ---- leases: the holder is on another machine ---------------------------------------------------------------
+# ---- leases: the holder is on another machine --------------------------------------------------------------
 
-ELSEWHERE = {"pid": 4242, "host": "node\x1b[31m-7", "pid_space": "pid:[1]", "boot": "b", "started": "1", "token": "t"}
+ELSEWHERE = {"pid": 4242, "host": "node\x1b[31m-7", "pid_space": "pid:[1]", "boot": "b", "started": "1",
+             "token": "t"}
 
 
 def hold_elsewhere(path, seconds_ago, **changes):
@@ -131,7 +133,8 @@ def hold_elsewhere(path, seconds_ago, **changes):
     return owner
 
 
-def test_a_lease_is_taken_over_after_its_time_by_the_clock_of_the_file_system(tmp_path, without_flock, monkeypatch, capfd):
+def test_a_lease_is_taken_over_after_its_time_by_the_clock_of_the_file_system(tmp_path, without_flock,
+                                                                              monkeypatch, capfd):
     monkeypatch.setattr(time, "time", lambda: 5.0)  # this machine's clock says nothing
     path = tmp_path / "a.lock"
     hold_elsewhere(path, 100)
@@ -182,7 +185,8 @@ def race(folder, times):
         with open(folder / f"has{number}", "a") as f:
             f.write("yes\n" if lock else "no\n")
     answers = [folder / f"has{number}" for number in range(times)]
-    wait_for(lambda: all(p.read_text().count("\n") == 3 for p in answers))  # the lease of one that has ended is free
+    # the lease of one that has ended is free
+    wait_for(lambda: all(p.read_text().count("\n") == 3 for p in answers))
 
 
 def test_of_processes_that_want_an_old_lease_one_gets_it(tmp_path):
@@ -216,7 +220,8 @@ def test_a_holder_gives_signs_of_life_and_notices_what_happens_to_its_lease(tmp_
         owner.unlink()
         hold_elsewhere(path, 0)  # another process had it meanwhile
         lock.check()
-    assert str(e.value).startswith(f"{owner}: process 4242 on node") and "has taken over what this process" in str(e.value)
+    assert str(e.value).startswith(f"{owner}: process 4242 on node")
+    assert "has taken over what this process" in str(e.value)
     assert owner.exists(), "it is the other process's"
     with pytest.raises(InputError, match="has taken over"):
         leases.Lease(owner, {"token": "mine", "lease": 1}).sign("")
@@ -231,7 +236,8 @@ def test_a_run_whose_folder_was_taken_over_stops(train, base_dir, without_flock,
         save(*arguments, **options)
         hold_elsewhere(base_dir / "locks/slept.lock", 0)
     monkeypatch.setattr(training, "save_checkpoint", save_and_sleep)
-    with pytest.raises(InputError, match=r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"):
+    message = r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"
+    with pytest.raises(InputError, match=message):
         train("--save-every", 2, "--num-iterations", 6, tag="slept")
     assert os.listdir(metrics.runs_dir() / "slept/checkpoints") == ["step_000002"]
 
@@ -247,7 +253,8 @@ def test_a_claim_waits_for_a_silent_holder_until_it_speaks_or_its_lease_ends(tmp
     def nap(seconds):
         naps.append(seconds)
         os.utime(owner)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="run x is in use by process 4242"):
+    message = "run x is in use by process 4242"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message):
         patch.setattr(time, "sleep", nap)
         with claimed(path, "run x"):
             pass

@@ -95,7 +95,10 @@ def test_points_of_an_experiment_are_named_by_the_same_rule(tmp_path, corpus_dir
 
 # ---- names in files ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [text for text in NO_TAGS if text != "\udcff"] + ["a\ntouch pwned", "\x1b[31m", ""])
+NO_NAMES = [text for text in NO_TAGS if text != "\udcff"] + ["a\ntouch pwned", "\x1b[31m", ""]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 def test_a_preset_that_is_no_name_is_refused_in_one_line(tmp_path, name):
     path = tmp_path / "e.toml"
     path.write_text(f"[preset.{json.dumps(name)}]\nseeds = [1]\n")
@@ -107,7 +110,8 @@ def test_a_preset_that_is_no_name_is_refused_in_one_line(tmp_path, name):
 def test_a_sweep_that_its_file_gives_no_name_is_refused(tmp_path, corpus_dir):
     for name in ("-x.toml", ".hidden.toml", "ä.toml", "x" * 152 + ".toml"):
         path = tiny_experiment(tmp_path / name, "", [1], corpus_dir)
-        with pytest.raises(InputError, match="named by its file and preset, '.*': becomes the name of a folder"):
+        message = "named by its file and preset, '.*': becomes the name of a folder"
+        with pytest.raises(InputError, match=message):
             read_experiment(path)
     path = tiny_experiment(tmp_path / "a\n$(b) \x1b.toml", "", [1], corpus_dir)
     assert read_experiment(path).name == "a-b-"
@@ -120,7 +124,8 @@ def test_a_sweep_that_its_file_gives_no_name_is_refused(tmp_path, corpus_dir):
 
 
 def test_the_reports_of_several_texts_are_parts_of_the_reports_folder():
-    texts = (("/home/me/wiki", "/home/me/wiki"), ("../../up", "/home/up"), ("a/b", "/x/b"), ("b", "/y/b"), ("/", "/"))
+    texts = (("/home/me/wiki", "/home/me/wiki"), ("../../up", "/home/up"), ("a/b", "/x/b"), ("b", "/y/b"),
+             ("/", "/"))
     folders = sweep.text_folders(SimpleNamespace(data="/z/wiki", texts=texts))
     assert list(folders.values()) == ["wiki", "wiki-2", "up", "b", "b-2", "text"]
 
@@ -133,13 +138,14 @@ def test_a_base_that_meta_json_names_is_a_run_beside_this_one(tmp_path):
 
 def test_a_name_that_wandb_sends_cannot_command_a_terminal():
     def name(tag, model_tag, shown):
-        return run_name(SimpleNamespace(config={"tag": tag, "flags": {"model_tag": model_tag}}, name=shown, id="i1"))
+        config = {"tag": tag, "flags": {"model_tag": model_tag}}
+        return run_name(SimpleNamespace(config=config, name=shown, id="i1"))
     assert name("d4", "d5", "x") == "d4" and name({"a": 1}, "d5", "x") == "d5"
     assert name("../up", None, "my run!") == "my run!" and name("", "", "") == "i1"
     assert name(None, None, "\x1b]0;x\x07" + "y" * 200) == r"\x1b]0;x\x07" + "y" * 116
 
 
-# ---- names that are shown, or go into commands --------------------------------------------------------------
+# ---- names that are shown, or go into commands -------------------------------------------------------------
 
 def test_an_error_is_one_line_that_commands_no_terminal():
     assert str(InputError("a\nb\x1b[2J\u202e \udcff\x85é")) == r"a b\x1b[2J\u202e \udcff é"
@@ -155,10 +161,10 @@ def test_a_base_directory_has_a_name_that_can_be_shown(monkeypatch):
 
 
 def test_no_other_lock_has_the_name_of_a_runs(base_dir):
-    names = {lock_path(*what).name for what in (("a",), ("a", "sweep"), ("a.sweep",), ("sweep.a",), ("tokenizer",),
-                                                ("tokenizer", "all"), ("GPU-0/../1", "gpu"))}
-    assert names == {"a.lock", ".sweep.a.lock", "a.sweep.lock", "sweep.a.lock", "tokenizer.lock", ".all.tokenizer.lock",
-                     ".gpu.GPU-0-..-1.lock"}
+    runs = {lock_path(tag).name for tag in ("a", "a.sweep", "sweep.a", "tokenizer")}
+    assert runs == {"a.lock", "a.sweep.lock", "sweep.a.lock", "tokenizer.lock"}
+    others = {lock_path(*what).name for what in (("a", "sweep"), ("tokenizer", "all"), ("GPU-0/../1", "gpu"))}
+    assert others == {".sweep.a.lock", ".all.tokenizer.lock", ".gpu.GPU-0-..-1.lock"}
 
 
 def test_a_value_that_looks_like_a_flag_is_a_value():

@@ -13,7 +13,8 @@ def test_a_run_leaves_files_that_the_umask_allows(train, base_dir, umask):
     finally:
         os.umask(others)
     made = [path for path in base_dir.rglob("*") if path not in before]
-    assert {path.name for path in made} >= {"state.pt", "meta.json", "config.json", "metrics.jsonl", "shared.lock"}
+    names = {path.name for path in made}
+    assert names >= {"state.pt", "meta.json", "config.json", "metrics.jsonl", "shared.lock"}
     for path in made:
         whole = 0o777 if path.is_dir() else 0o666
         mode = path.stat().st_mode & 0o777

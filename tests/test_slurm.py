@@ -111,7 +111,8 @@ def test_what_is_finished_or_in_the_queue_is_not_submitted_again(submit, base, c
 
 @pytest.mark.parametrize("given, message", [
     ("--array=0-3", "--array=0-3 is not to be given"), ("-a 0-3", "-a is not"), ("--job-name=x", "--job-name=x is not"),
-    ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"), ('--comment="a', "no closing quotation"), ("gpu", "give options of sbatch"),
+    ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"),
+    ('--comment="a', "no closing quotation"), ("gpu", "give options of sbatch"),
 ])
 def test_options_that_cannot_be(submit, given, message):
     with pytest.raises(InputError, match=message):
@@ -131,13 +132,13 @@ def test_no_slurm(submit, monkeypatch):
         submit()
 
 
-# ---- names that a shell would take for more ---------------------------------------------------------------------
+# ---- names that a shell would take for more ----------------------------------------------------------------
 
 HOSTILE = "a \"b\" 'c' $(touch pwned) `touch pwned` ;touch pwned; %A #é {name}"
 
 
 def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, capsys):
-    """sbatch reads options as it says; bash parses both scripts, runs them, and does nothing but start the task."""
+    """bash parses both scripts, runs them, and does nothing but start the task."""
     here = tmp_path / HOSTILE.format(name="here")
     base = tmp_path / HOSTILE.format(name="base")
     here.mkdir()
@@ -151,30 +152,34 @@ def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, ca
     experiment = here / "question.toml"
     experiment.write_text(EXPERIMENT.format(steps=6) + f"[preset.'{preset}.']\nseeds = [2]\n")
     name = HOSTILE.format(name="run")
-    args = sweep.build_parser().parse_args([str(experiment), "--preset", f"{preset}.", "--data", "stdlib", f"--run=-{name}",
+    args = sweep.build_parser().parse_args([str(experiment), "--preset", f"{preset}.", "--data", "stdlib",
+                                            f"--run=-{name}",
                                             "--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned"])
     slurm.submit(sweep.load(args), args)
     folder = base / "sweeps" / f"question-{preset}."
     script, report = ((folder / file).read_text() for file in ("slurm.sh", "slurm_report.sh"))
-    assert options(script)[:2] == [f'--job-name="question-{preset}."', "--output=" + '"' + str(folder / "logs").replace(
-        "%", "%%").replace('"', '\\"') + '/slurm-%A_%a.log"']
+    logs = str(folder / "logs").replace("%", "%%").replace('"', r'\"')  # as sbatch 22.05 reads it
+    assert options(script)[:2] == [f'--job-name="question-{preset}."', f'--output="{logs}/slurm-%A_%a.log"']
     assert [line for line in script.splitlines() if line.startswith("touch")] == []
     tail = next(line for line in capsys.readouterr().out.splitlines() if "tail -f" in line)
-    assert shlex.split(tail.split(":", 1)[1]) == ["tail", "-f", f"{folder}/logs/question-{preset}._full_s2.log"]
+    log = f"{folder}/logs/question-{preset}._full_s2.log"
+    assert shlex.split(tail.split(":", 1)[1]) == ["tail", "-f", log]
 
     command = [str(experiment), "--preset", f"{preset}.", "--data", "stdlib", f"--run=-{name}"]
     numbers = {"SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_ON_NODE": "6"}
     for text, last in ((script, ["--task", f"question-{preset}._full_s2"]), (report, ["--report"])):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=os.environ | numbers, cwd=tmp_path)
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | numbers)
         assert done.returncode == 0, done.stderr
         output = (folder / "logs" / f"{last[1]}.log").read_text() if len(last) > 1 else done.stdout
         assert output.split("\0")[:-1] == ["-m", "scripts.sweep", *command, *last]
     assert not list(tmp_path.rglob("pwned*")) and not (ROOT / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [{"71\ntouch pwned": {"0": "a"}}, {"71": {"0": "../a"}}, {"71": {"0\n": "a"}},
-                                     {"71": {"0": 3}}, {"71": ["a"]}, {"": {}}, {"٣": {}}, ["71"], "71"])
+@pytest.mark.parametrize("content", [
+    {"71\ntouch pwned": {"0": "a"}}, {"71": {"0": "../a"}}, {"71": {"0\n": "a"}}, {"71": {"0": 3}},
+    {"71": ["a"]}, {"": {}}, {"٣": {}}, ["71"], "71"])
 def test_a_record_of_jobs_that_somebody_wrote_is_no_part_of_a_script(submit, base, content):
     path = base / "sweeps" / "question" / "slurm_jobs.json"
     path.parent.mkdir(parents=True)

@@ -127,11 +127,13 @@ def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeyp
     config = load_sweep_config(planned.folder / "wandb_sweep.yaml")
     assert config["command"][config["command"].index("--data") + 1] == str(folder)
     command = capsys.readouterr().out.splitlines()[1].split("#")[0]
-    assert shlex.split(command) == ["wandb", "sweep", "--project", "our project; $(b)", f"{planned.folder}/wandb_sweep.yaml"]
+    assert shlex.split(command) == ["wandb", "sweep", "--project", "our project; $(b)",
+                                    f"{planned.folder}/wandb_sweep.yaml"]
     for name in ("${args}", "${envvar:HOME}", "a\x1b"):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match=r"--launcher wandb: .*agents do not take \$\{") as e:
-            sweep.main([str(path), "--preset", "small", "--data", str(tmp_path / name), "--launcher", "wandb"])
+            sweep.main([str(path), "--preset", "small", "--data", str(tmp_path / name),
+                        "--launcher", "wandb"])
         assert str(e.value).isprintable()
 
 
