@@ -73,8 +73,9 @@ class Lease:
             identity = self._refresh()
         if identity.get("token") != self.identity["token"]:
             raise InputError(f"{self.path}: {in_words(identity)} has taken over what this process held, "
-                             f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file system "
-                             "that did not answer); nothing more is written here: leave it to that process")
+                             f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file "
+                             "system that did not answer); nothing more is written here: leave it to that "
+                             "process")
 
     def sign(self, activity: str):
         """Say in the file which process holds the lease now, and what it does."""
