@@ -133,7 +133,7 @@ with open(log, "a") as f:
 if folder.name == failing:
     sys.exit("too hot")
 folder.mkdir(parents=True)
-(folder / "config.json").write_text("{}")
+(folder / "config.json").write_text('{"flags": {}}')
 (folder / "partial").write_text(json.dumps({"status": "finished", "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
 (folder / "partial").rename(folder / "summary.json")  # whole at once, as a run does it: the sweep reads it all the while
 """
@@ -166,7 +166,7 @@ def test_a_run_starts_once_its_base_is_finished_and_not_at_all_if_that_failed(re
 def finish(tag):
     folder = metrics.runs_dir() / tag
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"flags": {}}')
     (folder / "summary.json").write_text('{"status": "finished"}')
 
 
