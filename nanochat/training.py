@@ -365,6 +365,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         whole = gather_state(optimizers, model, rank, world_size)
         if not record:
             return
+        lock.check()
         state = {**learner.state(), "optimizer": whole}
         now = {"total_training_time": seconds, "bad_steps": bad_steps, "bad_steps_in_a_row": bad_in_a_row,
                "tokenizer_hash": tokenizer.hash, **learner.meta(), **record.commit(), "last": last}
