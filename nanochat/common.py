@@ -24,12 +24,13 @@ def first_line(e: BaseException) -> str:
 
 def run_script(main, result_is_printed: bool = False):
     """Call main(). An InputError or a failing file operation becomes one line on stderr and exit code 2, a
-    signal one line and `signals.exit_code`.
+    signal one line and `signals.exit_code`. Of several processes, all then end with that one line.
 
     result_is_printed: there is nothing left to do once nobody reads standard output.
     """
     console.protect(result_is_printed)
     signals.listen()
+    from nanochat import agreement
     from nanochat.environment import prepare_environment
     try:
         prepare_environment()
@@ -43,10 +44,11 @@ def run_script(main, result_is_printed: bool = False):
             raise
         message = f"{e.filename or 'file system'}: {e.strerror}{way_out(e)}"
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if out_of_memory(e):
+            reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
+            message = f"out of memory ({reason}); give a smaller model, batch or context"
+        elif not (message := agreement.lost_connection(e)):
             raise
-        reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
-        message = f"out of memory ({reason}); give a smaller model, batch or context"
     except KeyboardInterrupt as e:
         number = signals.number_of(e)
         signals.say(f"stopped by {signals.name_of(number)}")
@@ -55,14 +57,7 @@ def run_script(main, result_is_printed: bool = False):
         return
     finally:
         signals.main_ended()
-    rank, world_size = 0, 1
-    with contextlib.suppress(InputError):
-        rank, _, world_size = process_layout()
-    if rank > 0:
-        time.sleep(10)  # every process sees the same bad flag; the launcher stops us once rank 0 has said so
-    where = f" [process {rank} of {world_size}]" if rank > 0 else ""
-    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    agreement.fail(printable(message))
 
 
 def way_out(e: OSError) -> str:
@@ -330,6 +325,7 @@ def join_group(device, rank: int, world_size: int):
     """
     import torch.distributed as dist
 
+    from nanochat import agreement
     from nanochat.environment import WAY_OUT, check_rendezvous
     check_rendezvous()
     place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
@@ -339,8 +335,9 @@ def join_group(device, rank: int, world_size: int):
     patience.start()
     on_gpu = device.type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                                device_id=device if on_gpu else None)
+        store = agreement.join(rank, world_size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank,
+                                world_size=world_size, device_id=device if on_gpu else None)
     except (RuntimeError, ValueError) as e:
         raise InputError(f"{place}: process {rank} of {world_size} did not find the others: {first_line(e)}; "
                          f"{WAY_OUT}") from None
@@ -372,6 +369,8 @@ def stop_without(parent: int, patience: float = 600):
 
 def end_process():
     """Leave the process group, if there is one."""
+    from nanochat import agreement
+    agreement.part()
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
         if dist.is_available() and dist.is_initialized():

@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
@@ -47,6 +47,20 @@ class Shard:
     def documents(self) -> Iterator[str]:
         """The non-empty documents, in order."""
         return (text for _, text in self.located() if text)
+
+
+@dataclass(frozen=True)
+class AnnouncedShard(Shard):
+    """A shard that process 0 of a run has listed and hashed. This process reads it only to tokenise it."""
+    fingerprint: str = ""
+
+    def located(self) -> Iterator[tuple[str, str]]:
+        """As of any shard. InputError too where this process has other text than process 0."""
+        fingerprint = Shard(self.name, self.paths).fingerprint
+        if fingerprint != self.fingerprint:
+            raise InputError(f"{self.paths[0]}: other text than process 0 has (fingerprint {fingerprint}, "
+                             f"there {self.fingerprint}); give all processes the same files")
+        yield from super().located()
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,14 @@ class Corpus:
             record[split] = {"count": len(names), "files": shortened(names, 100)}
         return record
 
+    def announced(self) -> "Corpus":
+        """This corpus, listed and hashed by process 0, for another process."""
+        folder = self.folder if self.path else set_folder(self.name)
+        splits = {}
+        for split in ("train", "val"):
+            splits[split] = tuple(announced_shard(shard, self.folder, folder) for shard in self.split(split))
+        return replace(self, folder=folder, **splits)
+
     def line(self) -> str:
         """The same for people, in one line."""
         train, val = self.files("train"), self.files("val")
@@ -100,6 +122,17 @@ class Corpus:
             training = f"1 training file ({train[0]})"
         line = f"text: {self.folder}: {training}, validation: {', '.join(shortened(val, 3))}{self.note}"
         return line + (f", left out: {in_words(self.left_out)}" if self.left_out else "")
+
+
+def announced_shard(shard: Shard, folder_there: Path, folder_here: Path) -> AnnouncedShard:
+    """The folder of a built-in text may be elsewhere on another machine."""
+    paths = tuple(folder_here / path.relative_to(folder_there) for path in shard.paths)
+    return AnnouncedShard(shard.name, paths, shard.fingerprint)
+
+
+def set_folder(name: str) -> Path:
+    """Where the text of a built-in name is on this machine."""
+    return Path(sysconfig.get_path("stdlib")) if name == "stdlib" else get_base_dir() / "data" / name
 
 
 def open_corpus(data: str) -> Corpus:
@@ -123,7 +156,7 @@ def open_corpus(data: str) -> Corpus:
 # ---- the embedded corpus --------------------------------------------------------------------------------------------
 
 def _open_stdlib() -> Corpus:
-    root = Path(sysconfig.get_path("stdlib"))
+    root = set_folder("stdlib")
     names = sorted(path.relative_to(root).as_posix() for path in _sources(root))
     if not names:
         raise InputError(f"--data stdlib: no Python source below {root}; give a folder of text instead")
@@ -174,7 +207,7 @@ def _shards(files: list[Path]) -> tuple[Shard, ...]:
 # ---- downloaded sets ------------------------------------------------------------------------------------------------
 
 def _open_downloaded(name: str) -> Corpus:
-    folder = get_base_dir() / "data" / name
+    folder = set_folder(name)
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     hub_set = HUB_SETS[name]
     val, *train = map(hub_set.local_name, hub_set.files(hub_set.train_files))

@@ -12,14 +12,14 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat import common, compiler, continuation, metrics, signals, writer
+from nanochat import agreement, common, compiler, continuation, metrics, signals, writer
 from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_newest,
                                          load_to_resume, not_finite, remove_unfinished, save_checkpoint)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
 from nanochat.dataloader import Rows, training_batch, training_batches
-from nanochat.dataset import open_corpus
+from nanochat.dataset import Corpus, open_corpus
 from nanochat.gpt import GPT
 from nanochat.history_file import check_history
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
@@ -29,6 +29,7 @@ from nanochat.parallel import (any_process, average_gradients, differing_paramet
                                names_anywhere, share_parameters, share_requests)
 from nanochat.plan import print_plan
 from nanochat.run_files import complete_summary, read_config, saved_steps, step_folder, summary_says_finished
+from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.tokenizer import other_text
 
 PATIENCE = 2.0  # seconds: a request to stop waits for the rest of a step that is no longer
@@ -169,6 +170,7 @@ def core_questions(args, tokenizer, place):
         bundle = open_bundle(args.core_dir)
     except Unavailable as e:
         return print0(f"CORE is not measured: {e}")
+    agreement.confirm(place, {"CORE bundle": bundle.fingerprint}, "give all processes the same --core-dir")
     return bundle, questions(bundle, tokenizer, args.max_seq_len, args.core_metric_max_per_task, *place[1:])
 
 
@@ -249,25 +251,77 @@ def check_resume(resume: str):
         raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
 
 
+@dataclass
+class Text:
+    """What a run reads: tokenised once, then memory-mapped."""
+    corpus: Corpus
+    train_rows: Rows
+    val_rows: Rows
+    val_count: int  # validation rows that are evaluated
+
+
 def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build,
-        tag_flag: str = "--model-tag", corpus=None, **derived):
+        tag_flag: str = "--model-tag", open_text=None, **derived):
     """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits
     with `signals.exit_code` if it was asked to stop before.
 
     start: (state, meta) of what a new run begins with, state None: as built. tag_flag: the flag that named
-    it. corpus: the text of --data, if it is open already. derived: more that config.json is to hold and that
-    a resumed run must have in common with it.
+    it. open_text(): the text, where that is not simply --data. derived: more that config.json is to hold and
+    that a resumed run must have in common with it.
     """
-    corpus = corpus or open_corpus(args.data)
+    device_type = common.pick_device_type(args.device_type)
+    folder = metrics.runs_dir() / tag
+    place = device, rank, world_size = common.init_process(device_type)
+    dtype = agreement.from_first(place, dtype_of, args, folder, device_type)
+    agreement.confirm(place, own_values(args, tag, config, plan, tokenizer, start, derived))
+    text = open_rows(args, open_text or partial(open_corpus, args.data), tokenizer, place)
+    derived = {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, **derived}
+    run_config = agreement.from_first(place, config_of, args, derived, text, tokenizer, place, dtype, folder)
+    with contextlib.ExitStack() as stack:
+        lock, saved = None, None
+        if rank == 0:
+            path = common.get_base_dir() / "locks" / f"{tag}.lock"
+            lock = stack.enter_context(common.claimed(path, f"{tag_flag} {tag}: {folder}"))
+            # a checkpoint that was still being written is there for all of them now, or for none
+            saved = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
+        saved = follow_first(place, folder, saved)
+        if saved == "finished":
+            return print0(f"{tag}: already finished, see {folder}")
+        core = core_questions(args, tokenizer, place)
+        if rank == 0:
+            run_config["reference_losses"] = reference_losses(text.train_rows, text.val_rows, text.val_count,
+                                                              tokenizer.vocab_size)
+        agreement.meet(place)  # every process is ready before process 0 writes into the folder
+        stop = train(args, build(device), run_config, accounting, saved or start, folder, tokenizer,
+                     text.train_rows, text.val_rows, core, place, dtype, lock)
+    if stop:
+        common.end_process()
+        sys.exit(signals.exit_code(stop.number))
+
+
+def dtype_of(args, folder, device_type: str) -> torch.dtype:
+    before = metrics.dtype_so_far(folder, device_type)
+    return common.compute_dtype(args.dtype, device_type, training=True, before=before)
+
+
+def own_values(args, tag: str, config, plan: dict, tokenizer, start, derived: dict) -> dict:
+    """What each process found by itself and all must have in common. Of what flags name only the content counts."""
+    named = {*continuation.PLACES, "core_dir"}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in named}
+    return {**flags, "tag": tag, "tokenizer": tokenizer.hash, "model": asdict(config), "plan": plan,
+            "start": start[1], **derived}
+
+
+def open_rows(args, open_text, tokenizer, place) -> Text:
+    """The text that process 0 lists, as rows of tokens that are the same in all processes.
+
+    InputError: too little text, or files or a token cache that differ from those of process 0.
+    """
+    corpus = shared_text(place, open_text)
+    args.data = args.data or corpus.place
     print0(corpus.line())
     if line := other_text(tokenizer, corpus):
         print0(line)
-    device_type = common.pick_device_type(args.device_type)
-    folder = metrics.runs_dir() / tag
-    dtype = common.compute_dtype(args.dtype, device_type, training=True, before=metrics.dtype_so_far(folder, device_type))
-    place = device, rank, world_size = common.init_process(device_type)
-
-    # data: tokenised once, then memory-mapped
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
     val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
     val_count = min(val_rows.count, args.eval_tokens // args.max_seq_len)
@@ -276,42 +330,38 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
             raise InputError(f"--data {args.data}: too little {split} text for one row of {args.max_seq_len} tokens; add text or lower --max-seq-len")
     if not val_count:
         raise InputError(f"--eval-tokens {args.eval_tokens}: less than one row of --max-seq-len {args.max_seq_len}")
+    confirm_caches(place, tokenizer, corpus.train + corpus.val)
+    return Text(corpus, train_rows, val_rows, val_count)
 
-    # the record, and what there already is under this tag
-    run_config = {
+
+def config_of(args, derived: dict, text: Text, tokenizer, place, dtype, folder) -> dict:
+    """What config.json is to hold."""
+    corpus, (device, _, world_size) = text.corpus, place
+    fingerprints = {f"{split}_fingerprint": corpus.fingerprint(split) for split in ("train", "val")}
+    return {
         "flags": vars(args),
         "given": sorted(args.given | continuation.flags_given(continuation.read_record(folder))),
-        "derived": {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, "val_tokens": val_count * args.max_seq_len,
-                    "corpus": {"name": corpus.name, "path": corpus.path,
-                               "train_fingerprint": corpus.fingerprint("train"),
-                               "val_fingerprint": corpus.fingerprint("val")},
-                    "epoch_rows": train_rows.count, "dropped_fraction": train_rows.dropped, **derived},
+        "derived": {**derived, "val_tokens": text.val_count * args.max_seq_len,
+                    "corpus": {"name": corpus.name, "path": corpus.path, **fingerprints},
+                    "epoch_rows": text.train_rows.count, "dropped_fraction": text.train_rows.dropped},
         "text": corpus.record(),  # names of files: a resumed run need not have them in common
         "tokenizer": {"hash": tokenizer.hash, "trained_on": tokenizer.trained_on},
         "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
         "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
                    "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
     }
-    with contextlib.ExitStack() as held:
-        lock = None
-        if rank == 0:
-            path = common.get_base_dir() / "locks" / f"{tag}.lock"
-            lock = held.enter_context(common.claimed(path, f"{tag_flag} {tag}: {folder}"))
-        if world_size > 1:
-            dist.barrier()  # a checkpoint that is still being written is there for all of them or for none
-        found = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
-        if found == "finished":
-            return print0(f"{tag}: already finished, see {folder}")
-        core = core_questions(args, tokenizer, place)
-        if rank == 0:
-            run_config["reference_losses"] = reference_losses(train_rows, val_rows, val_count, tokenizer.vocab_size)
-        if world_size > 1:
-            dist.barrier()  # every process has looked at the folder before rank 0 writes into it
-        stop = train(args, build(device), run_config, accounting, found or start, folder, tokenizer,
-                     train_rows, val_rows, core, place, dtype, lock)
-    if stop:
-        common.end_process()
-        sys.exit(signals.exit_code(stop.number))
+
+
+def follow_first(place, folder, saved):
+    """What open_run said in process 0, in all: None, 'finished', or (state, meta) of the checkpoint that it chose."""
+    meta = saved[1] if isinstance(saved, tuple) else saved
+    meta = agreement.from_first(place, lambda: meta)
+    if place[1] == 0:
+        return saved
+    if not isinstance(meta, dict):
+        return meta
+    load = partial(load_to_resume, folder, meta["step"])
+    return agreement.load_confirmed(load, step_folder(folder, meta["step"]), meta)
 
 
 def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer,
@@ -335,6 +385,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         if meta["step"]:
             load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
     del state
+    if world_size > 1 and (names := differing_parameters(model)):
+        raise InputError(f"{folder}: the processes begin with different values of {', '.join(names[:3])} and "
+                         f"{len(names)} parameter(s) in all; nothing was written: let all see the same files")
 
     record = None
     if rank == 0:

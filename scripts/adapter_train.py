@@ -233,10 +233,12 @@ def main(argv=None):
            f"{len(adapters_of(shape, ADAPTER))} matrices" if args.adapter != "none" else ", all of the model is trained"))
     if args.dry_run:
         return print_plan(shape.config, plan, costs, args)
-    corpus = open_run_text(base, args.data)
-    if not args.data and (other := note_on_text(base, corpus)):
-        print0(other)
-    args.data = args.data or corpus.place
+
+    def open_text():
+        corpus = open_run_text(base, args.data)
+        if not args.data and (other := note_on_text(base, corpus)):
+            print0(other)
+        return corpus
 
     def build(device) -> Learner:
         model = put_together(args, layers, *load_bases(metrics.runs_dir(), origin["bases"], device, recompute=args.recompute))
@@ -244,7 +246,7 @@ def main(argv=None):
             return WholeModel(model, rates(args, plan["num_iterations"]))
         return AdapterLearner(model, origin, args.lr, args.weight_decay, budget_over(args, model, plan["num_iterations"]), args.adalora_orthogonality)
     run(args, args.run_tag, shape.config, plan, costs, tokenizer, (None, dict(START)), build,
-        tag_flag="--run-tag", corpus=corpus, origin=origin)
+        tag_flag="--run-tag", open_text=open_text, origin=origin)
 
 
 if __name__ == "__main__":

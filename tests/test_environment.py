@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY
-from nanochat import common, devices, environment
+from nanochat import agreement, common, devices, environment
 from nanochat.common import InputError
 from processes import Launched, free_port
 
@@ -83,9 +83,7 @@ def test_a_meeting_place_that_cannot_be(missing, given, message, variables):
 
 
 def join_with_little_patience():
-    import torch.distributed as dist
-    join = dist.init_process_group
-    dist.init_process_group = lambda *args, **kwargs: join(*args, **kwargs, timeout=timedelta(seconds=1))
+    agreement.JOIN_PATIENCE = timedelta(seconds=1)
     common.init_process("cpu")
 
 

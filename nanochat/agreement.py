@@ -1,0 +1,266 @@
+"""The processes of a run act as one: the first decides, the others follow or refuse, and all end together.
+
+Each process reads files by itself, and what one reads another may not: a disk has an error, a network directory is
+some seconds old, a machine has files of its own. So process 0 alone decides what there is to do, and the others
+compare what they have with what it has.
+
+A process that fails tells process 0, through the store by which the processes met. Process 0 prints the line, and a
+thread in each process then ends it. So nobody waits for a process that is gone, whatever it is doing.
+"""
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+from nanochat.common import InputError, first_line, process_layout, shortened
+
+# keys in the store
+FAILED = "nanochat/failed"  # [line, exit code] of the process that failed first, where that is not process 0
+ENDED = "nanochat/ended"    # the exit code of all, once the line is printed
+LEFT = "nanochat/left"      # how many processes know of it, or are through
+
+POLL = 0.2       # seconds between two looks into the store
+GRACE = 1.0      # seconds: process 0 may be about to fail in the same way
+PATIENCE = 10.0  # seconds: then a process that failed speaks for itself
+
+JOIN_PATIENCE = timedelta(minutes=30)
+LOAD_PATIENCE = 30.0  # seconds: by then a network directory shows a checkpoint that is there
+
+
+# ---- the end -----------------------------------------------------------------------------------------------
+
+class Members:
+    """What a process has in common with the others of its run: the store, and a thread that reads it."""
+
+    def __init__(self, store, rank: int, world_size: int):
+        # a connection of its own: one that waits for a key lets nobody else through
+        self.store = store.clone() if hasattr(store, "clone") else store
+        self.rank = rank
+        self.world_size = world_size
+        self.through = threading.Event()
+        self.speaks = threading.Lock()  # who has it, prints the one line
+        self.meetings = count(1)
+        threading.Thread(target=self.watch, daemon=True, name="other processes").start()
+
+    def watch(self):
+        key = ENDED if self.rank else FAILED
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            while not self.through.wait(POLL):
+                if self.store.check([key]):
+                    return self.follow() if self.rank else self.speak_for_another()
+
+    def speak_for_another(self):
+        """On process 0: print what another one failed with, and end the run."""
+        line, code = json.loads(self.store.get(FAILED))
+        time.sleep(GRACE)
+        if self.speaks.acquire(blocking=False):
+            self.end(line, code)
+
+    def end(self, line: str, code: int):
+        """On process 0: print the line, and leave after the others."""
+        say(line)
+        with contextlib.suppress(RuntimeError):
+            self.store.set(ENDED, str(code))
+            self.wait_for_others()
+        leave(code)
+
+    def wait_for_others(self, patience: float = 2.0):
+        """Until they have left: this process may keep the store."""
+        deadline = time.monotonic() + patience
+        while self.store.add(LEFT, 0) < self.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def follow(self):
+        """On another process than 0: leave, now that the line is printed."""
+        code = int(self.store.get(ENDED))
+        self.store.add(LEFT, 1)
+        leave(code)
+
+    def report(self, line: str, code: int):
+        """On another process than 0: let process 0 print the line. Returns if it does not."""
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set(FAILED, "", json.dumps([line, code]))
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline:
+                if self.store.check([ENDED]):
+                    self.follow()
+                time.sleep(0.05)
+            self.store.set(ENDED, str(code))
+
+    def leave_in_peace(self):
+        """At the end of a run that has not failed."""
+        self.through.set()
+        with contextlib.suppress(RuntimeError):
+            if self.rank:
+                self.store.add(LEFT, 1)
+            else:
+                self.wait_for_others()
+
+    def meet(self):
+        """Wait until all processes are here, however long one of them works."""
+        key = f"nanochat/meeting {next(self.meetings)}"
+        self.store.add(key, 1)
+        wait = 0.005
+        while self.store.add(key, 0) < self.world_size:
+            time.sleep(wait)
+            wait = min(2 * wait, POLL)
+
+
+members: Members | None = None  # while this process belongs to a group
+
+
+def join(rank: int, world_size: int):
+    """Meet the other processes. Returns the store for torch's process group."""
+    global members
+    import torch.distributed as dist
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN_PATIENCE))
+    members = Members(store, rank, world_size)
+    return store
+
+
+def part():
+    """Leave the group, if there is one, at the end of a run that has not failed."""
+    global members
+    if members:
+        members.leave_in_peace()
+        members = None
+
+
+def fail(message: str, code: int = 2):
+    """End this process and, where it belongs to a run of several, all of them, with one line on standard error."""
+    rank, world_size = 0, 1
+    with contextlib.suppress(InputError):
+        rank, _, world_size = process_layout()
+    line = f"error: {message}"
+    if rank == 0 and members:
+        if members.speaks.acquire(blocking=False):
+            members.end(line, code)
+        time.sleep(PATIENCE)  # the thread is speaking
+    if rank > 0:
+        line = f"error: process {rank} of {world_size}: {message}"
+        report_to_first(line, code, rank, world_size)
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def report_to_first(line: str, code: int, rank: int, world_size: int):
+    """Returns if process 0 does not print the line."""
+    deadline = time.monotonic() + PATIENCE
+    if not members:  # failed before they met; process 0 may have failed too, and the launcher then stops this one
+        try:
+            while not store_answers():
+                time.sleep(0.1)
+                if time.monotonic() > deadline:
+                    return
+            join(rank, world_size)
+        except (RuntimeError, ValueError, OSError, KeyError):  # there is no place to meet at
+            return time.sleep(max(0.0, deadline - time.monotonic()))
+    members.report(line, code)
+
+
+def store_answers() -> bool:
+    """Whether the store is there. torch, asked too early, prints warnings."""
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def lost_connection(e: Exception) -> str:
+    """Why torch lost another process of this run, in a few words; '' if that is not what the error says."""
+    if not members:
+        return ""
+    import torch.distributed as dist
+    text = first_line(e)
+    if not isinstance(e, dist.DistError) and "gloo" not in text and "NCCL" not in text:
+        return ""
+    time.sleep(2 * GRACE)  # where that process has said why, this one ends here
+    return f"another process of the run is gone ({shortened(text.rpartition('] ')[2] or text)}); see what it said"
+
+
+def say(line: str):
+    """As print, from any thread: it waits for no lock."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def leave(code: int):
+    """End this process now: its main thread may be in a collective that will never end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+# ---- what all have in common -------------------------------------------------------------------------------
+
+def meet(place):
+    """Wait until all processes are here. Unlike a barrier of torch it has no time limit: one may read for hours."""
+    if place[2] > 1:
+        members.meet()
+
+
+def from_first(place, function, *arguments):
+    """What function(*arguments) returns on process 0, on all processes; it is called on that one only.
+
+    place: (device, rank, number of processes). The value must be one that pickle takes.
+    """
+    _, rank, world_size = place
+    values = [function(*arguments) if rank == 0 else None]
+    if world_size > 1:
+        import torch
+        import torch.distributed as dist
+        meet(place)
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def confirm(place, values: dict, remedy: str = "start all processes with the same command, files and environment"):
+    """InputError on a process whose values are not those of process 0; it names what differs.
+
+    values: nested dicts, by names that the user knows.
+    """
+    first = from_first(place, dict, values)
+    if place[1] > 0 and (names := differing(first, values)):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(f"has other values than process 0: {', '.join(names[:3])}{more}; {remedy}")
+
+
+def differing(first, own, name: str = "") -> list[str]:
+    """Names of what differs in nested dicts, with both values."""
+    if isinstance(first, dict) and isinstance(own, dict):
+        names = []
+        for key in (*first, *(key for key in own if key not in first)):
+            names += differing(first.get(key), own.get(key), f"{name}.{key}" if name else str(key))
+        return names
+    if repr(first) == repr(own):
+        return []
+    return [f"{name} ({shortened(repr(own))}, there {shortened(repr(first))})"]
+
+
+def load_confirmed(load, folder: Path, meta: dict):
+    """What load() returns, (…, meta): the checkpoint whose meta process 0 has read.
+
+    A network directory may show it some seconds later here than there. InputError, or OSError, if it does not.
+    """
+    deadline = time.monotonic() + LOAD_PATIENCE
+    while True:
+        try:
+            *loaded, own = load()
+            names = differing(meta, own)
+            if not names:
+                return *loaded, own
+            problem = InputError(f"{folder}: is another checkpoint than process 0 has read: {', '.join(names[:3])}; "
+                                 "let all processes see the same folder")
+        except (InputError, OSError) as e:
+            problem = e
+        if time.monotonic() > deadline:
+            raise problem
+        time.sleep(1.0)
