@@ -31,6 +31,7 @@ PATIENCE = 10.0  # seconds: then a process that failed speaks for itself
 
 JOIN_PATIENCE = timedelta(minutes=30)
 LOAD_PATIENCE = 30.0  # seconds: by then a network directory shows a checkpoint that is there
+READ_PATIENCE = 3.0   # seconds: a file that is there and cannot be read is tried again
 
 
 # ---- the end -----------------------------------------------------------------------------------------------
@@ -245,19 +246,27 @@ def differing(first, own, name: str = "") -> list[str]:
     return [f"{name} ({shortened(repr(own))}, there {shortened(repr(first))})"]
 
 
-def load_confirmed(load, folder: Path, meta: dict):
+def load_same(place, load, where: Path):
+    """What load() returns, (…, meta of a checkpoint), in each process; of all the same checkpoint."""
+    loaded = load() if place[1] == 0 else None
+    meta = from_first(place, lambda: loaded[-1])
+    return loaded or load_confirmed(load, where, meta)
+
+
+def load_confirmed(load, where: Path, meta: dict):
     """What load() returns, (…, meta): the checkpoint whose meta process 0 has read.
 
     A network directory may show it some seconds later here than there. InputError, or OSError, if it does not.
     """
-    deadline = time.monotonic() + LOAD_PATIENCE
+    patience = READ_PATIENCE if where.exists() else LOAD_PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             *loaded, own = load()
             names = differing(meta, own)
             if not names:
                 return *loaded, own
-            problem = InputError(f"{folder}: is another checkpoint than process 0 has read: {', '.join(names[:3])}; "
+            problem = InputError(f"{where}: is another checkpoint than process 0 has read: {', '.join(names[:3])}; "
                                  "let all processes see the same folder")
         except (InputError, OSError) as e:
             problem = e

@@ -294,15 +294,18 @@ def multiply_by_onednn():
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
-def init_process(device_type: str):
+def init_process(device_type: str, alone: bool = False):
     """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
 
-    device_type: see `pick_device_type`. InputError if the device or the other processes are not there.
+    device_type: see `pick_device_type`. alone: the script's work is not shared out. InputError if the device or
+    the other processes are not there.
     """
     import torch
 
     from nanochat.devices import take_gpu, usable_gpus
     rank, local_rank, world_size = process_layout()
+    if alone and world_size > 1:
+        raise InputError(f"WORLD_SIZE={world_size}: this script works in one process; start it without torchrun")
     device_type = pick_device_type(device_type)
     if device_type == "cuda":
         if not usable_gpus():

@@ -7,11 +7,14 @@ Writes runs/<model-tag>/eval_<step>.json (bpb, sample) and core_<step>.json (cor
 """
 import json
 from argparse import ArgumentTypeError
+from dataclasses import replace
+from functools import partial
 
 import torch.distributed as dist
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, step_or_newest
+from nanochat.agreement import confirm, from_first, load_same
+from nanochat.checkpoint_manager import load_model, step_folder, step_or_newest
 from nanochat.common import InputError, print0, quoted, whole_number
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
@@ -21,6 +24,7 @@ from nanochat.files import write_atomic
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.naming import run_folder, tag
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
+from nanochat.shared_text import confirm_caches
 
 PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
 
@@ -63,26 +67,31 @@ def main(argv=None):
     common.device_flags(parser.add_argument, "of the computation; weights are float32")
     args = parser.parse_args(argv)
 
-    # what is asked for, and what of it an earlier evaluation left
-    folder = run_folder("--model-tag", args.model_tag)
-    run = metrics.load_run(folder)
-    of_model = {"model_tag": args.model_tag, "step": step_or_newest(folder, args.step)}
-    out, core_out = (folder / f"{name}_{of_model['step']:06d}.json" for name in ("eval", "core"))
+    # what is asked for, and what of it an earlier evaluation left: process 0 looks, and all go by that
     place = device, rank, world_size = common.init_process(args.device_type)
+    folder = metrics.runs_dir() / args.model_tag
+    run, step = from_first(place, open_run, args)
+    of_model = {"model_tag": args.model_tag, "step": step}
+    out, core_out = (folder / f"{name}_{step:06d}.json" for name in ("eval", "core"))
+    results, corpus = from_first(place, results_so_far, args, run, of_model, out)
+    if corpus and rank > 0:
+        corpus = corpus.announced()
     core_results, no_bundle = None, None
-    results, corpus = results_so_far(args, run, of_model, out)
     if "core" in args.eval:
         try:
             bundle = open_bundle(args.core_dir)
-            core_results = known(core_out, of_model | {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype})
+            confirm(place, {"CORE bundle": bundle.fingerprint}, "give all processes the same --core-dir")
+            settings = {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype}
+            core_results = from_first(place, known, core_out, of_model | settings)
         except Unavailable as e:  # the rest is evaluated all the same
             no_bundle = e
     missing = parts_missing(args, results)
     core_missing = core_results is not None and PARTS["core"] not in core_results
 
     if missing or core_missing:
-        dtype = common.compute_dtype(args.dtype, device.type, before=metrics.dtype_so_far(folder, device.type))
-        model, tokenizer, _ = load_model(folder, of_model["step"], device)
+        dtype = from_first(place, dtype_of, args, folder, device.type)
+        load = partial(load_model, folder, step, device)
+        model, tokenizer, _ = load_same(place, load, step_folder(folder, step))
         T = model.config.sequence_len
     if core_missing:  # what does not fit is said before anything is computed
         asked = questions(bundle, tokenizer, T, args.max_per_task, rank, world_size)
@@ -103,6 +112,16 @@ def main(argv=None):
         raise InputError("; ".join([*unwritten, str(no_bundle)] if no_bundle else unwritten))
     if no_bundle:
         raise no_bundle
+
+
+def open_run(args) -> tuple[metrics.Run, int]:
+    """(the run, without its history, and the step that is evaluated)"""
+    folder = run_folder("--model-tag", args.model_tag)
+    return replace(metrics.load_run(folder), history=[]), step_or_newest(folder, args.step)
+
+
+def dtype_of(args, folder, device_type: str):
+    return common.compute_dtype(args.dtype, device_type, before=metrics.dtype_so_far(folder, device_type))
 
 
 def parts_missing(args, results: dict) -> list[str]:
@@ -127,6 +146,7 @@ def on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) ->
     results, T = {}, model.config.sequence_len
     for split in ("train", "val") if "bpb" in missing else ("val",):
         rows = Rows(corpus.split(split), tokenizer, T)
+        confirm_caches(place, tokenizer, corpus.split(split))
         count = min(rows.count, args.eval_tokens // T)
         if not count:
             raise InputError(f"--data or --eval-tokens: less than one row of {T} {split} tokens")

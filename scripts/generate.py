@@ -109,7 +109,7 @@ def main(argv=None):
         raise InputError("--top-p 0: leaves no token; give a number above 0, up to 1")
 
     tag = args.model_tag or newest_finished_run()
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type, alone=True)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, step = open_model(tag, args.step, device)
     model.to(dtype)  # once, and not at every token

@@ -114,7 +114,7 @@ def main(argv=None):
     args = parse(argv)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type, alone=True)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
     second = second_model(args.second_tag, model, tokenizer, device) if args.second_tag else None

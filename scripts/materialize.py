@@ -98,7 +98,7 @@ def main(argv=None):
 
 def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
-    device, _, _ = common.init_process(args.device_type)
+    device, _, _ = common.init_process(args.device_type, alone=True)
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
