@@ -133,8 +133,13 @@ def part():
         members = None
 
 
-def fail(message: str, code: int = 2):
-    """End this process and, where it belongs to a run of several, all of them, with one line on standard error."""
+def fail(message: str, lost: bool = False, code: int = 2):
+    """End this process and, where it belongs to a run of several, all of them, with one line on standard error.
+
+    lost: the message is that another process is gone; that one may be about to say why.
+    """
+    if lost:
+        time.sleep(2 * GRACE)
     rank, world_size = 0, 1
     with contextlib.suppress(InputError):
         rank, _, world_size = process_layout()
@@ -182,8 +187,8 @@ def lost_connection(e: Exception) -> str:
     text = first_line(e)
     if not isinstance(e, dist.DistError) and "gloo" not in text and "NCCL" not in text:
         return ""
-    time.sleep(2 * GRACE)  # where that process has said why, this one ends here
-    return f"another process of the run is gone ({shortened(text.rpartition('] ')[2] or text)}); see what it said"
+    reason = text.partition("] ")[2].partition(". ")[0] or text
+    return f"another process of the run is gone ({shortened(reason)}); see what it said"
 
 
 def say(line: str):

@@ -32,6 +32,7 @@ def run_script(main, result_is_printed: bool = False):
     signals.listen()
     from nanochat import agreement
     from nanochat.environment import prepare_environment
+    lost = ""
     try:
         prepare_environment()
         stop_without_launcher()
@@ -47,7 +48,9 @@ def run_script(main, result_is_printed: bool = False):
         if out_of_memory(e):
             reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
             message = f"out of memory ({reason}); give a smaller model, batch or context"
-        elif not (message := agreement.lost_connection(e)):
+        else:
+            message = lost = agreement.lost_connection(e)
+        if not message:
             raise
     except KeyboardInterrupt as e:
         number = signals.number_of(e)
@@ -57,7 +60,7 @@ def run_script(main, result_is_printed: bool = False):
         return
     finally:
         signals.main_ended()
-    agreement.fail(printable(message))
+    agreement.fail(printable(message), bool(lost))
 
 
 def way_out(e: OSError) -> str:
