@@ -133,7 +133,7 @@ def part():
         members = None
 
 
-def fail(message: str, lost: bool = False, code: int = 2):
+def fail(message: str, lost: bool = False):
     """End this process and, where it belongs to a run of several, all of them, with one line on standard error.
 
     lost: the message is that another process is gone; that one may be about to say why.
@@ -143,31 +143,37 @@ def fail(message: str, lost: bool = False, code: int = 2):
     rank, world_size = 0, 1
     with contextlib.suppress(InputError):
         rank, _, world_size = process_layout()
-    line = f"error: {message}"
-    if rank == 0 and members:
-        if members.speaks.acquire(blocking=False):
-            members.end(line, code)
-        time.sleep(PATIENCE)  # the thread is speaking
-    if rank > 0:
-        line = f"error: process {rank} of {world_size}: {message}"
-        report_to_first(line, code, rank, world_size)
+    line = f"error: process {rank} of {world_size}: {message}" if rank else f"error: {message}"
+    if not members and rank > 0:
+        join_late(rank, world_size)
+    end_all(line, 2)
     print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
+    sys.exit(2)
 
 
-def report_to_first(line: str, code: int, rank: int, world_size: int):
-    """Returns if process 0 does not print the line."""
+def end_all(line: str, code: int):
+    """End all processes of the group, this one too, with this line. Returns if there is no group, or no process 0 that
+    prints the line.
+    """
+    if not members:
+        return
+    if members.rank > 0:
+        return members.report(line, code)
+    if members.speaks.acquire(blocking=False):
+        members.end(line, code)
+    time.sleep(PATIENCE)  # the thread is speaking, and ends this process
+
+
+def join_late(rank: int, world_size: int):
+    """Meet process 0 after a failure. It may have failed too: then the launcher ends this process."""
     deadline = time.monotonic() + PATIENCE
-    if not members:  # failed before they met; process 0 may have failed too, and the launcher then stops this one
-        try:
-            while not store_answers():
-                time.sleep(0.1)
-                if time.monotonic() > deadline:
-                    return
-            join(rank, world_size)
-        except (RuntimeError, ValueError, OSError, KeyError):  # there is no place to meet at
-            return time.sleep(max(0.0, deadline - time.monotonic()))
-    members.report(line, code)
+    try:
+        while time.monotonic() < deadline:
+            if store_answers():
+                return join(rank, world_size)
+            time.sleep(0.1)
+    except (RuntimeError, ValueError, KeyError):  # there is no place to meet at
+        time.sleep(max(0.0, deadline - time.monotonic()))
 
 
 def store_answers() -> bool:

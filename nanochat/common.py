@@ -54,7 +54,9 @@ def run_script(main, result_is_printed: bool = False):
             raise
     except KeyboardInterrupt as e:
         number = signals.number_of(e)
-        signals.say(f"stopped by {signals.name_of(number)}")
+        line = f"stopped by {signals.name_of(number)}"
+        agreement.end_all(line, signals.exit_code(number))
+        signals.say(line)
         sys.exit(signals.exit_code(number))
     else:
         return

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat import agreement, common, compiler, continuation, metrics, signals, writer
-from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_newest,
-                                         load_to_resume, not_finite, remove_unfinished, save_checkpoint)
+from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_checkpoint,
+                                         load_newest, load_to_resume, not_finite, remove_unfinished,
+                                         save_checkpoint)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -360,7 +361,7 @@ def follow_first(place, folder, saved):
         return saved
     if not isinstance(meta, dict):
         return meta
-    load = partial(load_to_resume, folder, meta["step"])
+    load = partial(load_checkpoint, folder, meta["step"])
     return agreement.load_confirmed(load, step_folder(folder, meta["step"]), meta)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nanochat import common, metrics
 from nanochat.agreement import confirm, from_first, load_same
-from nanochat.checkpoint_manager import load_model, step_folder, step_or_newest
+from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, print0, quoted, whole_number
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
@@ -23,6 +23,7 @@ from nanochat.dataset import Corpus
 from nanochat.files import write_atomic
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.naming import run_folder, tag
+from nanochat.run_files import step_folder
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
 from nanochat.shared_text import confirm_caches
 
