@@ -1,11 +1,11 @@
 """The processes of a run act as one: the first decides, the others follow or refuse, and all end together.
 
-Each process reads files by itself, and what one reads another may not: a disk has an error, a network directory is
-some seconds old, a machine has files of its own. So process 0 alone decides what there is to do, and the others
-compare what they have with what it has.
+Each process reads files by itself, and what one reads another may not: a disk has an error, a network
+directory is some seconds old, a machine has files of its own. So process 0 alone decides what there is to do,
+and the others compare what they have with what it has.
 
-A process that fails tells process 0, through the store by which the processes met. Process 0 prints the line, and a
-thread in each process then ends it. So nobody waits for a process that is gone, whatever it is doing.
+A process that fails tells process 0, through the store by which the processes met. Process 0 prints the line,
+and a thread in each process then ends it. So nobody waits for a process that is gone, whatever it is doing.
 """
 import contextlib
 import json
@@ -32,6 +32,8 @@ PATIENCE = 10.0  # seconds: then a process that failed speaks for itself
 JOIN_PATIENCE = timedelta(minutes=30)
 LOAD_PATIENCE = 30.0  # seconds: by then a network directory shows a checkpoint that is there
 READ_PATIENCE = 3.0   # seconds: a file that is there and cannot be read is tried again
+
+ALIKE = "start all processes with the same command, files and environment"
 
 
 # ---- the end -----------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def part():
 
 
 def fail(message: str, lost: bool = False):
-    """End this process and, where it belongs to a run of several, all of them, with one line on standard error.
+    """End this process, and with it all others of its run, with one line on standard error.
 
     lost: the message is that another process is gone; that one may be about to say why.
     """
@@ -152,8 +154,8 @@ def fail(message: str, lost: bool = False):
 
 
 def end_all(line: str, code: int):
-    """End all processes of the group, this one too, with this line. Returns if there is no group, or no process 0 that
-    prints the line.
+    """End all processes of the group, this one too, with this line. Returns if there is no group, or no
+    process 0 that prints the line.
     """
     if not members:
         return
@@ -214,7 +216,7 @@ def leave(code: int):
 # ---- what all have in common -------------------------------------------------------------------------------
 
 def meet(place):
-    """Wait until all processes are here. Unlike a barrier of torch it has no time limit: one may read for hours."""
+    """Wait until all processes are here. A barrier of torch has a time limit; one may read for hours."""
     if place[2] > 1:
         members.meet()
 
@@ -234,7 +236,7 @@ def from_first(place, function, *arguments):
     return values[0]
 
 
-def confirm(place, values: dict, remedy: str = "start all processes with the same command, files and environment"):
+def confirm(place, values: dict, remedy: str = ALIKE):
     """InputError on a process whose values are not those of process 0; it names what differs.
 
     values: nested dicts, by names that the user knows.
@@ -267,7 +269,8 @@ def load_same(place, load, where: Path):
 def load_confirmed(load, where: Path, meta: dict):
     """What load() returns, (…, meta): the checkpoint whose meta process 0 has read.
 
-    A network directory may show it some seconds later here than there. InputError, or OSError, if it does not.
+    A network directory may show it some seconds later here than there. InputError, or OSError, if it does
+    not.
     """
     patience = READ_PATIENCE if where.exists() else LOAD_PATIENCE
     deadline = time.monotonic() + patience
@@ -277,8 +280,8 @@ def load_confirmed(load, where: Path, meta: dict):
             names = differing(meta, own)
             if not names:
                 return *loaded, own
-            problem = InputError(f"{where}: is another checkpoint than process 0 has read: {', '.join(names[:3])}; "
-                                 "let all processes see the same folder")
+            problem = InputError(f"{where}: is another checkpoint than process 0 has read: "
+                                 f"{', '.join(names[:3])}; let all processes see the same folder")
         except (InputError, OSError) as e:
             problem = e
         if time.monotonic() > deadline:

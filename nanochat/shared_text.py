@@ -8,14 +8,14 @@ from nanochat.dataset import Corpus
 
 
 def shared_text(place, open_text) -> Corpus:
-    """The Corpus that open_text() opens in process 0, in all processes. Its files are hashed in that one only."""
+    """The Corpus that open_text() opens in process 0, in all processes. Only that one hashes its files."""
     corpus = from_first(place, opened_and_hashed, open_text)
     return corpus if place[1] == 0 else corpus.announced()
 
 
-def opened_and_hashed(open_text) -> Corpus | None:
+def opened_and_hashed(open_text) -> Corpus:
     corpus = open_text()
-    for split in ("train", "val") if corpus else ():
+    for split in ("train", "val"):
         corpus.fingerprint(split)  # each shard keeps its own
     return corpus
 
@@ -28,8 +28,9 @@ def confirm_caches(place, tokenizer, shards):
         here = caches[fingerprint]
         keys = [key for key in ("slots", "sha256") if here[key] and there[key] and here[key] != there[key]]
         if keys:
-            raise InputError(f"{root / fingerprint}: other tokens than process 0 has ({keys[0]}: {here[keys[0]]}, "
-                             f"there {there[keys[0]]}); remove that folder, and start again")
+            raise InputError(f"{root / fingerprint}: other tokens than process 0 has "
+                             f"({keys[0]}: {here[keys[0]]}, there {there[keys[0]]}); "
+                             "remove that folder, and start again")
 
 
 def cache_content(folder: Path) -> dict:

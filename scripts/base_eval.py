@@ -70,6 +70,7 @@ def main(argv=None):
 
     # what is asked for, and what of it an earlier evaluation left: process 0 looks, and all go by that
     place = device, rank, world_size = common.init_process(args.device_type)
+    confirm(place, {name: value for name, value in vars(args).items() if name not in ("data", "core_dir")})
     folder = metrics.runs_dir() / args.model_tag
     run, step = from_first(place, open_run, args)
     of_model = {"model_tag": args.model_tag, "step": step}

@@ -1,4 +1,4 @@
-"""Processes that see other files than process 0 follow it, or all end with one line; nobody waits for one that failed."""
+"""Processes that see other files than process 0 follow it, or all end with one line. Nobody waits in vain."""
 import builtins
 import json
 import os
@@ -13,8 +13,8 @@ from conftest import TINY, losses
 from nanochat import agreement, common, metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import InputError
-from nanochat.run_text import fingerprints
 from nanochat.dataset import open_corpus
+from nanochat.run_text import fingerprints
 from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.tokenizer import load_tokenizer
 from processes import Launched
@@ -103,7 +103,8 @@ def test_all_stop_where_one_cannot_read_the_newest_checkpoint(killed_run, run_tw
     flags = [*TINY, "--data", str(corpus_dir), *FLAGS]
     codes, lines = run_two(with_a_read_error, "step_000004/state.pt", flags)
     assert 2 in codes and 0 not in codes
-    assert len(errors(lines)) == 1 and lines[-1].startswith("error: process 1 of 2: ") and "step_000004" in lines[-1]
+    assert errors(lines) == lines[-1:]
+    assert lines[-1].startswith("error: process 1 of 2: ") and "step_000004" in lines[-1]
     assert saved_steps(killed_run) == [2, 4] and (killed_run / "metrics.jsonl").read_bytes() == record
 
 
@@ -142,7 +143,8 @@ def test_one_with_another_tokenizer_stops_all(base_dir, other_base, run_two, cor
 
 def test_process_0_that_cannot_write_into_the_folder_ends_all(base_dir, run_two, corpus_dir):
     (base_dir / "runs/tiny/tokenizer.json/in the way").mkdir(parents=True)
-    codes, lines = run_two(base_train.main, [*TINY, "--data", str(corpus_dir), *FLAGS[:-4], "--model-tag", "tiny"])
+    flags = [*TINY, "--data", str(corpus_dir), "--model-tag", "tiny"]
+    codes, lines = run_two(base_train.main, flags)
     assert 2 in codes and 0 not in codes
     assert errors(lines) == [f"error: {base_dir}/runs/tiny/tokenizer.json: Is a directory"]
 
@@ -186,7 +188,9 @@ def agree_step_by_step(folder, base):
 
     if rank == 1:
         os.environ["NANOCHAT_BASE_DIR"] = str(base)
-    refused("other tokens than process 0 has (slots: 7, there ", confirm_caches, place, load_tokenizer(), corpus.val)
+    tokenizer = load_tokenizer()
+    other_tokens = "other tokens than process 0 has (slots: 7, there 8)"
+    refused(other_tokens, confirm_caches, place, tokenizer, corpus.val)
     common.end_process()
 
 
@@ -233,4 +237,5 @@ def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
 
 def test_a_script_of_one_process_says_so(run_two):
     codes, lines = run_two(common.init_process, "cpu", True)
-    assert codes[0] == 2 and lines == ["error: WORLD_SIZE=2: this script works in one process; start it without torchrun"]
+    line = "error: WORLD_SIZE=2: this script works in one process; start it without torchrun"
+    assert codes[0] == 2 and lines == [line]
