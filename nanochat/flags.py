@@ -216,6 +216,11 @@ def add_checkpoint_flags(add):
     add("--resume", "--resume-from-step", default="-1", help="auto = from the newest intact checkpoint, or start; N = from that step")
 
 
+def add_verify(add):
+    add("--verify", action="store_true",
+        help="before training read the token caches whole, and build those again that differ from their sums")
+
+
 def add_core_flags(add):
     """The CORE metric on the way."""
     add("--core-metric-every", type=whole_number(1, off=-1), default=-1,
@@ -257,5 +262,6 @@ def build_parser():
     add_evaluation_flags(add)
     add_core_flags(add)
     add_checkpoint_flags(add)
+    add_verify(add)
     add("--dry-run", action="store_true", help="print the resolved configuration and what it costs, and exit")
     return parser

@@ -25,7 +25,8 @@ CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens",
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
 FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
-        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir"}
+        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir",
+        "verify"}
 
 
 # what only the process that has the run's lock writes

@@ -11,7 +11,7 @@ from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
 FREE = {"run", "model_tag", "run_tag", "seed", "resume", "dry_run", "plan", "save_every", "sample_every", "keep", "max_bad_steps", "eval_every",
-        "ppl_thresholds", "core_metric_every", "core_metric_max_per_task", "core_dir"}
+        "ppl_thresholds", "core_metric_every", "core_metric_max_per_task", "core_dir", "verify"}
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
 RESOLVED = {"aspect_ratio", "rank_end", "attn_rank_end", "mlp_rank_end", "budget_params", "solve",
             "target_flops", "target_param_data_ratio", "horizon_from", "data", "eval_tokens", "device_type",

@@ -31,6 +31,7 @@ from nanochat.parallel import (any_process, average_gradients, differing_paramet
 from nanochat.plan import print_plan
 from nanochat.run_files import complete_summary, read_config, saved_steps, step_folder, summary_says_finished
 from nanochat.shared_text import confirm_caches, shared_text
+from nanochat.token_cache import verify_caches
 from nanochat.tokenizer import other_text
 
 PATIENCE = 2.0  # seconds: a request to stop waits for the rest of a step that is no longer
@@ -323,6 +324,11 @@ def open_rows(args, open_text, tokenizer, place) -> Text:
     print0(corpus.line())
     if line := other_text(tokenizer, corpus):
         print0(line)
+    if args.verify:
+        shards = [*corpus.train, *corpus.val]
+        verify_caches(shards, tokenizer)
+        agreement.meet(place)  # nobody maps a cache that another process is building again
+        print0(f"token caches: {len(shards):,} read whole and compared with their sums")
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
     val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
     val_count = min(val_rows.count, args.eval_tokens // args.max_seq_len)

@@ -19,7 +19,7 @@ from nanochat.continuation import inherit, read_record
 from nanochat.factorize import check_same_shape, stacked, with_layer_map
 from nanochat.flags import (DEFAULTS_BEFORE, add_checkpoint_flags, add_core_flags, add_evaluation_flags,
                             add_horizon_flags, add_machine_flags, add_rate_flags, add_schedule_flags,
-                            layer_map_flag, number)
+                            add_verify, layer_map_flag, number)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
@@ -101,6 +101,7 @@ def parse(argv=None):
     add_evaluation_flags(add)
     add_core_flags(add)
     add_checkpoint_flags(add)
+    add_verify(add)
     add("--dry-run", action="store_true", help="print what would be trained and what it costs, and exit")
     args = parser.parse_args(argv)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from nanochat import common, metrics, wandb_log
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.continuation import differences, flags_given, flags_text, inheritance, read_record
-from nanochat.dataloader import cached_tokens
 from nanochat.dataset import open_corpus
 from nanochat.environment import leave_process_group
 from nanochat.experiment import NAMED_TEXT, Point, Sweep, read_experiment
@@ -30,6 +29,7 @@ from nanochat.files import check_out, write_atomic
 from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, is_tag, lock_path, option, part_of_tag, path_word, run_name
 from nanochat.rank import account, predict_peak
+from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer, other_text, tokenizer_path
 from nanochat.variant import to_argv
 from nanochat.workers import run_workers

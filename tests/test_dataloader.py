@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nanochat.common import InputError
-from nanochat.dataloader import Rows, cached_tokens, training_batch
+from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
+from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer
 from conftest import TINY, story
 from processes import Launched
@@ -87,7 +88,7 @@ def test_cropping_drops_less_than_two_percent_of_real_text(name, T, tmp_path, mo
 
 def test_cache_is_built_once_and_shared(rows, base_dir, monkeypatch):
     rows()
-    monkeypatch.setattr("nanochat.dataloader.build_cache", lambda *a: pytest.fail("built again"))
+    monkeypatch.setattr("nanochat.token_cache.build_cache", lambda *a: pytest.fail("built again"))
     rows(T=16, seed=9)
 
 
@@ -165,7 +166,7 @@ def test_a_cache_that_may_not_be_written_names_the_way_out(rows, base_dir):
 
 def test_what_another_user_left_behind_is_no_hindrance(rows, base_dir, monkeypatch):
     """Root may remove anything, so removing fails by decree."""
-    monkeypatch.setattr("nanochat.dataloader.shutil.rmtree", lambda *a, **k: None)
+    monkeypatch.setattr("nanochat.token_cache.shutil.rmtree", lambda *a, **k: None)
     cache = base_dir / "token_cache" / load_tokenizer().hash
     for shard in (fingerprint := [s.fingerprint for s in open_corpus(rows.corpus).train]):
         (cache / f"{shard}.building").mkdir(parents=True)

@@ -1,0 +1,317 @@
+"""The token cache: text is tokenised once, and kept as numbers that are memory-mapped.
+
+    $NANOCHAT_BASE_DIR/token_cache/<tokenizer hash>/<shard fingerprint>/
+        tokens.bin   the slots of one shard
+        meta.json    how many they are, their type, and the sha256 of tokens.bin
+
+Disks lose data without a word: a write that a full disk refused leaves zeros in a file of the right size.
+So a cache has the sum of what was to be written. What the disk holds is compared with it when the cache is
+built, and by --verify.
+"""
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat import locks
+from nanochat.common import InputError, get_base_dir, locked, process_layout
+from nanochat.environment import number_of
+from nanochat.files import (Schema, create_folder, read_json, remove_temporary, sha256, sync, sync_folder,
+                            write_json)
+from nanochat.tokenizer import EncodingError
+
+DOCUMENTS_AT_ONCE = 512
+PAGE = 4096  # bytes: a write that was lost leaves at least one page of zeros
+BLOCK = 1024 * PAGE
+META = Schema("description of a token cache", {"dtype": str, "slots": int, "vocab_size": int},
+              {"sha256": str, "tokenizer_hash": str, "shard": str, "documents": int, "characters": int,
+               "empty": int})
+NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+examined = set()  # folders of caches without a sum that this process found whole and could not add the sum to
+
+
+class NotWhole(Exception):
+    """A cache that is to be built again. The message says what is wrong with it; '' where there is none."""
+
+
+def cached_tokens(shard, tokenizer):
+    """The slots of one shard as a read-only memory map, tokenised now if this (shard, tokenizer) never was.
+
+    A cache appears whole, by one rename. A lock makes a second process wait for the first and take over if
+    that one dies. A folder that is not whole (copied in part, left by a full disk) is built again.
+    """
+    folder = cache_folder(shard, tokenizer)
+    with contextlib.suppress(NotWhole):
+        return open_cache(folder, tokenizer)
+    make_whole(shard, tokenizer, folder)
+    try:
+        return open_cache(folder, tokenizer)
+    except NotWhole:
+        message = f"{folder}: just built and not whole; is another program changing this token cache?"
+        raise InputError(message) from None
+
+
+def cache_folder(shard, tokenizer) -> Path:
+    return get_base_dir() / "token_cache" / tokenizer.hash / shard.fingerprint
+
+
+def open_cache(folder: Path, tokenizer) -> np.ndarray:
+    """The slots in a cache folder as a memory map. NotWhole: no whole cache of this vocabulary with a sum."""
+    meta = read_meta(folder, tokenizer)
+    if "sha256" not in meta and folder not in examined:
+        raise NotWhole("it has no sum")
+    if meta["slots"] == 0:
+        return np.zeros(0, dtype=meta["dtype"])
+    return np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+
+
+def read_meta(folder: Path, tokenizer=None) -> dict:
+    """meta.json, which agrees with the tokenizer and with the size of tokens.bin. NotWhole if it does not."""
+    try:
+        meta = read_json(folder / "meta.json", META)
+        tokens = os.stat(folder / "tokens.bin")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        raise NotWhole(f"no file {Path(e.filename).name}" if os.path.lexists(folder) else "") from None
+    except InputError:
+        raise NotWhole("its meta.json is damaged") from None
+    dtype = dtype_of(meta["vocab_size"])
+    expected = {"dtype": dtype.name, "tokenizer_hash": folder.parent.name}
+    if tokenizer:
+        expected["vocab_size"] = tokenizer.vocab_size
+    for key, value in expected.items():
+        if meta.get(key, value) != value:
+            raise NotWhole(f"its meta.json has another {key}")
+    if "sha256" in meta and not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
+        raise NotWhole("its meta.json has no proper sha256")
+    if not stat.S_ISREG(tokens.st_mode) or tokens.st_size != meta["slots"] * dtype.itemsize:
+        raise NotWhole("tokens.bin has another size than meta.json says")
+    return meta
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+# ---- verifying ---------------------------------------------------------------------------------------------
+
+def verify_caches(shards, tokenizer):
+    """Read the caches of these shards whole; build those again that differ from their sum or do not exist.
+
+    The processes of one machine share the work. Another machine may have another disk.
+    """
+    _, local_rank, world_size = process_layout()
+    local_world_size = 1  # where it is not known, processes read the same caches, one after another
+    if world_size > 1 and os.environ.get("LOCAL_WORLD_SIZE"):
+        local_world_size = number_of("LOCAL_WORLD_SIZE", 1)
+    for shard in shards[local_rank::local_world_size]:
+        make_whole(shard, tokenizer, cache_folder(shard, tokenizer), verify=True)
+
+
+def remove_damaged(shards) -> tuple[int, int]:
+    """Read the caches whole that these shards have, of any tokenizer, and remove those that are damaged.
+
+    Returns how many there were, and how many of them are removed.
+    """
+    fingerprints = {shard.fingerprint for shard in shards}
+    folders = [folder for folder in sorted((get_base_dir() / "token_cache").glob("*/*"))
+               if folder.name in fingerprints and folder.is_dir()]
+    removed = 0
+    for folder in folders:
+        with locked(lock_path(folder)):
+            try:
+                check_cache(folder, None, verify=True)
+            except NotWhole as fault:
+                print(f"{folder}: removed, the token cache there was not whole ({fault})", flush=True)
+                (folder / "meta.json").unlink(missing_ok=True)  # first: the rest is no cache without it
+                shutil.rmtree(folder)
+                removed += 1
+    return len(folders), removed
+
+
+def check_cache(folder: Path, tokenizer, verify: bool = False):
+    """NotWhole, with the reason, if there is no whole cache. The caller has its lock, or cannot write here.
+
+    verify: tokens.bin is read and compared with its sum. A cache of an earlier version of this program has
+    none: it is read in any case, and gets its sum if nothing looks damaged.
+    """
+    meta = read_meta(folder, tokenizer)
+    if "sha256" in meta:
+        if verify and sha256(folder / "tokens.bin") != meta["sha256"]:
+            raise NotWhole("tokens.bin differs from its sum")
+        return
+    meta["sha256"] = examine(folder / "tokens.bin", dtype_of(meta["vocab_size"]), meta["vocab_size"])
+    try:
+        remove_temporary(folder, "meta.json")
+        write_json(folder / "meta.json", meta)
+    except OSError:  # a full disk, or a folder of somebody else: the next process reads it again
+        examined.add(folder)
+
+
+def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
+    """The sha256 of slots that were written without a sum. NotWhole: zeros of a lost write, or no tokens.
+
+    A text of zero bytes has such pages too. It is tokenised once more, and has a sum from then on.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+            pages = np.frombuffer(block.ljust(-len(block) % PAGE + len(block), b"\0"), np.uint64)
+            if not pages.reshape(-1, PAGE // 8).any(axis=1).all():
+                raise NotWhole("tokens.bin has pages of zeros, as lost writes leave them")
+            if np.frombuffer(block, dtype).max() >= vocab_size:
+                raise NotWhole("tokens.bin has numbers that are no token")
+    return digest.hexdigest()
+
+
+# ---- building ----------------------------------------------------------------------------------------------
+
+def make_whole(shard, tokenizer, folder: Path, verify: bool = False):
+    """Build a cache unless it is whole. verify: see check_cache."""
+    root = folder.parent
+    try:
+        create_folder(root)
+        with locked(lock_path(folder)):
+            try:
+                check_cache(folder, tokenizer, verify)
+            except NotWhole as fault:
+                build_cache(shard, tokenizer, folder, str(fault))
+    except OSError as e:
+        e.filename = e.filename or str(folder)  # reading and writing name no file
+        if not str(e.filename).startswith(str(root)) or e.errno not in NO_WRITING:
+            raise
+        try:
+            check_cache(folder, tokenizer, verify)  # somebody else's, which is only to be read
+        except NotWhole as fault:
+            reason = f" ({fault})" if str(fault) else ""
+            message = f"{e.filename}: {e.strerror}: the tokens of {shard.name} cannot be kept there{reason}"
+            way_out = f"make {root} writable, or let NANOCHAT_BASE_DIR name a folder of your own"
+            raise InputError(f"{message}; {way_out}") from None
+
+
+def lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def build_cache(shard, tokenizer, folder: Path, fault: str):
+    """Tokenise a shard into `folder`, under its lock. fault: what is wrong with the cache that is there."""
+    remove_left_over(folder)
+    building = None
+    try:
+        # a name of its own: what another user left may be there to stay
+        building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building.", dir=folder.parent))
+        meta = write_tokens(shard, tokenizer, building / "tokens.bin")
+        write_json(building / "meta.json", meta)
+        building.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's 0700 would lock colleagues out
+        replace_folder(folder, building, fault)
+    except BaseException:
+        if building:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+    examined.discard(folder)
+    if meta["empty"]:
+        total = meta["documents"] + meta["empty"]
+        line = f"{shard.name}: {meta['empty']:,} of {total:,} documents are empty (no text, or null): skipped"
+        print(line, flush=True)
+
+
+def remove_left_over(folder: Path):
+    """Remove what killed builders left of this cache, and of those beside it that nobody builds now."""
+    for left in folder.parent.glob("*.building*"):
+        other = folder.with_name(left.name.partition(".building")[0])
+        if other == folder:  # the caller has its lock
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):
+            if lock := locks.acquire(lock_path(other), wait=False):
+                shutil.rmtree(left, ignore_errors=True)
+                lock.close()
+
+
+def write_tokens(shard, tokenizer, path: Path) -> dict:
+    """Write the slots of a shard; returns what meta.json is to hold.
+
+    InputError: text that cannot be read or encoded, or a disk that does not hold what was written.
+    """
+    dtype = dtype_of(tokenizer.vocab_size)
+    digest = hashlib.sha256()
+    counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
+    documents = shard.located()
+    with open(path, "wb") as f, \
+            tqdm(desc=f"tokenising {shard.name}", unit=" chars", unit_scale=True, leave=False,
+                 disable=True if process_layout()[0] else None) as bar:
+        while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
+            filled = [(place, text) for place, text in batch if text]
+            for ids in encode_documents(tokenizer, filled):
+                slots = np.array(ids + [tokenizer.bos_id], dtype=dtype).tobytes()
+                f.write(slots)  # ndarray.tofile loses the error of a full disk
+                digest.update(slots)
+                counts["slots"] += len(ids) + 1
+            characters = sum(len(text) for _, text in filled)
+            counts["documents"] += len(filled)
+            counts["characters"] += characters
+            counts["empty"] += len(batch) - len(filled)
+            bar.update(characters)
+        sync(f)
+    check_written(path, counts["slots"] * dtype.itemsize, digest.hexdigest())
+    return {**counts, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
+            "tokenizer_hash": tokenizer.hash, "shard": shard.name, "sha256": digest.hexdigest()}
+
+
+def check_written(path: Path, size: int, digest: str):
+    """InputError unless the disk holds so many bytes of this sha256."""
+    remedy = "free some space or take another disk, then run the same command again"
+    if path.stat().st_size != size:
+        raise InputError(f"{path}: {path.stat().st_size:,} of {size:,} bytes were written; {remedy}")
+    if hasattr(os, "posix_fadvise"):  # what is in memory says nothing about the disk
+        with open(path, "rb") as f, contextlib.suppress(OSError):
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if sha256(path) != digest:
+        raise InputError(f"{path}: the disk gives back other bytes than were written; {remedy}")
+
+
+def encode_documents(tokenizer, documents: list[tuple[str, str]]) -> list[list[int]]:
+    """Token ids of (place, text) pairs, in parallel threads (tiktoken releases the GIL).
+
+    InputError: the place of a text that the tokenizer cannot encode.
+    """
+    try:
+        return tokenizer.encode_batch([text for _, text in documents], threads=os.cpu_count() or 1)
+    except EncodingError as failure:
+        for place, text in documents:
+            try:
+                tokenizer.encode_batch([text], threads=1)
+            except EncodingError as e:
+                raise InputError(f"{place}: {e}")
+        first, last = documents[0][0], documents[-1][0]
+        raise InputError(f"{first} to {last}: {failure}")  # each by itself can be encoded
+
+
+def replace_folder(folder: Path, new: Path, fault: str):
+    """Put `new` in the place of `folder`, whatever is there, to stay."""
+    aside = new.with_name(f"{new.name}.before")
+    try:
+        os.replace(new, folder)
+        sync_folder(folder.parent)
+        return
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    os.replace(folder, aside)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+    print(f"{folder}: the token cache there was not whole ({fault}) and is built again", flush=True)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
