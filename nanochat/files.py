@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanochat.common import InputError, shortened
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -52,13 +53,24 @@ def sync(file):
     os.fsync(file.fileno())
 
 
+def sync_file(path: Path):
+    """The same for a file that somebody else wrote, where the file system can be asked for that."""
+    with open(path, "rb") as f:
+        try:
+            os.fsync(f.fileno())
+        except OSError as e:
+            if e.errno not in (*NO_SYNC, errno.EROFS):
+                e.filename = str(path)
+                raise
+
+
 def sync_folder(folder: Path):
     """Make the names in a folder survive a power cut, where the file system can be asked for that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if e.errno not in NO_SYNC:
             e.filename = str(folder)
             raise
     finally:

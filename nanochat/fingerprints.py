@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nanochat.common import get_base_dir
-from nanochat.files import sha256, write_atomic
+from nanochat.files import sha256, sync_file, write_atomic
 
 # A compressed file larger than all its samples together is hashed by samples.
 COMPRESSED = (".parquet", ".gz", ".zst")
@@ -25,19 +25,35 @@ def file_hash(path: Path) -> str:
     state = os.stat(path)
     if state.st_size < KEPT_FROM:
         return content_hash(path)
-    # the time of the last change of any kind (st_ctime) is one that no program can set back
-    stamp = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino} {SAMPLES} {SAMPLE_BYTES}"
+    stamp = f"{stamp_of(state)} {SAMPLES} {SAMPLE_BYTES}"
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     kept = get_base_dir() / "fingerprints" / name
     with contextlib.suppress(OSError, ValueError):
-        before, _, digest = kept.read_text().strip().rpartition(" ")
-        if before == stamp and len(digest) == 64:
+        if digest := kept_hash(kept.read_text(), stamp):
             return digest
     digest = content_hash(path)
     if time.time() - state.st_ctime > SETTLED_AFTER:
         with contextlib.suppress(OSError):  # a base directory that cannot be written: hashed again next time
-            write_atomic(kept, f"{stamp} {digest}\n")
+            sync_file(path)  # after a power cut it could have its size and times, and no content
+            line = f"{stamp} {digest}"
+            write_atomic(kept, f"{line}\n{short_hash([line])}\n")
     return digest
+
+
+def stamp_of(state: os.stat_result) -> str:
+    """What differs once a file has changed: no program can set back the time of its last change."""
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
+
+
+def kept_hash(text: str, stamp: str) -> str:
+    """The hash that a kept text holds; '' if it is of another state of the file, or damaged.
+
+    Earlier versions kept no check beside it.
+    """
+    line, *check = text.splitlines() or [""]
+    before, _, digest = line.rpartition(" ")
+    whole = len(digest) == 64 and check in ([], [short_hash([line])])
+    return digest if whole and before == stamp else ""
 
 
 def content_hash(path: Path) -> str:
