@@ -13,8 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
+from nanochat.downloads import complete
+from nanochat.file_sums import FileSums
+from nanochat.files import create_folder
 from nanochat.fingerprints import file_hash, short_hash
-from nanochat.hub import HUB_SETS, download
+from nanochat.hub import HUB_SETS
 from nanochat.readers import read_documents, text_format
 from nanochat.splits import TEST, in_words, shortened, sort_folder
 
@@ -212,37 +215,68 @@ def _open_downloaded(name: str) -> Corpus:
     hub_set = HUB_SETS[name]
     val, *train = map(hub_set.local_name, hub_set.files(hub_set.train_files))
     train = [file for file in train if file in present]
+    remedy = f"run: python -m nanochat.dataset --data {name}"
     if not train or val not in present:
         problem = f"the validation file {val} is missing" if train else "no training file is downloaded"
-        raise InputError(f"--data {name}: {problem}; run: python -m nanochat.dataset --data {name}")
+        raise InputError(f"--data {name}: {problem}; {remedy}")
+    sums = FileSums(folder)
+    for file in (val, *train):
+        if fault := sums.fault(folder / file):
+            raise InputError(f"--data {name}: {folder / file} {fault}; to fetch it again {remedy}")
     return Corpus(name, _shards([folder / file for file in train]), _shards([folder / val]), folder)
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = ArgumentParser("Download a public corpus: its validation file first, then training files. "
-                            "HF_ENDPOINT names another host, HF_TOKEN a login.")
+                            "Files that are there already are compared with what the hub lists, and fetched "
+                            "again if they differ. HF_ENDPOINT names another host, HF_TOKEN a login.")
     parser.add_argument("--data", choices=HUB_SETS, required=True, help="which one")
     parser.add_argument("-n", type=whole_number(0, off=-1), default=argparse.SUPPRESS, metavar="N",
-                        help="training files to have, -1 = all (default: 8, or all if there are fewer)")
+                        help="training files to have, -1 = all (default: 8, or all if there are fewer; with "
+                        "--verify those that are there)")
     parser.add_argument("-w", type=whole_number(1), default=4, metavar="N", help="parallel downloads")
-    args = parser.parse_args(argv)
+    parser.add_argument("--verify", action="store_true",
+                        help="read all files whole, and their token caches, and compare them with their sums")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     hub_set = HUB_SETS[args.data]
     count = getattr(args, "n", min(8, hub_set.train_files))
     if count > hub_set.train_files:
         raise InputError(f"-n {count}: {args.data} has {hub_set.train_files} training files; -1 fetches all of them")
-    files = hub_set.files(hub_set.train_files if count == -1 else count)
-
-    folder = get_base_dir() / "data" / args.data
-    targets = {f: folder / hub_set.local_name(f) for f in files}
+    folder = set_folder(args.data)
+    create_folder(folder)
     with locked(folder / ".lock"):  # a second process waits, and then finds the files
-        missing = {f: path for f, path in targets.items() if not path.exists()}
-        failures = download(hub_set, missing, folder / ".incoming", args.w) if missing else {}
+        every = {folder / hub_set.local_name(f): f for f in hub_set.files(hub_set.train_files)}
+        names = set(os.listdir(folder))
+        present = {path: f for path, f in every.items() if path.name in names}
+        wanted = set(hub_set.files(hub_set.train_files if count == -1 else count))
+        if args.verify and "n" not in args.given:
+            wanted = {hub_set.val_file}
+        missing = {path: f for path, f in every.items() if f in wanted and path not in present}
+        if args.verify and not present:
+            raise InputError("--verify: nothing is downloaded; "
+                             f"run: python -m nanochat.dataset --data {args.data}")
+        failures = complete(hub_set, folder, present, missing, args.w, args.verify)
     for path, reason in sorted(failures.items()):
         print(f"missing {path.name}: {reason}", file=sys.stderr)
     if failures:
-        raise InputError(f"--data {args.data}: {len(failures)} of {len(targets)} files missing; "
+        total = len(present | missing)
+        raise InputError(f"--data {args.data}: {len(failures)} of {total} files missing; "
                          "the others are kept, run the same command again to fetch the rest")
-    print(f"{args.data}: {len(targets) - 1} training files and the validation file are in {folder}")
+    train_files = sum(f != hub_set.val_file for f in (present | missing).values())
+    print(f"{args.data}: {train_files} training files and the validation file are in {folder}")
+    if args.verify:
+        verify_token_caches(list(present | missing))
+
+
+def verify_token_caches(paths: list[Path]):
+    from nanochat.token_cache import remove_damaged  # here: numpy, which downloading does not need
+    count, removed = remove_damaged(_shards(paths))
+    kept = "all as they were built" if not removed else f"{removed} removed: they are built again when needed"
+    print(f"token caches of these files: {count} read, {kept}")
 
 
 if __name__ == "__main__":

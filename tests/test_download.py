@@ -23,6 +23,7 @@ from nanochat import dataset
 from nanochat import hub as hub_files
 from nanochat.common import InputError
 from nanochat.dataset import open_corpus
+from nanochat.fingerprints import stamp_of
 
 CLIMBMIX, VAL = "karpathy/climbmix-400b-shuffle", "shard_06542.parquet"
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -42,6 +43,8 @@ class Hub(ThreadingHTTPServer):
         self.repo, self.files = repo, files
         self.faults = defaultdict(list)
         self.requests = []  # (method, file) of the resolve calls
+        self.kept_in = {}   # file -> 'git' or 'nothing': where it is not in LFS, or the hub tells no sum
+        self.strange = []   # entries that its listing begins with
         self.tokens = set()
         self.stalled, self.release = threading.Event(), threading.Event()
 
@@ -73,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(self.next_fault(method, "info") or 200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode())
         elif path == tree or path.startswith(tree + "/"):
             folder = path[len(tree):].strip("/")
-            listing = [self.tree_entry(f) for f in hub.files if f.rpartition("/")[0] == folder]
+            listing = hub.strange + [self.tree_entry(f) for f in hub.files if f.rpartition("/")[0] == folder]
             self.send(self.next_fault(method, "list") or 200, json.dumps(listing).encode())
         elif path.startswith(resolve) and (file := path.removeprefix(resolve)) in hub.files:
             hub.requests.append((method, file))
@@ -86,7 +89,11 @@ class Handler(BaseHTTPRequestHandler):
         return faults.pop(0) if faults else None
 
     def tree_entry(self, file):
-        size, sha = len(self.server.files[file]), hashlib.sha256(self.server.files[file]).hexdigest()
+        content = self.server.files[file]
+        size, sha = len(content), hashlib.sha256(content).hexdigest()
+        blob = {"git": hashlib.sha1(b"blob %d\0%s" % (size, content)).hexdigest(), "nothing": ""}
+        if where := self.server.kept_in.get(file):
+            return {"type": "file", "path": file, "size": size, "oid": blob[where]}
         return {"type": "file", "path": file, "size": size, "oid": "0" * 40,
                 "lfs": {"oid": sha, "size": size, "pointerSize": 100}}
 
@@ -102,6 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, body[:size // 2], headers)
         elif fault == "corrupt":
             self.send(200, body[:size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1:], headers)
+        elif fault == "endless":
+            self.send(200, body, headers | {"Content-Length": None})
+            with contextlib.suppress(OSError):
+                while not self.server.release.is_set():
+                    self.wfile.write(bytes(2**20))
         elif fault == "stall":
             self.send(200, body[:size // 2], headers | {"Content-Length": size})
             self.server.stalled.set()
@@ -114,7 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         if status == 429:
             self.send_header("Retry-After", "0")
         for name, value in ({"Content-Length": len(body)} | headers).items():
-            self.send_header(name, str(value))
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
@@ -149,9 +162,14 @@ HURRIED = ("import runpy, time; sleep = time.sleep; time.sleep = lambda seconds:
            "runpy.run_module('nanochat.dataset', run_name='__main__', alter_sys=True)")
 
 
-def start(url, *args, token=None):
+def environment(url):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": os.environ["NANOCHAT_BASE_DIR"] + "/hf", "HF_HUB_DISABLE_XET": "1"}
+    home = os.environ["NANOCHAT_BASE_DIR"] + "/hf"
+    return env | {"HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
+
+
+def start(url, *args, token=None):
+    env = environment(url)
     env |= {"HF_TOKEN": token} if token else {}
     return subprocess.Popen([sys.executable, "-c", HURRIED, *args], cwd=Path(dataset.__file__).parents[1],
                             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -276,7 +294,7 @@ def test_interrupted_download_leaves_only_whole_files(hub):
     assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
     assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0
     hidden = {f.name for f in (dataset.get_base_dir() / "data" / "climbmix").iterdir() if f.name.startswith(".")}
-    assert hidden == {".lock"}, "the part of a file is cleared away"
+    assert hidden == {".lock", ".index.json"}, "the part of a file is cleared away"
 
 
 def test_two_downloads_at_once_fetch_each_file_once(hub):
@@ -308,3 +326,131 @@ def test_a_full_disk_ends_the_download_at_once():
     with pytest.raises(OSError, match="No space left"):
         hub_files.persistently(full)
     assert len(attempts) == 1
+
+
+# ---- files that are there already --------------------------------------------------------------------------
+
+# Reads calls of `python -m nanochat.dataset`, one a line. Importing takes longer than they do.
+CONVERSATION = """
+import json, sys, time
+from nanochat import dataset, hub
+from nanochat.common import InputError
+sleep, time.sleep, hub.SPARE = time.sleep, lambda seconds: sleep(seconds / 20), 2**20
+for line in sys.stdin:
+    code = 0
+    try:
+        dataset.main(json.loads(line))
+    except InputError as e:
+        print(f"error: {e}")
+        code = 2
+    print("code", code, flush=True)
+"""
+
+
+@pytest.fixture
+def call(hub):
+    """call('-n', '2') -> (exit code, lines) of `python -m nanochat.dataset --data climbmix -n 2`."""
+    process = subprocess.Popen([sys.executable, "-c", CONVERSATION], cwd=Path(dataset.__file__).parents[1],
+                               env=environment(hub.url), text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+
+    def call(*args):
+        hub.requests.clear()
+        process.stdin.write(json.dumps(["--data", "climbmix", *args]) + "\n")
+        process.stdin.flush()
+        lines = []
+        while not (line := process.stdout.readline()).startswith("code "):
+            assert line, "it has ended"
+            lines.append(line.rstrip())
+        return int(line.split()[1]), lines
+    yield call
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+def changed(path, offset, data):
+    """Another content of the same size; the file before."""
+    before = path.read_bytes()
+    path.write_bytes(before[:offset] + data + before[offset + len(data):])
+    return before
+
+
+def test_every_call_compares_the_files_that_are_there(hub, call, base_dir):
+    folder = base_dir / "data/climbmix"
+    names = [f"shard_0000{i}.parquet" for i in range(4)]
+    assert call("-n", "4")[0] == 0 and len(hub.fetched()) == 5
+    assert call("-n", "4")[0] == 0 and hub.fetched() == []
+
+    # what power cuts leave; a changed byte; of more files than the call asks for
+    (folder / names[0]).write_bytes(b"")
+    changed(folder / names[1], 0, bytes(8))
+    changed(folder / names[3], 50, b"?")
+    said = f"{folder / names[0]} has 0 bytes instead of {len(hub.files[names[0]])}"
+    with pytest.raises(InputError, match=f"{said}; to fetch it again run: python -m nanochat.dataset"):
+        open_corpus("climbmix")
+    code, lines = call("-n", "1")
+    assert code == 0 and sorted(hub.fetched()) == [names[0], names[1], names[3]]
+    assert [line for line in lines if line.endswith(": has another sum: fetched again")] == \
+        [f"{folder / name}: has another sum: fetched again" for name in (names[1], names[3])]
+    assert folder_of("climbmix").items() <= hub.files.items() and len(open_corpus("climbmix").train) == 4
+
+    # a copy of the folder, or one of an earlier version: read once, and not fetched
+    (folder / ".index.json").unlink()
+    (folder / names[2]).write_bytes(b"")
+    with pytest.raises(InputError, match=r"is damaged \(0 bytes\)"):
+        open_corpus("climbmix")
+    assert call("-n", "4")[0] == 0 and hub.fetched() == [names[2]]
+
+    # damage that the file's times do not tell
+    changed(folder / names[2], 50, b"?")
+    index = json.loads((folder / ".index.json").read_text())
+    index["files"][names[2]]["stamp"] = stamp_of((folder / names[2]).stat())
+    (folder / ".index.json").write_text(json.dumps(index))
+    assert call("-n", "4")[0] == 0 and hub.fetched() == []
+    hub.faults["GET", names[2]] = ["corrupt"] * 3
+    code, lines = call("--verify")
+    assert code == 2 and "1 of 5 files missing" in lines[-1]
+    with pytest.raises(InputError, match=f"{names[2]} differs from the hub's; to fetch it again run"):
+        open_corpus("climbmix")
+    code, lines = call("--verify")
+    assert code == 0 and hub.fetched() == [names[2]]
+    assert lines[-2].startswith("climbmix: 4 training files")
+    assert "token caches of these files: 0 read" in lines[-1]
+
+    wrong = '{"files": {"shard_00001.parquet": {"size": "1"}}}'
+    for content in ("", "[]", '{"files": []}', wrong, '{"format": 9}'):
+        (folder / ".index.json").write_text(content)
+        assert len(open_corpus("climbmix").train) == 4
+        assert call("-n", "2")[0] == 0 and hub.fetched() == []
+
+    # the hub has another file now, and does not get it here: the old one is used until then
+    hub.files[names[0]] = parquet_bytes("new")
+    hub.faults["HEAD", names[0]] = [404]
+    assert call("-n", "2")[0] == 2 and len(open_corpus("climbmix").train) == 4
+    assert call("-n", "2")[0] == 0 and folder_of("climbmix")[names[0]] == hub.files[names[0]]
+
+    # without the hub
+    hub.shutdown()
+    hub.server_close()
+    code, lines = call("-n", "4")
+    assert code == 0 and "refused" in lines[0] and "compared with the sums of their download" in lines[0]
+    changed(folder / names[1], 50, b"?")
+    code, lines = call("-n", "4")
+    assert code == 2 and len(lines) == 1 and f"{names[1]} has another sum; 1 of 5 files" in lines[0]
+
+
+def test_files_that_are_not_in_lfs_or_have_no_sum_or_no_end(hub, call):
+    hub.kept_in = {"shard_00000.parquet": "git", "shard_00001.parquet": "nothing"}
+    hub.faults["GET", "shard_00000.parquet"] = ["corrupt"]
+    hub.faults["GET", "shard_00002.parquet"] = ["endless"] * 3
+    code, lines = call("-n", "3", "-w", "1")
+    assert code == 2 and hub.fetched().count("shard_00000.parquet") == 2
+    assert folder_of("climbmix") == {name: hub.files[name] for name in
+                                     ("shard_00000.parquet", "shard_00001.parquet", VAL)}
+    assert "1 file(s) (shard_00001.parquet, …) are compared by size alone: the hub tells no" in "".join(lines)
+    assert "1 of 4 files missing" in lines[-1]
+    file = {"type": "file", "oid": 7}
+    hub.strange = [{"type": "directory", "path": "shard_00002.parquet", "oid": "0"},
+                   *(file | {"path": path, "size": 9} for path in (5, None, "shard_00002/../evil.parquet")),
+                   *(file | {"path": "shard_00002.parquet", "size": n} for n in ("9", None, -1, 10**30))]
+    assert call("-n", "3")[0] == 0 and hub.fetched() == ["shard_00002.parquet"]
