@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tiktoken
 
 from nanochat import signals
 from nanochat.common import InputError, first_line, get_base_dir
-from nanochat.files import write_atomic
+from nanochat.files import Schema, read_json, write_atomic
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (BOS,)  # they take the last ids of the vocabulary
@@ -32,6 +33,10 @@ PIECE_CHARS = 2**17
 LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 NO_LETTERS = r"\x00-@\[-`{-\x7f\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 BREAK = re.compile(rf"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[{LETTERS}])(?=[{NO_LETTERS}])")
+
+STORED = Schema("tokenizer", {"pattern": str, "tokens": list, "trained_on": dict, "hash": str},
+                {"vocab_size": int, "special_tokens": list})
+LARGEST_FILE = 2**30  # bytes of a tokenizer.json: several times what 2**24 tokens take
 
 
 def tokenizer_path(tag: str = "") -> Path:
@@ -72,6 +77,16 @@ def reported(problem: str):
         raise EncodingError(f"{problem} ({type(e).__name__}: {first_line(e)})") from None
 
 
+def content_of(pattern: str, tokens: list[bytes]) -> dict:
+    """What of a tokenizer.json makes the tokens of a text."""
+    encoded = [base64.b64encode(token).decode() for token in tokens]
+    return {"pattern": pattern, "special_tokens": list(SPECIAL_TOKENS), "tokens": encoded}
+
+
+def hash_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 class Tokenizer:
     """A trained vocabulary.
 
@@ -86,11 +101,7 @@ class Tokenizer:
                                           mergeable_ranks={token: i for i, token in enumerate(tokens)})
         self.vocab_size = len(tokens) + len(self.special)
         self.bos_id = self.special[BOS]
-        self.hash = hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16]
-
-    def _content(self) -> dict:
-        return {"pattern": self.pattern, "special_tokens": list(SPECIAL_TOKENS),
-                "tokens": [base64.b64encode(t).decode() for t in self.tokens]}
+        self.hash = hash_of(content_of(pattern, tokens))
 
     def encode_batch(self, texts: list[str], threads: int = 8) -> list[list[int]]:
         """Token ids of each text, without BOS. Text that looks like a special token is ordinary text."""
@@ -111,7 +122,8 @@ class Tokenizer:
         return np.array([len(t) for t in self.tokens] + [0] * len(self.special), dtype=np.int64)
 
     def save(self, path: Path):
-        content = {"format": 1, "hash": self.hash, "vocab_size": self.vocab_size, "trained_on": self.trained_on, **self._content()}
+        content = {"format": 1, "hash": self.hash, "vocab_size": self.vocab_size,
+                   "trained_on": self.trained_on, **content_of(self.pattern, self.tokens)}
         write_atomic(path, json.dumps(content, indent=0) + "\n")
 
 
@@ -135,16 +147,38 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"{path}: no tokenizer here yet; train one with: "
                          f"python -m scripts.tok_train --data NAME{named}")
+    remedy = f"train it again with: python -m scripts.tok_train{named}"
+    if path.stat().st_size > LARGEST_FILE:
+        raise InputError(f"{path}: damaged (more than {LARGEST_FILE:,} bytes); {remedy}")
+    stored = read_json(path, replace(STORED, remedy=remedy))
     try:
-        stored = json.loads(path.read_text("utf-8"))
-        tokenizer = Tokenizer(stored["pattern"], [base64.b64decode(t) for t in stored["tokens"]], stored["trained_on"])
-        intact = tokenizer.hash == stored["hash"]
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise InputError(f"{path}: damaged (its content does not match its hash); train it again with: "
-                         f"python -m scripts.tok_train{named}")
-    return tokenizer
+        return tokenizer_of(stored)
+    except ValueError as e:
+        raise InputError(f"{path}: damaged ({e}); {remedy}") from None
+    except EncodingError as e:
+        raise InputError(f"{path}: {e}; {remedy}") from None
+
+
+def tokenizer_of(stored: dict) -> Tokenizer:
+    """From the content of a tokenizer.json. ValueError: what is wrong with it, before a library meets it."""
+    try:
+        tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
+    except (ValueError, TypeError):
+        raise ValueError("a token that is no base64") from None
+    content = content_of(stored["pattern"], tokens)
+    if hash_of(content) != stored["hash"]:
+        raise ValueError("its content does not match its hash")
+    vocab_size = len(tokens) + len(SPECIAL_TOKENS)
+    if stored.get("vocab_size", vocab_size) != vocab_size:
+        raise ValueError(f"vocab_size is {stored['vocab_size']}, and there are {vocab_size} tokens")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("two tokens are the same")
+    if missing := {bytes([i]) for i in range(256)} - set(tokens):
+        raise ValueError(f"no token for {len(missing)} of the 256 bytes")
+    if b"" in tokens:
+        raise ValueError("a token without bytes")
+    with reported("its pattern or tokens cannot be used"):
+        return Tokenizer(stored["pattern"], tokens, stored["trained_on"])
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> Tokenizer:

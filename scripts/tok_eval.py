@@ -8,7 +8,7 @@ from pathlib import Path
 from nanochat.common import ArgumentParser, InputError, run_script, whole_number
 from nanochat.dataset import open_corpus
 from nanochat.naming import optional_tag
-from nanochat.tokenizer import load_tokenizer, pieces, tokenizer_path
+from nanochat.tokenizer import load_tokenizer, pieces, reported, tokenizer_path
 from scripts.tok_train import capped
 
 
@@ -47,7 +47,8 @@ def main(argv=None):
         beside = "not on disk"
         if gpt2:
             parts = [part for text in texts for part in pieces(text)]
-            beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(parts))):.3f}"
+            with reported("GPT-2's encoding cannot encode the text"):
+                beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(parts))):.3f}"
         print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{beside:>16}")
 
 
