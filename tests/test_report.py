@@ -292,7 +292,7 @@ def test_figures_for_one_two_and_many_runs(base, count):
 
 def test_broken_and_empty_runs_still_give_a_report(base, capsys):
     write_run(base, "_empty$", summary=dict.fromkeys(SUMMARY), history=[])
-    (base / "runs" / "_empty$" / "config.json").write_text("{}")
+    (base / "runs" / "_empty$" / "config.json").write_text('{"flags": {}}')
     (base / "runs" / "_empty$" / "summary.json").unlink()
     nan = [{"step": s, "total_tokens": s, "train/loss": float("nan"), "val/loss": math.inf} for s in (0, 1)]
     write_run(base, "diverged", summary={"val/ppl": math.inf, "val/loss": math.nan}, history=nan)
