@@ -1,4 +1,5 @@
 """The report's pictures: Run objects in, PNG bytes out. Matplotlib without pyplot: no global state, no window, Agg only."""
+import dataclasses
 import io
 import math
 from itertools import product
@@ -7,6 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from nanochat.history import series, thinned
 
 # Each ladder: (size of the unit, its name), ascending.
 COUNT = [(1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")]
@@ -108,7 +111,7 @@ def say_empty(panel, text):
 
 def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
     """The run's (x, y) wherever both were logged and are finite."""
-    points = [(h[x_key], h[y_key]) for h in run.history if is_finite(h.get(x_key)) and is_finite(h.get(y_key))]
+    points = [(x, y) for x, y in series(run.history, x_key, y_key) if is_finite(x) and is_finite(y)]
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -132,6 +135,7 @@ def draw_loss(runs: list, measure: str) -> Figure:
     """Validation (and, for a few runs, faint training) loss against tokens, training time and FLOPs, one shared y-axis."""
     y_key = "val/" + measure
     keys = [y_key] + (["train/loss"] if measure == "loss" and len(runs) <= TRAIN_LOSS_UP_TO else [])
+    runs = [dataclasses.replace(run, history=thinned(run.history, keys)) for run in runs]
     names = [label(run) for run in runs]
     columns = max(1, min(len(runs), 140 // (max(map(len, names)) + 8)))
     fig = new_figure(11, 4.0 + 0.2 * math.ceil(len(runs) / columns))

@@ -3,6 +3,7 @@ import math
 from statistics import fmean
 
 from nanochat.figures import COLOURS, COUNT, LINES, MARKERS, human, is_finite, new_figure, plain, tidy, unit_of
+from nanochat.history import series
 from nanochat.methods import d90, line_name, loss_at_start, method, rank_grid, rank_shares, spearman, spearman_interval
 from nanochat.panels import BLACK, GREY, draw_band, draw_line, finish, key_below, label_points, log_axis
 from nanochat.study import Configuration, finished, seed, value
@@ -272,7 +273,9 @@ def curves_part(configs: list[Configuration]):
 
 def mean_steps(config: Configuration) -> list[tuple[int, float]]:
     """[(step, loss)]: means over the finished runs, of the evaluations that all of them have."""
-    runs = [{h["step"]: h["val/loss"] for h in run.history if is_finite(h.get("val/loss"))} for run in config.runs if finished(run)]
+    runs = []
+    for run in filter(finished, config.runs):
+        runs.append({step: loss for step, loss in series(run.history, "step", "val/loss") if is_finite(loss)})
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     return [(step, fmean(run[step] for run in runs)) for step in common]
 

@@ -53,7 +53,7 @@ def base_name(flags: dict) -> str:
 def loss_at_start(run) -> float | None:
     """Nats per token before the first step: as evaluated, or else that of equal probabilities, near which an untrained model lies."""
     first = run.history[0] if run.history else {}
-    if first.get("step") == 0 and "val/loss" in first:
+    if first.get("step") == 0 and first.get("val/loss") is not None:
         return first["val/loss"]
     uniform = run.config.get("reference_losses", {}).get("uniform")
     vocabulary = run.config.get("derived", {}).get("model", {}).get("vocab_size")

@@ -17,11 +17,9 @@ from pathlib import Path
 
 from nanochat.common import InputError, get_base_dir
 from nanochat.files import remove_temporary, write_json
+from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_config, read_summary
-
-# the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
-CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"), ("total_training_flops", "flops"))
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
 FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
@@ -43,7 +41,7 @@ class Run:
     name: str
     config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
     summary: dict        # flat metric names -> last values, "status": see run_files.read_summary
-    history: list[dict]  # one dict a step, in order; keys as in design section 6
+    history: History | list[dict]  # one dict a step, in order; keys as in design section 6
     core: dict = field(default_factory=dict)  # base_eval's CORE of the newest step: core_metric, core_metric_interval, tasks, …
 
 
@@ -71,19 +69,6 @@ def dtype_so_far(folder: Path, device_type: str) -> str:
     """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
     device = read_config(folder).get("device", {}) if (folder / "config.json").exists() else {}
     return device.get("dtype", "") if device.get("type") == device_type else ""
-
-
-def read_history(folder: Path) -> list[dict]:
-    """metrics.jsonl merged by step. A resumed run repeats the steps after its checkpoint: the last word counts."""
-    by_step = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-            by_step.setdefault(entry["step"], {}).update(entry)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
@@ -153,9 +138,11 @@ def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
     """{time_to_ppl/P/{seconds,step,tokens,flops}: value at the first evaluation with val/ppl <= P}.
 
     `…_interpolated` beside each is where log perplexity, taken as linear between the two evaluations around P, crosses
-    it; absent when the very first evaluation is already below P. Thresholds not reached have no entry.
+    it; absent when the very first evaluation is already below P. Thresholds not reached have no entry. A row
+    that lacks a clock, or whose perplexity is none, counts as no evaluation: a damaged file may hold it.
     """
     out = {}
+    evals = [e for e in evals if all(key in e for key, _ in CLOCKS) and not (e["val/ppl"] or 0) <= 0]
     for threshold in thresholds:
         i = next((i for i, e in enumerate(evals) if e["val/ppl"] <= threshold), None)
         if i is None:

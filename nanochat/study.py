@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 from statistics import median
 
+from nanochat.history import series
 from nanochat.methods import base_name, method, with_size
 from nanochat.metrics import Run
 from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
@@ -59,7 +60,7 @@ def value(run: Run, key: str) -> float | None:
 
 def step_seconds(run: Run) -> float | None:
     """Median of train/dt, seconds a step, after the first 10 steps (of a shorter run: all but the first)."""
-    times = [entry["train/dt"] for entry in run.history if isinstance(entry.get("train/dt"), (int, float))]
+    times = [seconds for (seconds,) in series(run.history, "train/dt") if seconds is not None]
     times = times[10:] or times[1:]
     return median(times) if times else None
 

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from nanochat.figures import (COLOURS, COUNT, LINES, MARKERS, TIME, draw_memory, draw_parameters, human, is_finite, loss_limits,
                               new_figure, plain, png, say_empty, three_digits, tidy, unit_of)
+from nanochat.history import series
 from nanochat.panels import (BLACK, FEW, GREY, across, cut_above, draw_band, draw_line, draw_point, draw_stairs, fences, finish, key_below,
                              label_points, legend_below, log_axis, log_if_wide, looks, mark_at_top, short_labels)
 from nanochat.study import Configuration, finished, rank_name, seed, value
@@ -338,8 +339,10 @@ def draw_loss_time(configs: list[Configuration], measure: str):
 
 def mean_curve(config: Configuration, key: str) -> list[tuple[float, float]]:
     """[(seconds, loss)]: means over the finished runs, of the evaluations that all of them have."""
-    runs = [{h["step"]: (h["total_training_time"], h[key]) for h in run.history if is_finite(h.get(key)) and is_finite(h.get("total_training_time"))}
-            for run in config.runs if finished(run)]
+    runs = []
+    for run in filter(finished, config.runs):
+        evaluations = series(run.history, "step", "total_training_time", key)
+        runs.append({step: (time, loss) for step, time, loss in evaluations if is_finite(time) and is_finite(loss)})
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     return [(fmean(run[step][0] for run in runs), fmean(run[step][1] for run in runs)) for step in common]
 

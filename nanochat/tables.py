@@ -4,6 +4,7 @@ import io
 import re
 
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human, is_finite, three_digits
+from nanochat.history import series
 from nanochat.like_for_like import END, MACHINE, TEXT, TOKENIZER, flags, look, names, number, progress
 from nanochat.metrics import Run
 from nanochat.page import align_ratios
@@ -69,7 +70,7 @@ def threshold_cell(runs: list[Run], run: Run, threshold: float, name: str, ladde
     key = f"time_to_ppl/{threshold:g}/{name}"
     if number(run, key) is not None:
         return shown(number(run, key), ladder) + ratio(runs, run, key, needs, broken)
-    evaluated = [h["val/ppl"] for h in run.history if is_finite(h.get("val/ppl"))]
+    evaluated = [perplexity for (perplexity,) in series(run.history, "val/ppl") if is_finite(perplexity)]
     # otherwise it was reached, but the run was not asked to note when; or no estimate is possible
     return "not reached" if evaluated and min(evaluated) > threshold else "–"
 
@@ -205,7 +206,7 @@ def describe_ranks(ranks) -> str:
 
 def samples(runs: list[Run]) -> list[tuple]:
     """The last texts each run wrote, side by side."""
-    last = [next((h for h in reversed(run.history) if isinstance(h.get("sample"), list)), {}) for run in runs]
+    last = [last_sample(run) for run in runs]
     rows = max((len(h.get("sample", ())) for h in last), default=0)
     if not rows:
         return []
@@ -213,6 +214,14 @@ def samples(runs: list[Run]) -> list[tuple]:
              for i in range(rows)]
     steps = names([f"{run.name} at step {h.get('step')}" for run, h in zip(runs, last) if h])
     return [("heading", "Samples"), ("paragraph", f"Written by {steps}."), *grid(runs, [("Continuations", lines)], "samples")]
+
+
+def last_sample(run: Run) -> dict:
+    """The step and the texts of the newest sample; {} if there is none."""
+    newest = {}
+    for step, texts in series(run.history, "step", "sample"):
+        newest = {"step": step, "sample": texts}
+    return newest
 
 
 def clean(sample) -> str:

@@ -22,6 +22,8 @@ def test_time_to_a_threshold_by_hand():
     assert out["time_to_ppl/50/tokens"] == 3000 and out["time_to_ppl/50/flops_interpolated"] == pytest.approx(25e6)
     assert out["time_to_ppl/30/tokens_interpolated"] == pytest.approx(2000 + 1000 * math.log(100 / 30) / math.log(4))
     assert not any("/10/" in key for key in out)
+    odd = [{"step": 5, "val/ppl": 20.0}, evaluation(6, None), evaluation(7, -1.0)]  # of a damaged file
+    assert time_to_ppl([*odd, *evals], [50.0]) == time_to_ppl(evals, [50.0])
 
 
 def test_history_after_a_kill_and_a_resume_is_that_of_one_run(tmp_path):

@@ -1,0 +1,274 @@
+"""metrics.jsonl, read and checked: one row a step, however long the run was.
+
+A million rows as dicts take more than two gigabytes. Here rows with the same keys share a table that has an
+array for each key, which takes a tenth of that. A file is read when its first row is asked for.
+"""
+import itertools
+import math
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+
+from nanochat.common import shortened
+from nanochat.files import is_kind, parse_json
+
+# the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
+CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"),
+          ("total_training_flops", "flops"))
+
+CLOCK_KEYS = [key for key, _ in CLOCKS]
+
+MAX_LINE = 2**24         # bytes; more is no row
+MAX_STEP = 2**63 - 1
+MAX_INTEGER = 10**300    # so that it can become a float
+SHOWN = 20_000           # rows up to which a figure draws all: more than it has dots from left to right
+PENDING = 512            # rows that wait to become parts of columns
+# keys, and beginnings of keys, whose value is a number; null where it is not known
+NUMBERS = ("train/", "val/", "mem/", "params/", "flops/", "core_metric", "centered_results/")
+
+
+# ---- one row -----------------------------------------------------------------------------------------------
+
+def row_fault(row) -> str:
+    """Why this is no row of metrics; '' if it is one. NaN and infinities are numbers: a run may diverge."""
+    if not isinstance(row, dict):
+        return "no JSON object"
+    if type(row.get("step")) is not int or not 0 <= row["step"] <= MAX_STEP:
+        return f"step: {shortened(repr(row.get('step')))}"
+    for key, value in row.items():
+        kind = type(value)
+        if kind is float or (kind is int and -MAX_INTEGER < value < MAX_INTEGER):
+            continue
+        if not is_expected(key, value):
+            return f"{shortened(key)}: {shortened(repr(value))}"
+    return ""
+
+
+def is_expected(key: str, value) -> bool:
+    """Whether a value that is no number may have this key. A key that this version does not know has any value."""
+    if key == "sample":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if key == "adalora/ranks":
+        return isinstance(value, dict) and all(is_kind(rank, int) for rank in value.values())
+    if key.startswith(NUMBERS):
+        return value is None
+    return type(value) is not int and key not in CLOCK_KEYS
+
+
+def parsed(line: bytes) -> tuple[dict, str]:
+    """(the row of a line, ""); ({}, why it is none)."""
+    row = parse_json(line.decode("utf-8", "replace"))
+    fault = row_fault(row)
+    return ({}, fault) if fault else (row, "")
+
+
+# ---- many rows ---------------------------------------------------------------------------------------------
+
+class Table:
+    """Rows with the same keys, column by column."""
+
+    def __init__(self, keys: tuple[str, ...]):
+        self.keys = keys
+        self.columns = [array("d") for _ in keys]  # an array of floats or of integers, else a list
+        self.pending = []  # values of the newest rows
+        self.size = 0
+
+    def append(self, row: dict):
+        self.pending.append(tuple(row.values()))
+        self.size += 1
+        if len(self.pending) == PENDING:
+            self.flush()
+
+    def flush(self):
+        for i, values in enumerate(zip(*self.pending)):
+            self.columns[i] = joined(self.columns[i], values)
+        self.pending = []
+
+    def row(self, place: int) -> dict:
+        return {key: column[place] for key, column in zip(self.keys, self.columns)}
+
+
+def joined(column: array | list, values: tuple) -> array | list:
+    """The column with these values behind it, which keep their types."""
+    values = packed(values)
+    if not column:
+        return values
+    if type(column) is not type(values) or (isinstance(column, array) and column.typecode != values.typecode):
+        return [*column, *values]
+    column.extend(values)
+    return column
+
+
+def packed(values: tuple) -> array | list:
+    types = set(map(type, values))
+    if types == {float}:
+        return array("d", values)
+    if types == {int} and -2**63 <= min(values) and max(values) < 2**63:
+        return array("q", values)
+    return list(values)
+
+
+class Rows:
+    """Rows in the order of their steps. A resumed run repeats the steps after its checkpoint: the last word counts."""
+
+    def __init__(self, rows: Iterable[dict]):
+        self.tables = {}     # {keys: Table}
+        self.by_number = []  # the same tables
+        self.table_of = array("L")  # of each row, by the order of reading
+        self.place_of = array("Q")  # of each row in its table
+        steps = array("q")
+        for row in rows:
+            steps.append(row["step"])
+            self.add(row)
+        self.flush()
+        self.order = range(len(steps))
+        if any(a >= b for a, b in itertools.pairwise(steps)):
+            self.order = self.merged(steps)
+            self.flush()
+
+    def add(self, row: dict):
+        keys = tuple(row)
+        if keys not in self.tables:
+            self.tables[keys] = Table(keys), len(self.by_number)
+            self.by_number.append(self.tables[keys][0])
+        table, number = self.tables[keys]
+        self.table_of.append(number)
+        self.place_of.append(table.size)
+        table.append(row)
+
+    def flush(self):
+        for table in self.by_number:
+            table.flush()
+
+    def merged(self, steps: array) -> array:
+        """The order of rows by step, where those of one step have become one new row."""
+        order = array("Q")
+        by_step = sorted(range(len(steps)), key=steps.__getitem__)  # keeps the order of rows of one step
+        for _, numbers in itertools.groupby(by_step, key=steps.__getitem__):
+            first, *others = numbers
+            if others:
+                row = self.row(first)
+                for number in others:
+                    row.update(self.row(number))
+                first = len(self.table_of)
+                self.add(row)
+            order.append(first)
+        return order
+
+    def row(self, number: int) -> dict:
+        return self.by_number[self.table_of[number]].row(self.place_of[number])
+
+    def series(self, keys: tuple[str, ...]) -> Iterator[tuple]:
+        """The values of these keys in each row that has them all, in order."""
+        columns_of = [columns_with(table, keys) for table in self.by_number]
+        table_of, place_of = self.table_of, self.place_of
+        for number in self.order:
+            columns = columns_of[table_of[number]]
+            if columns:
+                place = place_of[number]
+                yield tuple([column[place] for column in columns])
+
+
+def columns_with(table: Table, keys: tuple[str, ...]) -> list:
+    """The table's columns of these keys; none if one is missing."""
+    if not set(keys) <= set(table.keys):
+        return []
+    return [table.columns[table.keys.index(key)] for key in keys]
+
+
+class History(Sequence):
+    """The rows of a run, as a list of dicts that is read from its file when it is first used."""
+
+    def __init__(self, rows: Iterable[dict]):
+        """rows: in any order, checked, perhaps several of one step; looked at only when they are needed."""
+        self.source = rows
+
+    @cached_property
+    def rows(self) -> Rows:
+        rows = Rows(self.source)
+        self.source = ()
+        return rows
+
+    def __len__(self):
+        return len(self.rows.order)
+
+    def __getitem__(self, i):
+        numbers = self.rows.order[i]
+        return [self.rows.row(n) for n in numbers] if isinstance(i, slice) else self.rows.row(numbers)
+
+    def __eq__(self, other):
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    __hash__ = None
+
+    def __repr__(self):
+        return f"History({list(self)!r})"
+
+
+def series(history: Sequence[dict], *keys: str) -> Iterator[tuple]:
+    """The values of these keys in each row that has them all, in order."""
+    if isinstance(history, History):
+        return history.rows.series(keys)
+    return (tuple([row[key] for key in keys]) for row in history if set(keys) <= row.keys())
+
+
+def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
+    """The rows that a figure of these keys needs: all, unless it could not show so many.
+
+    Then, of each stretch of rows with a key, those where it is first, last, lowest and highest.
+    """
+    if len(history) <= SHOWN:
+        return history
+    steps = set()
+    for key in keys:
+        points = [(step, y) for step, y in series(history, "step", key) if y is not None and math.isfinite(y)]
+        length = max(1, 4 * len(points) // SHOWN)
+        for start in range(0, len(points), length):
+            stretch = points[start:start + length]
+            chosen = (stretch[0], stretch[-1], min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1)))
+            steps |= {step for step, _ in chosen}
+    all_steps = array("q", (step for (step,) in series(history, "step")))
+    return [history[bisect_left(all_steps, step)] for step in sorted(steps)]
+
+
+# ---- the file ----------------------------------------------------------------------------------------------
+
+def read_history(folder: Path) -> History:
+    """metrics.jsonl of a run folder, merged by step; no rows where there is no such file."""
+    return History(file_rows(folder / "metrics.jsonl"))
+
+
+def file_rows(path: Path) -> Iterator[dict]:
+    """The rows of a file. What is no row is left out, and said once; of half a last line, which a killed process
+    leaves, nothing is said.
+    """
+    damaged = []  # (number of the line, why)
+    if not path.exists():
+        return
+    with open(path, "rb") as f:
+        for number, line in enumerate(long_lines(f), 1):
+            row, fault = parsed(line)
+            if row:
+                yield row
+            elif line.strip() and line.endswith(b"\n"):
+                damaged.append((number, fault))
+    if damaged:
+        number, fault = damaged[0]
+        print(f"note: {path}: {len(damaged):,} {'line' if len(damaged) == 1 else 'lines'} left out, no rows of "
+              f"metrics; the first is line {number:,} ({fault})", file=sys.stderr, flush=True)
+
+
+def long_lines(f) -> Iterator[bytes]:
+    """The lines of a binary file. Of one longer than MAX_LINE, which is no row, only the line break."""
+    while line := f.readline(MAX_LINE):
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while len(line) == MAX_LINE and not line.endswith(b"\n"):
+                line = f.readline(MAX_LINE)
+            line = b"{\n"
+        yield line
