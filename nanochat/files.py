@@ -177,9 +177,16 @@ def is_kind(value, kind: type | tuple) -> bool:
 def parse_json(text: str):
     """What a text says in JSON; None where it is none: json.loads fails in several ways, by the text."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=parse_integer)
     except (ValueError, RecursionError):
         return None
+
+
+def parse_integer(text: str) -> int:
+    """ValueError if it is too large to be used as a float."""
+    if len(text) > 300:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
 
 
 def read_json(path: Path, schema: Schema) -> dict:

@@ -42,7 +42,7 @@ class Run:
     config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
     summary: dict        # flat metric names -> last values, "status": see run_files.read_summary
     history: History | list[dict]  # one dict a step, in order; keys as in design section 6
-    core: dict = field(default_factory=dict)  # base_eval's CORE of the newest step: core_metric, core_metric_interval, tasks, …
+    core: dict = field(default_factory=dict)  # in the report: see eval_results.newest_core
 
 
 def load_run(folder: Path) -> Run:
@@ -50,9 +50,7 @@ def load_run(folder: Path) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a run folder (no config.json)")
-    core = sorted(folder.glob("core_*.json"))
-    return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder),
-               read_json(core[-1]) if core else {})
+    return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder))
 
 
 def read_json(path: Path) -> dict:

@@ -20,6 +20,7 @@ from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import Corpus
+from nanochat.eval_results import earlier_results, read_core, read_eval, under
 from nanochat.files import write_atomic
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.naming import run_folder, tag
@@ -35,12 +36,6 @@ def parts(text: str) -> list[str]:
     if not asked or set(asked) - set(PARTS):
         raise ArgumentTypeError(f"{quoted(text)}: give one or more of {','.join(PARTS)}")
     return asked
-
-
-def known(path, settings: dict) -> dict:
-    """What an earlier evaluation under the same settings found."""
-    found = metrics.read_json(path) if path.is_file() else {}
-    return found if found.get("settings") == settings else {"settings": settings}
 
 
 def store(path, results: dict) -> list[str]:
@@ -84,7 +79,8 @@ def main(argv=None):
             bundle = open_bundle(args.core_dir)
             confirm(place, {"CORE bundle": bundle.fingerprint}, "give all processes the same --core-dir")
             settings = {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype}
-            core_results = from_first(place, known, core_out, of_model | settings)
+            earlier = from_first(place, earlier_results, core_out, read_core)
+            core_results = under(of_model | settings, earlier)
         except Unavailable as e:  # the rest is evaluated all the same
             no_bundle = e
     missing = parts_missing(args, results)
@@ -133,13 +129,14 @@ def parts_missing(args, results: dict) -> list[str]:
 def results_so_far(args, run: metrics.Run, of_model: dict, out) -> tuple[dict, Corpus | None]:
     """(results of an earlier evaluation on this text, the text or None if no part of it is missing)."""
     settings = {**of_model, "text": recorded_text(run), "eval_tokens": args.eval_tokens, "dtype": args.dtype}
-    results = known(out, settings)
+    earlier = earlier_results(out, read_eval)
+    results = under(settings, earlier)
     if not parts_missing(args, {} if args.data else results):
         return results, None
     corpus = open_run_text(run, args.data)
     if other := note_on_text(run, corpus):
         print0(f"{other}: its perplexity does not compare with the run's own")
-        results = known(out, {**settings, "text": fingerprints(corpus)})
+        results = under({**settings, "text": fingerprints(corpus)}, earlier)
     return results | {"data": corpus.place, "text_of_the_run": not other}, corpus
 
 

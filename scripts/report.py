@@ -13,6 +13,7 @@ from pathlib import Path
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, quoted, run_script
 from nanochat.equal_cost import equal_cost_table
+from nanochat.eval_results import newest_core
 from nanochat.figures import draw_all
 from nanochat.files import check_out, write_atomic
 from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
@@ -178,7 +179,7 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise InputError(f"{given[i]}: this run is given twice")
-    runs = [load_run(folder) for folder in folders]
+    runs = [dataclasses.replace(load_run(folder), core=newest_core(folder)) for folder in folders]
     tags = [run.name for run in runs]
     runs = [run if tags.count(run.name) == 1 else dataclasses.replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
     if wandb_spec:
