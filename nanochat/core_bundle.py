@@ -1,29 +1,41 @@
 """The evaluation bundle of the CORE metric: a folder of tasks, read and checked, or downloaded once.
 
-    core.yaml            icl_tasks: a list of label, dataset_uri, num_fewshot, icl_task_type and perhaps continuation_delimiter
+    core.yaml            icl_tasks: a list of label, dataset_uri, num_fewshot, icl_task_type and perhaps
+                         continuation_delimiter
     eval_meta_data.csv   columns "Eval Task" and "Random baseline", in percent
     eval_data/*.jsonl    one example a line, at the dataset_uri of its task
+    sha256, fingerprint  of a downloaded one: of its archive, and of the files that were read of it
 """
 import csv
 import hashlib
 import io
-import json
 import os
+import re
 import shutil
 import tempfile
-import zipfile
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch.distributed as dist
 
+from nanochat.archives import fetch, unpack
 from nanochat.common import InputError, get_base_dir, locked, print0, process_layout, quoted, shortened
+from nanochat.files import is_kind, parse_json, sync_folder, write_atomic
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # the fields of an example, by the kind of its task
 FIELDS = {"multiple_choice": ("query", "choices", "gold"),
           "schema": ("context_options", "continuation", "gold"),
           "language_modeling": ("context", "continuation")}
+REQUIRED = ("label", "dataset_uri", "num_fewshot", "icl_task_type")  # of a task in core.yaml
+MAX_INDEX = 2**18     # bytes of core.yaml, whose reader is slow; CORE's has 4,000
+MAX_NESTING = 10      # lists and tables in one another
+MAX_TABLE = 2**22     # bytes of eval_meta_data.csv
+MAX_BYTES = 2**30     # of all files; a file counts for each task that it belongs to
+MAX_SHOTS = 1000
+INCOMING = ".incoming."  # begins the name of a folder that a bundle is downloaded into
+MAX_OPTIONS = 1000    # answers, or contexts, of an example: they are scored together
 
 
 class Unavailable(InputError):
@@ -49,14 +61,15 @@ class Bundle:
 
 
 def open_bundle(folder: str = "") -> Bundle:
-    """The bundle in `folder` (--core-dir); '' = the downloaded one, fetched if it is not there yet. Under torchrun, after init_process.
+    """The bundle in `folder` (--core-dir); '' = the downloaded one, fetched if it is not there yet.
 
-    InputError: a folder that is none, or a bundle with anything missing or unreadable, named by file and line.
-    Unavailable: none here, and none to be had.
+    Under torchrun, after init_process. InputError: a folder that is none, or a bundle with anything missing
+    or unreadable, named by file and line. Unavailable: none here, and none to be had.
     """
     if folder:
         if not Path(folder).is_dir():
-            raise InputError(f"--core-dir {folder}: no such folder; give the one that holds core.yaml, eval_meta_data.csv and eval_data/")
+            raise InputError(f"--core-dir {folder}: no such folder; give the one that holds core.yaml, "
+                             "eval_meta_data.csv and eval_data/")
         return read_bundle(Path(folder))
     place, failures = get_base_dir() / "core", [None]
     if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
@@ -72,41 +85,93 @@ def open_bundle(folder: str = "") -> Bundle:
         dist.all_gather_object(failures, failures[0])
     if any(failures):
         raise Unavailable(next(filter(None, failures)))
-    return read_bundle(place / "eval_bundle")
+    return read_downloaded(place / "eval_bundle")
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------------------------------
 
-def read_bundle(folder: Path) -> Bundle:
-    import yaml  # only CORE needs it
+class Files:
+    """The files of a bundle, read within limits."""
 
-    digest = hashlib.sha256()
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.digest = hashlib.sha256()  # of the content of all that were read
+        self.left = MAX_BYTES
 
-    def read(name: str) -> str:
-        path = folder / name
+    def read(self, name: str, limit: int = MAX_BYTES) -> str:
+        """The text of one. InputError if it is missing, too large or no UTF-8."""
+        path = self.folder / name
         if not path.is_file():
-            raise InputError(f"{path}: missing from the evaluation bundle; unpack it again, or give a whole one with --core-dir")
-        data = path.read_bytes()
-        digest.update(data)
+            raise InputError(f"{path}: missing from the evaluation bundle; unpack it again, "
+                             "or give a whole one with --core-dir")
+        limit = min(limit, self.left)
+        with open(path, "rb") as f:
+            data = f.read(min(limit, path.stat().st_size) + 1)
+        if len(data) > limit:
+            raise InputError(f"{path}: too large: core.yaml may have {MAX_INDEX:,} bytes, eval_meta_data.csv "
+                             f"{MAX_TABLE:,}, and all that the tasks read {MAX_BYTES:,}")
+        self.left -= len(data)
+        self.digest.update(data)
         try:
             return data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as e:
             raise InputError(f"{path}: invalid UTF-8 at byte {e.start}") from None
 
+
+def read_bundle(folder: Path) -> Bundle:
+    files = Files(folder)
+    entries = read_index(folder / "core.yaml", files.read("core.yaml", MAX_INDEX))
+    baselines = read_baselines(folder / "eval_meta_data.csv", files.read("eval_meta_data.csv", MAX_TABLE))
+    tasks = [read_task(files, entry, baselines) for entry in entries]
+    if twice := sorted(label for label, n in Counter(task.label for task in tasks).items() if n > 1):
+        raise InputError(f"{folder / 'core.yaml'}: {', '.join(twice)} listed more than once")
+    return Bundle(folder, tasks, files.digest.hexdigest()[:16], sum_beside(folder, "sha256", 64))
+
+
+def read_downloaded(folder: Path) -> Bundle:
+    """InputError, too, if it is not what was downloaded. Earlier versions of this program kept no fingerprint."""
+    bundle = read_bundle(folder)
+    if sum_beside(folder, "fingerprint", 16) not in (None, bundle.fingerprint):
+        raise InputError(f"{folder}: its files are no longer those that were downloaded; remove the folder, "
+                         "and the bundle is downloaded again")
+    return bundle
+
+
+def sum_beside(folder: Path, name: str, digits: int) -> str | None:
+    """The sum in a file beside core.yaml; None without such a file."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    with open(path, "rb") as f:
+        text = f.read(100).decode("utf-8", "replace").strip()
+    if not re.fullmatch(f"[0-9a-f]{{{digits}}}", text):
+        raise InputError(f"{path}: not a sum of {digits} digits, but {quoted(text)}; "
+                         "remove the bundle's folder, and it is downloaded again")
+    return text
+
+
+def read_index(path: Path, text: str) -> list[dict]:
+    """The entries of core.yaml. YAML can repeat a part by name, ten times in ten times …: that is refused."""
+    import yaml  # only CORE needs it
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent) or self.depth > MAX_NESTING:
+                raise yaml.YAMLError("an alias, or lists in lists in lists")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        entries = yaml.safe_load(read("core.yaml"))["icl_tasks"]
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
+        entries = yaml.load(text, Loader)["icl_tasks"]
+    except Exception:  # its reader has many ways to fail, by the text
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{folder / 'core.yaml'}: no list of tasks under icl_tasks")
-    baselines = read_baselines(folder / "eval_meta_data.csv", read("eval_meta_data.csv"))
-    tasks = [read_task(folder, entry, baselines, read) for entry in entries]
-    labels = [task.label for task in tasks]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise InputError(f"{folder / 'core.yaml'}: {', '.join(twice)} listed more than once")
-    archive = folder / "sha256"
-    archive_hash = archive.read_text("utf-8").strip() if archive.is_file() else None
-    return Bundle(folder, tasks, digest.hexdigest()[:16], archive_hash)
+        raise InputError(f"{path}: no list of tasks under icl_tasks (in YAML without aliases)")
+    return entries
 
 
 def read_baselines(path: Path, text: str) -> dict[str, str]:
@@ -141,108 +206,124 @@ def percent(text: str) -> float | None:
     return value if value == 0 or 1 <= value < 100 else None
 
 
-def read_task(folder: Path, entry: dict, baselines: dict, read) -> Task:
-    where = f"{folder / 'core.yaml'}: task {entry.get('label', '(without a label)')}"
-    if missing := [key for key in ("label", "dataset_uri", "num_fewshot", "icl_task_type") if key not in entry]:
+def read_task(files: Files, entry: dict, baselines: dict) -> Task:
+    where = f"{files.folder / 'core.yaml'}: task {in_words(entry.get('label', '(without a label)'))}"
+    if missing := [key for key in REQUIRED if key not in entry]:
         raise InputError(f"{where}: {', '.join(missing)} missing")
     label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
+    label = str(label) if is_kind(label, float) and abs(label) < 1e9 else label  # a name such as 2048
+    if not is_name(label) or len(label) > 100:
+        raise InputError(f"{where}: its label is no name on one line, of at most 100 characters")
     if not isinstance(kind, str) or kind not in FIELDS:
-        raise InputError(f"{where}: unknown icl_task_type {kind!r}; known: {', '.join(FIELDS)}")
+        raise InputError(f"{where}: unknown icl_task_type {in_words(kind, repr)}; known: {', '.join(FIELDS)}")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
-    if type(shots) is not int or shots < 0:
-        raise InputError(f"{where}: num_fewshot {shots!r} is not a list of one whole number")
-    given = baselines.get(str(label))
+    if type(shots) is not int or not 0 <= shots <= MAX_SHOTS:
+        raise InputError(f"{where}: num_fewshot {in_words(shots, repr)} is not a list of one whole number "
+                         f"up to {MAX_SHOTS:,}")
+    delimiter = entry.get("continuation_delimiter", " ")
+    if not isinstance(delimiter, str) or not encodable(delimiter):
+        raise InputError(f"{where}: continuation_delimiter {in_words(delimiter, repr)} is not text")
+    given = baselines.get(label)
     if (baseline := percent(given)) is None:
-        raise InputError(f"{folder / 'eval_meta_data.csv'}: "
+        raise InputError(f"{files.folder / 'eval_meta_data.csv'}: "
                          f"no \"Random baseline\" in percent for task {label}: {quoted(given or '')}; "
                          "give 0, or a number from 1 to below 100, such as 25 for one of four answers")
-    name = f"eval_data/{entry['dataset_uri']}"
-    lines = [(number, line) for number, line in enumerate(read(name).split("\n"), 1) if line.strip()]
-    examples = [read_example(line, kind, f"{folder / name}: line {number}") for number, line in lines]
+    name = data_file(entry["dataset_uri"], where)
+    lines = [(number, line) for number, line in enumerate(files.read(name).split("\n"), 1) if line.strip()]
+    examples = [read_example(line, kind, f"{files.folder / name}: line {number}") for number, line in lines]
     if len(examples) <= shots:
-        raise InputError(f"{folder / name}: {len(examples)} examples, but task {label} asks about one after showing {shots} others")
-    delimiter = str(entry.get("continuation_delimiter", " "))
-    return Task(str(label), kind, shots, delimiter, baseline / 100, examples)
+        raise InputError(f"{files.folder / name}: {len(examples)} examples, but task {label} asks about one "
+                         f"after showing {shots} others")
+    return Task(label, kind, shots, delimiter, baseline / 100, examples)
+
+
+def is_name(value) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def data_file(uri, where: str) -> str:
+    """The path of a task's examples in the bundle. InputError if it leads out of eval_data/."""
+    path = PurePosixPath(uri) if is_name(uri) and len(uri) < 250 else None
+    if path is None or path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{where}: dataset_uri {in_words(uri, repr)} is no path of a file in eval_data/")
+    return f"eval_data/{uri}"
+
+
+def in_words(value, write=str) -> str:
+    """A value of YAML, of whatever kind, for a line."""
+    try:
+        return " ".join(shortened(write(value)).split())
+    except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
+        return "(a value too large to show)"
 
 
 def read_example(line: str, kind: str, where: str) -> dict:
     """One line of a task file, its fields checked; other fields are dropped."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    content = parse_json(line)
+    if not isinstance(content, dict):
         raise InputError(f"{where}: not a JSON object")
-    if missing := [field for field in FIELDS[kind] if field not in found]:
-        raise InputError(f"{where}: {', '.join(map(repr, missing))} missing; a {kind} example has {', '.join(FIELDS[kind])}")
-    example = {field: found[field] for field in FIELDS[kind]}
-    for field, value in example.items():
-        if not isinstance(value, int) and not encodable(value):
-            raise InputError(f"{where}: {field!r} has half of a surrogate pair, which is no character")
-        if field in ("query", "context", "continuation") and not isinstance(value, str):
-            raise InputError(f"{where}: {field!r} is not text")
-        if field in ("choices", "context_options"):
-            if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
-                raise InputError(f"{where}: {field!r} is not a list of two texts or more")
-            if type(example["gold"]) is not int or not 0 <= example["gold"] < len(value):
-                raise InputError(f"{where}: 'gold' is {example['gold']!r}, not the index of one of the {len(value)} {field}")
+    if missing := [name for name in FIELDS[kind] if name not in content]:
+        raise InputError(f"{where}: {', '.join(map(repr, missing))} missing; "
+                         f"a {kind} example has {', '.join(FIELDS[kind])}")
+    example = {name: content[name] for name in FIELDS[kind]}
+    for name, value in example.items():
+        if name in ("query", "context", "continuation") and not isinstance(value, str):
+            raise InputError(f"{where}: {name!r} is not text")
+        if name in ("choices", "context_options"):
+            check_options(name, value, example["gold"], where)
+        texts = value if isinstance(value, list) else [value]
+        if not all(encodable(text) for text in texts if isinstance(text, str)):
+            raise InputError(f"{where}: {name!r} has half of a surrogate pair, which is no character")
     return example
 
 
-def encodable(value) -> bool:
-    """Whether all text in it can be written as UTF-8: JSON may hold \\ud800 alone."""
+def check_options(name: str, options, gold, where: str):
+    """InputError unless these are texts, and `gold` the index of one."""
+    are_texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
+    if not are_texts or len(options) < 2:
+        raise InputError(f"{where}: {name!r} is not a list of two texts or more")
+    if len(options) > MAX_OPTIONS:
+        raise InputError(f"{where}: {name!r} has {len(options):,} texts, more than {MAX_OPTIONS:,}")
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise InputError(f"{where}: 'gold' is {in_words(gold, repr)}, "
+                         f"not the index of one of the {len(options)} {name}")
+
+
+def encodable(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON and YAML may hold \\ud800 alone."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
         return True
     except UnicodeEncodeError:
         return False
 
 
-# ---- downloading ----------------------------------------------------------------------------------------------------
+# ---- downloading -------------------------------------------------------------------------------------------
 
 def download(url: str, place: Path) -> str | None:
-    """Fetch the archive and put its content at place/eval_bundle, whole and read once, or nothing; then it says why.
+    """Fetch the archive and put its content at place/eval_bundle, whole and read once; else say why not.
 
-    No checksum is published: the archive's own is kept in the file sha256 beside core.yaml.
+    The caller holds the lock of `place`. No sum is published: the archive's own is kept in the file sha256.
     """
-    from http.client import HTTPException  # a fifth of a second of imports that only a download needs
-
     print0(f"downloading the evaluation bundle from {url}")
-    staging = Path(tempfile.mkdtemp(dir=place, prefix=".incoming."))
+    for left in place.glob(f"{INCOMING}*"):  # of a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=place, prefix=INCOMING))
+    unpacked = staging / "unpacked"
     try:
         sha256 = fetch(url, staging / "bundle.zip")
-        unpack(staging / "bundle.zip", staging / "unpacked")
-        found = next((path.parent for path in sorted((staging / "unpacked").rglob("core.yaml"))), staging / "unpacked")
-        read_bundle(found)
-        (found / "sha256").write_text(sha256 + "\n", "utf-8")
-        os.replace(found, place / "eval_bundle")
-    except (OSError, HTTPException, zipfile.BadZipFile, EOFError, InputError) as e:
-        reason = (str(e) or type(e).__name__).replace(f"{staging}/unpacked/", "")
+        unpack(staging / "bundle.zip", unpacked)
+        folder = next((path.parent for path in sorted(unpacked.rglob("core.yaml"))), unpacked)
+        for name in ("sha256", "fingerprint"):
+            (folder / name).unlink(missing_ok=True)  # the archive cannot know them
+        bundle = read_bundle(folder)
+        write_atomic(folder / "sha256", sha256 + "\n")
+        write_atomic(folder / "fingerprint", bundle.fingerprint + "\n")
+        os.replace(folder, place / "eval_bundle")
+        sync_folder(place)
+    except (OSError, InputError) as e:
+        reason = str(e).replace(f"{unpacked}/", "").replace(f"{staging}/", "")
         return (f"no evaluation bundle in {place / 'eval_bundle'}, and downloading {url} failed ({reason}); "
                 "fetch that file elsewhere, unzip it, and give its folder with --core-dir")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def fetch(url: str, path: Path) -> str:
-    """The SHA-256 of what was downloaded. InputError if less arrived than was announced."""
-    import urllib.request
-
-    digest, size = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=30) as answer, open(path, "wb") as f:
-        while block := answer.read(2**20):
-            digest.update(block)
-            size += f.write(block)
-        announced = answer.headers.get("Content-Length")
-    if announced and size != int(announced):
-        raise InputError(f"{size} of {announced} bytes arrived")
-    return digest.hexdigest()
-
-
-def unpack(archive: Path, folder: Path):
-    """InputError, and nothing written, if a path in the archive leads out of the folder."""
-    with zipfile.ZipFile(archive) as z:
-        for name in z.namelist():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"the archive holds the path {name!r}, which leads out of its folder")
-        z.extractall(folder)  # checks each file's CRC

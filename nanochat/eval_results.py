@@ -1,4 +1,4 @@
-"""What scripts.base_eval writes into a run folder, read and checked: eval_<step>.json and core_<step>.json."""
+"""What scripts.base_eval writes into a run folder, eval_<step>.json and core_<step>.json: read and checked."""
 import re
 from pathlib import Path
 
@@ -6,15 +6,16 @@ from nanochat.common import InputError, print0, shortened
 from nanochat.files import Schema, is_kind, read_json
 
 REMEDY = "it counts as missing"
-LOSSES = {"train/loss", "train/ppl", "train/bpb", "train/tokens", "val/loss", "val/ppl", "val/bpb", "val/tokens"}
+LOSSES = {"train/loss", "train/ppl", "train/bpb", "train/tokens",
+          "val/loss", "val/ppl", "val/bpb", "val/tokens"}
 EVAL = Schema("result of an evaluation", {"settings": dict},
               {**dict.fromkeys(LOSSES, float), "train/tokens": int, "val/tokens": int, "sample": list,
                "data": str, "text_of_the_run": bool}, remedy=REMEDY)
 CORE = Schema("result of CORE", {"settings": dict},
               {"core_metric": float, "core_metric_interval": list, "tasks": dict, "centered_results": dict,
                "bundle_sha256": (str, type(None))}, remedy=REMEDY)
-TASK = Schema("result of CORE", {"accuracy": float, "centered": float, "centered_interval": list, "examples": int},
-              remedy=REMEDY)
+TASK = Schema("result of CORE",
+              {"accuracy": float, "centered": float, "centered_interval": list, "examples": int}, remedy=REMEDY)
 SETTINGS = Schema("result of CORE", {"step": int, "bundle": str, "max_per_task": int}, remedy=REMEDY)
 
 
@@ -47,7 +48,7 @@ def read_core(path: Path) -> dict:
 def check_step(path: Path, results: dict):
     step = results["settings"].get("step")
     if step != step_of(path):
-        raise InputError(f"{path}: not a {EVAL.name} (of step {shortened(repr(step))}, by its settings); {REMEDY}")
+        raise InputError(f"{path}: not a {EVAL.name} (its settings say step {shortened(repr(step))}); {REMEDY}")
 
 
 def check_interval(where, key: str, results: dict):
@@ -65,7 +66,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_core(folder: Path) -> dict:
-    """The run's result of CORE at the newest step that has one; {} without. A damaged one is named in a line."""
+    """The run's result of CORE at the newest step that has one; {} without. A line names a damaged one."""
     for path in sorted(folder.glob("core_*.json"), key=step_of, reverse=True):
         if results := earlier_results(path, read_core):
             return results

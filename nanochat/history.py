@@ -49,7 +49,7 @@ def row_fault(row) -> str:
 
 
 def is_expected(key: str, value) -> bool:
-    """Whether a value that is no number may have this key. A key that this version does not know has any value."""
+    """Whether a value that is no number may have this key. Of a newer version's key nothing is known."""
     if key == "sample":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if key == "adalora/ranks":
@@ -113,7 +113,10 @@ def packed(values: tuple) -> array | list:
 
 
 class Rows:
-    """Rows in the order of their steps. A resumed run repeats the steps after its checkpoint: the last word counts."""
+    """Rows in the order of their steps.
+
+    A resumed run repeats the steps after its checkpoint: the last word counts.
+    """
 
     def __init__(self, rows: Iterable[dict]):
         self.tables = {}     # {keys: Table}
@@ -231,8 +234,8 @@ def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
         length = max(1, 4 * len(points) // SHOWN)
         for start in range(0, len(points), length):
             stretch = points[start:start + length]
-            chosen = (stretch[0], stretch[-1], min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1)))
-            steps |= {step for step, _ in chosen}
+            extremes = min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1))
+            steps |= {step for step, _ in (stretch[0], stretch[-1], *extremes)}
     all_steps = array("q", (step for (step,) in series(history, "step")))
     return [history[bisect_left(all_steps, step)] for step in sorted(steps)]
 
@@ -245,8 +248,9 @@ def read_history(folder: Path) -> History:
 
 
 def file_rows(path: Path) -> Iterator[dict]:
-    """The rows of a file. What is no row is left out, and said once; of half a last line, which a killed process
-    leaves, nothing is said.
+    """The rows of a file. What is no row is left out, and said once.
+
+    Nothing is said of half a last line: a killed process leaves it.
     """
     damaged = []  # (number of the line, why)
     if not path.exists():
@@ -260,8 +264,9 @@ def file_rows(path: Path) -> Iterator[dict]:
                 damaged.append((number, fault))
     if damaged:
         number, fault = damaged[0]
-        print(f"note: {path}: {len(damaged):,} {'line' if len(damaged) == 1 else 'lines'} left out, no rows of "
-              f"metrics; the first is line {number:,} ({fault})", file=sys.stderr, flush=True)
+        lines = "1 line" if len(damaged) == 1 else f"{len(damaged):,} lines"
+        print(f"note: {path}: {lines} left out, no rows of metrics; the first is line {number:,} ({fault})",
+              file=sys.stderr, flush=True)
 
 
 def long_lines(f) -> Iterator[bytes]:

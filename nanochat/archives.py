@@ -1,0 +1,164 @@
+"""An archive from the network, downloaded and unpacked within limits of size and time."""
+import hashlib
+import os
+import re
+import stat
+import threading
+import time
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from nanochat.common import InputError, first_line, quoted
+from nanochat.files import create_folder, open_new, sync, sync_folder
+
+# The bundle of CORE has about 25 MB packed and 160 MB unpacked, in about 100 files.
+MAX_PACKED = 256 * 2**20    # bytes
+MAX_UNPACKED = 512 * 2**20  # bytes
+MAX_FILES = 10_000
+MAX_DEPTH = 20              # folders in folders
+MAX_SECONDS = 3600.0        # of a download
+QUIET_SECONDS = 60.0        # in which at least QUIET_BYTES must come
+QUIET_BYTES = 2**16
+BLOCK = 2**16
+LIMITS = (f"at most {MAX_PACKED >> 20} MiB packed, {MAX_UNPACKED >> 20} MiB unpacked and {MAX_FILES:,} files "
+          "are taken")
+
+
+# ---- downloading -------------------------------------------------------------------------------------------
+
+class Download:
+    """A download in a thread of its own: whatever a server does, the program waits a limited time for it.
+
+    A server may send a byte a minute, which no time limit of a connection notices.
+    """
+
+    def __init__(self, url: str, path: Path):
+        self.url, self.path = url, path
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self.failure = ""
+        self.ended = threading.Event()
+        self.abandoned = threading.Event()
+        threading.Thread(target=self._run, name="download", daemon=True).start()
+
+    def wait(self) -> str:
+        """The SHA-256 of what came. InputError if it did not come whole, in time, and within the limits."""
+        begin = since = time.monotonic()
+        size = 0
+        try:
+            while not self.ended.wait(0.05):
+                now = time.monotonic()
+                if now - begin > MAX_SECONDS:
+                    raise InputError(f"not there after {MAX_SECONDS:.0f} s")
+                if now - since > QUIET_SECONDS:
+                    if self.size - size < QUIET_BYTES:
+                        raise InputError(f"{self.size - size:,} bytes in {QUIET_SECONDS:.0f} s")
+                    since, size = now, self.size
+        finally:
+            self.abandoned.set()
+        if self.failure:
+            raise InputError(self.failure)
+        return self.digest.hexdigest()
+
+    def _run(self):
+        try:
+            self._fetch()
+        except InputError as e:
+            self.failure = str(e)
+        except Exception as e:  # of sockets, TLS, HTTP, the URL it redirects to, the disk
+            self.failure = first_line(e) or type(e).__name__
+        self.ended.set()
+
+    def _fetch(self):
+        import urllib.request  # a fifth of a second of imports that only a download needs
+
+        with urllib.request.urlopen(self.url, timeout=QUIET_SECONDS) as answer, open_new(self.path) as f:
+            length = answer.headers.get("Content-Length") or ""
+            announced = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+            if announced and announced > MAX_PACKED:
+                raise InputError(f"{announced:,} bytes announced; {LIMITS}")
+            while (block := answer.read1(BLOCK)) and not self.abandoned.is_set():
+                self.digest.update(block)
+                self.size += f.write(block)
+                if self.size > MAX_PACKED:
+                    raise InputError(f"more than {MAX_PACKED:,} bytes came; {LIMITS}")
+        if announced is not None and self.size != announced:
+            raise InputError(f"{self.size} of {announced} bytes arrived")
+
+
+def fetch(url: str, path: Path) -> str:
+    """Download into a new file; its SHA-256. InputError: see Download.wait."""
+    return Download(url, path).wait()
+
+
+# ---- unpacking ---------------------------------------------------------------------------------------------
+
+def unpack(archive: Path, folder: Path):
+    """Unpack a zip archive into a new folder, there to stay.
+
+    InputError: it is damaged, larger than the limits, or holds anything but files and folders inside its own.
+    """
+    try:
+        check_directory(archive)
+        with zipfile.ZipFile(archive) as z:
+            check_entries(z.infolist())
+            left = MAX_UNPACKED
+            for entry in z.infolist():
+                left -= unpack_entry(z, entry, folder, left)
+    except (InputError, OSError):
+        raise
+    except Exception as e:  # zipfile and what it unpacks with have many ways to say so
+        raise InputError(first_line(e) or type(e).__name__) from None
+    for place, _, _ in os.walk(folder):
+        sync_folder(Path(place))
+
+
+def check_directory(archive: Path):
+    """InputError if the list of files is larger than MAX_FILES need: zipfile reads it whole."""
+    size = archive.stat().st_size
+    with open(archive, "rb") as f:
+        f.seek(max(0, size - 2**16 - 22))
+        tail = f.read()
+    mark = b"PK\5\6"
+    at = tail.rfind(mark)
+    if tail[-22:-18] == mark and tail.endswith(b"\0\0"):  # no comment behind it
+        at = len(tail) - 22
+    if at < 0 or len(tail) < at + 22:
+        raise InputError("File is not a zip file")
+    length = int.from_bytes(tail[at + 12:at + 16], "little")
+    if length > 512 * MAX_FILES or tail[max(0, at - 20):at].startswith(b"PK\6\7"):  # or one of many gigabytes
+        raise InputError(f"the archive lists too many files; {LIMITS}")
+
+
+def check_entries(entries: list[zipfile.ZipInfo]):
+    """InputError unless all are files and folders of ordinary names, of a size within the limits."""
+    if len(entries) > MAX_FILES:
+        raise InputError(f"the archive holds {len(entries):,} files; {LIMITS}")
+    if (size := sum(entry.file_size for entry in entries)) > MAX_UNPACKED:
+        raise InputError(f"the archive unpacks to {size:,} bytes; {LIMITS}")
+    for entry in entries:
+        name, path = quoted(entry.filename), PurePosixPath(entry.filename)
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"the archive holds the path {name}, which leads out of its folder")
+        if not entry.filename.isprintable() or "\\" in entry.filename or len(path.parts) > MAX_DEPTH:
+            raise InputError(f"the archive holds the path {name}, which is no ordinary one")
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(f"the archive holds {name}, a link or a device")
+
+
+def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, left: int) -> int:
+    """Unpack a file, of at most `left` bytes, and check its sum; how many bytes it has."""
+    path = folder / entry.filename
+    if entry.is_dir():
+        create_folder(path)
+        return 0
+    create_folder(path.parent)
+    size = 0
+    with z.open(entry) as source, open_new(path) as f:
+        while block := source.read(BLOCK):
+            size += f.write(block)
+            if size > left:
+                raise InputError(f"the archive unpacks to more than {MAX_UNPACKED:,} bytes; {LIMITS}")
+        sync(f)
+    return size
