@@ -28,8 +28,30 @@ def encode(document: str) -> bytes:
     return document.encode("utf-8", "replace")  # a sample may hold half a character
 
 
-def in_markdown(cell: str) -> str:
-    return html.escape(cell, quote=False).replace("|", "\\|").replace("\n", "<br>")
+# ---- any text, in a place where it is only text ------------------------------------------------------------
+
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # a terminal may obey them
+LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# what begins a heading, a list, a rule or a block of code; **bold** does not
+BLOCK_MARK = re.compile(r"^(\d*)(?=[#+=~.)-]|\*(?!\*[^\s*])|_[\s_])")
+
+
+def visible(words: str) -> str:
+    """Text of one kind of line break, where control characters are seen and do nothing."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", LINE_BREAK.sub("\n", words))
+
+
+def in_markdown(words: str, own: bool = True, begins_line: bool = False) -> str:
+    """Text that markdown shows as it is: no link, picture, code, tag or cell of a table begins in it.
+
+    own: **bold** and _such_ may act, since names with underscores would be hard to read. begins_line: nothing
+    stands before it that says what the line is.
+    """
+    words = re.sub(r"([\\`\[\]|])" if own else r"([\\`\[\]|*_])", r"\\\1", visible(words))
+    words = words.replace("://", "\\://").replace("www.", "www\\.")  # some readers make links of addresses
+    if begins_line:
+        words = BLOCK_MARK.sub(r"\1\\", words.lstrip())
+    return html.escape(words, quote=False).replace("\n", "<br>")
 
 
 def to_markdown(blocks: list[tuple]) -> str:
@@ -41,27 +63,26 @@ def to_markdown(blocks: list[tuple]) -> str:
             case ("subheading", title):
                 parts.append(f"### {in_markdown(title)}")
             case ("paragraph", words):
-                parts.append(in_markdown(words))
+                parts.append(in_markdown(words, begins_line=True))
             case ("warning", words):
                 parts.append(f"> **Warning:** {in_markdown(words)}")
             case ("list", items):
-                parts.append("\n".join(f"- {in_markdown(item)}" for item in items))
+                parts.append("\n".join(f"- {in_markdown(item, begins_line=True)}" for item in items))
             case ("table", header, rows, kind):
                 parts.append(markdown_table(header, rows, kind))
             case ("runs", header, rows, _):
                 parts.append(markdown_table(header, [[shown(cell) for cell in row] for row in rows], "numbers"))
             case ("figure", file, caption):
-                parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption)}")
+                parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption, begins_line=True)}")
             case ("details", summary, words):
-                parts.append(f"<details><summary>{in_markdown(summary)}</summary>\n\n<pre>{html.escape(words)}</pre>\n</details>")
+                parts.append(f"<details><summary>{in_html(' '.join(summary.split()))}</summary>\n\n"
+                             f"<pre>{html.escape(visible(words))}</pre>\n</details>")
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     """Columns padded to one width, so that it reads as a table in a terminal too."""
-    lines = [[in_markdown(cell) for cell in row] for row in (header, *rows)]
-    if kind == "samples":  # free text: what happens to be markup must not act as it
-        lines = [[re.sub(r"([\\`*_\[\]])", r"\\\1", cell) for cell in row] for row in lines]
+    lines = [[in_markdown(cell, own=kind != "samples") for cell in row] for row in (header, *rows)]
     lines = [[f"**{row[0]}**"] + [""] * (len(header) - 1) if len(row) == 1 else row for row in lines]
     widths = [max(3, *(len(row[i]) for row in lines)) for i in range(len(header))]
     if kind != "numbers":
@@ -73,7 +94,7 @@ def markdown_table(header: list[str], rows: list[list[str]], kind: str) -> str:
 
 
 def in_html(words: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(words))
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(visible(words)))
 
 
 def to_html(blocks: list[tuple], figures: dict) -> str:
@@ -97,7 +118,7 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
             case ("figure", file, caption):
                 parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
-                parts.append(f"<details><summary>{in_html(summary)}</summary><pre>{html.escape(words)}</pre></details>")
+                parts.append(f"<details><summary>{in_html(summary)}</summary><pre>{html.escape(visible(words))}</pre></details>")
     return "\n".join(parts)
 
 
@@ -116,7 +137,7 @@ def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
 def html_cell(cell: str) -> str:
     """A ratio, or the room left for one, gets its own box of fixed width."""
     value = RATIO.sub("", cell).removesuffix(NO_RATIO)
-    return html.escape(value) + (f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else "")
+    return html.escape(visible(value)) + (f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else "")
 
 
 # ---- pictures that name their points, tables that sort --------------------------------------------------------------
@@ -125,10 +146,10 @@ def html_figure(figure, caption: str) -> str:
     png, hotspots = figure if isinstance(figure, tuple) else (figure, ())
     width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))
     src = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(caption)}">'  # all figures' text at one size on the page
+    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'  # all figures' text at one size on the page
     if not hotspots:
         return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
-    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12"><title>{html.escape(text)}</title></circle>'
+    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12"><title>{html.escape(visible(text))}</title></circle>'
                      for x, y, text in hotspots)
     return (f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
             f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
@@ -155,7 +176,7 @@ def value(cell) -> float | str | None:
 def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
     numeric = [any(isinstance(value(row[i]), (int, float)) for row in rows) for i in range(len(header))]
     kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
-    head = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for name, kind in zip(header, kinds))
+    head = "".join(f'<th scope="col"{kind}>{html.escape(visible(name))}</th>' for name, kind in zip(header, kinds))
     tags = ['th scope="row"'] + ["td"] * len(header)
     body = "\n".join("<tr>" + "".join(map(runs_cell, row, tags, kinds)) + "</tr>" for row in rows)
     menus = "".join(drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters)
@@ -169,7 +190,7 @@ def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
 def runs_cell(cell, tag: str, kind: str) -> str:
     by = value(cell)
     by = " data-missing" if by is None else "" if isinstance(by, str) else f' data-value="{by}"'
-    return f"<{tag}{kind}{by}>{html.escape(shown(cell))}</{tag[:2]}>"
+    return f"<{tag}{kind}{by}>{html.escape(visible(shown(cell)))}</{tag[:2]}>"
 
 
 def drop_down(name: str, column: int, cells: list) -> str:
@@ -177,8 +198,8 @@ def drop_down(name: str, column: int, cells: list) -> str:
     def order(cell):
         by = value(cell)
         return (2, 0, "") if by is None else (1, 0, by) if isinstance(by, str) else (0, by, "")
-    options = dict.fromkeys(html.escape(shown(cell)) for cell in sorted(cells, key=order))
-    return (f'<label>{html.escape(name)} <select data-column="{column}"><option value="">all</option>'
+    options = dict.fromkeys(html.escape(visible(shown(cell))) for cell in sorted(cells, key=order))
+    return (f'<label>{html.escape(visible(name))} <select data-column="{column}"><option value="">all</option>'
             + "".join(f'<option value="{text}">{text}</option>' for text in options) + "</select></label>")
 
 
@@ -198,6 +219,7 @@ def policy(script: str) -> str:
 def to_page(title: str, blocks: list[tuple], figures: dict) -> str:
     """The whole page: style, script and pictures inside, nothing fetched. A page with nothing to sort or to point at has no script."""
     body = to_html(blocks, figures)
+    title = visible(title)
     script = SCRIPT if '<div class="runs">' in body or '<div class="picture">' in body else ""
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'

@@ -10,6 +10,7 @@ from nanochat.metrics import Run
 from nanochat.page import align_ratios
 from nanochat.study import finished, step_seconds
 
+FORMULA = re.compile(r"\s*[=+@\t\r-]")  # begins what a spreadsheet computes
 WIDE = 4  # up to so many runs stand side by side as columns; more become rows
 
 # (section, [(key in summary.json, label, unit ladder or number of decimals, what its ratio needs; None: no ratio shown)])
@@ -248,7 +249,13 @@ def to_csv(runs: list[Run], configurations: dict[str, str], pairs: dict[str, str
              **{path: look(run, path) for path in paths},
              **{f"flags.{k}": v for k, v in (look(run, "flags") or {}).items()}} for run in runs]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(in_csv, columns))
+    writer.writerows([in_csv(row.get(column)) for column in columns] for row in rows)
     return out.getvalue()
+
+
+def in_csv(cell):
+    """A cell that no spreadsheet takes for a formula: text that looks like one begins with an apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from nanochat import history
-from nanochat.history import History, read_history, row_fault, series, thinned
+from nanochat.history import History, read_history, series, thinned
 from nanochat.metrics import load_run
 
 

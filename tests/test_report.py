@@ -484,3 +484,12 @@ def test_command_line_exits_with_2_and_needs_no_torch(base):
             "assert 'torch' not in sys.modules; run_script(report.main)")
     done = subprocess.run([sys.executable, "-c", code, "nope", "--out", str(base / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no run 'nope'")
+
+
+def test_no_text_of_a_run_is_a_formula_in_the_csv(base):
+    write_run(base, "full", {"flags.data": "=cmd|' /C calc'!A0", "flags.=x": "+1+1", "flags.lr": "-0.5"}, {"note": " @SUM(A1)", "low": -1.5})
+    report.main(["full", "--out", str(base / "out")])
+    with open(base / "out/report.csv", newline="") as f:
+        [row] = csv.DictReader(f)
+    assert row["flags.data"] == "'=cmd|' /C calc'!A0" and row["flags.=x"] == "'+1+1" and row["note"] == "' @SUM(A1)"
+    assert row["low"] == "-1.5" and row["flags.lr"] == "'-0.5"
