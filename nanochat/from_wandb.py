@@ -78,7 +78,7 @@ def read_run(run, name: str) -> Run:
     history = read_history(run)
     summary = {**accounting, **own(flat(run.summary_metrics))}
     sent = summary.pop("status", "")
-    if sent not in ("finished", "stopped"):
+    if sent not in ("finished", "stopped", "diverged"):
         sent = status(run.state, config, summary)
     return Run(name, config, {"status": sent, **summary}, history)
 

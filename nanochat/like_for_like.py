@@ -78,6 +78,40 @@ def progress(run: Run) -> str:
     return f"step {run.summary.get('step', 0)}" + (f" of {total}" if total else "")
 
 
+def status_words(run: Run) -> str:
+    """"finished", "unfinished (step 40 of 200)", "diverged (step 40 of 200)", and how many steps were not applied."""
+    words = "finished"
+    if not finished(run):
+        words = f"{'diverged' if diverged(run) else 'unfinished'} ({progress(run)})"
+    return words + (f", {unapplied(run):,} steps not applied" if unapplied(run) else "")
+
+
+def diverged(run: Run) -> bool:
+    """Whether the run ended because too many steps in a row could not be applied."""
+    return run.summary.get("status") == "diverged"
+
+
+def unapplied(run: Run) -> int:
+    """Steps that left the weights as they were, because the loss or the gradient was not finite."""
+    count = number(run, "train/bad_steps")
+    return int(count) if count and 0 < count < 1e18 else 0
+
+
+def divergence_notes(runs: list[Run]) -> list[str]:
+    """A note on each run that diverged, or of which some steps were not applied."""
+    notes = []
+    for run in runs:
+        parts = []
+        if unapplied(run):
+            steps = f"{unapplied(run):,} of {number(run, 'step') or 0:,} steps"
+            parts.append(f"{steps} not applied: loss or gradient not finite")
+        if diverged(run):
+            parts.append("it ended by --max-bad-steps, before its last step")
+        if parts:
+            notes.append(f"{run.name}: {'; '.join(parts)}.")
+    return notes
+
+
 def flags(run: Run) -> dict:
     """The flags that shape a run; its names on disk and on wandb, and whether it was resumed, do not."""
     return {k: v for k, v in (look(run, "flags") or {}).items() if k not in ("model_tag", "run", "resume")}

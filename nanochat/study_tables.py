@@ -3,7 +3,7 @@ import math
 from statistics import fmean
 
 from nanochat.figures import TIME, human
-from nanochat.like_for_like import progress
+from nanochat.like_for_like import status_words
 from nanochat.metrics import Run
 from nanochat.pairs import CONTEXT, SHAPE, by_seed, differences, key
 from nanochat.study import Configuration, axes, finished, paste_flags, seed, step_seconds, value
@@ -25,8 +25,8 @@ def runs_table(configs: list[Configuration], measure: str) -> tuple:
     for c in configs:
         for run in c.runs:
             ours = [cell(number_of(run, key_), form) if finished(run) else None for key_, _, form in columns]
-            status = "finished" if finished(run) else f"unfinished ({progress(run)})"
-            rows.append([run.name, c.name, *(c.settings.get(axis) for axis in varying), seed(run), status, *ours])
+            of_run = [seed(run), status_words(run)]
+            rows.append([run.name, c.name, *(c.settings.get(axis) for axis in varying), *of_run, *ours])
     return ("runs", ["run", "configuration", *labels, "seed", "status", *(label for _, label, _ in columns)], rows, [*labels, "seed", "status"])
 
 

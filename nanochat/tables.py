@@ -5,10 +5,10 @@ import re
 
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human, is_finite, three_digits
 from nanochat.history import series
-from nanochat.like_for_like import END, MACHINE, TEXT, TOKENIZER, flags, look, names, number, progress
+from nanochat.like_for_like import END, MACHINE, TEXT, TOKENIZER, flags, look, names, number, status_words
 from nanochat.metrics import Run
 from nanochat.page import align_ratios
-from nanochat.study import finished, step_seconds
+from nanochat.study import step_seconds
 
 FORMULA = re.compile(r"\s*[=+@\t\r-]")  # begins what a spreadsheet computes
 WIDE = 4  # up to so many runs stand side by side as columns; more become rows
@@ -86,7 +86,7 @@ def thresholds(runs: list[Run]) -> list[float]:
 
 def result_tables(runs: list[Run], broken: dict) -> list[tuple]:
     sections = []
-    status = ("status", ["finished" if finished(run) else f"unfinished ({progress(run)})" for run in runs])
+    status = ("status", [status_words(run) for run in runs])
     for section, metrics in SECTIONS:
         rows = [] if sections else [status]
         for key, label, form, needs in metrics:

@@ -4,8 +4,8 @@ It reads metrics.jsonl from the beginning and follows it as it grows. Each row g
 step. What W&B has is not sent again: whatever a killed run could not send, the resumed run sends. Offline,
 each start of a run writes a folder of its own; `wandb sync` makes the whole history of them.
 
-On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped or
-failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
+On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped,
+diverged or failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
 """
 import contextlib
 import json
@@ -25,7 +25,7 @@ from nanochat.metrics import CLOCKS
 MARK = "\0"       # begins the lines that are messages
 POLL = 1.0        # seconds between two looks at the record
 FLUSHED = 60.0    # seconds after which a row that was logged offline is on disk: wandb writes every 15 s
-EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "failed": 1}
+EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "diverged": 1, "failed": 1}
 
 
 def main():

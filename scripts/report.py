@@ -16,7 +16,7 @@ from nanochat.equal_cost import equal_cost_table
 from nanochat.eval_results import newest_core
 from nanochat.figures import draw_all
 from nanochat.files import check_out, write_atomic
-from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, look, names, number
+from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, divergence_notes, look, names, number
 from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
@@ -104,6 +104,7 @@ def parse(argv):
 def few(runs: list[Run], configs: list[Configuration], margins: dict):
     """Some runs side by side."""
     broken, warnings, notes = check_comparable(runs)
+    notes += divergence_notes(runs)
     tables = result_tables(runs, broken)
     both = {c.low_rank for c in configs if not c.method} == {True, False}
     measure = "bpb" if broken[TEXT] or broken[TOKENIZER] else "loss"
@@ -131,6 +132,7 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
                          "bits per byte compares; report each text by itself")
     measure = "bpb" if broken[TOKENIZER] else "loss"
     notes = [note for note in notes if not note.startswith("Different seed")]  # seeds are what a study repeats
+    notes += divergence_notes(runs)
     if len(done) < len(runs):
         notes.append(f"Unfinished, and left out of the verdict, the means and the figures: {names([run.name for run in runs if run not in done])}.")
     if wild := [c.name for c in configs if any(map(finished, c.runs)) and not c.values(MEASURES[measure][0])]:
@@ -156,9 +158,11 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
 
 
 def judge(configs: list[Configuration], margins: dict) -> list[tuple]:
-    """The verdict; a warning instead where perplexities do not compare."""
+    """The verdict, under what is to be known of its runs; a warning instead where perplexities do not compare."""
+    notes = divergence_notes([run for config in configs for run in config.runs])
     try:
-        return verdict_blocks(verdict(configs, **margins))
+        heading, *blocks = verdict_blocks(verdict(configs, **margins))
+        return [heading, *(("warning", note) for note in notes), *blocks]
     except InputError as e:
         return [("warning", f"No verdict: {e}.")]
 
