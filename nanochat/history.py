@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from nanochat.common import shortened
-from nanochat.files import is_kind, parse_json
+from nanochat.files import is_kind, named, parse_json
 
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
 CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"),
@@ -162,6 +162,9 @@ class Rows:
             order.append(first)
         return order
 
+    def __iter__(self) -> Iterator[dict]:
+        return map(self.row, self.order)
+
     def row(self, number: int) -> dict:
         return self.by_number[self.table_of[number]].row(self.place_of[number])
 
@@ -198,6 +201,9 @@ class History(Sequence):
 
     def __len__(self):
         return len(self.rows.order)
+
+    def __iter__(self):
+        return iter(self.rows)
 
     def __getitem__(self, i):
         numbers = self.rows.order[i]
@@ -255,7 +261,7 @@ def file_rows(path: Path) -> Iterator[dict]:
     damaged = []  # (number of the line, why)
     if not path.exists():
         return
-    with open(path, "rb") as f:
+    with named(path), open(path, "rb") as f:
         for number, line in enumerate(long_lines(f), 1):
             row, fault = parsed(line)
             if row:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from nanochat.common import first_line
 from nanochat.files import write_atomic
-from nanochat.wandb_worker import MARK, Sent
+from nanochat.wandb_worker import MARK, Sent, saved_sent
 
 SECONDS = 60.0          # what the two variables are where they are not set
 SECONDS_STOPPED = 10.0  # for what is left of a run that was asked to stop: its machine may soon be gone
@@ -90,7 +90,7 @@ class WandbLog:
         """
         try:
             self.job["project"] = project(self.environment)
-            self.job["id"] = run_id(self.environment, self.folder / "wandb_id.txt")
+            self.job["id"] = run_id(self.environment, self.folder)
             return self._send(offline=False)
         except Exception as e:
             trouble = first_line(e).rstrip(".")
@@ -104,6 +104,7 @@ class WandbLog:
 
     def _send(self, offline: bool, trouble: str = ""):
         """Let a worker send the run to its end, or write it offline because of `trouble`. Raises Trouble."""
+        # kept before W&B hears of it: a run that is killed at any moment goes on as the same line
         write_atomic(self.folder / "wandb_id.txt", self.job["id"] + "\n")
         waits_since = time.monotonic()  # for the worker to begin, then for it to end
         started = False
@@ -221,12 +222,33 @@ def seconds(what: str) -> float:
     return value if 0 < value < math.inf else SECONDS
 
 
-def run_id(environment: dict, path: Path) -> str:
+def run_id(environment: dict, folder: Path) -> str:
     """What W&B knows the run by: what a W&B sweep's agent says, else what the run folder says, else new."""
     if environment.get("WANDB_SWEEP_ID") and environment.get("WANDB_RUN_ID"):
         return environment["WANDB_RUN_ID"]
-    kept = path.read_text("utf-8", errors="replace").strip() if path.exists() else ""
-    return kept if re.fullmatch(r"[\w-]{1,128}", kept) else secrets.token_hex(4)
+    new = secrets.token_hex(4)
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        return new
+    kept = kept_id(path)
+    if not is_id(kept):
+        kept = saved_sent(folder).get("id", "")
+        if not is_id(kept):
+            say(f"{path}: damaged; the run begins a new line on the dashboard, {new}")
+            return new
+    return kept
+
+
+def kept_id(path: Path) -> str:
+    """The text of wandb_id.txt; '' if it is no ordinary file."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as f:
+        return f.read(1000).decode("utf-8", "replace").strip()
+
+
+def is_id(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
 
 
 def project(environment: dict) -> str:

@@ -8,6 +8,7 @@ On standard input come the job, one line of JSON, and at the end of the run its 
 diverged or failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
 """
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,15 +17,18 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.common import REQUEUE
-from nanochat.files import write_atomic
-from nanochat.metrics import CLOCKS
+from nanochat.common import REQUEUE, InputError
+from nanochat.files import Schema, read_json, write_atomic
+from nanochat.history import CLOCKS, Rows, parsed
+from nanochat.run_files import SUMMARY, read_config
 
 MARK = "\0"       # begins the lines that are messages
 POLL = 1.0        # seconds between two looks at the record
 FLUSHED = 60.0    # seconds after which a row that was logged offline is on disk: wandb writes every 15 s
+SENT = Schema("record of what was sent", {"id": str, "step": int})
 EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "diverged": 1, "failed": 1}
 
 
@@ -74,7 +78,7 @@ def send(job: dict):
                 numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
                 run.log(numbers, step=row["step"] + shift, commit=True)
                 write_logs(run, row)
-            sent.logged(row["step"])
+            sent.logged(row["step"], run.offline)
         if run.offline:
             sent.save_flushed()
     signal.alarm(math.ceil(job["finish_seconds"]) + 10)
@@ -99,7 +103,7 @@ def start(job: dict):
     known = getattr(wandb.Settings, "model_fields", {})  # other versions of wandb have other settings
     sys.argv = job["argv"]  # W&B shows it as the run's command
     folder = Path(job["folder"])
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_config(folder)
     run = wandb.init(
         project=job["project"], name=job["name"], id=job["id"], dir=folder, mode=job["mode"],
         resume=None if job["mode"] == "offline" else "allow",
@@ -125,7 +129,7 @@ def steps_to_send(run) -> tuple[int, int]:
 def write_logs(run, row: dict):
     """The row's line, and the samples of the model's text, under Logs on the dashboard."""
     if hasattr(run, "write_logs"):
-        names = [name for name in ("train/loss", "val/ppl", "val/bpb") if name in row]
+        names = [name for name in ("train/loss", "val/ppl", "val/bpb") if row.get(name) is not None]
         line = " | ".join([f"step {row['step']}", *(f"{name} {row[name]:.4f}" for name in names)])
         run.write_logs("\n".join([line, *(f"  sample: {text!r}" for text in row.get("sample", ()))]))
 
@@ -150,23 +154,25 @@ class Record:
         self.file = open(self.folder / "metrics.jsonl", "rb")
         self.written = None  # when summary.json was
 
-    def new_rows(self) -> list[dict]:
-        """The rows of whole lines since the last call.
-
-        Of earlier starts, one row a step, up to the step that the run goes on from: the rest is run again.
-        """
-        before, rows = {}, []
+    def new_rows(self) -> Iterator[dict]:
+        """The rows of whole lines since the last call; in the first call, before them, those of earlier starts."""
+        earlier = Rows(self._earlier_rows())
+        rows = []
         while line := self.file.readline():
-            earlier = self.file.tell() <= self.offset
-            if not earlier and not line.endswith(b"\n"):  # still being written
+            if not line.endswith(b"\n"):  # still being written
                 self.file.seek(-len(line), os.SEEK_CUR)
                 break
-            row = parsed(line)
-            if row and not earlier:
+            row, _ = parsed(line)
+            if row:
                 rows.append(row)
-            elif row and row["step"] <= self.resumed_step:
-                before.setdefault(row["step"], {}).update(row)
-        return [before[step] for step in sorted(before)] + rows
+        return itertools.chain(earlier, rows)
+
+    def _earlier_rows(self):
+        """Up to the step that the run goes on from: the rest is run again."""
+        while self.file.tell() < self.offset and (line := self.file.readline()):
+            row, _ = parsed(line)
+            if row and row["step"] <= self.resumed_step:
+                yield row
 
     def new_summary(self) -> dict:
         """summary.json if it was written anew since the last call, else {}.
@@ -178,16 +184,20 @@ class Record:
         if written == self.written:
             return {}
         self.written = written
-        return {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "step"}
+        try:
+            summary = read_json(path, SUMMARY)
+        except InputError:  # somebody damaged it; the run writes it anew
+            return {}
+        return {key: value for key, value in summary.items() if key != "step"}
 
 
-def parsed(line: bytes) -> dict | None:
-    """None of what is no row, such as half a line from a process that was killed."""
+def saved_sent(folder: Path) -> dict:
+    """wandb/sent.json of a run folder: {"id", "step"}; {} where it is missing, or damaged."""
+    path = folder / "wandb" / "sent.json"
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        return read_json(path, SENT) if path.is_file() else {}
+    except InputError:
+        return {}
 
 
 class Sent:
@@ -200,15 +210,16 @@ class Sent:
         self.path, self.id = Path(job["folder"]) / "wandb" / "sent.json", job["id"]
         self.rows = []  # [(step, when it was logged)], since the last save
         self.step = self.last = -1
-        saved = parsed(self.path.read_bytes()) if self.path.exists() else None
+        saved = saved_sent(Path(job["folder"]))
         if saved and saved.get("id") == self.id:
             self.step = saved["step"]
         elif not saved and list(self.path.parent.glob(f"offline-run-*-{self.id}")):
             self.step = job["resumed_step"]  # an earlier version of this program wrote it, without this file
         self.save(self.step)
 
-    def logged(self, step: int):
-        self.rows.append((step, time.monotonic()))
+    def logged(self, step: int, offline: bool):
+        if offline:  # else W&B itself says what it has
+            self.rows.append((step, time.monotonic()))
         self.last = max(self.last, step)
 
     def save_flushed(self):

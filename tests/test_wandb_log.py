@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path  # noqa: F401  for the code that a test starts
 
 import pytest
 from wandb_server import serving
 
 from conftest import ROOT
-from nanochat import metrics, wandb_log
+from nanochat import metrics, wandb_log, wandb_worker
 from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
 from nanochat.metrics import RunRecord
 from processes import wait_for
@@ -211,3 +212,66 @@ def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said,
         assert worker.poll() is not None
         find = ["pgrep", "-f", f"wandb-core .*--pid {worker.pid}"]
         wait_for(lambda: subprocess.run(find).returncode == 1, 5)
+
+
+# ---- the id that makes a resumed run the same line ---------------------------------------------------------
+
+SEEN_BY_INIT = """
+import os, pathlib, signal
+def init(id, dir, **settings):
+    kept = (pathlib.Path(dir) / "wandb_id.txt").read_text()
+    pathlib.Path(dir, "seen.txt").write_text(f"{id} {kept}")
+    os.kill(os.getpid(), signal.SIGKILL)
+def Settings(**settings):
+    return settings
+"""
+
+
+def test_a_kill_when_the_run_is_created_does_not_split_its_line(server, tmp_path, monkeypatch):
+    """wandb.init dies as it begins: the id that it was given is in the run folder, and the resumed run has it.
+    First it is a run of a W&B sweep's agent, which chooses the id; then the user resumes it.
+    """
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_SWEEP_ID", "abc123")
+        patch.setenv("WANDB_RUN_ID", "run42")
+        (tmp_path / "path").mkdir()
+        (tmp_path / "path/wandb.py").write_text(SEEN_BY_INIT)
+        patch.setenv("PYTHONPATH", str(tmp_path / "path"))
+        record = begin(tmp_path / "run")
+        record.log(row(1))
+        record.close()
+        assert (tmp_path / "run/seen.txt").read_text() == "run42 run42\n"
+    resumed = begin(tmp_path / "run", resumed_step=1)
+    resumed.log(row(2))
+    resumed.summarize("finished")
+    resumed.close()
+    assert list(server.runs) == ["run42"] and steps(server) == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"a/../b", b"x" * 10_000, b"\xff\xfe", "é".encode(), b"--x y"])
+def test_a_damaged_id_is_taken_from_what_was_sent_or_said_to_be_lost(tmp_path, capsys, content):
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    new = wandb_log.run_id({}, tmp_path)
+    assert re.fullmatch("[0-9a-f]{8}", new)
+    said = f"{tmp_path}/wandb_id.txt: damaged; the run begins a new line on the dashboard, {new}"
+    assert capsys.readouterr().err == f"wandb: {said}\n"
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/sent.json").write_text('{"id": "first", "step": 3}')
+    assert wandb_log.run_id({}, tmp_path) == "first"
+    for damaged in ('{"id": ["first"], "step": 3}', '{"id": "first", "step": "3"}', "[]", "{", '{"id": "../x", "step": 1}'):
+        (tmp_path / "wandb/sent.json").write_text(damaged)
+        assert re.fullmatch("[0-9a-f]{8}", wandb_log.run_id({}, tmp_path))
+
+
+def test_rows_of_a_damaged_record_do_not_reach_the_worker(tmp_path):
+    lines = [b'{"step": 1, "train/loss": null}', b"[" * 10_000, b'{"step": "2"}', b'{"step": 3, "val/ppl": "x"}',
+             b'{"step": 2, "sample": ["a"]}', b'{"step": 9}', b'{"step": 4}', b'{"step": 5, "tra']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "summary.json").write_text("[1]")
+    offset = sum(len(line) + 1 for line in lines[:6])
+    record = wandb_worker.Record({"folder": str(tmp_path), "offset": offset, "resumed_step": 3})
+    assert [r["step"] for r in record.new_rows()] == [1, 2, 4] and not list(record.new_rows()) and record.new_summary() == {}
+    logged = []
+    run = types.SimpleNamespace(write_logs=logged.append)
+    wandb_worker.write_logs(run, {"step": 1, "train/loss": None, "val/ppl": 2.0})
+    assert logged == ["step 1 | val/ppl 2.0000"]
