@@ -87,7 +87,10 @@ def tidy(panel):
 
 
 def plain(text: str, longest: int = 40) -> str:
-    """A run's name as matplotlib may draw it: no math, no leading underscore (it would hide a legend entry), not endless."""
+    """A run's name as matplotlib may draw it: no math, no half characters, no leading underscore (it would hide a
+    legend entry), not endless.
+    """
+    text = text.encode("utf-8", "replace").decode()
     if len(text) > longest:
         text = text[:longest // 2] + "…" + text[-(longest // 2 - 1):]
     text = text.replace("$", r"\$")

@@ -16,6 +16,7 @@ from pathlib import Path
 from nanochat.common import InputError, shortened
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
+MAX_NESTING = 100  # lists and objects in one another, in JSON
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -177,9 +178,20 @@ def is_kind(value, kind: type | tuple) -> bool:
 def parse_json(text: str):
     """What a text says in JSON; None where it is none: json.loads fails in several ways, by the text."""
     try:
-        return json.loads(text, parse_int=parse_integer)
+        content = json.loads(text, parse_int=parse_integer)
     except (ValueError, RecursionError):
         return None
+    may_be_deep = text.count("[") + text.count("{") > MAX_NESTING
+    return None if may_be_deep and is_deep(content) else content
+
+
+def is_deep(content) -> bool:
+    """Whether lists and objects lie so deep in one another that a function which follows them may fail."""
+    level = [content]
+    for _ in range(MAX_NESTING):
+        inner = [part for part in level if isinstance(part, (dict, list))]
+        level = [value for part in inner for value in (part.values() if isinstance(part, dict) else part)]
+    return bool(level)
 
 
 def parse_integer(text: str) -> int:

@@ -2,9 +2,12 @@
 
 What `metrics.RunRecord` sent is all there is: no text samples, and nothing that was None. W&B's own keys (they begin with _) go.
 """
+import math
 import sys
 
 from nanochat.common import InputError, printable
+from nanochat.files import is_kind
+from nanochat.history import History, row_fault
 from nanochat.metrics import Run
 from nanochat.naming import LONGEST_RUN_NAME, is_tag
 
@@ -75,27 +78,46 @@ def read_run(run, name: str) -> Run:
     config = dict(run.config)
     accounting = config.pop("accounting", {})
     config.pop("tag", None)
-    history = read_history(run)
-    summary = {**accounting, **own(flat(run.summary_metrics))}
+    history = read_history(run, name)
+    known = [table for table in (accounting, run.summary_metrics) if isinstance(table, dict)]
+    summary = {}
+    for table in known:
+        summary |= own(flat(table))
     sent = summary.pop("status", "")
     if sent not in ("finished", "stopped", "diverged"):
         sent = status(run.state, config, summary)
     return Run(name, config, {"status": sent, **summary}, history)
 
 
-def read_history(run) -> list[dict]:
-    """One dict a step. A resumed run repeats the steps after its checkpoint: the last word counts, as in metrics.read_history."""
-    by_step = {}
+def read_history(run, name: str) -> History:
+    """As history.read_history of a folder. Rows of other programs, without a step, are left out."""
+    rows, damaged = [], []
     for row in run.scan_history() if run.lastHistoryStep >= 0 else ():
-        if isinstance(row.get("step"), (int, float)):
-            by_step.setdefault(row["step"], {}).update(own(row))
-    return [by_step[step] for step in sorted(by_step)]
+        if not isinstance(row, dict) or row.get("step") is None:
+            continue
+        row = own(row)
+        fault = row_fault(row)
+        if fault:
+            damaged.append(fault)
+        else:
+            rows.append(row)
+    if damaged:
+        print(f"note: {name} on W&B: {len(damaged):,} rows left out, no rows of metrics; the first has "
+              f"{damaged[0]}", file=sys.stderr)
+    return History(rows)
 
 
 def own(metrics: dict) -> dict:
     """Without W&B's keys and empty cells, numbers as numbers."""
-    return {key: float(value) if value in NOT_FINITE else value for key, value in metrics.items()
-            if not key.startswith("_") and value is not None}
+    numbers = {}
+    for key, value in metrics.items():
+        if not key.startswith("_") and value is not None:
+            numbers[key] = float(value) if isinstance(value, str) and value in NOT_FINITE else value
+    return numbers
+
+
+def number(table: dict, key: str, default: float) -> float:
+    return table[key] if is_kind(table.get(key), float) else default
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -110,6 +132,6 @@ def status(state: str, config: dict, summary: dict) -> str:
     """Of a run that sent none. W&B's "finished": its process ended well, perhaps before the last step."""
     if state != "finished":
         return "running"  # as in a folder whose process was killed
-    reached = summary.get("step", 0) >= config["derived"].get("num_iterations", 0)
-    early = summary.get("val/ppl", float("inf")) <= config["flags"].get("stop_at_ppl", -1)
+    reached = number(summary, "step", 0) >= number(config["derived"], "num_iterations", 0)
+    early = number(summary, "val/ppl", math.inf) <= number(config["flags"], "stop_at_ppl", -1)
     return "finished" if reached or early else "stopped"

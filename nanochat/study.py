@@ -195,7 +195,8 @@ def rank_name(s: dict) -> str:
     parts += [single_name(part) for part in (s.get("matrix_ranks") or "").split(",") if part]
     parts += [s["factor_act"]] if parts and s.get("factor_act", "none") != "none" else []
     parts = parts or ["full rank"]
-    return ", ".join(parts + ([f"MLP × {s['mlp_ratio']:g}"] if s.get("mlp_ratio", 4) != 4 else []))
+    ratio = s.get("mlp_ratio") or 4
+    return ", ".join(parts + ([f"MLP × {ratio:g}"] if ratio != 4 else []))
 
 
 def single_name(part: str) -> str:
@@ -264,5 +265,7 @@ def paste_flags(config: Configuration) -> str:
             given = run.summary.get("params/total", given)  # it named a run, which need not exist where this is pasted
         words.append(shlex.quote("--" + key.replace("_", "-")))
         if given is not True:
-            words.append(",".join(f"{v:g}" for v in given) if isinstance(given, list) else shlex.quote(str(given)))
+            numbers = given if isinstance(given, list) else []
+            text = ",".join(f"{v:g}" for v in numbers if isinstance(v, (int, float)))
+            words.append(text if numbers else shlex.quote(str(given)))
     return " ".join(words)

@@ -21,6 +21,7 @@ from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
 from nanochat.page import encode, in_markdown, to_markdown, to_page
+from nanochat.run_check import checked
 from nanochat.study import Configuration, configurations, finished
 from nanochat.study_figures import caption, study_figures
 from nanochat.study_tables import configurations_table, frontier_table, pair_keys, runs_table
@@ -172,7 +173,8 @@ def two_ends(configs: list[Configuration], measure: str) -> list[Run]:
     y_key = MEASURES[measure][0]
     low = [c for c in configs if c.low_rank and c.values(y_key)]
     ends = [baseline(configs, y_key), min(low, key=lambda c: c.mean(y_key), default=None)]
-    return [next(filter(finished, c.runs)) for c in ends if c]
+    runs = [next(filter(finished, c.runs), None) for c in ends if c]
+    return [run for run in runs if run]
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -192,15 +194,15 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
         if twice := [run.name for run in fetched if run.name in tags]:
             raise InputError(f"--from-wandb {wandb_spec}: {names(twice)} is given as a folder too; leave one of them out")
         runs += fetched
-    return [with_newest_values(run) for run in runs]
+    return [with_newest_values(checked(run)) for run in runs]
 
 
 def with_newest_values(run: Run) -> Run:
     """The summary of an unfinished run dates from its last checkpoint; the history knows more. And what follows from a summary."""
-    summary = run.summary
+    summary = dict(run.summary)
     if not finished(run):
         for entry in run.history:
-            summary = {**summary, **{k: v for k, v in entry.items() if isinstance(v, (int, float))}}
+            summary.update({k: v for k, v in entry.items() if isinstance(v, (int, float))})
     run = dataclasses.replace(run, summary=summary)
     return dataclasses.replace(run, summary={**summary, **derived(run)})
 

@@ -17,6 +17,7 @@ from wandb_server import serving
 from nanochat.common import InputError
 from nanochat.from_wandb import runs_from_wandb
 from nanochat.metrics import RunRecord, load_run
+from scripts import report
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "wandb.json").read_text("utf-8"))
 
@@ -195,3 +196,22 @@ def test_a_server_that_fails_on_the_way(server, environment, question, status, w
         return answer(operation, query, given)
     environment.setattr(server, "answer", failing)
     assert refused("lab/proj").startswith(words)
+
+
+def test_odd_values_on_wandb_are_left_out_or_refused_in_a_line(server, capsys):
+    low = server.runs[sorted(server.runs)[-1]]
+    low["history"] += [json.dumps({"_step": 7 + i, "step": step, **more}) for i, (step, more) in enumerate([
+        ("7", {}), ([1], {}), (7, {"val/ppl": {"a": 1}}), (-1, {}), (7, {"total_tokens": "x"}), (True, {})])]
+    whole = copy.deepcopy(low)
+    runs = runs_from_wandb("lab/proj")
+    assert "on W&B: 6 rows left out, no rows of metrics; the first has step: '7'" in capsys.readouterr().err
+    assert [[row["step"] for row in run.history] for run in runs] == [list(range(1, 7))] * 2
+    for field, key, odd in [("config", "tag", ["x"]), ("config", "accounting", [1]), ("summaryMetrics", "status", ["finished"]),
+                            ("summaryMetrics", "step", "6"), ("summaryMetrics", "val/ppl", [1]), ("summaryMetrics", "params/total", "many"),
+                            ("config", "device", "cpu"), ("config", "seed", {"a": 1})]:
+        low |= copy.deepcopy(whole)
+        edit(low, field, **{key: {"value": odd} if field == "config" else odd})
+        try:
+            report.load_runs([], "lab/proj")
+        except InputError as e:
+            assert "\n" not in str(e)
