@@ -41,7 +41,7 @@ def test_what_is_no_row_is_left_out_and_said_once(tmp_path, capsys, line):
     good = [row(1), {"step": 2, "train/loss": math.nan, "val/ppl": math.inf, "new key": {"a": [1]}}]
     lines = [json.dumps(good[0]), line, json.dumps(good[1]), line, "", '{"step": 3, "to']  # the last one torn by a kill
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"flags": {}}')
     run = load_run(tmp_path)
     assert capsys.readouterr().err == ""  # it is read only when it is used
     assert [entry["step"] for entry in run.history] == [1, 2] and run.history[0] == good[0]
