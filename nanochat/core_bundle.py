@@ -88,7 +88,7 @@ def open_bundle(folder: str = "") -> Bundle:
     return read_downloaded(place / "eval_bundle")
 
 
-# ---- reading ------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 class Files:
     """The files of a bundle, read within limits."""
@@ -129,7 +129,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def read_downloaded(folder: Path) -> Bundle:
-    """InputError, too, if it is not what was downloaded. Earlier versions of this program kept no fingerprint."""
+    """InputError, too, if it is not what was downloaded. Earlier versions kept no fingerprint."""
     bundle = read_bundle(folder)
     if sum_beside(folder, "fingerprint", 16) not in (None, bundle.fingerprint):
         raise InputError(f"{folder}: its files are no longer those that were downloaded; remove the folder, "

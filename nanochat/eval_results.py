@@ -1,4 +1,4 @@
-"""What scripts.base_eval writes into a run folder, eval_<step>.json and core_<step>.json: read and checked."""
+"""What scripts.base_eval writes, eval_<step>.json and core_<step>.json in a run folder: read and checked."""
 import re
 from pathlib import Path
 
@@ -15,7 +15,8 @@ CORE = Schema("result of CORE", {"settings": dict},
               {"core_metric": float, "core_metric_interval": list, "tasks": dict, "centered_results": dict,
                "bundle_sha256": (str, type(None))}, remedy=REMEDY)
 TASK = Schema("result of CORE",
-              {"accuracy": float, "centered": float, "centered_interval": list, "examples": int}, remedy=REMEDY)
+              {"accuracy": float, "centered": float, "centered_interval": list, "examples": int},
+              remedy=REMEDY)
 SETTINGS = Schema("result of CORE", {"step": int, "bundle": str, "max_per_task": int}, remedy=REMEDY)
 
 
@@ -48,7 +49,7 @@ def read_core(path: Path) -> dict:
 def check_step(path: Path, results: dict):
     step = results["settings"].get("step")
     if step != step_of(path):
-        raise InputError(f"{path}: not a {EVAL.name} (its settings say step {shortened(repr(step))}); {REMEDY}")
+        raise InputError(f"{path}: not a {EVAL.name} (of step {shortened(repr(step))}); {REMEDY}")
 
 
 def check_interval(where, key: str, results: dict):

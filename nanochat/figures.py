@@ -87,8 +87,8 @@ def tidy(panel):
 
 
 def plain(text: str, longest: int = 40) -> str:
-    """A run's name as matplotlib may draw it: no math, no half characters, no leading underscore (it would hide a
-    legend entry), not endless.
+    """A run's name as matplotlib may draw it: no math, no half characters, not endless, and no leading
+    underscore, which would hide a legend entry.
     """
     text = text.encode("utf-8", "replace").decode()
     if len(text) > longest:

@@ -79,7 +79,7 @@ def progress(run: Run) -> str:
 
 
 def status_words(run: Run) -> str:
-    """"finished", "unfinished (step 40 of 200)", "diverged (step 40 of 200)", and how many steps were not applied."""
+    """"finished", "unfinished (step 40 of 200)" or "diverged (…)", and how many steps were not applied."""
     words = "finished"
     if not finished(run):
         words = f"{'diverged' if diverged(run) else 'unfinished'} ({progress(run)})"

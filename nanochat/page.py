@@ -118,7 +118,8 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
             case ("figure", file, caption):
                 parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
-                parts.append(f"<details><summary>{in_html(summary)}</summary><pre>{html.escape(visible(words))}</pre></details>")
+                parts.append(f"<details><summary>{in_html(summary)}</summary>"
+                             f"<pre>{html.escape(visible(words))}</pre></details>")
     return "\n".join(parts)
 
 
@@ -137,7 +138,8 @@ def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
 def html_cell(cell: str) -> str:
     """A ratio, or the room left for one, gets its own box of fixed width."""
     value = RATIO.sub("", cell).removesuffix(NO_RATIO)
-    return html.escape(visible(value)) + (f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else "")
+    shown_ratio = f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else ""
+    return html.escape(visible(value)) + shown_ratio
 
 
 # ---- pictures that name their points, tables that sort --------------------------------------------------------------
@@ -146,7 +148,8 @@ def html_figure(figure, caption: str) -> str:
     png, hotspots = figure if isinstance(figure, tuple) else (figure, ())
     width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))
     src = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'  # all figures' text at one size on the page
+    # all figures' text at one size on the page
+    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'
     if not hotspots:
         return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
     dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12"><title>{html.escape(visible(text))}</title></circle>'
@@ -176,7 +179,8 @@ def value(cell) -> float | str | None:
 def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
     numeric = [any(isinstance(value(row[i]), (int, float)) for row in rows) for i in range(len(header))]
     kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
-    head = "".join(f'<th scope="col"{kind}>{html.escape(visible(name))}</th>' for name, kind in zip(header, kinds))
+    head = "".join(f'<th scope="col"{kind}>{html.escape(visible(name))}</th>'
+                   for name, kind in zip(header, kinds))
     tags = ['th scope="row"'] + ["td"] * len(header)
     body = "\n".join("<tr>" + "".join(map(runs_cell, row, tags, kinds)) + "</tr>" for row in rows)
     menus = "".join(drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters)
@@ -199,7 +203,8 @@ def drop_down(name: str, column: int, cells: list) -> str:
         by = value(cell)
         return (2, 0, "") if by is None else (1, 0, by) if isinstance(by, str) else (0, by, "")
     options = dict.fromkeys(html.escape(visible(shown(cell))) for cell in sorted(cells, key=order))
-    return (f'<label>{html.escape(visible(name))} <select data-column="{column}"><option value="">all</option>'
+    return (f'<label>{html.escape(visible(name))} '
+            f'<select data-column="{column}"><option value="">all</option>'
             + "".join(f'<option value="{text}">{text}</option>' for text in options) + "</select></label>")
 
 

@@ -1,4 +1,4 @@
-"""What a run's config.json and summary.json hold where the report uses it: a damaged or foreign one is one line."""
+"""The values of a run's config.json and summary.json that the report uses: an odd one is one line."""
 import dataclasses
 import math
 
@@ -8,13 +8,13 @@ from nanochat.history import NUMBERS
 from nanochat.metrics import Run
 
 REMEDY = "restore it, or leave the run out"
-COUNTED = ("params/", "mem/", "flops/", "total_")  # these are finite, and at least 0, also where a run diverged
+COUNTED = ("params/", "mem/", "flops/", "total_")  # finite, and at least 0, also where a run diverged
 MAX_LAYERS = 100_000
 SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head")
 
 
 def checked(run: Run) -> Run:
-    """The run, without nulls. InputError unless its values have the types that the report takes for granted."""
+    """The run, without nulls. InputError unless its values have the types that the report counts on."""
     config = {key: value if key == "flags" else without_nulls(value) for key, value in run.config.items()}
     config = {key: value for key, value in config.items() if value is not None}
     run = dataclasses.replace(run, config=config, summary=without_nulls(run.summary))
@@ -47,8 +47,9 @@ def check_config(run: Run):
         require(run, f"derived.corpus.{key}", value, is_plain)
     for key, value in model.items():
         require(run, f"derived.model.{key}", value, MODEL.get(key, is_setting))
-    for part, values, needed in (("derived", parts["derived"], ["num_iterations"]), ("derived.model", model, SHAPE)):
-        if missing := [key for key in needed if values and key not in values]:
+    needed = [("derived", parts["derived"], ["num_iterations"]), ("derived.model", model, SHAPE)]
+    for part, values, keys in needed:
+        if missing := [key for key in keys if values and key not in values]:
             raise InputError(f"run {run.name}: {part}.{missing[0]} is missing from config.json; {REMEDY}")
 
 
@@ -70,7 +71,8 @@ def table(run: Run, parent: dict, name: str) -> dict:
 
 def require(run: Run, key: str, value, is_right):
     if value is not None and not is_right(value):
-        raise InputError(f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, which no run writes; {REMEDY}")
+        raise InputError(f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, "
+                         f"which no run writes; {REMEDY}")
 
 
 # ---- kinds of values ---------------------------------------------------------------------------------------
@@ -137,8 +139,8 @@ FLAGS = {**dict.fromkeys(("adapter", "layer_map", "subspace", "subspace_scope", 
          **dict.fromkeys(("rank", "subspace_dim", "subspace_rank", "mlp_ratio", "stop_at_ppl"), is_number),
          "seed": is_integer, "matrix_ranks": are_parts}
 MODEL = {**dict.fromkeys(("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "sequence_len"), is_size),
-         "rank_multiple": is_integer, "mlp_ratio": is_positive, "factor_act": is_text, "attn_ranks": are_amounts,
-         "mlp_ranks": are_amounts, "lm_head_rank": is_amount, "matrix_ranks": are_amounts_by_name,
+         "rank_multiple": is_integer, "mlp_ratio": is_positive, "factor_act": is_text,
+         "attn_ranks": are_amounts, "mlp_ranks": are_amounts, "lm_head_rank": is_amount, "matrix_ranks": are_amounts_by_name,
          "layer_map": are_amounts, "layer_kinds": is_list}
 DERIVED = {**dict.fromkeys(("num_iterations", "total_batch_size", "tokens", "val_tokens"), is_integer),
            "matrix_lr": is_number, "tokenizer_hash": is_text}

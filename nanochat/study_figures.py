@@ -342,7 +342,8 @@ def mean_curve(config: Configuration, key: str) -> list[tuple[float, float]]:
     runs = []
     for run in filter(finished, config.runs):
         evaluations = series(run.history, "step", "total_training_time", key)
-        runs.append({step: (time, loss) for step, time, loss in evaluations if is_finite(time) and is_finite(loss)})
+        finite = [row for row in evaluations if is_finite(row[1]) and is_finite(row[2])]
+        runs.append({step: (time, loss) for step, time, loss in finite})
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     return [(fmean(run[step][0] for run in runs), fmean(run[step][1] for run in runs)) for step in common]
 

@@ -155,7 +155,7 @@ class Record:
         self.written = None  # when summary.json was
 
     def new_rows(self) -> Iterator[dict]:
-        """The rows of whole lines since the last call; in the first call, before them, those of earlier starts."""
+        """The rows of whole lines since the last call; at first also those of earlier starts, before them."""
         earlier = Rows(self._earlier_rows())
         rows = []
         while line := self.file.readline():

@@ -159,7 +159,7 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
 
 
 def judge(configs: list[Configuration], margins: dict) -> list[tuple]:
-    """The verdict, under what is to be known of its runs; a warning instead where perplexities do not compare."""
+    """The verdict, under notes on its runs; a warning instead where perplexities do not compare."""
     notes = divergence_notes([run for config in configs for run in config.runs])
     try:
         heading, *blocks = verdict_blocks(verdict(configs, **margins))
