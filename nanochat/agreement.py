@@ -49,7 +49,8 @@ class Members:
         self.through = threading.Event()
         self.speaks = threading.Lock()  # who has it, prints the one line
         self.meetings = count(1)
-        threading.Thread(target=self.watch, daemon=True, name="other processes").start()
+        self.thread = threading.Thread(target=self.watch, daemon=True, name="other processes")
+        self.thread.start()
 
     def watch(self):
         key = ENDED if self.rank else FAILED
@@ -99,6 +100,7 @@ class Members:
     def leave_in_peace(self):
         """At the end of a run that has not failed."""
         self.through.set()
+        self.thread.join(5)  # Python aborts where it ends while a thread waits for the store
         with contextlib.suppress(RuntimeError):
             if self.rank:
                 self.store.add(LEFT, 1)

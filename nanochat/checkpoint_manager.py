@@ -16,7 +16,7 @@ from nanochat.factorize import stacked
 from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.naming import check_tag
-from nanochat.run_files import read_meta, saved_steps, step_folder, write_meta
+from nanochat.run_files import read_meta, remove_unfinished, saved_steps, step_folder, write_meta
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
@@ -64,12 +64,6 @@ def set_aside(folder: Path):
     """Let a checkpoint be one no more, at once: a process that removes it file by file may be killed."""
     with contextlib.suppress(OSError):
         folder.rename(folder.with_name(f".{folder.name}.before"))
-
-
-def remove_unfinished(run_folder: Path):
-    """Remove what is no checkpoint, or none any more, among them. Nobody may be writing one now."""
-    for left in (run_folder / "checkpoints").glob(".step_*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def amend_checkpoint(run_folder: Path, step: int, changes: dict):

@@ -1,4 +1,6 @@
 """What is wrong with what the user gave, in one line that a terminal can show."""
+import contextlib
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -19,3 +21,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def named(path: Path):
+    """An OSError in here names the file: of an open file that cannot be read, the system does not."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise

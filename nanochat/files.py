@@ -13,7 +13,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import InputError, shortened
+from nanochat.common import shortened
+from nanochat.errors import InputError, named
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
 MAX_NESTING = 100  # lists and objects in one another, in JSON
@@ -76,16 +77,6 @@ def sync_folder(folder: Path):
             raise
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def named(path: Path):
-    """An OSError in here names the file: of an open file that cannot be read, the system does not."""
-    try:
-        yield
-    except OSError as e:
-        e.filename = e.filename or str(path)
-        raise
 
 
 def create_folder(folder: Path):

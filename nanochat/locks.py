@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from nanochat import leases
-from nanochat.errors import printable
+from nanochat.errors import named, printable
 from nanochat.leases import Lease, acquire_lease, in_words, lease_of, open_own_file, read_entry
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -28,7 +28,8 @@ NOTICE_AFTER = 10.0  # seconds until a waiting process says what it waits for
 class Lock:
     """A lock that this process has. Where there is flock, a child that inherits `fileno()` shares it."""
 
-    def __init__(self, file, lease: Lease | None = None):
+    def __init__(self, path: Path, file, lease: Lease | None = None):
+        self.path = path
         self.file = file
         self.lease = lease
 
@@ -47,9 +48,10 @@ class Lock:
         """
         if self.lease:
             self.lease.sign(activity)
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
+            self.file.flush()
 
     def close(self):
         if self.lease:
@@ -64,7 +66,7 @@ def acquire(path: Path, wait: bool) -> Lock | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    lock = Lock(file)
+    lock = Lock(path, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,7 +100,7 @@ def lock_by_lease(path: Path, file, wait: bool) -> Lock | None:
             notice_at = math.inf
         time.sleep(pause)
         pause = min(1.1 * pause, SLOWEST_POLL)
-    return Lock(file, lease)
+    return Lock(path, file, lease)
 
 
 def owner_path(path: Path) -> Path:

@@ -19,7 +19,7 @@ from nanochat.common import InputError, get_base_dir
 from nanochat.files import remove_temporary, write_json
 from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile
-from nanochat.run_files import read_config, read_summary
+from nanochat.run_files import read_config, read_summary, remove_unfinished
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
 FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
@@ -63,6 +63,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def remove_left_overs(folder: Path):
+    """Remove what killed processes left half-written in a run folder. This process has the run's lock."""
+    remove_temporary(folder, *WRITTEN)
+    remove_unfinished(folder)
+
+
 def dtype_so_far(folder: Path, device_type: str) -> str:
     """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
     device = read_config(folder).get("device", {}) if (folder / "config.json").exists() else {}
@@ -92,7 +98,7 @@ class RunRecord:
         for entry in read_history(folder):
             if entry["step"] <= resumed_step:  # what the checkpoint knows of; later steps are run again
                 self._remember(entry)
-        remove_temporary(folder, *WRITTEN)
+        remove_left_overs(folder)
         write_json(folder / "config.json", config)
         self.file = HistoryFile(folder / "metrics.jsonl")
         self.status = "running"

@@ -113,17 +113,19 @@ def share_requests(request: StopRequest):
     store = dist.distributed_c10d._get_default_store()
     if hasattr(store, "clone"):  # a connection of its own: one that waits for a key lets nobody else through
         store = store.clone()
-    threading.Thread(target=relay, args=(request, store, over), daemon=True, name="stop requests").start()
+    thread = threading.Thread(target=relay, args=(request, store, over), daemon=True, name="stop requests")
+    thread.start()
     try:
         yield
     finally:
         over.set()
+        thread.join(5)  # Python aborts where it ends while a thread waits for the store
 
 
 def relay(request: StopRequest, store, over: threading.Event):
     with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
-        while not over.is_set():
-            if request.wait(1.0):
+        while not over.wait(0.3):
+            if request.is_set():
                 return store.set(ASKED, str(int(request.number)))
             if store.check([ASKED]):
                 return request.hear(int(store.get(ASKED)))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat.common import InputError, first_line
+from nanochat.files import named
 
 MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
 COMPRESSIONS = (".gz", ".zst")
@@ -52,10 +53,11 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
     InputError: a file that is not what its name says, a row that is no document, invalid UTF-8, a document
     longer than MAX_DOCUMENT_CHARS.
     """
-    for place, text in reader_of(path):
-        if len(text) > MAX_DOCUMENT_CHARS:
-            raise too_long(place)
-        yield place, text
+    with named(path):
+        for place, text in reader_of(path):
+            if len(text) > MAX_DOCUMENT_CHARS:
+                raise too_long(place)
+            yield place, text
 
 
 def reader_of(path: Path) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ summary.json repeats that for readers. After a kill it may be older.
 """
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from nanochat.common import InputError
@@ -37,6 +38,12 @@ def saved_steps(run_folder: Path) -> list[int]:
     """Steps with a checkpoint, ascending; not yet verified."""
     names = (f.name.removeprefix("step_") for f in (run_folder / "checkpoints").glob("step_*"))
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def remove_unfinished(run_folder: Path):
+    """Remove what is no checkpoint, or none any more, among them. Nobody may be writing one now."""
+    for left in (run_folder / "checkpoints").glob(".step_*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def read_meta(run_folder: Path, step: int) -> dict:

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from nanochat import locks
 from nanochat.common import InputError, get_base_dir, locked, process_layout
 from nanochat.environment import number_of
-from nanochat.files import (Schema, create_folder, read_json, remove_temporary, sha256, sync, sync_folder,
-                            write_json)
+from nanochat.files import (Schema, create_folder, named, read_json, remove_temporary, sha256, sync,
+                            sync_folder, write_json)
 from nanochat.tokenizer import EncodingError
 
 DOCUMENTS_AT_ONCE = 512
@@ -72,7 +72,9 @@ def open_cache(folder: Path, tokenizer) -> np.ndarray:
         raise NotWhole("it has no sum")
     if meta["slots"] == 0:
         return np.zeros(0, dtype=meta["dtype"])
-    return np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+    path = folder / "tokens.bin"
+    with named(path):
+        return np.memmap(path, dtype=meta["dtype"], mode="r")
 
 
 def read_meta(folder: Path, tokenizer=None) -> dict:

@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 from nanochat import agreement, common, compiler, continuation, metrics, signals, writer
 from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_checkpoint,
-                                         load_newest, load_to_resume, not_finite, remove_unfinished,
-                                         save_checkpoint)
+                                         load_newest, load_to_resume, not_finite, save_checkpoint)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -286,6 +285,7 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
             lock = stack.enter_context(common.claimed(path, f"{tag_flag} {tag}: {folder}"))
             # a checkpoint that was still being written is there for all of them now, or for none
             saved = open_run(folder, f"{tag_flag} {tag}", run_config, args.resume)
+            metrics.remove_left_overs(folder)
         saved = follow_first(place, folder, saved)
         if saved == "finished":
             return print0(f"{tag}: already finished, see {folder}")
@@ -398,7 +398,6 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
 
     record = None
     if rank == 0:
-        remove_unfinished(folder)
         tokenizer.save(folder / "tokenizer.json")
         record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"])
     print_plan(config, plan, accounting, args)

@@ -7,7 +7,7 @@ import time
 
 from nanochat.common import ArgumentParser, InputError, locked, run_script, whole_number
 from nanochat.dataset import open_corpus
-from nanochat.files import check_out
+from nanochat.files import check_out, remove_temporary
 from nanochat.naming import lock_path, optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
 
@@ -74,6 +74,7 @@ def train(args):
         return print(f"tokenizer: {path} is already trained on this text "
                      f"({previous.vocab_size} tokens, hash {previous.hash})")
     check_out("NANOCHAT_BASE_DIR", path, is_file=True)
+    remove_temporary(path.parent, path.name)
     print(corpus.line())
     started = time.perf_counter()
     documents = Documents(corpus.train)
