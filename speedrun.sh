@@ -47,7 +47,7 @@ hear() {
   SIGNALS=$((SIGNALS + 1))
   [ -z "$PROCESS" ] || tell
 }
-trap hear TERM HUP USR1 USR2
+trap hear TERM HUP QUIT USR1 USR2
 trap 'INTERRUPTS=$((INTERRUPTS + 1)); hear' INT
 run() {
   local code=75 before
@@ -68,6 +68,8 @@ run() {
   fi
   return "$code"
 }
+# what torchrun passes on, where it has --signals-to-handle: a scheduler may signal it too, and others kill it
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
 # seconds that torchrun leaves its processes to save, from torch 2.13 on; before, these are 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 

@@ -17,6 +17,10 @@ from nanochat.errors import InputError, printable  # what others know by this mo
 from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
 
 
+# the process that started this one, noted before torch is imported, which takes seconds: it may be gone by then
+STARTED_BY = {os.getpid(): os.getppid()}
+
+
 def first_line(e: BaseException) -> str:
     """What an error of another library says, short enough for ours."""
     return (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -334,8 +338,9 @@ def join_group(device, rank: int, world_size: int):
     import torch.distributed as dist
 
     from nanochat import agreement
-    from nanochat.environment import WAY_OUT, check_rendezvous
+    from nanochat.environment import WAY_OUT, check_launcher, check_rendezvous
     check_rendezvous()
+    check_launcher()
     place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
     note = f"process {rank} of {world_size} waits for the others: {place}"
     patience = threading.Timer(60, print, [note], {"file": sys.stderr, "flush": True})
@@ -359,7 +364,7 @@ def stop_without_launcher():
     if told.isdecimal():
         stop_without(int(told))
     elif os.environ.get("RANK") and os.environ.get("TORCHELASTIC_RUN_ID"):
-        stop_without(os.getppid())
+        stop_without(STARTED_BY.get(os.getpid(), os.getppid()))
 
 
 def stop_without(parent: int, patience: float = 600):
@@ -369,7 +374,7 @@ def stop_without(parent: int, patience: float = 600):
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signals.launcher_gone()
         time.sleep(patience)
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, daemon=True).start()

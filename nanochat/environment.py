@@ -7,8 +7,10 @@ refused in one line that names the variable.
 import getpass
 import os
 import pwd
+import socket
 import sys
 import tempfile
+import time
 
 from nanochat.common import InputError, get_base_dir
 
@@ -167,6 +169,27 @@ def check_rendezvous():
     if not os.environ.get("MASTER_ADDR"):
         raise InputError(f"MASTER_ADDR is not set, but WORLD_SIZE={os.environ['WORLD_SIZE']} is; {WAY_OUT}")
     number_of("MASTER_PORT", 1, 65535)
+
+
+def check_launcher(patience: float = 3):
+    """InputError where torchrun, which lets its processes meet, was killed while this one started.
+
+    torch would look for it for half an hour. `patience`: seconds in which it has to answer.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return socket.create_connection(place, timeout=patience).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise InputError(f"MASTER_ADDR={place[0]} MASTER_PORT={place[1]}: torchrun was there and is gone; "
+                                 "start again") from None
+            time.sleep(0.2)
+        except OSError:  # a slow network, a name that is not known yet: torch is more patient
+            return
 
 
 def leave_process_group():

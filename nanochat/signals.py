@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE = 75  # exit code of a process that was asked to end and can start again: EX_TEMPFAIL of sysexits.h
 GRACE = 5     # seconds in which the main thread cleans up
 ECHO = 0.1    # seconds: a wrapper may repeat the Ctrl-C that the terminal has sent; these two are one
@@ -81,6 +81,7 @@ class Listener(threading.Thread):
         self.raised = False      # whether the main thread was told to end
         self.main_ended = False  # only Python's own shutdown is left to do
         self.first = None        # number of the first signal that came
+        self.orphaned = False    # whether the launcher is gone: see launcher_gone
         self.last_interrupt = 0.0
         self.interrupts = 0
         self.pipe, write_end = os.pipe()
@@ -98,7 +99,7 @@ class Listener(threading.Thread):
                 if signal.getsignal(number) is not on_signal:
                     continue
                 if self.insists(number):
-                    leave(signal.SIGINT, "SIGINT again: left without saving")
+                    leave(signal.SIGINT, "SIGINT again: left " + ("without saving" if self.request else "at once"))
                 if self.request:
                     self.announce(number)
                     self.request.hear(number)
@@ -109,7 +110,7 @@ class Listener(threading.Thread):
         """Whether this is the second Ctrl-C. At a second one torchrun sends a SIGTERM to its processes."""
         self.first = self.first or number
         if number == signal.SIGTERM:
-            return self.first == signal.SIGINT and under_torchrun()
+            return self.first == signal.SIGINT and under_torchrun() and not self.orphaned
         if number == signal.SIGINT and time.monotonic() - self.last_interrupt > ECHO:
             self.last_interrupt = time.monotonic()
             self.interrupts += 1
@@ -152,6 +153,13 @@ def listen():
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN or under_torchrun():
             signal.signal(number, on_signal)
+
+
+def launcher_gone():
+    """The process that started this one is no more: this one is asked to end. That is no second Ctrl-C."""
+    if listener:
+        listener.orphaned = True
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

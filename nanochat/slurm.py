@@ -30,7 +30,7 @@ echo "$(printf '%(%F %T)T' -1) $THIS on $HOSTNAME, start $START: $TAG, log: $LOG
 
 # Slurm signals this shell; the run saves its state and exits with 75. It may still be starting and know of no signal: then it just ends.
 ASKED= AGAIN= RUN=
-trap 'ASKED=yes AGAIN=yes; [ -z "$RUN" ] || kill -TERM "$RUN" 2>/dev/null' TERM USR1
+trap 'ASKED=yes AGAIN=yes; [ -z "$RUN" ] || kill -TERM "$RUN" 2>/dev/null' TERM USR1 USR2 HUP INT QUIT
 "${SWEEP[@]}" --task "$TAG" >> "$LOGS/$TAG.log" 2>&1 &
 RUN=$!
 while AGAIN=; wait "$RUN"; CODE=$?; [ -n "$AGAIN" ]; do :; done   # the trap ends a wait early, with a code of its own

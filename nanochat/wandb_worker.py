@@ -33,7 +33,7 @@ EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "diverged": 1, "failed": 1}
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals all of a job; the run says when it ends
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the line stays in the pipe
     try:

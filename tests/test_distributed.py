@@ -1,9 +1,7 @@
-"""Real processes on gloo give the single-process run. torchrun itself starts them where its part is the point: nodes and signals."""
+"""Real processes on gloo give the single-process run. torchrun itself starts two nodes; of signals see test_ending.py."""
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -100,22 +98,6 @@ def test_two_nodes_on_one_machine(train, corpus_dir):
         assert node.returncode == 0, stderr[-2000:]
     run, one = metrics.load_run(metrics.runs_dir() / "nodes"), train(*FLAGS, tag="one")
     assert run.config["device"]["processes"] == 2 and np.abs(np.subtract(losses(run), losses(one))).max() < 1e-4
-
-
-def test_a_signal_stops_all_processes_after_the_same_step_with_their_state_saved(train, corpus_dir):
-    flags = ["--num-iterations", "150", "--eval-every", "-1", "--device-batch-size", "6", "--model-tag", "stopped"]
-    folder = metrics.runs_dir() / "stopped"
-    launcher = torchrun("--standalone", "--nproc_per_node=2", corpus_dir=corpus_dir, flags=flags)
-    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 5:
-        time.sleep(0.02)
-        assert launcher.poll() is None
-    launcher.send_signal(signal.SIGTERM)  # torchrun hands it on to its processes
-    launcher.communicate(timeout=120)
-    assert launcher.returncode != 0
-    stopped = metrics.load_run(folder)
-    assert stopped.summary["status"] == "stopped" and 5 <= stopped.summary["step"] < 150
-    assert saved_steps(folder) == [stopped.summary["step"]]
-    assert len(losses(train(*FLAGS, *flags, "--resume", "auto", tag="stopped"))) == 150
 
 
 def assert_differences_are_found():

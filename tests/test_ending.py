@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from conftest import TINY, losses
-from nanochat import common, loss_eval, metrics, signals
+from nanochat import common, locks, loss_eval, metrics, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError
 from nanochat.writer import write_apart
-from processes import Launched, environment
+from processes import Launched, environment, free_port
 from scripts import adapter_train, base_train
 
 FLAGS = [*TINY, "--device-batch-size", "2"]
@@ -42,6 +42,14 @@ def wait_until(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def is_free(path) -> bool:
+    """Whether no process holds this lock."""
+    lock = locks.acquire(path, wait=False)
+    if lock:
+        lock.close()
+    return lock is not None
 
 
 def lines_of(path) -> int:
@@ -167,6 +175,49 @@ def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
         75, "", "stopped by SIGHUP\n")
 
 
+def test_after_a_ctrl_c_a_launcher_that_dies_is_no_second_one():
+    body = ("with signals.stop_signals() as stop:\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    stop.wait()\n"
+            "    signals.launcher_gone()\n    time.sleep(0.3)\n    print('saved')")
+    code, output, errors = script(body, "from nanochat import signals",
+                                  env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
+    assert (code, output) == (0, "saved\n") and errors.startswith("SIGINT: the run saves its state and ends")
+
+
+SLOW_START = """
+import os, time
+import scripts  # as python -m scripts.base_train does
+open("started", "w").close()
+while os.getppid() == int(os.environ["LAUNCHER"]):
+    time.sleep(0.05)  # torch is imported
+from nanochat.common import run_script
+run_script(lambda: time.sleep(60))
+"""
+
+
+def test_a_process_whose_launcher_dies_while_torch_is_imported_ends(tmp_path):
+    """Else it would look for the others of its run for half an hour."""
+    shell = "export LAUNCHER=$$; \"$@\"; exit"
+    environment = {**os.environ, "PYTHONPATH": str(common.Path(__file__).parents[1]), "RANK": "0",
+                   "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(["bash", "-c", shell, "bash", sys.executable, "-c", SLOW_START],
+                                    cwd=tmp_path, env=environment, stderr=log)
+    wait_until((tmp_path / "started").exists)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: (tmp_path / "log").read_text() == "stopped by SIGTERM\n", 20)
+
+
+def test_a_process_whose_launcher_died_before_says_so(monkeypatch):
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost",
+             "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=r"MASTER_PORT=\d+: torchrun was there and is gone; start again"):
+        common.init_process("cpu")
+
+
 def test_a_script_that_is_stopped_clears_away_what_is_half_written():
     body = ("try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
             "finally:\n    print('cleared')")
@@ -263,6 +314,18 @@ def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monk
             and [entry["step"] for entry in run.history if "val/loss" in entry] == [0, 2])
 
 
+SLOW_STEPS = """
+import time
+from nanochat import training
+from nanochat.common import run_script
+from scripts import base_train
+forward_backward = training.forward_backward
+def slow(*args):
+    time.sleep(0.2)
+    return forward_backward(*args)
+training.forward_backward = slow
+run_script(base_train.main)
+"""
 SLOW_DISK = """
 import os
 if "RANK" in os.environ:
@@ -276,22 +339,41 @@ if "RANK" in os.environ:
 """
 
 
-def test_a_save_that_outlasts_the_patience_of_torchrun_loses_nothing(launch, corpus_dir, tmp_path):
+def torchrun(log, *program, **variables):
+    """torchrun with two processes that run the program; their output goes to the file `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
+    with open(log, "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment(**variables))
+
+
+def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience(
+        launch, corpus_dir, tmp_path, base_dir):
     flags = ["--num-iterations", 30, "--save-every", 10, "--eval-every", -1]
     assert launch(2, base_train.main, *flags, "--model-tag", "straight").codes() == [0, 0]
     folder = metrics.runs_dir() / "slow"
+    log = tmp_path / "log"
+    given = [*FLAGS, "--data", str(corpus_dir), *map(str, flags), "--model-tag", "slow", "--resume", "auto"]
+
+    # a signal that torchrun does not know kills it
+    (tmp_path / "slow_steps.py").write_text(SLOW_STEPS)
+    launcher = torchrun(log, str(tmp_path / "slow_steps.py"), *given, PYTHONPATH=common.Path(__file__).parents[1])
+    wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3 or launcher.poll() is not None)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait() == -signal.SIGUSR1, log.read_text()
+    wait_until(lambda: is_free(base_dir / "locks/slow.lock"), 10)
+    stopped = metrics.load_run(folder)
+    assert stopped.summary["status"] == "stopped" and saved_steps(folder) == [stopped.summary["step"]]
+    assert 3 <= stopped.summary["step"] < 10
+
+    # one that it knows: its patience ends before the disk's work
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "scripts.base_train", "--", *FLAGS, "--data", str(corpus_dir), *map(str, flags),
-               "--model-tag", "slow", "--run", "offline"]
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment(
-            PYTHONPATH=tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline"))
-        wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
-                   or launcher.poll() is not None)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) != 0, (tmp_path / "log").read_text()
-    assert "forcefully exiting via" in (tmp_path / "log").read_text() and saved_steps(folder) == []
+    launcher = torchrun(log, "-m", "scripts.base_train", "--", *given, "--run", "offline", PYTHONPATH=tmp_path,
+                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline")
+    wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
+               or launcher.poll() is not None)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) != 0, log.read_text()
+    assert "forcefully exiting via" in log.read_text() and 10 not in saved_steps(folder)
     resumed = launch(2, base_train.main, *flags, "--model-tag", "slow", "--resume", "auto")
     assert resumed.codes() == [0, 0], resumed.output.read_text()
     output = resumed.output.read_text()

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ def start(folder, **changes):
     pipe = subprocess.PIPE
     return subprocess.Popen(["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe,
                             text=True)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
 def speedrun(folder, **changes):
@@ -69,12 +74,16 @@ def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(f
     wait_for(lambda: len(list(folder.glob("base/runs/*/metrics.jsonl"))) == 1, 100)
     run, = folder.glob("base/runs/*")
     wait_for(lambda: len(metrics.read_history(run)) >= 5)
-    assert len(alive(run.name)) == 3  # torchrun and its workers
+    family = alive(run.name)
+    assert len(family) == 3  # torchrun and its workers
     for _ in range(2):  # as a terminal that closes does, and the shell in it
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)
+    launcher = next(pid for pid in family if "torchrun" in command_of(pid))
+    os.kill(launcher, signal.SIGUSR1)  # as Slurm does to every process of a step: torchrun knows of it
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode not in (0, 2), stderr[-2000:]
+    assert process.returncode == 1, stderr[-2000:]  # torchrun's own code, not that of a killed process
+    assert "closing signal SIGTERM" in stderr
     assert not alive(run.name)
     stopped = metrics.load_run(run)
     assert stopped.summary["status"] == "stopped" and stopped.config["device"]["processes"] == 2
