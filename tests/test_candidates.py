@@ -1,6 +1,6 @@
 """dev/candidates.py: every candidate's formula against an explicit computation of it, and a run of one of each kind."""
 import importlib.util
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
+from processes import Launched
 
 SCRIPT = ROOT / "dev/candidates.py"
 spec = importlib.util.spec_from_file_location("candidates", SCRIPT)
@@ -152,12 +153,18 @@ def test_silu_in_the_mlp_alone():
     torch.testing.assert_close(up(x), h * torch.sigmoid(h) @ up.B.mT)
 
 
+def run_as_script(words):
+    sys.argv = [str(SCRIPT), *words]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 @pytest.mark.parametrize("name", ["spectron=0.1", "rebalance=1"])
-def test_a_run(name, base_dir, corpus_dir):
+def test_a_run(name, base_dir, corpus_dir, tmp_path):
     """In a process of its own: it exchanges parts of the package."""
-    done = subprocess.run([sys.executable, SCRIPT, name, *TINY, "--data", corpus_dir, "--attn-rank", "8", "--mlp-rank", "8", "--model-tag", name],
-                          capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    ranks = ["--attn-rank", "8", "--mlp-rank", "8"]
+    words = [name, *TINY, "--data", str(corpus_dir), *ranks, "--model-tag", name]
+    launched = Launched(1, tmp_path / "output", run_as_script, words)
+    assert launched.codes() == [0], launched.output.read_text()
     assert f'"{name.split("=")[0]}"' in (base_dir / "runs" / name / "config.json").read_text()
 
 

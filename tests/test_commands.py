@@ -8,11 +8,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
+import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, losses
 from nanochat import metrics
 from processes import free_port
 from test_core_eval import write_bundle
@@ -42,8 +42,8 @@ ELSEWHERE = {  # commands that another test runs, or that no test can
     "bash dev/bench/gpu.sh": "needs a GPU; test_bench runs its parts",
     "dev/bench/": "test_bench",
     "dev/experiments/low_rank_substitution.toml": "test_the_experiment_of_the_readme",
-    "srun": "test_two_nodes_under_slurm",
-    "DATA=": "test_speedrun_with_variables",
+    "srun": "test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
+    "DATA=": "the same",
 }
 
 
@@ -90,7 +90,7 @@ def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp
         assert (tmp_path / picture).stat().st_size > 500, picture
 
 
-def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
+def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch, command):
     """The file in the README under the commands beside it; the model and the text are made small."""
     text = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
     flags = dict(zip(STEPS[::2], STEPS[1::2]))
@@ -108,9 +108,9 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch):
     for line in lines:
         words = words_of(line.replace("dev/experiments/low_rank_substitution.toml --preset small",
                                       str(tmp_path / "experiment.toml")), "")
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True,
-                              timeout=240)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert words[:3] == ["python", "-m", "scripts.sweep"], line
+        code, stdout, stderr = command("scripts/sweep.py", *words[3:])
+        assert code == 0, stdout[-2000:] + stderr[-2000:]
     assert (tmp_path / "base/sweeps/experiment/report/report.html").stat().st_size > 10_000
 
 
@@ -131,31 +131,6 @@ def readme_speedrun(command: str, folder, corpus_dir, **variables):
 needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
 
 
-@needs_environment
-def test_speedrun_with_variables(tmp_path, corpus_dir):
-    """The line that sets them, on two processes, with its wandb name. Again, on one, it does what is missing.
-    """
-    command = next(line for line in commands() if line.startswith("DATA=")).replace(
-        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="2")
-    assert code == 0, output[-3000:]
-    assert "validation perplexity" in output
-    full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
-    assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
-    for run in (full, low):
-        assert list(run.glob("wandb/offline-run-*"))
-        assert metrics.load_run(run).config["device"]["processes"] == 2
-    for name in ("report.md", "report.html", "report.csv",
-                 "loss.png", "parameters.png", "memory.png", "perplexity.png"):
-        assert (tmp_path / "base/report" / name).stat().st_size > 500, name
-    written = (full / "metrics.jsonl").stat().st_mtime_ns
-    shutil.rmtree(low)
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1")
-    assert code == 0 and output.count("already finished") == 1 and "already trained" in output, output[-3000:]
-    assert (full / "metrics.jsonl").stat().st_mtime_ns == written
-    assert metrics.load_run(low).config["device"]["processes"] == 1
-
-
 SRUN = """#!/usr/bin/env bash
 # the command on two "nodes" of this machine
 while [[ "$1" == --* ]]; do shift; done
@@ -168,17 +143,45 @@ wait "$second" && exit "$code"
 
 
 @needs_environment
-def test_two_nodes_under_slurm(tmp_path, corpus_dir):
-    """With an srun that starts both nodes on this machine."""
+def test_speedrun_with_variables_and_again_on_two_nodes_under_slurm(tmp_path, corpus_dir):
+    """The line that sets them, with its wandb name. Then, with an srun that starts two nodes on this machine,
+    it does what is missing. (Two processes of one node: test_speedrun.py.)
+    """
+    command = next(line for line in commands() if line.startswith("DATA=")).replace(
+        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1")
+    assert code == 0, output[-3000:]
+    assert "validation perplexity" in output
+    full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
+    assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
+    for run in (full, low):
+        assert list(run.glob("wandb/offline-run-*"))
+        assert metrics.load_run(run).config["device"]["processes"] == 1
+    check_report(tmp_path / "base/report")
+    written = (full / "metrics.jsonl").stat().st_mtime_ns
+    before = losses(metrics.load_run(low))
+    shutil.rmtree(low)
+    shutil.rmtree(tmp_path / "base/report")
+
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
+    variables = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
     command = next(line for line in commands() if line.startswith("srun"))
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1", MASTER_PORT=str(free_port()),
-                                   PATH=f"{programs}:{os.environ['PATH']}", DATA=str(corpus_dir))
-    assert code == 0, output[-3000:]
-    runs = sorted((tmp_path / "base/runs").iterdir())
-    assert len(runs) == 2 and all(metrics.load_run(run).config["device"]["processes"] == 2 for run in runs)
-    assert (tmp_path / "base/report/report.html").exists()
+    code, output = readme_speedrun(command, tmp_path, corpus_dir, **variables, NPROC="1",
+                                   MASTER_PORT=str(free_port()), PATH=f"{programs}:{os.environ['PATH']}")
+    assert code == 0 and output.count("already finished") == 1 and "already trained" in output, output[-3000:]
+    assert (full / "metrics.jsonl").stat().st_mtime_ns == written
+    assert sorted((tmp_path / "base/runs").iterdir()) == sorted((full, low))
+    run = metrics.load_run(low)
+    assert run.config["device"]["processes"] == 2
+    assert len(before) == 6 and np.abs(np.subtract(losses(run), before)).max() < 1e-4
+    check_report(tmp_path / "base/report")
+
+
+def check_report(folder):
+    for name in ("report.md", "report.html", "report.csv",
+                 "loss.png", "parameters.png", "memory.png", "perplexity.png"):
+        assert (folder / name).stat().st_size > 500, name

@@ -1,7 +1,5 @@
-"""Real processes on gloo give the single-process run. torchrun itself starts two nodes; of signals see test_ending.py."""
+"""Real processes on gloo give the single-process run. torchrun itself: test_ending.py (signals), test_commands.py (nodes)."""
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from conftest import TINY, losses
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.parallel import differing_parameters
-from processes import Launched, environment, free_port
+from processes import Launched
 from scripts import base_train
 
 FLAGS = ["--eval-every", "25", "--device-batch-size", "2", "--total-batch-size", "384"]  # 12 rows a step
@@ -27,12 +25,6 @@ def train_on(base_dir, corpus_dir):
         launched = Launched(processes, output, base_train.main, [*TINY, "--data", str(corpus_dir), *FLAGS, *flags])
         return launched.codes(), output.read_text()
     return run
-
-
-def torchrun(*launcher, corpus_dir, flags):
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "scripts.base_train", "--",
-               *TINY, "--run", "dummy", "--data", str(corpus_dir), *FLAGS, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 @pytest.mark.parametrize("processes,steps,flags", [
@@ -88,16 +80,6 @@ def test_a_run_goes_on_with_another_number_of_processes_and_batch_size(train, tr
     assert train_on(3, *flags, "--device-batch-size", "2", "--model-tag", "moved", "--resume", "auto")[0] == [0, 0, 0]
     moved = metrics.load_run(metrics.runs_dir() / "moved")
     assert np.abs(np.subtract(losses(moved), losses(one))).max() < 1e-4 and moved.config["device"]["processes"] == 3
-
-
-def test_two_nodes_on_one_machine(train, corpus_dir):
-    rendezvous = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--local_addr=127.0.0.1")
-    nodes = [torchrun(*rendezvous, f"--node_rank={node}", corpus_dir=corpus_dir, flags=["--model-tag", "nodes"]) for node in (0, 1)]
-    for node in nodes:
-        _, stderr = node.communicate(timeout=120)
-        assert node.returncode == 0, stderr[-2000:]
-    run, one = metrics.load_run(metrics.runs_dir() / "nodes"), train(*FLAGS, tag="one")
-    assert run.config["device"]["processes"] == 2 and np.abs(np.subtract(losses(run), losses(one))).max() < 1e-4
 
 
 def assert_differences_are_found():

@@ -321,7 +321,7 @@ from nanochat.common import run_script
 from scripts import base_train
 forward_backward = training.forward_backward
 def slow(*args):
-    time.sleep(0.2)
+    time.sleep(0.4)
     return forward_backward(*args)
 training.forward_backward = slow
 run_script(base_train.main)
@@ -333,7 +333,8 @@ if "RANK" in os.environ:
     fsync = os.fsync
     def slow(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("state.pt"):
-            time.sleep(8)
+            while not os.path.exists(os.environ["DISK_GOES_ON"]):
+                time.sleep(0.05)
         fsync(descriptor)
     os.fsync = slow
 """
@@ -368,15 +369,17 @@ def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_p
     # one that it knows: its patience ends before the disk's work
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     launcher = torchrun(log, "-m", "scripts.base_train", "--", *given, "--run", "offline", PYTHONPATH=tmp_path,
-                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline")
+                        DISK_GOES_ON=tmp_path / "goes_on", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1,
+                        WANDB_MODE="offline")
     wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
                or launcher.poll() is not None)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) != 0, log.read_text()
     assert "forcefully exiting via" in log.read_text() and 10 not in saved_steps(folder)
     resumed = launch(2, base_train.main, *flags, "--model-tag", "slow", "--resume", "auto")
+    waits = re.compile(r"slow: waiting for process \d+ on \S+, which writes a checkpoint\n")
+    wait_until(lambda: waits.search(resumed.output.read_text()))
+    (tmp_path / "goes_on").touch()
     assert resumed.codes() == [0, 0], resumed.output.read_text()
-    output = resumed.output.read_text()
-    assert (re.search(r"slow: waiting for process \d+ on \S+, which writes a checkpoint\n", output)
-            and "from step 10" in output)
+    assert "from step 10" in resumed.output.read_text()
     assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))

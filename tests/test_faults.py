@@ -15,6 +15,8 @@ import torch
 from conftest import TINY, losses
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from processes import Launched
+from scripts import base_train
 
 STEPS, KILLS = 400, 20
 FLAGS = ["--num-iterations", str(STEPS), "--eval-every", "-1", "--device-batch-size", "4"]
@@ -88,15 +90,21 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
     assert losses(metrics.load_run(metrics.runs_dir() / "straight")) == losses(metrics.load_run(folder))
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(train, corpus_dir):
+def train_on_a_full_disk(flags, errors):
     """No file may grow beyond 200 kB: the write fails for real, in the middle of a checkpoint."""
-    flags = ["--save-every", "3", "--model-tag", "full"]
-    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # noqa: E731
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    base_train.main(flags)
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_before_stays(train, corpus_dir, tmp_path):
     straight = train(tag="straight")
-    command = [sys.executable, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: limit(200_000))
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "step_000003: cannot write the checkpoint (File too large)" in done.stderr
-    assert "--resume auto" in done.stderr
+    flags = [*TINY, "--data", str(corpus_dir), "--save-every", "3", "--model-tag", "full"]
+    launched = Launched(1, tmp_path / "output", train_on_a_full_disk, flags, tmp_path / "errors")
+    assert launched.codes() == [2]
+    errors = (tmp_path / "errors").read_text()
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert "step_000003: cannot write the checkpoint (File too large)" in errors
+    assert "--resume auto" in errors
     assert saved_steps(metrics.runs_dir() / "full") == []
     assert losses(train("--save-every", 3, "--resume", "auto", tag="full")) == losses(straight)
