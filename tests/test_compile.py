@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from nanochat import subspace
 from nanochat.adapters import AdapterConfig, adapters_of, attach
@@ -25,12 +24,15 @@ def build(config) -> GPT:
 
 
 @pytest.fixture(autouse=True)
-def no_graphs_from_before():
-    """And dynamo's limit of 8 graphs for a function lowered to 2, so that few layers exceed it."""
+def counters():
+    """What dynamo counts, from now on, with no graphs from before; its limit of 8 graphs for a function is
+    lowered to 2, so that few layers exceed it.
+    """
+    from torch._dynamo.utils import counters  # slow to import
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=2):
-        yield
+        yield counters
     torch._dynamo.reset()
 
 
@@ -40,7 +42,7 @@ def no_graphs_from_before():
     (dict(n_layer=2, window_pattern="L", attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2, recompute="bottleneck"), 1),
     (dict(n_layer=3, window_pattern="L", attn_ranks=(1, 2, 3)), 3),  # more than the limit
 ])
-def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(changes, graphs):
+def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(changes, graphs, counters):
     config = replace(SHAPE, **changes)
     eager, compiled = build(config), build(config)
     compile_blocks(compiled, backend="aot_eager")
@@ -64,7 +66,7 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapted_blocks_compile_whole(kind):
+def test_adapted_blocks_compile_whole(kind, counters):
     """The same gradients as without compilation. The first block, where nothing before it is trained, may have a graph of its own."""
     gradients, idx = [], torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     for compiled in (False, True):
@@ -81,7 +83,7 @@ def test_adapted_blocks_compile_whole(kind):
     assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
 
 
-def test_matrices_made_before_the_pass_are_inputs_of_the_graphs():
+def test_matrices_made_before_the_pass_are_inputs_of_the_graphs(counters):
     shape = replace(SHAPE, window_pattern="L")
     eager, model = build(shape), build(shape)
     for m in (eager, model):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb
 from wandb_server import serving
 
 from nanochat.common import InputError
@@ -25,6 +24,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "wandb.json").read_text(
 @pytest.fixture(scope="module")
 def one_server():
     """wandb keeps one address for the life of a process, so all tests share a server, and wandb forgets it afterwards."""
+    import wandb  # slow to import
     with serving() as server, pytest.MonkeyPatch.context() as environment:
         environment.setenv("WANDB_BASE_URL", server.url)
         wandb.teardown()
@@ -39,6 +39,7 @@ def environment(one_server, monkeypatch, tmp_path):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
     for name, value in {"API_KEY": "0" * 40, "SILENT": "true", "MODE": "online", "CONSOLE": "off", "DIR": str(tmp_path)}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    import wandb
     monkeypatch.setattr(wandb.Api, "_HTTP_TIMEOUT", 1)
     return monkeypatch
 
@@ -75,6 +76,7 @@ def test_what_a_run_sends_comes_back(server, environment, tmp_path):
     environment.setenv("WANDB_ENTITY", "lab")
     environment.setenv("WANDB_PROJECT", "proj")
     environment.setenv("WANDB_RUN_GROUP", "new")
+    import wandb
     wandb.teardown()  # it reads the group once
     config = {"flags": {"model_tag": "mine", "ppl_thresholds": [62.5]}, "seed": 1,
               "derived": {"num_iterations": 3, "model": {"attn_ranks": [8, 4]}}}

@@ -3,7 +3,6 @@ import json
 import shlex
 
 import pytest
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from conftest import tiny_experiment
 from nanochat import metrics, wandb_sweep
@@ -46,6 +45,7 @@ def register(tmp_path, monkeypatch, corpus_dir):
 
     def run(*flags):
         args = sweep.build_parser().parse_args([str(tmp_path / "question.toml"), "--preset", "small", "--data", str(corpus_dir), *flags])
+        from wandb.sdk.launch.sweeps.utils import load_sweep_config  # slow to import
         wandb_sweep.register(sweep.load(args), args)
         return sweep.load(args), load_sweep_config(tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml")
     return run
@@ -53,6 +53,7 @@ def register(tmp_path, monkeypatch, corpus_dir):
 
 def agent_commands(config) -> list[list[str]]:
     """What W&B's agent would start for each value of a grid of one parameter."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
     (name, parameter), = config["parameters"].items()
     commands = []
     for value in parameter["values"]:
