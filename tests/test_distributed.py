@@ -28,11 +28,11 @@ def train_on(base_dir, corpus_dir):
 
 
 @pytest.mark.parametrize("processes,steps,flags", [
-    (2, 100, ["--device-batch-size", "6"]),
+    (2, 50, ["--device-batch-size", "6"]),
     # ranks, tables and scalars that 3 does not divide
-    (3, 100, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
+    (3, 50, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
     # three micro-steps on each; at higher rates the losses agree too, but an entry of the tables whose gradient is rounding error moves otherwise
-    (4, 100, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"])])
+    (4, 50, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"])])
 def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps, flags):
     flags = ["--num-iterations", str(steps), *flags]
     codes, output = train_on(processes, *flags, "--model-tag", "many")
