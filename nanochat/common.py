@@ -17,7 +17,7 @@ from nanochat.errors import InputError, printable  # what others know by this mo
 from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
 
 
-# the process that started this one, noted before torch is imported, which takes seconds: it may be gone by then
+# The process that started this one, noted before torch is imported: that takes seconds, in which it may end.
 STARTED_BY = {os.getpid(): os.getppid()}
 
 

@@ -185,8 +185,8 @@ def check_launcher(patience: float = 3):
             return socket.create_connection(place, timeout=patience).close()
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
-                raise InputError(f"MASTER_ADDR={place[0]} MASTER_PORT={place[1]}: torchrun was there and is gone; "
-                                 "start again") from None
+                raise InputError(f"MASTER_ADDR={place[0]} MASTER_PORT={place[1]}: torchrun was there and "
+                                 "is gone; start again") from None
             time.sleep(0.2)
         except OSError:  # a slow network, a name that is not known yet: torch is more patient
             return

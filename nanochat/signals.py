@@ -99,7 +99,8 @@ class Listener(threading.Thread):
                 if signal.getsignal(number) is not on_signal:
                     continue
                 if self.insists(number):
-                    leave(signal.SIGINT, "SIGINT again: left " + ("without saving" if self.request else "at once"))
+                    manner = "without saving" if self.request else "at once"
+                    leave(signal.SIGINT, f"SIGINT again: left {manner}")
                 if self.request:
                     self.announce(number)
                     self.request.hear(number)

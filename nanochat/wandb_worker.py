@@ -24,6 +24,7 @@ from nanochat.common import REQUEUE, InputError
 from nanochat.files import Schema, read_json, write_atomic
 from nanochat.history import CLOCKS, Rows, parsed
 from nanochat.run_files import SUMMARY, read_config
+from nanochat.signals import ENDING
 
 MARK = "\0"       # begins the lines that are messages
 POLL = 1.0        # seconds between two looks at the record
@@ -33,7 +34,7 @@ EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "diverged": 1, "failed": 1}
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals all of a job; the run says when it ends
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the line stays in the pipe
     try:

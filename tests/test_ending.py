@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from conftest import TINY, losses
+from conftest import ROOT, TINY, losses
 from nanochat import common, locks, loss_eval, metrics, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError
@@ -198,7 +198,7 @@ run_script(lambda: time.sleep(60))
 def test_a_process_whose_launcher_dies_while_torch_is_imported_ends(tmp_path):
     """Else it would look for the others of its run for half an hour."""
     shell = "export LAUNCHER=$$; \"$@\"; exit"
-    environment = {**os.environ, "PYTHONPATH": str(common.Path(__file__).parents[1]), "RANK": "0",
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0",
                    "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(["bash", "-c", shell, "bash", sys.executable, "-c", SLOW_START],
@@ -357,7 +357,7 @@ def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_p
 
     # a signal that torchrun does not know kills it
     (tmp_path / "slow_steps.py").write_text(SLOW_STEPS)
-    launcher = torchrun(log, str(tmp_path / "slow_steps.py"), *given, PYTHONPATH=common.Path(__file__).parents[1])
+    launcher = torchrun(log, str(tmp_path / "slow_steps.py"), *given, PYTHONPATH=ROOT)
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3 or launcher.poll() is not None)
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait() == -signal.SIGUSR1, log.read_text()
@@ -368,9 +368,9 @@ def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_p
 
     # one that it knows: its patience ends before the disk's work
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    launcher = torchrun(log, "-m", "scripts.base_train", "--", *given, "--run", "offline", PYTHONPATH=tmp_path,
-                        DISK_GOES_ON=tmp_path / "goes_on", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1,
-                        WANDB_MODE="offline")
+    launcher = torchrun(log, "-m", "scripts.base_train", "--", *given, "--run", "offline",
+                        PYTHONPATH=tmp_path, DISK_GOES_ON=tmp_path / "goes_on",
+                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline")
     wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
                or launcher.poll() is not None)
     launcher.send_signal(signal.SIGTERM)
