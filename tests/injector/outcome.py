@@ -1,0 +1,107 @@
+"""What a run has written, in a form that two runs can be compared by; and what a process has said."""
+import hashlib
+import json
+import re
+from pathlib import Path
+
+# of a record: what differs from run to run
+MEASURED = re.compile(r"time|seconds|/dt$|tok_per_sec|^mem/|mfu|wandb|run_id|bytes_per_second")
+NOT_RESULTS = re.compile(r"^locks/|\.lock$|(^|/)wandb(/|_)|\.owner$")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(base: Path) -> set[str]:
+    """Files and folders in a base folder, but for locks."""
+    found = (str(path.relative_to(base)) for path in base.rglob("*"))
+    return {name for name in found if not NOT_RESULTS.search(name) and name != "locks"}
+
+
+def record_rows(path: Path) -> dict:
+    """{step: what metrics.jsonl says of it, times left out}, the last word first; torn lines under 'torn'."""
+    rows = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows.setdefault(str(row["step"]), {}).update(results(row))
+        except (ValueError, KeyError, TypeError):
+            rows.setdefault("torn", []).append(line.decode(errors="replace")[:80])
+    return rows
+
+
+def results(values: dict) -> dict:
+    return {key: value for key, value in values.items() if not MEASURED.search(key)}
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        return {"unreadable": f"{path.name}: {e}"}
+
+
+def of_run(folder: Path) -> dict:
+    """Weights, record and summary of a run folder."""
+    found = {"record": record_rows(folder / "metrics.jsonl"), "summary": results(read_json(folder / "summary.json"))}
+    found["record"].pop("torn", None)  # a torn line that was ended is allowed
+    config = read_json(folder / "config.json")
+    found["config"] = {key: config.get(key) for key in ("seed", "derived", "tokenizer")}
+    found["tokenizer"] = read_json(folder / "tokenizer.json").get("hash")
+    found["weights"] = {}
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*")):
+        meta = read_json(checkpoint / "meta.json")
+        state = checkpoint / "state.pt"
+        found["weights"][checkpoint.name] = digest(state) if state.exists() else "no state.pt"
+        if meta.get("sha256") not in (None, found["weights"][checkpoint.name]):
+            found["weights"][checkpoint.name] = "its sum is not that in meta.json"
+        if str(meta.get("step")) != str(int(checkpoint.name[5:])):
+            found["weights"][checkpoint.name] += f", meta of step {meta.get('step')}"
+    return found
+
+
+def of_base(base: Path) -> dict:
+    """All that a base folder holds, as nested dicts of comparable values."""
+    found = {"runs": {}, "files": {}}
+    for folder in sorted((base / "runs").glob("*")):
+        if folder.is_dir():
+            found["runs"][folder.name] = of_run(folder)
+            for path in sorted([*folder.glob("eval_*.json"), *folder.glob("core_*.json")]):
+                found["runs"][folder.name][path.name] = results(read_json(path))
+    for path in sorted(base.glob("token_cache/*/*/tokens.bin")):
+        found["files"][str(path.relative_to(base))] = digest(path)
+    for path in sorted(base.glob("tokenizer/**/tokenizer.json")):
+        found["files"][str(path.relative_to(base))] = read_json(path).get("hash")
+    for path in sorted(base.glob("data/*/*")):
+        if path.is_file() and not path.name.startswith("."):
+            found["files"][str(path.relative_to(base))] = digest(path)
+    for path in sorted(base.glob("report/*")):
+        # pages and figures hold measured times: their end says that they are whole
+        found["files"][str(path.relative_to(base))] = repr(path.read_bytes()[-9:]) if path.is_file() else "folder"
+    return found
+
+
+def differences(wanted, got, place="") -> list[str]:
+    """Where two nested values differ."""
+    if isinstance(wanted, dict) and isinstance(got, dict):
+        lines = []
+        for key in sorted(wanted.keys() | got.keys(), key=str):
+            lines += differences(wanted.get(key), got.get(key), f"{place}/{key}" if place else str(key))
+        return lines
+    return [] if wanted == got else [f"{place}: {str(wanted)[:60]} became {str(got)[:60]}"]
+
+
+# ---- what processes say ------------------------------------------------------------------------------------
+
+BROKEN = re.compile(r"Traceback \(most recent|terminate called|Exception ignored in|Fatal Python error|"
+                    r"Segmentation fault|core dumped|what\(\):|Exception in thread")
+
+
+def last_words(text: str) -> str:
+    """The exception of the last traceback, and where it was raised in this program."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    places = re.findall(r'File "[^"]*?/?((?:nanochat|scripts)/\w+\.py)", line (\d+), in (\w+)', text)
+    place = " < ".join(f"{file}:{line} {function}" for file, line, function in reversed(places[-3:]))
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed|Interrupt|Exit)\b", line)]
+    return f"{(errors or lines or [''])[-1][:200]} [{place}]"

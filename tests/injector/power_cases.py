@@ -1,0 +1,113 @@
+"""Power cuts in a scenario: the disk after each, and whether the same command goes on from it to the end."""
+import re
+import shutil
+from pathlib import Path
+
+from . import outcome
+from .cases import SCENARIOS, Case, Result, World, compare, compare_names, error_lines, hidden, judge_words
+from .library import Server
+from .power import Disk, cuts, read_log
+
+
+def logged_run(world: World, server: Server, name: str, processes: int, folder: Path) -> tuple[Disk, list[dict]]:
+    """(the disk before a scenario's command, the changes that the command makes)."""
+    scenario = SCENARIOS[name]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    base = folder / "base"
+    shutil.copytree(world.start_of(server, name, processes), base, symlinks=True)
+    disk = Disk(base)
+    answer = world.run(server, base, scenario, scenario.flags, processes, folder / "logged", log=folder / "log")
+    if any(answer["codes"]):
+        raise RuntimeError(f"{name} without a fault: {answer}")
+    return disk, read_log(folder / "log")
+
+
+def run_cuts(world: World, server: Server, name: str, processes: int, points, seed=None, keep=False):
+    """Results of power cuts at these numbers of changes (or at `points(changes)`)."""
+    folder = world.work / "cases" / f"{name}-{processes}-cut-{'strict' if seed is None else seed}"
+    disk, changes = logged_run(world, server, name, processes, folder)
+    _, wanted, wanted_names = world.end_of(server, name, processes)
+    points = points(changes)
+    image = folder / "image"
+    for point in cuts(disk, changes, points, image, seed):
+        case = Case(name, processes, fault="cut" if seed is None else f"cut{seed}", at=point, kinds="changes")
+        result = Result(case, where=described(changes[point - 1], folder / "base") if point else "before all")
+        if keep:
+            shutil.copytree(image, folder / f"image{point}", symlinks=True)
+        if point == len(changes) and seed is None:
+            # a token cache is made again
+            files = {name: value for name, value in wanted["files"].items() if not name.startswith("token_cache/")}
+            lines = outcome.differences({**wanted, "files": files}, outcome.of_base(image))
+            lines = [line for line in lines if " None became" not in line]
+            if lines:
+                result.findings.append(("lost after the end", [hidden(line) for line in lines[:6]]))
+        check_record(result, image, wanted)
+        again(world, server, image, folder, result, wanted, wanted_names)
+        yield result
+    base = folder / "base"
+    if points and max(points) == len(changes) and seed is None:
+        disk.write_now(folder / "now")
+        check_log(folder / "now", base)
+    if not keep:
+        shutil.rmtree(folder)
+
+
+def again(world, server, image, folder, result, wanted, wanted_names):
+    scenario = SCENARIOS[result.case.scenario]
+    answer = world.run(server, image, scenario, scenario.again or scenario.flags, result.case.processes,
+                       folder / f"again{result.case.at}")
+    result.again = {"codes": answer["codes"], "seconds": round(answer["seconds"], 2)}
+    result.outcome = "finished"
+    judge_words(result, answer, "afterwards", dies=False)
+    if any(answer["codes"]):
+        result.findings.append(("cannot go on", error_lines(answer)[:1] or answer["codes"]))
+        return
+    compare(result, wanted, image, "after going on")
+    compare_names(result, wanted_names, image)
+
+
+def check_record(result, image: Path, wanted: dict):
+    """What the newest intact checkpoint vouches for: the rows of the record up to its step, and the folder's files."""
+    for tag, run in wanted["runs"].items():
+        folder = image / "runs" / tag
+        found = outcome.of_run(folder) if folder.exists() else {"weights": {}}
+        intact = [name for name, digest in found["weights"].items() if re.fullmatch("[0-9a-f]{64}", digest)]
+        if not intact:
+            continue
+        step = int(max(intact)[5:])
+        rows = {row: values for row, values in run["record"].items() if int(row) <= step}
+        got = {row: values for row, values in found["record"].items() if int(row) <= step}
+        if lines := outcome.differences(rows, got, "record"):
+            result.findings.append(("record lost", f"checkpoint of step {step}; {len(lines)} of {len(rows)} rows: "
+                                    f"{hidden(lines[0])[:80]}"))
+        for name in ("config.json", "tokenizer.json"):
+            if "unreadable" in outcome.read_json(folder / name):
+                result.findings.append(("file lost", f"checkpoint of step {step}; {name}"))
+
+
+def check_log(now: Path, base: Path):
+    """RuntimeError unless the log explains all that is there."""
+    def files(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ours, real = files(now), files(base)
+    if differing := [name for name in ours.keys() | real.keys() if ours.get(name) != real.get(name)]:
+        raise RuntimeError(f"the log does not explain {differing[:5]}")
+
+
+def described(change: dict, base: Path) -> str:
+    path = change["target"] or change["path"] or f"file {change['inode']}"
+    return f"after {change['kind']} {hidden(path.replace(str(base), ''))}"
+
+
+def spread(count: int):
+    """`count` points over the changes that are not writes of data, the end among them."""
+    def points(changes):
+        places = [number for number, change in enumerate(changes, 1) if change["kind"] != "write"]
+        places += [number for number, change in enumerate(changes, 1) if change["kind"] == "write"
+                   and changes[number:number + 1] and changes[number]["kind"] != "write"]
+        places = sorted({*places, len(changes)})
+        if count >= len(places):
+            return places
+        return sorted({places[round((i + 1) * len(places) / count) - 1] for i in range(count)})
+    return points
