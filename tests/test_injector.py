@@ -11,9 +11,10 @@ import os
 
 import pytest
 
-from injector.cases import Case, World, cases_of, run_all
+from injector.cases import Case, cases_of, run_all
 from injector.library import TREE, missing
 from injector.power_cases import run_cuts, spread
+from injector.world import World
 
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(missing()), reason=missing() or "faults can be injected")]
 FULL = os.environ.get("NANOCHAT_FAULTS", "") == "full"

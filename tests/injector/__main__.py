@@ -16,9 +16,11 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from .cases import KINDS, SCENARIOS, Case, World, cases_of, run_all
+from .cases import Case, cases_of, run_all
 from .library import TREE, missing
 from .power_cases import run_cuts, spread
+from .scenarios import KINDS, SCENARIOS
+from .world import World
 
 
 def parse():

@@ -13,6 +13,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def is_digest(text: str) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{64}", text))
+
+
 def names(base: Path) -> set[str]:
     """Files and folders in a base folder, but for locks."""
     found = (str(path.relative_to(base)) for path in base.rglob("*"))
@@ -98,10 +102,14 @@ BROKEN = re.compile(r"Traceback \(most recent|terminate called|Exception ignored
                     r"Segmentation fault|core dumped|what\(\):|Exception in thread")
 
 
+# a line of this program in a traceback, or in a dump of faulthandler
+PLACE = r'File "[^"]*?/?((?:nanochat|scripts)/\w+\.py)", line (\d+),? in (\w+)'
+
+
 def last_words(text: str) -> str:
     """The exception of the last traceback, and where it was raised in this program."""
     lines = [line for line in text.splitlines() if line.strip()]
-    places = re.findall(r'File "[^"]*?/?((?:nanochat|scripts)/\w+\.py)", line (\d+), in (\w+)', text)
+    places = re.findall(PLACE, text)
     place = " < ".join(f"{file}:{line} {function}" for file, line, function in reversed(places[-3:]))
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed|Interrupt|Exit)\b", line)]
     return f"{(errors or lines or [''])[-1][:200]} [{place}]"

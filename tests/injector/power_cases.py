@@ -1,23 +1,21 @@
 """Power cuts in a scenario: the disk after each, and whether the same command goes on from it to the end."""
-import re
 import shutil
 from pathlib import Path
 
 from . import outcome
-from .cases import SCENARIOS, Case, Result, World, compare, compare_names, error_lines, hidden, judge_words
+from .cases import Case, Result, judge_again
+from .judge import hidden
 from .library import Server
 from .power import Disk, cuts, read_log
+from .scenarios import SCENARIOS
+from .world import World
 
 
 def logged_run(world: World, server: Server, name: str, processes: int, folder: Path) -> tuple[Disk, list[dict]]:
     """(the disk before a scenario's command, the changes that the command makes)."""
-    scenario = SCENARIOS[name]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    base = folder / "base"
-    shutil.copytree(world.start_of(server, name, processes), base, symlinks=True)
+    base = world.copy_of_start(server, name, processes, folder)
     disk = Disk(base)
-    answer = world.run(server, base, scenario, scenario.flags, processes, folder / "logged", log=folder / "log")
+    answer = world.run(server, base, name, SCENARIOS[name].flags, processes, folder / "logged", log=folder / "log")
     if any(answer["codes"]):
         raise RuntimeError(f"{name} without a fault: {answer}")
     return disk, read_log(folder / "log")
@@ -28,6 +26,7 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
     folder = world.work / "cases" / f"{name}-{processes}-cut-{'strict' if seed is None else seed}"
     disk, changes = logged_run(world, server, name, processes, folder)
     _, wanted, wanted_names = world.end_of(server, name, processes)
+    scenario = SCENARIOS[name]
     points = points(changes)
     image = folder / "image"
     for point in cuts(disk, changes, points, image, seed):
@@ -36,14 +35,11 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
         if keep:
             shutil.copytree(image, folder / f"image{point}", symlinks=True)
         if point == len(changes) and seed is None:
-            # a token cache is made again
-            files = {name: value for name, value in wanted["files"].items() if not name.startswith("token_cache/")}
-            lines = outcome.differences({**wanted, "files": files}, outcome.of_base(image))
-            lines = [line for line in lines if " None became" not in line]
-            if lines:
-                result.findings.append(("lost after the end", [hidden(line) for line in lines[:6]]))
+            check_end(result, image, wanted)
         check_record(result, image, wanted)
-        again(world, server, image, folder, result, wanted, wanted_names)
+        answer = world.run(server, image, name, scenario.again or scenario.flags, processes, folder / f"again{point}")
+        result.outcome = "finished"
+        judge_again(result, answer, image, wanted, wanted_names)
         yield result
     base = folder / "base"
     if points and max(points) == len(changes) and seed is None:
@@ -53,18 +49,12 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
         shutil.rmtree(folder)
 
 
-def again(world, server, image, folder, result, wanted, wanted_names):
-    scenario = SCENARIOS[result.case.scenario]
-    answer = world.run(server, image, scenario, scenario.again or scenario.flags, result.case.processes,
-                       folder / f"again{result.case.at}")
-    result.again = {"codes": answer["codes"], "seconds": round(answer["seconds"], 2)}
-    result.outcome = "finished"
-    judge_words(result, answer, "afterwards", dies=False)
-    if any(answer["codes"]):
-        result.findings.append(("cannot go on", error_lines(answer)[:1] or answer["codes"]))
-        return
-    compare(result, wanted, image, "after going on")
-    compare_names(result, wanted_names, image)
+def check_end(result, image: Path, wanted: dict):
+    """A finding if something is lost although the command had ended. A token cache may be: it is made again."""
+    files = {name: value for name, value in wanted["files"].items() if not name.startswith("token_cache/")}
+    lines = outcome.differences({**wanted, "files": files}, outcome.of_base(image))
+    if lines := [line for line in lines if " None became" not in line]:
+        result.findings.append(("lost after the end", [hidden(line) for line in lines[:6]]))
 
 
 def check_record(result, image: Path, wanted: dict):
@@ -72,7 +62,7 @@ def check_record(result, image: Path, wanted: dict):
     for tag, run in wanted["runs"].items():
         folder = image / "runs" / tag
         found = outcome.of_run(folder) if folder.exists() else {"weights": {}}
-        intact = [name for name, digest in found["weights"].items() if re.fullmatch("[0-9a-f]{64}", digest)]
+        intact = [name for name, digest in found["weights"].items() if outcome.is_digest(digest)]
         if not intact:
             continue
         step = int(max(intact)[5:])
