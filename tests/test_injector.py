@@ -1,13 +1,14 @@
 """Real runs whose N-th file operation fails or is their last, and whose machine loses power. Slow:
 
-    python -m pytest tests/test_injector.py -m faults                            a sample, about ten minutes on 2 cores
-    NANOCHAT_FAULTS=full python -m pytest tests/test_injector.py -m faults       every operation, many hours
-    python -m tests.injector --help                                              by hand, with the results as a file
+    python -m pytest tests/test_injector.py -m faults                        a sample, ten minutes on 2 cores
+    NANOCHAT_FAULTS=full python -m pytest tests/test_injector.py -m faults   every operation, many hours
+    python -m tests.injector --help                                          by hand, with results in a file
 
-Whatever happens, a run ends with one line, or not at all; and the same command, given again, ends with the weights and
-the record of a run that nothing happened to.
+Whatever happens, a run ends with one line, or not at all; and the same command, given again, ends with the
+weights and the record of a run that nothing happened to.
 """
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from injector.library import TREE, missing
 from injector.power_cases import run_cuts, spread
 from injector.world import World
 
-pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(missing()), reason=missing() or "faults can be injected")]
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(missing() != "", reason=missing() or "it can")]
 FULL = os.environ.get("NANOCHAT_FAULTS", "") == "full"
 JOBS = int(os.environ.get("NANOCHAT_FAULTS_JOBS", "2"))
 
@@ -54,40 +55,50 @@ def check(world, servers, case: Case, every: int):
     assert len(struck) >= 0.9 * len(cases), "nearly all faults met an operation"
 
 
-# scenario, processes, the rank, kinds of operations, every how many of them
-@pytest.mark.parametrize("scenario,processes,struck,every", [
-    ("train", 1, 0, 5), ("lowrank", 1, 0, 29), ("early", 1, 0, 29), ("resume", 1, 0, 7), ("adapter", 1, 0, 13),
-    ("materialize", 1, 0, 7), ("tok_train", 1, 0, 3), ("train", 2, 0, 23), ("resume", 2, 0, 23)])
-def test_a_run_that_is_killed_loses_nothing(world, servers, scenario, processes, struck, every):
-    fault = "kill" if processes == 1 else "killall"
-    check(world, servers, Case(scenario, processes, struck, fault, kinds="changes"), every)
+# at every how many operations
+KILLS = [(Case("train"), 7), (Case("lowrank"), 37), (Case("early"), 23), (Case("resume"), 7),
+         (Case("adapter"), 17), (Case("materialize"), 9), (Case("tok_train"), 5),
+         (Case("train", 2, fault="killall"), 29), (Case("resume", 2, fault="killall"), 17)]
+ERRORS = [(Case("train", fault="EIO"), 11), (Case("train", fault="ENOSPC", times=0), 23),
+          (Case("train", fault="ESTALE", times=2), 37), (Case("train", fault="short"), 37),
+          (Case("early", fault="EIO"), 47), (Case("resume", fault="EIO"), 11),
+          (Case("resume", fault="EACCES", times=0), 29), (Case("finished", fault="EIO"), 7),
+          (Case("adapter", fault="EIO"), 41), (Case("base_eval", fault="EIO"), 13),
+          (Case("materialize", fault="EIO"), 17), (Case("report", fault="EIO"), 17),
+          (Case("tok_train", fault="EIO"), 7), (Case("download", fault="EIO"), 9),
+          (Case("train", 2, 0, fault="EIO"), 41), (Case("train", 2, 1, fault="EIO"), 17),
+          (Case("resume", 2, 0, fault="EIO"), 37), (Case("resume", 2, 1, fault="ESTALE"), 9),
+          (Case("base_eval", 2, 1, fault="EIO"), 17)]
+ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
+# at how many points
+CUTS = [(Case("train"), 10), (Case("train", 2), 4), (Case("resume"), 4), (Case("early"), 4),
+        (Case("adapter"), 4), (Case("tok_train"), 3), (Case("materialize"), 4), (Case("download"), 4)]
 
 
-@pytest.mark.parametrize("scenario,processes,struck,every", [
-    ("train", 2, 0, 29), ("train", 2, 1, 7), ("resume", 2, 1, 7)])
-def test_one_of_two_processes_that_is_killed_takes_the_other_along(world, servers, scenario, processes, struck, every):
-    check(world, servers, Case(scenario, processes, struck, "kill", kinds="files"), every)
+def each(table):
+    return pytest.mark.parametrize("case,count", table, ids=[case.name for case, _ in table])
 
 
-@pytest.mark.parametrize("scenario,processes,struck,fault,times,every", [
-    ("train", 1, 0, "EIO", 1, 9), ("train", 1, 0, "ENOSPC", 0, 17), ("train", 1, 0, "ESTALE", 2, 29),
-    ("resume", 1, 0, "EIO", 1, 7), ("resume", 1, 0, "EACCES", 0, 17), ("finished", 1, 0, "EIO", 1, 5),
-    ("train", 1, 0, "short", 1, 29), ("early", 1, 0, "EIO", 1, 41), ("adapter", 1, 0, "EIO", 1, 23),
-    ("base_eval", 1, 0, "EIO", 1, 11), ("materialize", 1, 0, "EIO", 1, 13), ("report", 1, 0, "EIO", 1, 11),
-    ("tok_train", 1, 0, "EIO", 1, 5), ("download", 1, 0, "EIO", 1, 7),
-    ("train", 2, 0, "EIO", 1, 37), ("train", 2, 1, "EIO", 1, 11),
-    ("resume", 2, 0, "EIO", 1, 29), ("resume", 2, 1, "ESTALE", 1, 7), ("base_eval", 2, 1, "EIO", 1, 13)])
-def test_a_file_operation_that_fails_is_one_line(world, servers, scenario, processes, struck, fault, times, every):
-    check(world, servers, Case(scenario, processes, struck, fault, times=times, kinds="files"), every)
+@each(KILLS)
+def test_a_run_that_is_killed_loses_nothing(world, servers, case, count):
+    check(world, servers, replace(case, kinds="changes"), count)
 
 
-@pytest.mark.parametrize("scenario,processes", [("train", 1), ("train", 2), ("resume", 1), ("early", 1), ("adapter", 1),
-                                                ("tok_train", 1), ("materialize", 1), ("download", 1)])
+@each(ONE_OF_TWO)
+def test_a_process_that_is_killed_takes_the_other_along(world, servers, case, count):
+    check(world, servers, case, count)
+
+
+@each(ERRORS)
+def test_a_file_operation_that_fails_is_one_line(world, servers, case, count):
+    check(world, servers, case, count)
+
+
 @pytest.mark.parametrize("seed", [None, 1], ids=["strict", "journal"])
-def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers, scenario, processes, seed):
+@each(CUTS)
+def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers, case, count, seed):
     """strict: the disk keeps only what was synced; journal: also a part, drawn, of what was not."""
-    count = 10 if scenario == "train" and processes == 1 else 4
     points = spread(10**6 if FULL else count)
-    results = list(run_cuts(world, servers[0], scenario, processes, points, seed))
-    assert len(results) >= min(count, 3)
+    results = list(run_cuts(world, servers[0], case.scenario, case.processes, points, seed))
+    assert len(results) >= count
     assert not findings(results), findings(results)

@@ -1,12 +1,14 @@
 """Faults at the N-th file operation, by hand.
 
     python -m tests.injector --scenario train --fault EIO --every 7
-    python -m tests.injector --scenario resume --processes 2 --struck 1 --fault EIO ESTALE --kinds reads --jobs 2
-    python -m tests.injector --scenario train --list              the operations, by number
-    python -m tests.injector --tree /another/checkout --summary   what the results hold, by kind
+    python -m tests.injector --scenario resume --processes 2 --struck 1 --fault EIO ESTALE --kinds reads
+    python -m tests.injector --scenario train --cuts 20 --seeds 3   power cuts
+    python -m tests.injector --scenario train --list                the operations, by number
+    python -m tests.injector --tree /another/checkout …             another version of this program
+    python -m tests.injector --summary                              the results, by kind
 
-Results are lines of JSON in WORK/results.jsonl. A case that is there already is not run again. The folder of a case
-with findings stays in WORK/cases: base/ as it ended, first.* and again.* what the two commands said.
+Results are lines of JSON in WORK/results.jsonl. A case that is there already is not run again. The folder of
+a case with findings stays in WORK/cases: base/ as it ended, first.* and again.* what the two commands said.
 """
 import argparse
 import json
@@ -28,7 +30,8 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tree", type=Path, default=TREE, help="the checkout to test")
-    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "injector", help="folder of runs and results")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "injector",
+        help="folder of runs and results")
     add("--scenario", nargs="+", choices=SCENARIOS, default=["train"])
     add("--processes", type=int, default=1)
     add("--struck", type=int, default=0, help="the rank that the fault strikes")
@@ -40,7 +43,7 @@ def parse():
     add("--from", type=int, default=1, dest="first")
     add("--to", type=int, default=0, dest="last", help="0 = to the last")
     add("--every", type=int, default=1)
-    add("--whole", action="store_true", help="each of many writes in a row of one file, not only three of them")
+    add("--whole", action="store_true", help="of many writes in a row of one file all, not only three")
     add("--jobs", type=int, default=2, help="cases at once")
     add("--keep", action="store_true", help="keep the folders of all cases")
     add("--list", action="store_true", help="only list the operations")
@@ -90,7 +93,8 @@ def run_power_cuts(args, world, results):
     server = world.server()
     for scenario in args.scenario:
         for seed in (None, *range(args.seeds)):
-            for result in run_cuts(world, server, scenario, args.processes, spread(args.cuts), seed, args.keep):
+            points = spread(args.cuts)
+            for result in run_cuts(world, server, scenario, args.processes, points, seed, args.keep):
                 with open(results, "a") as f:
                     show(result, f)
     server.close()

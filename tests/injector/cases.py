@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .judge import compare, compare_names, error_lines, hidden, judge_lines, judge_words
 from .library import Server
-from .scenarios import KINDS, SCENARIOS, errno_number
+from .scenarios import KINDS, Command, errno_number
 from .world import World
 
 
@@ -26,6 +26,9 @@ class Case:
     def name(self) -> str:
         return "-".join(str(value) for value in asdict(self).values())
 
+    def command(self, again: bool = False) -> Command:
+        return Command(self.scenario, self.processes, again)
+
 
 @dataclass
 class Result:
@@ -41,9 +44,11 @@ class Result:
         return json.dumps({**asdict(self), "case": asdict(self.case), "name": self.case.name})
 
 
-def cases_of(case: Case, trace: list[str], every: int, whole: bool, first: int = 1, last: int = 0) -> list[Case]:
-    """The case at the operations of a trace. Of a row of the same operations on the same file (the many writes of a
-    checkpoint) only the first, the middle and the last, unless `whole`; of these every `every`-th.
+def cases_of(case: Case, trace: list[str], every: int, whole: bool, first=1, last=0) -> list[Case]:
+    """The case at the operations of a trace. Of a row of the same operations on the same file (the writes of
+    a checkpoint) only the first, the middle and the last, unless `whole`; of these every `every`-th.
+
+    first, last: bounds of the numbers; last 0: none.
     """
     numbers = []
     for _, row in groupby(enumerate(trace, 1), key=lambda item: item[1].split("\t", 1)[1]):
@@ -55,14 +60,14 @@ def cases_of(case: Case, trace: list[str], every: int, whole: bool, first: int =
 
 def run_case(world: World, server: Server, case: Case, keep: bool = False) -> Result:
     """keep: the folder, work/cases/<name>, also where there are no findings."""
-    scenario = SCENARIOS[case.scenario]
     folder = world.work / "cases" / case.name
-    base = world.copy_of_start(server, case.scenario, case.processes, folder)
+    base = world.copy_of_start(server, case.command(), folder)
     _, wanted, wanted_names = world.end_of(server, case.scenario, case.processes)
     result = Result(case)
 
-    first = world.run(server, base, case.scenario, scenario.flags, case.processes, folder / "first", case.struck,
-                      fault=errno_number(case.fault), at=case.at, times=case.times, kinds=KINDS[case.kinds])
+    fault = {"fault": errno_number(case.fault), "at": case.at, "times": case.times}
+    fault["kinds"] = KINDS[case.kinds]
+    first = world.run(server, case.command(), base, folder / "first", case.struck, **fault)
     result.first = {"codes": first["codes"], "seconds": round(first["seconds"], 2)}
     result.where = "; ".join(operation(line, base) for line in first["fired"][:3])
     if not first["fired"]:
@@ -73,7 +78,7 @@ def run_case(world: World, server: Server, case: Case, keep: bool = False) -> Re
         result.outcome = result.outcome or "finished"
         compare(result, wanted, base, "finished with the fault")
 
-    again = world.run(server, base, case.scenario, scenario.again or scenario.flags, case.processes, folder / "again")
+    again = world.run(server, case.command(again=True), base, folder / "again")
     judge_again(result, again, base, wanted, wanted_names)
     if not keep and not result.findings:
         shutil.rmtree(folder)

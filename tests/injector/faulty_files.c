@@ -10,6 +10,7 @@ A process says what is to happen by environment variables and a call of injector
     INJECTOR_STATE    a file of 4096 bytes, shared by the processes of a case: see `struct state`
     INJECTOR_RANK     whose counter this process uses: 0 to 7; a forked process uses that of its parent
     INJECTOR_KINDS    kinds of calls to count, separated by commas: the names in `kinds` below
+    INJECTOR_PATH     how the path of a call ends that counts; without it every path does
     INJECTOR_AT       the number of the call, from 1, that the fault strikes; 0: none
     INJECTOR_FAULT    kill (this process), killall (and every other at its next call), short (write half), stop (send
                       this process SIGTERM and go on), trace (nothing but the lines in INJECTOR_FIRED), or an errno
@@ -55,7 +56,7 @@ struct state {
 static struct {
     struct state *state;
     char roots[8][PATH_MAX];
-    char log[PATH_MAX], fired[PATH_MAX];  /* paths: a process may close every file it did not open */
+    char log[PATH_MAX], fired[PATH_MAX], end[PATH_MAX];  /* paths: a process may close every file it did not open */
     int root_count, rank;
     unsigned long kinds, at, times;
     int kill, kill_all, short_write, stop, trace, error;
@@ -109,7 +110,8 @@ int injector_arm(void) {
     with.stop = fault && !strcmp(fault, "stop");
     with.trace = fault && !strcmp(fault, "trace");
     with.error = fault ? atoi(fault) : 0;
-    const char *log = setting("INJECTOR_LOG"), *fired = setting("INJECTOR_FIRED");
+    const char *log = setting("INJECTOR_LOG"), *fired = setting("INJECTOR_FIRED"), *end = setting("INJECTOR_PATH");
+    snprintf(with.end, PATH_MAX, "%s", end ? end : "");
     snprintf(with.log, PATH_MAX, "%s", log ? log : "");
     snprintf(with.fired, PATH_MAX, "%s", fired ? fired : "");
     with.state = memory;
@@ -181,11 +183,16 @@ static void report(enum kind kind, const char *path, unsigned long number) {
     syscall(SYS_close, file);
 }
 
+static int ends_as_asked(const char *path) {
+    size_t length = strlen(path), end = strlen(with.end);
+    return length >= end && !strcmp(path + length - end, with.end);
+}
+
 /* Count a call. 0: let it go on; SHORT: do half of it; else: fail with this errno. */
 static int strike(enum kind kind, const char *path) {
     if (!with.state) return 0;
     if (atomic_load(&with.state->dead)) die();
-    if (!(with.kinds >> kind & 1)) return 0;
+    if (!(with.kinds >> kind & 1) || !ends_as_asked(path)) return 0;
     unsigned long number = atomic_fetch_add(&with.state->count[with.rank], 1) + 1;
     if (!with.at || number < with.at || (with.times && number >= with.at + with.times)) return 0;
     if (atomic_fetch_add(&with.state->struck, 1) < 20 || with.trace) report(kind, path, number);

@@ -35,7 +35,10 @@ def judge_lines(result, answer: dict, base: Path, corpus: Path):
         return
     path = Path(answer["fired"][0].split("\t")[2].removesuffix(" (deleted)"))
     # the folder of all text is a good name for a file in it; the base folder is none
-    places = {path, *(parent for parent in path.parents if base in parent.parents or corpus in (parent, *parent.parents))}
+    places = {path}
+    for parent in path.parents:
+        if base in parent.parents or corpus in (parent, *parent.parents):
+            places.add(parent)
     names = {re.sub(r"/\.([^/]*?)(\.[0-9a-f]{12}\.tmp|\.building)?$", r"/\1", str(place)) for place in places}
     if not any(name in result.line for name in names | set(map(str, places))):
         named = re.search(r"(^|[\s'\"])/\w", result.line)
@@ -90,4 +93,5 @@ def compare_names(result, wanted_names: set, base: Path):
 
 def hidden(text: str) -> str:
     """Without sums and random names."""
-    return re.sub(r"(?<![0-9a-f_])(?<!\d\.)[0-9a-f]{12,}|(?<=building\.)\w+|(?<=\.)[a-z0-9_]{8}(?=\.tmp|$)", "X", text)
+    sums = r"(?<![0-9a-f_])(?<!\d\.)[0-9a-f]{12,}"
+    return re.sub(sums + r"|(?<=building\.)\w+|(?<=\.)[a-z0-9_]{8}(?=\.tmp|$)", "X", text)

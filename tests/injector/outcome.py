@@ -48,7 +48,8 @@ def read_json(path: Path):
 
 def of_run(folder: Path) -> dict:
     """Weights, record and summary of a run folder."""
-    found = {"record": record_rows(folder / "metrics.jsonl"), "summary": results(read_json(folder / "summary.json"))}
+    found = {"record": record_rows(folder / "metrics.jsonl")}
+    found["summary"] = results(read_json(folder / "summary.json"))
     found["record"].pop("torn", None)  # a torn line that was ended is allowed
     config = read_json(folder / "config.json")
     found["config"] = {key: config.get(key) for key in ("seed", "derived", "tokenizer")}
@@ -82,7 +83,8 @@ def of_base(base: Path) -> dict:
             found["files"][str(path.relative_to(base))] = digest(path)
     for path in sorted(base.glob("report/*")):
         # pages and figures hold measured times: their end says that they are whole
-        found["files"][str(path.relative_to(base))] = repr(path.read_bytes()[-9:]) if path.is_file() else "folder"
+        end = path.read_bytes()[-9:] if path.is_file() else b"folder"
+        found["files"][str(path.relative_to(base))] = repr(end)
     return found
 
 
@@ -111,5 +113,7 @@ def last_words(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     places = re.findall(PLACE, text)
     place = " < ".join(f"{file}:{line} {function}" for file, line, function in reversed(places[-3:]))
+    lines = [re.sub(r"^\[rank\d\]: |\[[\d.]+\]:\d+", "", line) for line in lines]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed|Interrupt|Exit)\b", line)]
-    return f"{(errors or lines or [''])[-1][:200]} [{place}]"
+    error = (errors or lines or [""])[-1]
+    return f"{error[:200]} [{place}]"

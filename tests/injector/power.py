@@ -1,11 +1,11 @@
 """What a disk holds after a power cut, from the log of faulty_files.c.
 
-The model is that of POSIX, with a journal: a file's content is safe once the file was synced, a name once its folder
-was. Of what was not synced, a cut may keep anything that the order of the calls allows:
+A file's content is safe once the file was synced, and a name once its folder was. Of what was not synced, a
+cut may keep anything that the order of the calls allows:
 
     strict      nothing. A file that was never synced is empty, or as it was at its last sync.
-    journal     names up to some call before the cut (a journal keeps their order); of data, some of the blocks of
-                4096 bytes, zeros in the others. The choice is drawn from a seed.
+    journal     names up to some call before the cut (a journal keeps their order); of data, some of the
+                blocks of 4096 bytes, zeros in the others. The choice is drawn from a seed.
 """
 import os
 import random
@@ -60,7 +60,7 @@ class File:
 class Folder:
     names: dict = field(default_factory=dict)      # name -> File, Folder or Link
     safe: dict = field(default_factory=dict)
-    pending: list = field(default_factory=list)    # (number of the call, name, what is there after it or None)
+    pending: list = field(default_factory=list)    # (number of the call, name, what is there then or None)
 
     def put(self, number: int, name: str, thing):
         if thing is None:
@@ -196,14 +196,14 @@ def read_log(path: Path) -> list[dict]:
     with open(path, "rb") as f:
         while line := f.readline():
             kind, inode, offset, size, name, target = line.decode().rstrip("\n").split("\t")
-            changes.append({"kind": kind, "inode": int(inode), "offset": int(offset), "data": f.read(int(size)),
-                            "path": name, "target": target})
+            changes.append({"kind": kind, "inode": int(inode), "offset": int(offset),
+                            "data": f.read(int(size)), "path": name, "target": target})
     return changes
 
 
 def cuts(disk: Disk, changes: list[dict], points: list[int], to: Path, seed: int | None = None):
-    """Make in `to`, one after the other, what a power cut after the first N changes leaves, for each N of `points`;
-    yields N each time. disk: as it was before the first change. seed: None for the strict variant.
+    """Make in `to`, one after the other, what a power cut after the first N changes leaves, for each N of
+    `points`; yields N each time. disk: as it was before the first change. seed: None for the strict variant.
     """
     done = 0
     for point in sorted(points):

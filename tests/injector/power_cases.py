@@ -7,26 +7,26 @@ from .cases import Case, Result, judge_again
 from .judge import hidden
 from .library import Server
 from .power import Disk, cuts, read_log
-from .scenarios import SCENARIOS
+from .scenarios import Command
 from .world import World
 
 
-def logged_run(world: World, server: Server, name: str, processes: int, folder: Path) -> tuple[Disk, list[dict]]:
-    """(the disk before a scenario's command, the changes that the command makes)."""
-    base = world.copy_of_start(server, name, processes, folder)
+def logged_run(world: World, server: Server, command: Command, folder: Path):
+    """(the Disk before a command, the changes that the command makes: dicts of power.read_log)."""
+    base = world.copy_of_start(server, command, folder)
     disk = Disk(base)
-    answer = world.run(server, base, name, SCENARIOS[name].flags, processes, folder / "logged", log=folder / "log")
+    log = folder / "log"
+    answer = world.run(server, command, base, folder / "logged", log=log)
     if any(answer["codes"]):
-        raise RuntimeError(f"{name} without a fault: {answer}")
-    return disk, read_log(folder / "log")
+        raise RuntimeError(f"{command} without a fault: {answer}")
+    return disk, read_log(log)
 
 
 def run_cuts(world: World, server: Server, name: str, processes: int, points, seed=None, keep=False):
     """Results of power cuts at these numbers of changes (or at `points(changes)`)."""
     folder = world.work / "cases" / f"{name}-{processes}-cut-{'strict' if seed is None else seed}"
-    disk, changes = logged_run(world, server, name, processes, folder)
+    disk, changes = logged_run(world, server, Command(name, processes), folder)
     _, wanted, wanted_names = world.end_of(server, name, processes)
-    scenario = SCENARIOS[name]
     points = points(changes)
     image = folder / "image"
     for point in cuts(disk, changes, points, image, seed):
@@ -37,7 +37,7 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
         if point == len(changes) and seed is None:
             check_end(result, image, wanted)
         check_record(result, image, wanted)
-        answer = world.run(server, image, name, scenario.again or scenario.flags, processes, folder / f"again{point}")
+        answer = world.run(server, case.command(again=True), image, folder / f"again{point}")
         result.outcome = "finished"
         judge_again(result, answer, image, wanted, wanted_names)
         yield result
@@ -50,7 +50,7 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
 
 
 def check_end(result, image: Path, wanted: dict):
-    """A finding if something is lost although the command had ended. A token cache may be: it is made again."""
+    """A finding if something is lost although the command had ended. A token cache may be lost."""
     files = {name: value for name, value in wanted["files"].items() if not name.startswith("token_cache/")}
     lines = outcome.differences({**wanted, "files": files}, outcome.of_base(image))
     if lines := [line for line in lines if " None became" not in line]:
@@ -58,7 +58,7 @@ def check_end(result, image: Path, wanted: dict):
 
 
 def check_record(result, image: Path, wanted: dict):
-    """What the newest intact checkpoint vouches for: the rows of the record up to its step, and the folder's files."""
+    """What the newest intact checkpoint vouches for: the rows of the record up to its step, and two files."""
     for tag, run in wanted["runs"].items():
         folder = image / "runs" / tag
         found = outcome.of_run(folder) if folder.exists() else {"weights": {}}
@@ -69,8 +69,8 @@ def check_record(result, image: Path, wanted: dict):
         rows = {row: values for row, values in run["record"].items() if int(row) <= step}
         got = {row: values for row, values in found["record"].items() if int(row) <= step}
         if lines := outcome.differences(rows, got, "record"):
-            result.findings.append(("record lost", f"checkpoint of step {step}; {len(lines)} of {len(rows)} rows: "
-                                    f"{hidden(lines[0])[:80]}"))
+            detail = f"checkpoint of step {step}; {len(lines)} of {len(rows)} rows: {hidden(lines[0])[:80]}"
+            result.findings.append(("record lost", detail))
         for name in ("config.json", "tokenizer.json"):
             if "unreadable" in outcome.read_json(folder / name):
                 result.findings.append(("file lost", f"checkpoint of step {step}; {name}"))
@@ -79,8 +79,10 @@ def check_record(result, image: Path, wanted: dict):
 def check_log(now: Path, base: Path):
     """RuntimeError unless the log explains all that is there."""
     def files(folder):
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    ours, real = files(now), files(base)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    ours = files(now)
+    real = files(base)
     if differing := [name for name in ours.keys() | real.keys() if ours.get(name) != real.get(name)]:
         raise RuntimeError(f"the log does not explain {differing[:5]}")
 

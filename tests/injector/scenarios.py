@@ -28,14 +28,16 @@ class Scenario:
     environment: tuple = ()  # (name, value) pairs
 
 
-HORIZON = ("--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "3", "--eval-every", "1",
-           "--eval-tokens", "512", "--sample-every", "-1", "--save-every", "1", "--run", "dummy")
+HORIZON = ("--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "3", "--eval-every",
+           "1", "--eval-tokens", "512", "--sample-every", "-1", "--save-every", "1", "--run", "dummy")
 SHAPE = ("--depth", "2", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32")
 # the thresholds are crossed at steps 1, 2 and 3
 TRAIN = (*SHAPE, *HORIZON, "--ppl-thresholds", "100,20,12", "--data", "{corpus}", "--model-tag", "tiny")
 LOW = (*TRAIN, "--attn-rank", "4", "--mlp-rank", "8")
 EARLY = (*TRAIN, "--num-iterations", "6", "--stop-at-ppl", "12")  # ends with step 3
 ADAPT = ("--model-tag", "tiny", "--run-tag", "adapted", "--rank", "4", *HORIZON)
+EVALUATE = ("--model-tag", "tiny", "--eval-tokens", "512")
+SMALLER = ("--model-tag", "tiny", "--out-tag", "smaller", "--attn-rank", "8")
 AUTO = ("--resume", "auto")
 OFFLINE_HUB = (("HF_ENDPOINT", "{hub}"), ("HF_HUB_DISABLE_XET", "1"), ("HF_HOME", "{base}/../hf"))
 
@@ -45,19 +47,34 @@ SCENARIOS = {
     "train": Scenario("scripts.base_train", TRAIN, (*TRAIN, *AUTO), before="tok_train"),
     "lowrank": Scenario("scripts.base_train", LOW, (*LOW, *AUTO), before="tok_train"),
     "early": Scenario("scripts.base_train", EARLY, (*EARLY, *AUTO), before="tok_train"),
-    # all processes die while the checkpoint of step 3 gets its name: see World.make_end
+    # all processes die when the checkpoint of step 3 is to have its name: see world.STOP
     "stopped": Scenario("scripts.base_train", TRAIN, before="tok_train"),
     "resume": Scenario("scripts.base_train", (*TRAIN, *AUTO), before="stopped"),
     "finished": Scenario("scripts.base_train", (*TRAIN, *AUTO), before="train"),
     "adapter": Scenario("scripts.adapter_train", ADAPT, (*ADAPT, *AUTO), before="train"),
-    "base_eval": Scenario("scripts.base_eval", ("--model-tag", "tiny", "--eval-tokens", "512"), before="train"),
-    "materialize": Scenario("scripts.materialize", ("--model-tag", "tiny", "--out-tag", "smaller", "--attn-rank", "8"),
-                            before="train", launched=False),
+    "base_eval": Scenario("scripts.base_eval", EVALUATE, before="train"),
+    "materialize": Scenario("scripts.materialize", SMALLER, before="train", launched=False),
     "report": Scenario("scripts.report", ("{base}/runs/tiny", "--out", "{base}/report"), before="train",
                        launched=False),
     "download": Scenario("nanochat.dataset", ("--data", "climbmix", "-n", "2", "-w", "1"), launched=False,
                          environment=OFFLINE_HUB),
 }
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command of a scenario, in this many processes. again: the one that comes after the fault."""
+    name: str
+    processes: int = 1
+    again: bool = False
+
+    @property
+    def scenario(self) -> Scenario:
+        return SCENARIOS[self.name]
+
+    @property
+    def flags(self) -> tuple:
+        return self.again and self.scenario.again or self.scenario.flags
 
 
 def errno_number(fault: str) -> str:

@@ -1,7 +1,7 @@
 """Runs this program's scripts, each in processes forked from this one, which has torch loaded.
 
-It is started with LD_PRELOAD=<the library of faulty_files.c> in the folder of the tree to test. A request is a
-line of JSON on standard input, the answer a line on standard output: see `supervise`.
+It is started with LD_PRELOAD=<the library of faulty_files.c> in the folder of the tree to test. A request is
+a line of JSON on standard input, the answer a line on standard output: see `supervise`.
 """
 import ctypes
 import faulthandler
@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import time
+
+import torch
 
 SCRIPTS = ("base_train", "adapter_train", "base_eval", "materialize", "report", "tok_train")
 PATIENCE = 30.0       # seconds that torchrun gives its processes after SIGTERM
@@ -43,9 +45,9 @@ def supervise(request, answers: int):
     """Start the request's processes, and wait for them and all that they leave behind, as torchrun does.
 
     request: {"module", "arguments", "environment", "output" (path; `.<rank>.out` and `.err` follow),
-    "processes", "struck" (the rank that is armed with a fault; the others only count), "injector" (variables of
-    faulty_files.c), "limit" (seconds)}
-    Answer: {"codes": exit codes, negative for signals, "hung", "seconds", "orphans": processes that outlived them}
+    "processes", "struck" (the rank that is armed with a fault; the others only count), "injector" (variables
+    of faulty_files.c), "limit" (seconds)}
+    Answer: {"codes": exit codes, negative for signals, "hung", "seconds", "orphans": how many outlived them}
     """
     os.setsid()
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
@@ -57,12 +59,16 @@ def supervise(request, answers: int):
             os.close(answers)
             return request, rank, port
         pids.append(pid)
+    store = None
+    if len(pids) > 1:  # the place where the processes meet outlives them, as torchrun's does
+        store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
     started = time.monotonic()
     codes, hung = wait_for_all(pids, started + request["limit"])
     orphans = wait_for_orphans(started + request["limit"] + 5)
     answer = {"codes": [codes[pid] for pid in pids], "hung": hung, "seconds": time.monotonic() - started,
               "orphans": orphans}
     os.write(answers, json.dumps(answer).encode())
+    del store
     return None
 
 
@@ -130,7 +136,8 @@ def run(request, rank: int, port: str):
     # unbuffered as to lines: a process that is killed has said what it printed
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
-    faulthandler.dump_traceback_later(request["limit"] - 5, file=open(f"{request['output']}.{rank}.stacks", "w"))
+    stacks = open(f"{request['output']}.{rank}.stacks", "w")
+    faulthandler.dump_traceback_later(request["limit"] - 5, file=stacks)
     environment = {**os.environ, **request["environment"], "INJECTOR_ARMED": "1", "INJECTOR_RANK": str(rank)}
     environment |= request["injector"]
     if rank != request["struck"]:
@@ -138,7 +145,8 @@ def run(request, rank: int, port: str):
     if request["processes"] > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
                         "LOCAL_WORLD_SIZE": str(request["processes"]), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port}
+                        "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+                        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "none"}
     os.environ.update(environment)
     sys.argv = [request["module"], *request["arguments"]]
     from nanochat.common import run_script
@@ -150,7 +158,6 @@ def run(request, rank: int, port: str):
 
 if __name__ == "__main__":
     sys.path[0] = os.getcwd()
-    import torch  # noqa: F401
     for name in SCRIPTS:
         importlib.import_module(f"scripts.{name}")
     print("ready", flush=True)

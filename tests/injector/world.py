@@ -4,8 +4,10 @@ from pathlib import Path
 
 from . import outcome
 from .library import Server, build
-from .scenarios import KINDS, SCENARIOS, Scenario, local_hub, write_corpus
+from .scenarios import KINDS, SCENARIOS, Command, Scenario, local_hub, write_corpus
 
+# all processes die when the third checkpoint is to have its name
+STOP = {"fault": "killall", "at": 1, "kinds": "rename", "path": "/step_000003"}
 LIMIT = 60  # seconds until a command counts as hung
 
 
@@ -44,13 +46,13 @@ class World:
         variables = {name: value.format(hub=url, base=base) for name, value in scenario.environment}
         return {"NANOCHAT_BASE_DIR": str(base), **variables}
 
-    def run(self, server, base: Path, name: str, flags, processes: int, output: Path, struck=-1, **injector) -> dict:
-        """The answer of the server (see server.supervise) with what each process said, "out", "err" and "stacks",
-        and the operations that were struck, "fired".
+    def run(self, server, command: Command, base: Path, output: Path, struck=-1, **injector) -> dict:
+        """The answer of the server (see server.supervise), with what each process said, "out", "err" and
+        "stacks", and the operations that were struck, "fired".
 
-        name: of the scenario. struck: the rank. injector: at, fault, times, kinds and log of faulty_files.c.
+        struck: the rank. injector: at, fault, times, kinds, path and log of faulty_files.c.
         """
-        scenario = SCENARIOS[name]
+        scenario = command.scenario
         state = output.with_suffix(".state")
         state.write_bytes(bytes(4096))
         fired = output.with_suffix(".fired")
@@ -58,11 +60,12 @@ class World:
         settings = {"INJECTOR_ROOTS": f"{base}:{self.corpus}", "INJECTOR_STATE": str(state),
                     "INJECTOR_FIRED": str(fired), "INJECTOR_KINDS": KINDS["files"]}
         settings |= {f"INJECTOR_{key.upper()}": str(value) for key, value in injector.items()}
-        answer = server(module=scenario.module, output=str(output), processes=processes, struck=struck, limit=LIMIT,
-                        arguments=[flag.format(corpus=self.corpus, base=base) for flag in flags],
-                        environment=self.environment(scenario, base), injector=settings)
+        arguments = [flag.format(corpus=self.corpus, base=base) for flag in command.flags]
+        answer = server(module=scenario.module, arguments=arguments, processes=command.processes,
+                        environment=self.environment(scenario, base), struck=struck, injector=settings,
+                        output=str(output), limit=LIMIT)
         for end in ("out", "err", "stacks"):
-            paths = [Path(f"{output}.{rank}.{end}") for rank in range(processes)]
+            paths = [Path(f"{output}.{rank}.{end}") for rank in range(command.processes)]
             answer[end] = [path.read_text(errors="replace") for path in paths]
         answer["fired"] = fired.read_text().splitlines() if fired.exists() else []
         return answer
@@ -70,9 +73,9 @@ class World:
     def trace(self, server, case) -> list[str]:
         """number, kind and path of each file operation of a case's command, without a fault."""
         folder = self.work / f"trace-{case.name}"
-        base = self.copy_of_start(server, case.scenario, case.processes, folder)
-        answer = self.run(server, base, case.scenario, SCENARIOS[case.scenario].flags, case.processes,
-                          folder / "traced", case.struck, fault="trace", at=1, times=0, kinds=KINDS[case.kinds])
+        base = self.copy_of_start(server, case.command(), folder)
+        trace = {"fault": "trace", "at": 1, "times": 0, "kinds": KINDS[case.kinds]}
+        answer = self.run(server, case.command(), base, folder / "traced", case.struck, **trace)
         if any(answer["codes"]):
             raise RuntimeError(f"{case} without a fault: {answer}")
         shutil.rmtree(folder)
@@ -80,11 +83,12 @@ class World:
 
     # ---- folders
 
-    def copy_of_start(self, server, name: str, processes: int, folder: Path) -> Path:
-        """A new base folder, folder/base, as this scenario begins with."""
+    def copy_of_start(self, server, command: Command, folder: Path) -> Path:
+        """A new base folder, folder/base, as this command begins with."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        shutil.copytree(self.start_of(server, name, processes), folder / "base", symlinks=True)
+        start = self.start_of(server, command.name, command.processes)
+        shutil.copytree(start, folder / "base", symlinks=True)
         return folder / "base"
 
     def start_of(self, server, name: str, processes: int) -> Path:
@@ -109,15 +113,10 @@ class World:
         return self.ends[key]
 
     def make_end(self, server, name, processes, folder):
-        base = self.copy_of_start(server, name, processes, folder)
-        fault = self.stop_at_third_checkpoint(server, processes) if name == "stopped" else {}
-        answer = self.run(server, base, name, SCENARIOS[name].flags, processes, folder / "said", **fault)
+        command = Command(name, processes)
+        base = self.copy_of_start(server, command, folder)
+        fault = STOP if name == "stopped" else {}
+        answer = self.run(server, command, base, folder / "said", 0, **fault)
         if any(answer["codes"]) != bool(fault):
             raise RuntimeError(f"{name} without a fault: {answer}")
         (folder / "done").touch()
-
-    def stop_at_third_checkpoint(self, server, processes) -> dict:
-        from .cases import Case
-        trace = self.trace(server, Case("train", processes, kinds="changes"))
-        third = [line.split("\t")[0] for line in trace if "\trename\t" in line and line.endswith("/step_000003")]
-        return {"fault": "killall", "at": third[0], "struck": 0, "kinds": KINDS["changes"]}
