@@ -35,13 +35,14 @@ def servers(world):
         server.close()
 
 
-def findings(results) -> str:
+def fail_for_findings(results):
     lines = []
     for result in results:
         for kind, detail in result.findings:
             if not kind.startswith("note:"):
                 lines.append(f"{result.case.name}, {result.where}: {kind}: {detail}")
-    return "\n".join(lines)
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
 
 
 def check(world, servers, case: Case, every: int):
@@ -50,7 +51,7 @@ def check(world, servers, case: Case, every: int):
     cases = cases_of(case, trace, 1 if FULL else every, whole=FULL)
     results = []
     run_all(world, servers, cases, results.append)
-    assert not findings(results), findings(results)
+    fail_for_findings(results)
     struck = [result for result in results if result.outcome != "not struck"]
     assert len(struck) >= 0.9 * len(cases), "nearly all faults met an operation"
 
@@ -68,7 +69,8 @@ ERRORS = [(Case("train", fault="EIO"), 11), (Case("train", fault="ENOSPC", times
           (Case("tok_train", fault="EIO"), 7), (Case("download", fault="EIO"), 9),
           (Case("train", 2, 0, fault="EIO"), 41), (Case("train", 2, 1, fault="EIO"), 17),
           (Case("resume", 2, 0, fault="EIO"), 37), (Case("resume", 2, 1, fault="ESTALE"), 9),
-          (Case("base_eval", 2, 1, fault="EIO"), 17)]
+          (Case("base_eval", 2, 1, fault="EIO"), 17), (Case("train", fault="EIO", kinds="all"), 97),
+          (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37)]  # what another machine has just written
 ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
 # at how many points
 CUTS = [(Case("train"), 10), (Case("train", 2), 4), (Case("resume"), 4), (Case("early"), 4),
@@ -101,4 +103,4 @@ def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers,
     points = spread(10**6 if FULL else count)
     results = list(run_cuts(world, servers[0], case.scenario, case.processes, points, seed))
     assert len(results) >= count
-    assert not findings(results), findings(results)
+    fail_for_findings(results)

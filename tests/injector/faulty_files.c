@@ -1,10 +1,10 @@
 /* Disks that fail, for tests: a library for LD_PRELOAD that stands before the C library's calls on files.
 
-It counts the calls on files below some folders. At the N-th it kills the process, or lets the call fail, or writes a
-part of what it was given. It can also log every call that changes a file, with the data: power.py rebuilds from that
-log what a disk holds after a power cut.
+It counts the calls on files below some folders. At the N-th it kills the process, or lets the call fail, or
+writes a part of what it was given. It can also log every call that changes a file, with the data: power.py
+rebuilds from that log what a disk holds after a power cut.
 
-A process says what is to happen by environment variables and a call of injector_arm() (nothing happens before):
+A process says what is to happen by environment variables and a call of injector_arm(). Nothing happens before.
 
     INJECTOR_ROOTS    folders, separated by colons
     INJECTOR_STATE    a file of 4096 bytes, shared by the processes of a case: see `struct state`
@@ -12,10 +12,11 @@ A process says what is to happen by environment variables and a call of injector
     INJECTOR_KINDS    kinds of calls to count, separated by commas: the names in `kinds` below
     INJECTOR_PATH     how the path of a call ends that counts; without it every path does
     INJECTOR_AT       the number of the call, from 1, that the fault strikes; 0: none
-    INJECTOR_FAULT    kill (this process), killall (and every other at its next call), short (write half), stop (send
-                      this process SIGTERM and go on), trace (nothing but the lines in INJECTOR_FIRED), or an errno
+    INJECTOR_FAULT    kill (this process), killall (and every other at its next call), short (write half),
+                      stop (send this process SIGTERM and go on), trace (nothing but the lines in
+                      INJECTOR_FIRED), or an errno
     INJECTOR_TIMES    how many calls in a row fail; 0: all from then on
-    INJECTOR_FIRED    a file that takes a line about each call that a fault struck (of a trace all, else the first 20)
+    INJECTOR_FIRED    a file that takes a line about each call that a fault struck (not of a trace: the first 20)
     INJECTOR_LOG      a file that takes the log of changes
 */
 #define _GNU_SOURCE
@@ -41,8 +42,8 @@ A process says what is to happen by environment variables and a call of injector
 enum kind { OPEN_WRITE, WRITE, FSYNC, RENAME, LINK, UNLINK, RMDIR, MKDIR, TRUNCATE, CHMOD, CLOSE_WRITE,
             OPEN_READ, READ, MAP, OPENDIR, READDIR, STAT, KINDS };
 static const char *const kinds[KINDS] = {
-    "open_write", "write", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "truncate", "chmod", "close_write",
-    "open_read", "read", "map", "opendir", "readdir", "stat"};
+    "open_write", "write", "fsync", "rename", "link", "unlink", "rmdir", "mkdir", "truncate", "chmod",
+    "close_write", "open_read", "read", "map", "opendir", "readdir", "stat"};
 
 struct state {
     atomic_ulong count[8];  /* calls so far, of each rank */
@@ -56,7 +57,8 @@ struct state {
 static struct {
     struct state *state;
     char roots[8][PATH_MAX];
-    char log[PATH_MAX], fired[PATH_MAX], end[PATH_MAX];  /* paths: a process may close every file it did not open */
+    /* no open files, but paths: a process may close every file that it did not open */
+    char log[PATH_MAX], fired[PATH_MAX], end[PATH_MAX];
     int root_count, rank;
     unsigned long kinds, at, times;
     int kill, kill_all, short_write, stop, trace, error;
@@ -98,7 +100,8 @@ int injector_arm(void) {
     with.root_count = 0;
     for (char *rest = copy, *root; (root = strsep(&rest, ":")) && with.root_count < 8;)
         snprintf(with.roots[with.root_count++], PATH_MAX, "%s", root);
-    const char *rank = setting("INJECTOR_RANK"), *at = setting("INJECTOR_AT"), *times = setting("INJECTOR_TIMES");
+    const char *rank = setting("INJECTOR_RANK"), *at = setting("INJECTOR_AT");
+    const char *times = setting("INJECTOR_TIMES");
     const char *fault = setting("INJECTOR_FAULT");
     with.rank = rank ? atoi(rank) & 7 : 0;
     with.at = at ? strtoul(at, NULL, 10) : 0;
@@ -110,7 +113,8 @@ int injector_arm(void) {
     with.stop = fault && !strcmp(fault, "stop");
     with.trace = fault && !strcmp(fault, "trace");
     with.error = fault ? atoi(fault) : 0;
-    const char *log = setting("INJECTOR_LOG"), *fired = setting("INJECTOR_FIRED"), *end = setting("INJECTOR_PATH");
+    const char *log = setting("INJECTOR_LOG"), *fired = setting("INJECTOR_FIRED");
+    const char *end = setting("INJECTOR_PATH");
     snprintf(with.end, PATH_MAX, "%s", end ? end : "");
     snprintf(with.log, PATH_MAX, "%s", log ? log : "");
     snprintf(with.fired, PATH_MAX, "%s", fired ? fired : "");
@@ -122,7 +126,7 @@ __attribute__((constructor)) static void arm_at_start(void) {  /* in a program t
     if (setting("INJECTOR_ARMED")) injector_arm();
 }
 
-/* ---- paths --------------------------------------------------------------------------------------------------- */
+/* ---- paths --------------------------------------------------------------------------------------------- */
 
 static int below_roots(const char *path) {
     for (int i = 0; i < with.root_count; i++) {
@@ -167,7 +171,7 @@ static int path_of_name(int folder, const char *name, char *path) {
     return below_roots(path);
 }
 
-/* ---- the fault ----------------------------------------------------------------------------------------------- */
+/* ---- the fault ----------------------------------------------------------------------------------------- */
 
 static void die(void) {
     syscall(SYS_kill, (int)syscall(SYS_getpid), SIGKILL);
@@ -203,7 +207,7 @@ static int strike(enum kind kind, const char *path) {
     return with.error;
 }
 
-/* ---- the log ------------------------------------------------------------------------------------------------- */
+/* ---- the log ------------------------------------------------------------------------------------------- */
 
 /* A change and its line in the log happen together, so that the log has the order of the changes. */
 static int begin_change(void) {
@@ -229,8 +233,8 @@ static void write_whole(int file, const void *data, size_t size) {
 static void log_change(const char *what, ino_t inode, long long offset, size_t size, const void *data,
                        const char *path, const char *target) {
     char line[2 * PATH_MAX + 200];
-    int length = snprintf(line, sizeof line, "%s\t%llu\t%lld\t%zu\t%s\t%s\n", what, (unsigned long long)inode, offset,
-                          data ? size : 0, path ? path : "", target ? target : "");
+    int length = snprintf(line, sizeof line, "%s\t%llu\t%lld\t%zu\t%s\t%s\n", what,
+                          (unsigned long long)inode, offset, data ? size : 0, path ? path : "", target ? target : "");
     int file = open_append(with.log);
     if (file < 0) abort();
     write_whole(file, line, (size_t)length);
@@ -260,11 +264,12 @@ static ino_t inode_of_path(const char *path) {
     errno = error;                                   \
     return result
 
-/* ---- calls on names ------------------------------------------------------------------------------------------ */
+/* ---- calls on names ------------------------------------------------------------------------------------ */
 
 static int open_any(int folder, const char *name, int flags, mode_t mode) {
     char path[PATH_MAX];
-    if (!with.state || !path_of_name(folder, name, path)) return (int)syscall(SYS_openat, folder, name, flags, mode);
+    if (!with.state || !path_of_name(folder, name, path))
+        return (int)syscall(SYS_openat, folder, name, flags, mode);
     int writes = (flags & O_ACCMODE) != O_RDONLY || flags & (O_CREAT | O_TRUNC);
     enum kind kind = writes ? OPEN_WRITE : flags & O_DIRECTORY ? OPENDIR : OPEN_READ;
     int fault = strike(kind, path);
@@ -273,8 +278,10 @@ static int open_any(int folder, const char *name, int flags, mode_t mode) {
     ino_t before = logs ? inode_of_path(path) : 0;
     int fd = (int)syscall(SYS_openat, folder, name, flags, mode);
     int error = errno;
-    if (logs && fd >= 0 && !before && flags & O_CREAT) log_change("create", inode_of_fd(fd), 0, 0, NULL, path, NULL);
-    if (logs && fd >= 0 && before && flags & O_TRUNC) log_change("truncate", inode_of_fd(fd), 0, 0, NULL, path, NULL);
+    if (logs && fd >= 0 && !before && flags & O_CREAT)
+        log_change("create", inode_of_fd(fd), 0, 0, NULL, path, NULL);
+    if (logs && fd >= 0 && before && flags & O_TRUNC)
+        log_change("truncate", inode_of_fd(fd), 0, 0, NULL, path, NULL);
     end_change(logs);
     errno = error;
     return fd;
@@ -291,13 +298,19 @@ static int open_any(int folder, const char *name, int flags, mode_t mode) {
 
 int open(const char *name, int flags, ...) { MODE_ARGUMENT return open_any(AT_FDCWD, name, flags, mode); }
 int open64(const char *name, int flags, ...) { MODE_ARGUMENT return open_any(AT_FDCWD, name, flags, mode); }
-int openat(int folder, const char *name, int flags, ...) { MODE_ARGUMENT return open_any(folder, name, flags, mode); }
-int openat64(int folder, const char *name, int flags, ...) { MODE_ARGUMENT return open_any(folder, name, flags, mode); }
-int creat(const char *name, mode_t mode) { return open_any(AT_FDCWD, name, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-int creat64(const char *name, mode_t mode) { return open_any(AT_FDCWD, name, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+int openat(int place, const char *name, int flags, ...) {
+    MODE_ARGUMENT return open_any(place, name, flags, mode);
+}
+int openat64(int place, const char *name, int flags, ...) {
+    MODE_ARGUMENT return open_any(place, name, flags, mode);
+}
+#define CREAT (O_CREAT | O_WRONLY | O_TRUNC)
+int creat(const char *name, mode_t mode) { return open_any(AT_FDCWD, name, CREAT, mode); }
+int creat64(const char *name, mode_t mode) { return open_any(AT_FDCWD, name, CREAT, mode); }
 
 static FILE *fopen_any(const char *symbol, const char *name, const char *mode) {
-    FILE *(*real)(const char *, const char *) = (FILE * (*)(const char *, const char *)) dlsym(RTLD_NEXT, symbol);
+    typedef FILE *function(const char *, const char *);
+    function *real = (function *)dlsym(RTLD_NEXT, symbol);
     char path[PATH_MAX];
     if (with.state && path_of_name(AT_FDCWD, name, path)) {
         int fault = strike(strpbrk(mode, "wa+") ? OPEN_WRITE : OPEN_READ, path);
@@ -328,7 +341,9 @@ static int rename_any(int folder, const char *name, int new_folder, const char *
 }
 int rename(const char *a, const char *b) { return rename_any(AT_FDCWD, a, AT_FDCWD, b, 0); }
 int renameat(int f, const char *a, int g, const char *b) { return rename_any(f, a, g, b, 0); }
-int renameat2(int f, const char *a, int g, const char *b, unsigned flags) { return rename_any(f, a, g, b, flags); }
+int renameat2(int f, const char *a, int g, const char *b, unsigned flags) {
+    return rename_any(f, a, g, b, flags);
+}
 
 static int link_any(int folder, const char *name, int new_folder, const char *new_name, int flags) {
     char path[PATH_MAX], target[PATH_MAX];
@@ -342,7 +357,8 @@ int linkat(int f, const char *a, int g, const char *b, int flags) { return link_
 
 int symlinkat(const char *content, int folder, const char *name) {
     char path[PATH_MAX];
-    if (!with.state || !path_of_name(folder, name, path)) return (int)syscall(SYS_symlinkat, content, folder, name);
+    if (!with.state || !path_of_name(folder, name, path))
+        return (int)syscall(SYS_symlinkat, content, folder, name);
     GUARD(LINK, path, log_change("symlink", 0, 0, 0, NULL, path, content),
           (int)syscall(SYS_symlinkat, content, folder, name));
 }
@@ -350,9 +366,11 @@ int symlink(const char *content, const char *name) { return symlinkat(content, A
 
 int unlinkat(int folder, const char *name, int flags) {
     char path[PATH_MAX];
-    if (!with.state || !path_of_name(folder, name, path)) return (int)syscall(SYS_unlinkat, folder, name, flags);
+    if (!with.state || !path_of_name(folder, name, path))
+        return (int)syscall(SYS_unlinkat, folder, name, flags);
     int is_folder = flags & AT_REMOVEDIR;
-    GUARD(is_folder ? RMDIR : UNLINK, path, log_change(is_folder ? "rmdir" : "unlink", 0, 0, 0, NULL, path, NULL),
+    const char *what = is_folder ? "rmdir" : "unlink";
+    GUARD(is_folder ? RMDIR : UNLINK, path, log_change(what, 0, 0, 0, NULL, path, NULL),
           (int)syscall(SYS_unlinkat, folder, name, flags));
 }
 int unlink(const char *name) { return unlinkat(AT_FDCWD, name, 0); }
@@ -364,7 +382,8 @@ int remove(const char *name) {
 
 int mkdirat(int folder, const char *name, mode_t mode) {
     char path[PATH_MAX];
-    if (!with.state || !path_of_name(folder, name, path)) return (int)syscall(SYS_mkdirat, folder, name, mode);
+    if (!with.state || !path_of_name(folder, name, path))
+        return (int)syscall(SYS_mkdirat, folder, name, mode);
     GUARD(MKDIR, path, log_change("mkdir", inode_of_path(path), 0, 0, NULL, path, NULL),
           (int)syscall(SYS_mkdirat, folder, name, mode));
 }
@@ -380,7 +399,7 @@ int fchmodat(int folder, const char *name, mode_t mode, int flags) {
 }
 int chmod(const char *name, mode_t mode) { return fchmodat(AT_FDCWD, name, mode, 0); }
 
-/* ---- calls on open files ------------------------------------------------------------------------------------- */
+/* ---- calls on open files ------------------------------------------------------------------------------- */
 
 /* Log `n` bytes that were just written; offset < 0: where the file's position came from. */
 static void log_written(int fd, const void *data, ssize_t n, long long offset) {
@@ -396,7 +415,11 @@ static ssize_t write_any(int fd, const void *data, size_t size, long long offset
     if (fault > 0) { errno = fault; return -1; }
     if (fault == SHORT) size = (size + 1) / 2;
     int logs = counted && begin_change();
-    ssize_t n = offset < 0 ? syscall(SYS_write, fd, data, size) : syscall(SYS_pwrite64, fd, data, size, offset);
+    ssize_t n;
+    if (offset < 0)
+        n = syscall(SYS_write, fd, data, size);
+    else
+        n = syscall(SYS_pwrite64, fd, data, size, offset);
     int error = errno;
     if (logs) log_written(fd, data, n, offset);
     end_change(logs);
@@ -404,8 +427,10 @@ static ssize_t write_any(int fd, const void *data, size_t size, long long offset
     return n;
 }
 ssize_t write(int fd, const void *data, size_t size) { return write_any(fd, data, size, -1); }
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return write_any(fd, data, size, offset); }
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) { return write_any(fd, data, size, offset); }
+ssize_t pwrite(int fd, const void *data, size_t size, off_t place) { return write_any(fd, data, size, place); }
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t place) {
+    return write_any(fd, data, size, place);
+}
 
 ssize_t writev(int fd, const struct iovec *parts, int count) {
     char path[PATH_MAX];
@@ -427,7 +452,7 @@ ssize_t sendfile(int out, int in, off_t *offset, size_t count) {
     if (with.state && (path_of_fd(out, path) || path_of_fd(in, path))) { errno = ENOTSOCK; return -1; }
     return syscall(SYS_sendfile, out, in, offset, count);
 }
-ssize_t sendfile64(int out, int in, off64_t *offset, size_t count) { return sendfile(out, in, offset, count); }
+ssize_t sendfile64(int out, int in, off64_t *place, size_t count) { return sendfile(out, in, place, count); }
 ssize_t copy_file_range(int in, off64_t *a, int out, off64_t *b, size_t size, unsigned flags) {
     char path[PATH_MAX];
     if (with.state && (path_of_fd(out, path) || path_of_fd(in, path))) { errno = EXDEV; return -1; }
@@ -491,10 +516,14 @@ static void *map_any(void *address, size_t size, int protection, int flags, int 
     }
     return (void *)syscall(SYS_mmap, address, size, protection, flags, fd, offset);
 }
-void *mmap(void *a, size_t size, int p, int flags, int fd, off_t offset) { return map_any(a, size, p, flags, fd, offset); }
-void *mmap64(void *a, size_t size, int p, int flags, int fd, off64_t o) { return map_any(a, size, p, flags, fd, o); }
+void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t offset) {
+    return map_any(address, size, protection, flags, fd, offset);
+}
+void *mmap64(void *address, size_t size, int protection, int flags, int fd, off64_t offset) {
+    return map_any(address, size, protection, flags, fd, offset);
+}
 
-/* ---- folders ------------------------------------------------------------------------------------------------- */
+/* ---- folders ------------------------------------------------------------------------------------------- */
 
 DIR *opendir(const char *name) {
     REAL(DIR *, "opendir", const char *);
@@ -515,13 +544,17 @@ DIR *fdopendir(int fd) {
     return real(fd);
 }
 
+/* ENOENT: the listing ends early, as that of a network file system may when another machine has added names. */
 #define READ_FOLDER(type, name)                                          \
     type *name(DIR *folder) {                                            \
         REAL(type *, #name, DIR *);                                      \
         char path[PATH_MAX];                                             \
         if (with.state && path_of_fd(dirfd(folder), path)) {   \
             int fault = strike(READDIR, path);                           \
-            if (fault > 0) { errno = fault; return NULL; }               \
+            if (fault > 0) {                                             \
+                errno = fault == ENOENT ? 0 : fault;                     \
+                return NULL;                                             \
+            }                                                            \
         }                                                                \
         return real(folder);                                             \
     }
