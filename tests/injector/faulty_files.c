@@ -4,7 +4,7 @@ It counts the calls on files below some folders. At the N-th it kills the proces
 writes a part of what it was given. It can also log every call that changes a file, with the data: power.py
 rebuilds from that log what a disk holds after a power cut.
 
-A process says what is to happen by environment variables and a call of injector_arm(). Nothing happens before.
+A process says what is to happen by variables and a call of injector_arm(); nothing happens before.
 
     INJECTOR_ROOTS    folders, separated by colons
     INJECTOR_STATE    a file of 4096 bytes, shared by the processes of a case: see `struct state`
@@ -16,7 +16,7 @@ A process says what is to happen by environment variables and a call of injector
                       stop (send this process SIGTERM and go on), trace (nothing but the lines in
                       INJECTOR_FIRED), or an errno
     INJECTOR_TIMES    how many calls in a row fail; 0: all from then on
-    INJECTOR_FIRED    a file that takes a line about each call that a fault struck (not of a trace: the first 20)
+    INJECTOR_FIRED    a file that takes a line about each call that was struck (the first 20; of a trace all)
     INJECTOR_LOG      a file that takes the log of changes
 */
 #define _GNU_SOURCE
@@ -234,7 +234,8 @@ static void log_change(const char *what, ino_t inode, long long offset, size_t s
                        const char *path, const char *target) {
     char line[2 * PATH_MAX + 200];
     int length = snprintf(line, sizeof line, "%s\t%llu\t%lld\t%zu\t%s\t%s\n", what,
-                          (unsigned long long)inode, offset, data ? size : 0, path ? path : "", target ? target : "");
+                          (unsigned long long)inode, offset, data ? size : 0, path ? path : "",
+                          target ? target : "");
     int file = open_append(with.log);
     if (file < 0) abort();
     write_whole(file, line, (size_t)length);
@@ -427,7 +428,9 @@ static ssize_t write_any(int fd, const void *data, size_t size, long long offset
     return n;
 }
 ssize_t write(int fd, const void *data, size_t size) { return write_any(fd, data, size, -1); }
-ssize_t pwrite(int fd, const void *data, size_t size, off_t place) { return write_any(fd, data, size, place); }
+ssize_t pwrite(int fd, const void *data, size_t size, off_t place) {
+    return write_any(fd, data, size, place);
+}
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t place) {
     return write_any(fd, data, size, place);
 }
@@ -544,7 +547,7 @@ DIR *fdopendir(int fd) {
     return real(fd);
 }
 
-/* ENOENT: the listing ends early, as that of a network file system may when another machine has added names. */
+/* ENOENT: the listing ends early, as that of a network file system may after another machine added names. */
 #define READ_FOLDER(type, name)                                          \
     type *name(DIR *folder) {                                            \
         REAL(type *, #name, DIR *);                                      \
