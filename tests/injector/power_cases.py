@@ -23,7 +23,10 @@ def logged_run(world: World, server: Server, command: Command, folder: Path):
 
 
 def run_cuts(world: World, server: Server, name: str, processes: int, points, seed=None, keep=False):
-    """Results of power cuts at these numbers of changes (or at `points(changes)`)."""
+    """Results of power cuts at the numbers of changes that points(changes) chooses.
+
+    seed: as in power.cuts. RuntimeError if the log does not explain what the command left.
+    """
     folder = world.work / "cases" / f"{name}-{processes}-cut-{'strict' if seed is None else seed}"
     disk, changes = logged_run(world, server, Command(name, processes), folder)
     _, wanted, wanted_names = world.end_of(server, name, processes)
@@ -41,10 +44,9 @@ def run_cuts(world: World, server: Server, name: str, processes: int, points, se
         result.outcome = "finished"
         judge_again(result, answer, image, wanted, wanted_names)
         yield result
-    base = folder / "base"
-    if points and max(points) == len(changes) and seed is None:
+    if points[-1:] == [len(changes)]:
         disk.write_now(folder / "now")
-        check_log(folder / "now", base)
+        check_log(folder / "now", folder / "base")
     if not keep:
         shutil.rmtree(folder)
 
