@@ -15,16 +15,18 @@ import pytest
 
 from injector.cases import Case, cases_of, run_all
 from injector.library import TREE, missing
+from injector.power import Disk, cuts
 from injector.power_cases import run_cuts, spread
 from injector.world import World
 
-pytestmark = [pytest.mark.faults, pytest.mark.skipif(missing() != "", reason=missing() or "it can")]
 FULL = os.environ.get("NANOCHAT_FAULTS", "") == "full"
 JOBS = int(os.environ.get("NANOCHAT_FAULTS_JOBS", "2"))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    if reason := missing():
+        pytest.skip(reason)
     try:
         return World(tmp_path_factory.mktemp("faults"), TREE)
     except subprocess.CalledProcessError as e:
@@ -85,21 +87,25 @@ def each(table):
     return pytest.mark.parametrize("case,count", table, ids=[case.name for case, _ in table])
 
 
+@pytest.mark.faults
 @each(KILLS)
 def test_a_run_that_is_killed_loses_nothing(world, servers, case, count):
     check(world, servers, replace(case, kinds="changes"), count)
 
 
+@pytest.mark.faults
 @each(ONE_OF_TWO)
 def test_a_process_that_is_killed_takes_the_other_along(world, servers, case, count):
     check(world, servers, case, count)
 
 
+@pytest.mark.faults
 @each(ERRORS)
 def test_a_file_operation_that_fails_is_one_line(world, servers, case, count):
     check(world, servers, case, count)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [None, 1], ids=["strict", "journal"])
 @each(CUTS)
 def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers, case, count, seed):
@@ -108,3 +114,43 @@ def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers,
     results = list(run_cuts(world, servers[0], case.scenario, case.processes, points, seed))
     assert len(results) >= count
     fail_for_findings(results)
+
+
+# ---- the simulator itself: quick, in every run of the suite
+
+def change(kind, path="", inode=0, data=b"", target="", offset=0):
+    return {"kind": kind, "inode": inode, "offset": offset, "data": data, "path": path, "target": target}
+
+
+def test_a_cut_keeps_what_was_synced_and_nothing_else(tmp_path):
+    root = tmp_path / "disk"
+    root.mkdir()
+    (root / "old").write_text("before")
+    disk = Disk(root)
+    inode = (root / "old").stat().st_ino
+    changes = [change("create", f"{root}/.new", 7), change("write", inode=7, data=b"content"),
+               change("fsync", f"{root}/.new", 7), change("rename", f"{root}/.new", target=f"{root}/new"),
+               change("fsync", str(root), root.stat().st_ino), change("write", inode=7, data=b"CON"),
+               change("truncate", f"{root}/old", inode), change("write", inode=inode, data=b"after"),
+               change("unlink", f"{root}/new")]
+    image = tmp_path / "image"
+    found = []
+    for _ in cuts(disk, changes, [4, 5, 9], image):
+        found.append({path.name: path.read_text() for path in image.iterdir()})
+    assert found == [{"old": "before"}, {"old": "before", "new": "content"}, {"old": "before", "new": "content"}]
+    disk.write_now(image)
+    assert {path.name: path.read_text() for path in image.iterdir()} == {"old": "after"}
+
+
+def test_a_drawn_cut_keeps_a_part_in_the_order_of_the_calls(tmp_path):
+    root = tmp_path / "disk"
+    root.mkdir()
+    changes = [change("create", f"{root}/a", 7), change("write", inode=7, data=b"x" * 9000),
+               change("rename", f"{root}/a", target=f"{root}/b")]
+    image = tmp_path / "image"
+    found = set()
+    for seed in range(60):
+        for _ in cuts(Disk(root), changes, [3], image, seed):
+            found |= {(path.name, path.read_bytes().strip(b"\0")) for path in image.iterdir()}
+    assert {name for name, _ in found} == {"a", "b"}  # never both, and sometimes none
+    assert {content for _, content in found} > {b"", b"x" * 9000} and len(found) > 4

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 # of a record: what differs from run to run
-MEASURED = re.compile(r"time|seconds|/dt$|tok_per_sec|^mem/|mfu|wandb|run_id|bytes_per_second")
+MEASURED = re.compile(r"total_training_time|seconds|/dt$|tok_per_sec|^mem/|mfu|wandb")
 NOT_RESULTS = re.compile(r"^locks/|\.lock$|(^|/)wandb(/|_)|\.owner$")
 
 
@@ -24,7 +24,7 @@ def names(base: Path) -> set[str]:
 
 
 def record_rows(path: Path) -> dict:
-    """{step: what metrics.jsonl says of it, times left out}, the last word first; torn lines under 'torn'."""
+    """{step: what metrics.jsonl says of it, times left out}: its last word. Torn lines are under "torn"."""
     rows = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
