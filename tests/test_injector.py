@@ -79,12 +79,15 @@ ERRORS = [(Case("train", fault="EIO"), 11), (Case("train", fault="ENOSPC", times
           (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37)]  # what another machine has just written
 ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
 # at how many points
-CUTS = [(Case("train"), 10), (Case("train", 2), 4), (Case("resume"), 4), (Case("early"), 4),
-        (Case("adapter"), 4), (Case("tok_train"), 3), (Case("materialize"), 4), (Case("download"), 4)]
+CUTS = [(Case("train", fault="cut"), 10), (Case("train", 2, fault="cut"), 4), (Case("resume", fault="cut"), 4),
+        (Case("early", fault="cut"), 4), (Case("adapter", fault="cut"), 4), (Case("tok_train", fault="cut"), 3),
+        (Case("materialize", fault="cut"), 4), (Case("download", fault="cut"), 4)]
 
 
 def each(table):
-    return pytest.mark.parametrize("case,count", table, ids=[case.name for case, _ in table])
+    """The tests of a table: at every `count`-th operation, or at `count` points."""
+    names = [f"{case.scenario}-{case.processes}-{case.struck}-{case.fault}-{case.kinds}" for case, _ in table]
+    return pytest.mark.parametrize("case,count", table, ids=names)
 
 
 @pytest.mark.faults
