@@ -79,8 +79,9 @@ ERRORS = [(Case("train", fault="EIO"), 11), (Case("train", fault="ENOSPC", times
           (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37)]  # what another machine has just written
 ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
 # at how many points
-CUTS = [(Case("train", fault="cut"), 10), (Case("train", 2, fault="cut"), 4), (Case("resume", fault="cut"), 4),
-        (Case("early", fault="cut"), 4), (Case("adapter", fault="cut"), 4), (Case("tok_train", fault="cut"), 3),
+CUTS = [(Case("train", fault="cut"), 10), (Case("train", 2, fault="cut"), 4),
+        (Case("resume", fault="cut"), 4), (Case("early", fault="cut"), 4),
+        (Case("adapter", fault="cut"), 4), (Case("tok_train", fault="cut"), 3),
         (Case("materialize", fault="cut"), 4), (Case("download", fault="cut"), 4)]
 
 
