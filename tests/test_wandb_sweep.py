@@ -118,6 +118,7 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
 
 
 def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeypatch, capsys):
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config  # slow to import
     folder = tmp_path / "a $(b) 'c' 😀"
     folder.mkdir()
     monkeypatch.setenv("WANDB_PROJECT", "our project; $(b)")
