@@ -35,38 +35,44 @@ def run_script(main, result_is_printed: bool = False):
     console.protect(result_is_printed)
     signals.listen()
     from nanochat import agreement
-    from nanochat.environment import prepare_environment
-    lost = ""
     try:
-        prepare_environment()
-        stop_without_launcher()
-        main()
-        end_process()
-    except InputError as e:
-        message = str(e)
-    except OSError as e:  # permission denied, disk full, a file that vanished
-        if e.errno is None:
-            raise
-        message = f"{e.filename or 'file system'}: {e.strerror}{way_out(e)}"
-    except (MemoryError, RuntimeError) as e:
-        if out_of_memory(e):
-            reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
-            message = f"out of memory ({reason}); give a smaller model, batch or context"
-        else:
-            message = lost = agreement.lost_connection(e)
-        if not message:
-            raise
-    except KeyboardInterrupt as e:
+        message, is_lost = fault_of(main)
+        signals.main_ended()
+    except KeyboardInterrupt as e:  # it may also come while a fault is put into words
         number = signals.number_of(e)
         line = f"stopped by {signals.name_of(number)}"
         agreement.end_all(line, signals.exit_code(number))
         signals.say(line)
         sys.exit(signals.exit_code(number))
-    else:
-        return
     finally:
         signals.main_ended()
-    agreement.fail(printable(message), bool(lost))
+    if message:
+        agreement.fail(printable(message), is_lost)
+
+
+def fault_of(main) -> tuple[str, bool]:
+    """Call main(). Returns why it failed, '' if it did not; and whether that is that another process is gone."""
+    from nanochat import agreement
+    from nanochat.environment import prepare_environment
+    try:
+        prepare_environment()
+        stop_without_launcher()
+        main()
+        end_process()
+        return "", False
+    except InputError as e:
+        return str(e) or "failed", False
+    except OSError as e:  # permission denied, disk full, a file that vanished
+        if e.errno is None:
+            raise
+        return f"{e.filename or 'file system'}: {e.strerror}{way_out(e)}", False
+    except (MemoryError, RuntimeError) as e:
+        if out_of_memory(e):
+            reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
+            return f"out of memory ({reason}); give a smaller model, batch or context", False
+        if lost := agreement.lost_connection(e):
+            return lost, True
+        raise
 
 
 def way_out(e: OSError) -> str:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from nanochat.common import LARGEST_INTEGER, InputError, first_line
+from nanochat.errors import named
 from nanochat.flags import build_parser
 from nanochat.naming import check_tag
 from nanochat.plan import parse_flags
@@ -27,7 +28,8 @@ SHARED = ("data", "vocab-size", "tokenizer-tag")
 
 def load_toml(path: Path) -> dict:
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        with named(path):
+            content = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such experiment file") from None
     except UnicodeDecodeError as e:

@@ -22,7 +22,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.errors import InputError, printable
+from nanochat.errors import InputError, named, printable
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 LEASE = 120.0     # seconds without one after which a lease may be taken over
@@ -56,7 +56,7 @@ class Lease:
         """Refresh the file. Returns who has the lease: the identity of this process, or another one."""
         while True:
             try:
-                with open_own_file(self.path, os.O_RDONLY) as f:
+                with named(self.path), open_own_file(self.path, os.O_RDONLY) as f:
                     identity = read_identity(f.read())
                     if identity.get("token") == self.identity["token"]:
                         os.utime(f.fileno())  # not by its name: another process may be replacing the file
@@ -133,7 +133,7 @@ class Entry:
 
 def read_entry(path: Path) -> Entry | None:
     try:
-        with open_own_file(path, os.O_RDONLY) as f:
+        with named(path), open_own_file(path, os.O_RDONLY) as f:
             text = f.read()
             refreshed = os.fstat(f.fileno()).st_mtime
     except OSError as e:

@@ -6,7 +6,6 @@
                      wandb_id.txt    so that a resumed run continues the same line on the dashboard
 """
 import contextlib
-import json
 import math
 import os
 import platform
@@ -51,16 +50,6 @@ def load_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a run folder (no config.json)")
     return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; restore it or move the folder away")
-    return content
 
 
 def remove_left_overs(folder: Path):

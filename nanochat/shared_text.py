@@ -1,10 +1,9 @@
 """The text of a run of several processes: process 0 lists it, and all have the same tokens of it."""
-import json
-from pathlib import Path
-
 from nanochat.agreement import from_first
 from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import Corpus
+from nanochat.files import read_json
+from nanochat.token_cache import META
 
 
 def shared_text(place, open_text) -> Corpus:
@@ -22,6 +21,8 @@ def opened_and_hashed(open_text) -> Corpus:
 
 def confirm_caches(place, tokenizer, shards):
     """InputError on a process whose token caches, which are there by now, are not those of process 0."""
+    if place[2] == 1:
+        return
     root = get_base_dir() / "token_cache" / tokenizer.hash
     caches = {shard.fingerprint: cache_content(root / shard.fingerprint) for shard in shards}
     for fingerprint, there in from_first(place, dict, caches).items():
@@ -33,7 +34,7 @@ def confirm_caches(place, tokenizer, shards):
                              "remove that folder, and start again")
 
 
-def cache_content(folder: Path) -> dict:
+def cache_content(folder) -> dict:
     """What meta.json of a token cache says of its content; earlier versions wrote no sum."""
-    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    meta = read_json(folder / "meta.json", META)
     return {"slots": meta["slots"], "sha256": meta.get("sha256")}

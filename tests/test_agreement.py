@@ -205,7 +205,8 @@ def test_what_differs_is_named(base_dir, other_base, run_two, tmp_path):
     other = other_base()
     for base, slots in ((base_dir, 8), (other, 7)):
         (base / cache).mkdir(parents=True)
-        (base / cache / "meta.json").write_text(json.dumps({"slots": slots}))
+        meta = {"slots": slots, "dtype": "uint16", "vocab_size": 300}
+        (base / cache / "meta.json").write_text(json.dumps(meta))
     codes, lines = run_two(agree_step_by_step, tmp_path, other)
     assert codes == [0, 0], lines
 

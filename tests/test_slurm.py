@@ -304,7 +304,7 @@ def test_a_real_cluster_preempts_runs_and_they_end_finished(preemption, cluster,
     command = [str(tmp_path / "question.toml"), "--data", str(corpus_dir), "--launcher", "slurm", "--sbatch=--time=10"]
     sweep.main(command)
     sweep.main(command)  # changes nothing: they are in the queue
-    (job, tasks), = metrics.read_json(base_dir / "sweeps" / "question" / "slurm_jobs.json").items()
+    (job, tasks), = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text()).items()
     assert tasks == dict(zip("012", TAGS)) and "3 in the queue as job" in capsys.readouterr().out
     wait_for("two runs train", 90, lambda: steps_of(TAGS[0]) > 5 and steps_of(TAGS[1]) > 5)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"], check=True)  # as near the time limit
@@ -328,7 +328,7 @@ def test_a_real_cluster_lets_a_cancelled_sweep_lie_until_it_is_submitted_again(c
     (tmp_path / "question.toml").write_text(EXPERIMENT.format(steps=100000))
     command = [str(tmp_path / "question.toml"), "--data", str(corpus_dir), "--launcher", "slurm", "-j", "1"]
     sweep.main(command)
-    job, = metrics.read_json(base_dir / "sweeps" / "question" / "slurm_jobs.json")
+    job, = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text())
     wait_for("a run trains", 90, lambda: steps_of(TAGS[0]) > 5)
     assert states(job).count("RUNNING") == 1  # -j 1
     advice = next(line for line in capsys.readouterr().out.splitlines() if "scancel" in line)

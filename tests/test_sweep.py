@@ -1,4 +1,5 @@
 """A sweep goes from a file to a report: alone, beside another one, through failures, kills and resumes."""
+import json
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ def experiment(tmp_path, base_dir, corpus_dir):
 
 
 def status(tag):
-    return metrics.read_json(metrics.runs_dir() / tag / "summary.json")["status"]
+    return json.loads((metrics.runs_dir() / tag / "summary.json").read_text())["status"]
 
 
 # ---- the local launcher, with a stand-in for training
