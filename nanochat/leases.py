@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -37,6 +38,7 @@ class Lease:
     def __init__(self, path: Path, identity: dict):
         self.path = path
         self.identity = identity
+        self.refreshed = math.inf  # when it was, by the file system's clock
         self.keep_alive()
 
     def keep_alive(self):
@@ -53,17 +55,22 @@ class Lease:
                     self._refresh()
 
     def _refresh(self) -> dict:
-        """Refresh the file. Returns who has the lease: the identity of this process, or another one."""
+        """Refresh the file. Returns who has the lease: the identity of this process, or another one; {} if the
+        lease ended, and who took it over is through.
+        """
         while True:
             try:
                 with named(self.path), open_own_file(self.path, os.O_RDONLY) as f:
                     identity = read_identity(f.read())
                     if identity.get("token") == self.identity["token"]:
                         os.utime(f.fileno())  # not by its name: another process may be replacing the file
+                        self.refreshed = os.fstat(f.fileno()).st_mtime
                     return identity
             except OSError as e:
                 if e.errno not in GONE:
                     raise
+            if file_system_time(self.path.parent) - self.refreshed > self.identity["lease"]:
+                return {}
             if create(self.path, self.identity):  # a person had removed it
                 return self.identity
 
@@ -284,7 +291,7 @@ def is_here(identity: dict) -> bool:
 
 
 def is_dead(identity: dict) -> bool:
-    """Whether it was a process of this machine and is no more."""
+    """Whether it was a process of this machine and is no more, or waits only for its parent to learn that."""
     if not is_here(identity):
         return False
     pid = identity["pid"]
@@ -295,16 +302,20 @@ def is_dead(identity: dict) -> bool:
     except OSError:  # it is another user's
         pass
     started = start_time(pid)
-    return bool(started) and started != identity.get("started")
+    return bool(started) and (started != identity.get("started") or process_fields(pid)[:1] == ["Z"])
 
 
 def start_time(pid: int) -> str:
     """As Linux counts it, since the machine started; '' where that cannot be read."""
+    return "".join(process_fields(pid)[19:20])
+
+
+def process_fields(pid: int) -> list[str]:
+    """What Linux tells of a process from its state on; [] where that cannot be read."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
-    return fields[19]
+        return []
 
 
 def in_words(identity: dict) -> str:

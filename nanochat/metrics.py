@@ -79,9 +79,13 @@ def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
 class RunRecord:
     """Writes a run folder and, unless the wandb name is 'dummy', the same to wandb. Lives on rank 0 only."""
 
-    def __init__(self, folder: Path, config: dict, accounting: dict, wandb_run: str, thresholds: list[float], resumed_step: int = 0):
-        """config: as stored in config.json; accounting: flat params/…, flops/…, mem/… known before the first step."""
+    def __init__(self, folder: Path, config: dict, accounting: dict, wandb_run: str, thresholds: list[float],
+                 resumed_step: int = 0, lock=None):
+        """config: as stored in config.json; accounting: flat params/…, flops/…, mem/… known before the first step.
+        lock: the locks.Lock by which this process holds the folder.
+        """
         self.folder, self.thresholds = folder, thresholds
+        self.lock = lock
         self.latest = dict(accounting)
         self.evals = []
         for entry in read_history(folder):
@@ -96,13 +100,20 @@ class RunRecord:
             from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
             self.wandb = WandbLog(folder, wandb_run, accounting, self.file.size, resumed_step)
 
+    def _check_lock(self):
+        if self.lock:
+            self.lock.check()
+
     def _remember(self, metrics):
         self.latest.update(metrics)
         if "val/ppl" in metrics:
             self.evals.append(metrics)
 
     def log(self, metrics: dict):
-        """Append one line. metrics must hold `step` and the clocks in CLOCKS."""
+        """Append one line. metrics must hold `step` and the clocks in CLOCKS. InputError if another process
+        has the folder by now.
+        """
+        self._check_lock()
         self._remember(metrics)
         self.file.append(metrics)
 
@@ -116,7 +127,8 @@ class RunRecord:
         return {"record": self.file.commit(), "summary": self.summary()}
 
     def summarize(self, status: str):
-        """Rewrite summary.json, also for W&B."""
+        """Rewrite summary.json, also for W&B. InputError if another process has the folder by now."""
+        self._check_lock()
         self.status = status
         write_json(self.folder / "summary.json", {"status": status, **self.summary()})
 

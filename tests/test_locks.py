@@ -227,19 +227,36 @@ def test_a_holder_gives_signs_of_life_and_notices_what_happens_to_its_lease(tmp_
         leases.Lease(owner, {"token": "mine", "lease": 1}).sign("")
 
 
-def test_a_run_whose_folder_was_taken_over_stops(train, base_dir, without_flock, monkeypatch):
+def test_a_holder_whose_lease_was_taken_over_and_given_back_has_it_no_more(tmp_path, without_flock):
+    path = tmp_path / "a.lock"
+    with pytest.raises(InputError, match="has taken over what this process held"), claimed(path, "x") as lock:
+        locks.owner_path(path).unlink()  # a person
+        lock.check()
+        lock.lease.refreshed -= 130      # it was stopped, and another process was here
+        locks.owner_path(path).unlink()
+        lock.check()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
+
+
+@pytest.mark.parametrize("work, times", [("save_checkpoint", 1), ("update", 3)])
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(train, base_dir, without_flock, monkeypatch,
+                                                               work, times):
     from nanochat import metrics, training
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    save = training.save_checkpoint
+    original = getattr(training, work)
+    left = iter(range(times - 1, -1, -1))
 
-    def save_and_sleep(*arguments, **options):
-        save(*arguments, **options)
-        hold_elsewhere(base_dir / "locks/slept.lock", 0)
-    monkeypatch.setattr(training, "save_checkpoint", save_and_sleep)
+    def work_and_sleep(*arguments, **options):
+        original(*arguments, **options)
+        if next(left, None) == 0:
+            hold_elsewhere(base_dir / "locks/slept.lock", 0)
+    monkeypatch.setattr(training, work, work_and_sleep)
     message = r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"
     with pytest.raises(InputError, match=message):
         train("--save-every", 2, "--num-iterations", 6, tag="slept")
-    assert os.listdir(metrics.runs_dir() / "slept/checkpoints") == ["step_000002"]
+    folder = metrics.runs_dir() / "slept"
+    assert os.listdir(folder / "checkpoints") == ["step_000002"]
+    assert [entry["step"] for entry in metrics.read_history(folder)] == [1, 2]
 
 
 def test_a_claim_waits_for_a_silent_holder_until_it_speaks_or_its_lease_ends(tmp_path, without_flock, capsys):
