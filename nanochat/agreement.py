@@ -8,6 +8,7 @@ A process that fails tells process 0, through the store by which the processes m
 and a thread in each process then ends it. So nobody waits for a process that is gone, whatever it is doing.
 """
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -19,11 +20,13 @@ from itertools import count
 from pathlib import Path
 
 from nanochat.common import InputError, first_line, process_layout, shortened
+from nanochat.leases import is_dead, is_here, this_process
 
 # keys in the store
 FAILED = "nanochat/failed"  # [line, exit code] of the process that failed first, where that is not process 0
 ENDED = "nanochat/ended"    # the exit code of all, once the line is printed
 LEFT = "nanochat/left"      # how many processes know of it, or are through
+IDENTITY = "nanochat/identity of"  # and a rank: what leases.this_process() says there
 
 POLL = 0.2       # seconds between two looks into the store
 GRACE = 1.0      # seconds: process 0 may be about to fail in the same way
@@ -49,6 +52,7 @@ class Members:
         self.through = threading.Event()
         self.speaks = threading.Lock()  # who has it, prints the one line
         self.meetings = count(1)
+        self.store.set(f"{IDENTITY} {rank}", json.dumps(this_process()))
         self.thread = threading.Thread(target=self.watch, daemon=True, name="other processes")
         self.thread.start()
 
@@ -108,13 +112,32 @@ class Members:
                 self.wait_for_others()
 
     def meet(self):
-        """Wait until all processes are here, however long one of them works."""
+        """Wait until all processes are here, however long one of them works. InputError if one of this machine
+        is gone; those of others are left to their launcher.
+        """
         key = f"nanochat/meeting {next(self.meetings)}"
         self.store.add(key, 1)
         wait = 0.005
         while self.store.add(key, 0) < self.world_size:
             time.sleep(wait)
             wait = min(2 * wait, POLL)
+            rank = self.first_gone() if wait == POLL else None
+            if rank is None:
+                continue
+            time.sleep(2 * GRACE)  # it may have said why, or have been here, and have ended since
+            if self.store.add(key, 0) < self.world_size:
+                raise InputError(f"process {rank} of {self.world_size} is gone; see what it said")
+
+    def first_gone(self) -> int | None:
+        """The rank of a process of this machine that is no more."""
+        return next((rank for rank, identity in self.neighbours.items() if is_dead(identity)), None)
+
+    @functools.cached_property
+    def neighbours(self) -> dict[int, dict]:
+        """The identities of the processes of this machine, by their ranks. To be asked for once all have joined.
+        """
+        identities = {rank: json.loads(self.store.get(f"{IDENTITY} {rank}")) for rank in range(self.world_size)}
+        return {rank: identity for rank, identity in identities.items() if is_here(identity)}
 
 
 members: Members | None = None  # while this process belongs to a group

@@ -3,6 +3,7 @@ import builtins
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -234,6 +235,21 @@ def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
     codes, lines = run_two(fail, ranks, joined)
     assert lines == [said] and 2 in codes and 0 not in codes
     assert time.monotonic() - started < 15
+
+
+def die_while_others_wait():
+    place = common.init_process("cpu")
+    if place[1] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    agreement.meet(place)
+
+
+def test_one_that_is_killed_is_not_waited_for_where_no_launcher_ends_the_others(tmp_path):
+    processes = Launched(2, tmp_path / "output", die_while_others_wait).processes
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
+    assert (tmp_path / "output").read_text() == "error: process 1 of 2 is gone; see what it said\n"
 
 
 def test_a_script_of_one_process_says_so(run_two):
