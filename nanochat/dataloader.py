@@ -15,6 +15,7 @@ from itertools import count
 import numpy as np
 import torch
 
+from nanochat.common import InputError, get_base_dir
 from nanochat.token_cache import cached_tokens
 
 OPEN_SHARDS = 32  # of a split, memory-mapped at once: each takes an open file; some systems allow 256 of them
@@ -27,6 +28,7 @@ class Rows:
 
     def __init__(self, shards, tokenizer, T: int, seed: int = 0):
         self.T, self.seed, self.bos_id = T, seed, tokenizer.bos_id
+        self.vocab_size = tokenizer.vocab_size
         self.tokens = functools.lru_cache(OPEN_SHARDS)(lambda i: cached_tokens(shards[i], tokenizer))
         sizes = [len(self.tokens(i)) for i in range(len(shards))]
         self.starts = np.cumsum([0] + sizes)  # slot at which each shard begins
@@ -35,7 +37,7 @@ class Rows:
         self._epoch, self._order = None, None
 
     def row(self, i: int) -> np.ndarray:
-        """(T + 1,) int64."""
+        """(T + 1,) int64. InputError: numbers that are no token."""
         begin, out = i * self.T, np.empty(self.T + 1, dtype=np.int64)
         out[0], filled = self.bos_id, 1
         part = int(np.searchsorted(self.starts, begin, side="right")) - 1
@@ -44,6 +46,11 @@ class Rows:
             piece = self.tokens(part)[offset:offset + self.T + 1 - filled]
             out[filled:filled + len(piece)] = piece
             filled, part = filled + len(piece), part + 1
+        if out.max() >= self.vocab_size:
+            cache = get_base_dir() / "token_cache"
+            raise InputError(f"{cache}: row {i} has the number {out.max()}, and there are {self.vocab_size} tokens: "
+                             "the disk has changed a token cache; start base_train or adapter_train with "
+                             "--verify, which builds it again")
         return out
 
     def training_row(self, k: int) -> np.ndarray:

@@ -67,6 +67,15 @@ def test_the_rows_of_a_step_do_not_depend_on_processes_or_batch_size(rows, world
     assert np.array_equal(torch.cat(inputs).numpy(), expected)
 
 
+def test_a_number_that_is_no_token_is_refused(rows, base_dir):
+    rows()
+    for tokens in base_dir.glob("token_cache/*/*/tokens.bin"):
+        with open(tokens, "r+b") as f:
+            f.write(b"\xff\xff")
+    with pytest.raises(InputError, match="row 0 has the number 65535, and there are 300 tokens: .*--verify"):
+        rows().row(0)
+
+
 def test_targets_are_the_next_tokens(rows):
     import torch
     r = rows()
