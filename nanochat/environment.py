@@ -39,6 +39,8 @@ def prepare_environment():
 
 def replace_unusable_variables():
     """Change variables only, nothing on the disk."""
+    # of a process that is gone torch warns with a page of stack frames; agreement.py says it in a line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # a notebook's may not be installed here; our figures are files and need none
     os.environ.pop("MPLBACKEND", None)
     for name in THREAD_COUNTS:

@@ -106,6 +106,7 @@ def test_thread_counts_and_figures_windows(variables, capsys):
     assert os.environ["OMP_NUM_THREADS"] == "4"
     assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
                 "MPLBACKEND"} & set(os.environ)
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
     fault = "is no number of threads from 1 to 1024; going on without it"
     assert capsys.readouterr().err == (f"note: OPENBLAS_NUM_THREADS=0 {fault}\n"
                                        f"note: NUMEXPR_NUM_THREADS=many {fault}\n")
