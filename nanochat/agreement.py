@@ -112,8 +112,9 @@ class Members:
                 self.wait_for_others()
 
     def meet(self):
-        """Wait until all processes are here, however long one of them works. InputError if one of this machine
-        is gone; those of others are left to their launcher.
+        """Wait until all processes are here, however long one of them works.
+
+        InputError if one of this machine is gone; those of others are left to their launcher.
         """
         key = f"nanochat/meeting {next(self.meetings)}"
         self.store.add(key, 1)
@@ -134,9 +135,9 @@ class Members:
 
     @functools.cached_property
     def neighbours(self) -> dict[int, dict]:
-        """The identities of the processes of this machine, by their ranks. To be asked for once all have joined.
-        """
-        identities = {rank: json.loads(self.store.get(f"{IDENTITY} {rank}")) for rank in range(self.world_size)}
+        """The identities of the processes of this machine, by their ranks. All must have joined."""
+        ranks = range(self.world_size)
+        identities = {rank: json.loads(self.store.get(f"{IDENTITY} {rank}")) for rank in ranks}
         return {rank: identity for rank, identity in identities.items() if is_here(identity)}
 
 

@@ -48,9 +48,9 @@ class Rows:
             filled, part = filled + len(piece), part + 1
         if out.max() >= self.vocab_size:
             cache = get_base_dir() / "token_cache"
-            raise InputError(f"{cache}: row {i} has the number {out.max()}, and there are {self.vocab_size} tokens: "
-                             "the disk has changed a token cache; start base_train or adapter_train with "
-                             "--verify, which builds it again")
+            raise InputError(f"{cache}: row {i} has the number {out.max()}, and there are {self.vocab_size} "
+                             "tokens: the disk has changed a token cache; start base_train or adapter_train "
+                             "with --verify, which builds it again")
         return out
 
     def training_row(self, k: int) -> np.ndarray:

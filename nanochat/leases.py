@@ -55,8 +55,9 @@ class Lease:
                     self._refresh()
 
     def _refresh(self) -> dict:
-        """Refresh the file. Returns who has the lease: the identity of this process, or another one; {} if the
-        lease ended, and who took it over is through.
+        """Refresh the file. Returns who has the lease: the identity of this process, or another one.
+
+        {} if the lease ended, and whoever took it over is through.
         """
         while True:
             try:

@@ -81,8 +81,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, config: dict, accounting: dict, wandb_run: str, thresholds: list[float],
                  resumed_step: int = 0, lock=None):
-        """config: as stored in config.json; accounting: flat params/…, flops/…, mem/… known before the first step.
-        lock: the locks.Lock by which this process holds the folder.
+        """config: as stored in config.json. accounting: flat params/…, flops/…, mem/… known before the first
+        step. lock: the locks.Lock by which this process holds the folder.
         """
         self.folder, self.thresholds = folder, thresholds
         self.lock = lock

@@ -399,8 +399,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     record = None
     if rank == 0:
         tokenizer.save(folder / "tokenizer.json")
-        record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"],
-                                   lock)
+        record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds,
+                                   meta["step"], lock)
     print_plan(config, plan, accounting, args)
     print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
            + (f", from step {meta['step']}" if meta["step"] else ""))
