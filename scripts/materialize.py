@@ -88,6 +88,7 @@ def main(argv=None):
     if args.out_tag:
         out = metrics.runs_dir() / args.out_tag
         with common.claimed(common.get_base_dir() / "locks" / f"{args.out_tag}.lock", f"--out-tag {args.out_tag}: {out}"):
+            metrics.remove_left_overs(out)
             make_run(args, run, folder, step, out)
         folder = out
     if args.safetensors:
