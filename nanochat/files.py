@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanochat.errors import InputError, named
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
 MAX_NESTING = 100  # lists and objects in one another, in JSON
+LARGEST_JSON = 2**30  # bytes of a file: several times what a tokenizer of 2**24 tokens takes
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -47,6 +49,19 @@ def open_new(path: Path):
     """A new file, open for writing bytes, with the permissions that the umask leaves. Not through a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+class NoOrdinaryFile(OSError):
+    """A pipe, which would never end, a device or a socket."""
+
+
+def open_file(path: Path):
+    """An ordinary file, open for reading bytes. NoOrdinaryFile if it is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NoOrdinaryFile(errno.EINVAL, "no ordinary file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def sync(file):
@@ -100,7 +115,7 @@ def remove_temporary(folder: Path, *names: str):
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with named(path), open(path, "rb") as f:
+    with named(path), open_file(path) as f:
         while block := f.read(2**22):
             digest.update(block)
     return digest.hexdigest()
@@ -149,8 +164,8 @@ class Schema:
             unknown = sorted(content.keys() - self.required.keys() - self.optional.keys() - {"format"})
             raise InputError(f"{where}: a {self.name} of a newer version of this program (format {written}, "
                              f"here {self.format}; new: {', '.join(unknown) or 'nothing'}); use that version")
-        for key, kind in {**self.required, **self.optional}.items():
-            if key not in content and key in self.optional:
+        for key, kind in {**self.required, "format": int, **self.optional}.items():
+            if key not in content and key not in self.required:
                 continue
             if key not in content or not is_kind(content[key], kind):
                 value = shortened(repr(content[key])) if key in content else "missing"
@@ -194,8 +209,10 @@ def parse_integer(text: str) -> int:
 
 def read_json(path: Path, schema: Schema) -> dict:
     """The object in a JSON file. InputError if it is no such one, OSError if it cannot be read."""
-    with named(path):
-        content = path.read_bytes()
+    with named(path), open_file(path) as f:
+        content = f.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise InputError(f"{path}: not a {schema.name} (more than {LARGEST_JSON:,} bytes); {schema.remedy}")
     return schema.check(str(path), parse_json(content.decode("utf-8", "replace")))
 
 

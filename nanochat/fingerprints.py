@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nanochat.common import get_base_dir
-from nanochat.files import sha256, sync_file, write_atomic
+from nanochat.files import open_file, sha256, sync_file, write_atomic
 
 # A compressed file larger than all its samples together is hashed by samples.
 COMPRESSED = (".parquet", ".gz", ".zst")
@@ -29,8 +29,9 @@ def file_hash(path: Path) -> str:
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     kept = get_base_dir() / "fingerprints" / name
     with contextlib.suppress(OSError, ValueError):
-        if digest := kept_hash(kept.read_text(), stamp):
-            return digest
+        with open_file(kept) as f:
+            if digest := kept_hash(f.read(1000).decode(), stamp):
+                return digest
     digest = content_hash(path)
     if time.time() - state.st_ctime > SETTLED_AFTER:
         with contextlib.suppress(OSError):  # a base directory that cannot be written: hashed again next time

@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from nanochat.common import shortened
-from nanochat.files import is_kind, named, parse_json
+from nanochat.files import is_kind, named, open_file, parse_json
 
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
 CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"),
@@ -261,7 +261,7 @@ def file_rows(path: Path) -> Iterator[dict]:
     damaged = []  # (number of the line, why)
     if not path.exists():
         return
-    with named(path), open(path, "rb") as f:
+    with named(path), open_file(path) as f:
         for number, line in enumerate(long_lines(f), 1):
             row, fault = parsed(line)
             if row:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.files import named, sync_folder
+from nanochat.files import named, open_file, sync_folder
 
 BLOCK = 2**20  # bytes that are read at once
 
@@ -44,7 +44,7 @@ class HistoryFile:
 
 def end_of_lines(path: Path) -> int:
     """Bytes up to the end of the last whole line."""
-    with named(path), open(path, "rb") as f:
+    with named(path), open_file(path) as f:
         end = f.seek(0, os.SEEK_END)
         while end > 0:
             begin = max(0, end - BLOCK)
@@ -59,7 +59,7 @@ def end_of_lines(path: Path) -> int:
 def digest_of(path: Path, size: int):
     """The SHA-256 of the first `size` bytes of a file, as an object that can be updated further."""
     digest = hashlib.sha256()
-    with named(path), open(path, "rb") as f:
+    with named(path), open_file(path) as f:
         while size > 0 and (block := f.read(min(BLOCK, size))):
             digest.update(block)
             size -= len(block)
