@@ -94,7 +94,29 @@ def out_of_memory(e: Exception) -> bool:
 
 class Flags(argparse.Namespace):
     """A script's flags: vars() holds their values, `given` the names of those that the command line gave."""
-    __slots__ = ("given",)
+    __slots__ = ("given", "actions")  # actions: how argparse reads each of them, by name
+
+    def take(self, values: dict, where):
+        """Set flags as the file `where` has them. InputError of a value that a flag cannot have."""
+        for name, value in values.items():
+            if not can_be(self.actions[name], value):
+                raise InputError(f"{where}: flags.{name} is {quoted(str(value))}, which no run writes; "
+                                 "restore it")
+        vars(self).update(values)
+
+
+def can_be(action: argparse.Action, value) -> bool:
+    """Whether a flag could have this value if the command line gave it, or has it by default."""
+    if type(value) is type(action.default) and value == action.default:
+        return True  # also where it stands for "not given"
+    if value is None or isinstance(value, bool) or action.nargs == 0:
+        return type(value) is type(action.default)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        parsed = action.type(text) if action.type else text
+    except (argparse.ArgumentTypeError, ValueError, TypeError):
+        return False
+    return parsed == value and (action.choices is None or value in action.choices)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -109,6 +131,7 @@ class ArgumentParser(argparse.ArgumentParser):
         nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
         values = vars(super().parse_args(args, nothing))
         flags = super().parse_args(args, Flags())
+        flags.actions = {action.dest: action for action in self._actions}
         flags.given = {name for name, value in values.items() if value is not None}
         return flags
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, memory_bytes, print0, quoted,
+from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, first_line, memory_bytes, print0, quoted,
                              shortened)
 from nanochat.flags import (DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser,
                             group_defaults)
@@ -38,7 +38,8 @@ def parse_flags(argv=None) -> Namespace:
         if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]:
             raise InputError(f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out")
         flags = {**DEFAULTS_BEFORE, **read_config(folder)["flags"]}
-        vars(args).update({name: flags[name] for name in SHAPE_FLAGS if name in flags}, init_from=f"{folder.name}:{step}")
+        args.take({name: flags[name] for name in SHAPE_FLAGS if name in flags}, folder / "config.json")
+        args.init_from = f"{folder.name}:{step}"
     return args
 
 
@@ -174,11 +175,20 @@ def check_depth_is_free(args, flag: str):
                          "use --solve rank, or a named schedule")
 
 
+def recorded_model(folder: Path) -> GPTConfig:
+    """The model of a run, from its config.json."""
+    try:
+        return GPTConfig(**read_config(folder)["derived"]["model"])
+    except (TypeError, ValueError) as e:
+        message = f"{folder / 'config.json'}: derived.model is no model of this program ({first_line(e)})"
+        raise InputError(f"{message}; restore it") from None
+
+
 def solve_budget(args, vocab_size: int) -> GPTConfig:
     """The config of the flags, with depth or rank chosen by --budget-params and --solve where they are given; or that of --init-from."""
     if args.init_from is not None:
         folder, _ = starting_point(args.init_from)
-        config = GPTConfig(**read_config(folder)["derived"]["model"])
+        config = recorded_model(folder)
         if config.vocab_size != vocab_size:
             raise InputError(f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place")
         return replace(config, recompute=args.recompute)
