@@ -16,7 +16,7 @@ from nanochat.factorize import stacked
 from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.naming import check_tag
-from nanochat.run_files import read_meta, remove_unfinished, saved_steps, step_folder, write_meta
+from nanochat.run_files import check_owner, read_meta, remove_unfinished, saved_steps, step_folder, write_meta
 from nanochat.subspace import restore
 from nanochat.tokenizer import load_tokenizer
 
@@ -55,7 +55,9 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
         raise InputError(f"{folder}: cannot write the checkpoint ({system_error(e)}); "
                          f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
                          "make room or give write permission, and continue with --resume auto") from None
-    for old in saved_steps(run_folder)[:-keep] if keep > 0 else ():
+    # later ones, of a run that went back, or damaged, do not count: they must not push this one out
+    up_to_here = [saved for saved in saved_steps(run_folder) if saved <= step]
+    for old in up_to_here[:-keep] if keep > 0 else ():
         set_aside(step_folder(run_folder, old))
     remove_unfinished(run_folder)
 
@@ -90,6 +92,7 @@ def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, di
         raise InputError(f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}")
     try:
         meta = read_meta(run_folder, step)
+        check_owner(run_folder, meta)
         if meta["sha256"] != sha256(folder / "state.pt"):
             raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); "
                              "use another step")

@@ -15,6 +15,8 @@ from nanochat.run_files import read_config
 
 # Flags that say where something is. What is there is compared, by its fingerprint or hash.
 PLACES = {"data", "tokenizer_tag"}
+# Flags that name the run. Its folder may be copied under another name.
+NAMES = {"model_tag", "run_tag"}
 
 
 def read_record(folder: Path) -> dict:
@@ -43,7 +45,7 @@ def inheritance(args, record: dict) -> dict:
 def inherit(args, record: dict, tag: str):
     """Change args to what the run of this tag keeps from its record, and say so."""
     values = inheritance(args, record)
-    vars(args).update(values)
+    args.take(values, runs_dir() / tag / "config.json")
     if values:
         print0(f"{tag}: as it began, with {flags_text(values)}")
 
@@ -66,6 +68,12 @@ def tag_by_default(args, tag_of) -> str:
         if record and tag_of(Namespace(**vars(args) | inheritance(args, record))) == earlier:
             return earlier
     return tag
+
+
+def deciding(flags: dict) -> dict:
+    """The flags that decide what a run computes, as a checkpoint's meta.json keeps them."""
+    left_out = FREE | PLACES | NAMES
+    return json.loads(json.dumps({name: value for name, value in flags.items() if name not in left_out}))
 
 
 # ---- the same run or another -------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ A checkpoint is the one commit of a run. It appears whole, by one rename, after 
 tensors, the rows of metrics.jsonl up to its step, the summary at that step, and whether the run ends with it.
 summary.json repeats that for readers. After a kill it may be older.
 """
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
-from nanochat.common import InputError
+from nanochat.common import InputError, shortened
 from nanochat.files import Schema, read_json, write_json
 
 REMEDY = "restore it, or remove the folder"
@@ -20,12 +22,41 @@ SUMMARY = Schema("run's summary.json", {"status": str}, {"step": int}, remedy=RE
 META = Schema("checkpoint's meta.json", {"step": int, "sha256": str},
               {"meta_sha256": str, "total_training_time": float, "bad_steps": int, "bad_steps_in_a_row": int,
                "tokenizer_hash": str, "model": dict, "adapter": dict, "subspace": dict,
-               "evaluation_owed": bool, "last": bool, "summary": dict, "record": dict},
+               "evaluation_owed": bool, "last": bool, "summary": dict, "record": dict, "flags": dict},
               format=2, remedy="use another step")
 
 
+RECORD = Schema(f"{META.name}: record", {"bytes": int, "sha256": str}, remedy=META.remedy)
+PARTS = {
+    "flags": Schema(f"{CONFIG.name}: flags", {}, {"data": str, "eval_tokens": int, "seed": int},
+                    remedy=REMEDY),
+    "derived": Schema(f"{CONFIG.name}: derived", {},
+                      {"model": dict, "corpus": dict, "tokenizer_hash": str, "source": dict}, remedy=REMEDY)}
+CORPUS = Schema(f"{CONFIG.name}: derived.corpus", {},
+                {"name": str, "path": str, "train_fingerprint": str, "val_fingerprint": str}, remedy=REMEDY)
+
+
+class Part(dict):
+    """An object of a config.json. A key that a program needs and that is not there is one line."""
+
+    def __init__(self, where: str, content: dict):
+        super().__init__(content)
+        self.where = where
+
+    def __missing__(self, key: str):
+        raise InputError(f"{self.where}.{key} is missing; {REMEDY}")
+
+
 def read_config(folder: Path) -> dict:
-    return read_json(folder / "config.json", CONFIG)
+    path = folder / "config.json"
+    config = read_json(path, CONFIG)
+    for name, schema in PARTS.items():
+        config[name] = Part(f"{path}: {name}", schema.check(str(path), config.get(name, {})))
+    derived = config["derived"]
+    if "corpus" in derived:
+        corpus = CORPUS.check(str(path), derived["corpus"])
+        derived["corpus"] = Part(f"{path}: derived.corpus", corpus)
+    return config
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -36,26 +67,47 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 def saved_steps(run_folder: Path) -> list[int]:
     """Steps with a checkpoint, ascending; not yet verified."""
-    names = (f.name.removeprefix("step_") for f in (run_folder / "checkpoints").glob("step_*"))
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    folders = (run_folder / "checkpoints").glob("step_*")
+    numbers = [f.name.removeprefix("step_") for f in folders if f.is_dir()]
+    steps = [int(number) for number in numbers if re.fullmatch("[0-9]{6,18}", number)]
+    return sorted({step for step in steps if step_folder(run_folder, step).is_dir()})
 
 
 def remove_unfinished(run_folder: Path):
     """Remove what is no checkpoint, or none any more, among them. Nobody may be writing one now."""
     for left in (run_folder / "checkpoints").glob(".step_*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def read_meta(run_folder: Path, step: int) -> dict:
     """meta.json of a checkpoint. InputError if it is damaged, OSError if it cannot be read."""
     path = step_folder(run_folder, step) / "meta.json"
     meta = read_json(path, META)
+    RECORD.check(str(path), meta.get("record", {"bytes": 0, "sha256": ""}))
     if meta["step"] != step:
         raise InputError(f"{path}: is of step {meta['step']}; use another step")
     if meta.get("format", 1) > 1 or "meta_sha256" in meta:  # earlier versions wrote no sum
         if meta.get("meta_sha256") != own_sum(meta):
             raise InputError(f"{path}: damaged (its content does not match its checksum); use another step")
     return meta
+
+
+def check_owner(run_folder: Path, meta: dict):
+    """InputError if a checkpoint was made under other flags than config.json has: one of the two is another
+    run's, or damaged. Checkpoints of earlier versions do not say.
+    """
+    if "flags" not in meta or not (run_folder / "config.json").exists():
+        return
+    flags = read_config(run_folder)["flags"]
+    for name, value in meta["flags"].items():
+        if name in flags and flags[name] != value:
+            there = shortened(repr(flags[name]))
+            raise InputError(f"{step_folder(run_folder, meta['step'])}: was made with {name} "
+                             f"{shortened(repr(value))}, config.json has {there}: one of them is of another "
+                             "run, or damaged; restore it, or use another step")
 
 
 def write_meta(folder: Path, meta: dict):
@@ -104,6 +156,21 @@ def summary_says_finished(folder: Path) -> bool:
         return path.exists() and read_json(path, SUMMARY)["status"] == "finished"
     except InputError:
         return False
+
+
+def check_ending(folder: Path):
+    """InputError if the newest checkpoint is not the last of this run, though summary.json says finished.
+
+    One of the two may be of another run, or the last checkpoint is gone.
+    """
+    steps = saved_steps(folder)
+    meta = {}
+    with contextlib.suppress(InputError, OSError):  # who loads it says why
+        meta = read_meta(folder, steps[-1]) if steps else {}
+    check_owner(folder, meta)
+    if meta.get("last") is False:
+        raise InputError(f"{folder / 'summary.json'}: says finished, and the checkpoint of step {steps[-1]} "
+                         "that it is not the last; restore the last one, or remove summary.json to go on")
 
 
 def newest_commit(folder: Path) -> dict:

@@ -25,16 +25,16 @@ from tqdm import tqdm
 from nanochat import locks
 from nanochat.common import InputError, get_base_dir, locked, process_layout
 from nanochat.environment import number_of
-from nanochat.files import (Schema, create_folder, named, read_json, remove_temporary, sha256, sync,
-                            sync_folder, write_json)
+from nanochat.files import (NoOrdinaryFile, Schema, create_folder, named, read_json, remove_temporary,
+                            sha256, sync, sync_folder, write_json)
 from nanochat.tokenizer import EncodingError
 
 DOCUMENTS_AT_ONCE = 512
 PAGE = 4096  # bytes: a write that was lost leaves at least one page of zeros
 BLOCK = 1024 * PAGE
 META = Schema("description of a token cache", {"dtype": str, "slots": int, "vocab_size": int},
-              {"sha256": str, "tokenizer_hash": str, "shard": str, "documents": int, "characters": int,
-               "empty": int})
+              {"sha256": str, "tokenizer_hash": str, "shard": str, "fingerprint": str, "documents": int,
+               "characters": int, "empty": int})
 NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 examined = set()  # folders of caches without a sum that this process found whole and could not add the sum to
@@ -82,12 +82,12 @@ def read_meta(folder: Path, tokenizer=None) -> dict:
     try:
         meta = read_json(folder / "meta.json", META)
         tokens = os.stat(folder / "tokens.bin")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NoOrdinaryFile) as e:
         raise NotWhole(f"no file {Path(e.filename).name}" if os.path.lexists(folder) else "") from None
     except InputError:
         raise NotWhole("its meta.json is damaged") from None
     dtype = dtype_of(meta["vocab_size"])
-    expected = {"dtype": dtype.name, "tokenizer_hash": folder.parent.name}
+    expected = {"dtype": dtype.name, "tokenizer_hash": folder.parent.name, "fingerprint": folder.name}
     if tokenizer:
         expected["vocab_size"] = tokenizer.vocab_size
     for key, value in expected.items():
@@ -267,7 +267,8 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
         sync(f)
     check_written(path, counts["slots"] * dtype.itemsize, digest.hexdigest())
     return {**counts, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
-            "tokenizer_hash": tokenizer.hash, "shard": shard.name, "sha256": digest.hexdigest()}
+            "tokenizer_hash": tokenizer.hash, "shard": shard.name,
+            "fingerprint": shard.fingerprint, "sha256": digest.hexdigest()}
 
 
 def check_written(path: Path, size: int, digest: str):

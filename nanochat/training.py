@@ -28,7 +28,8 @@ from nanochat.optim import (build_optimizers, load_optimizer_state, muon_momentu
 from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state,
                                names_anywhere, share_parameters, share_requests)
 from nanochat.plan import print_plan
-from nanochat.run_files import complete_summary, read_config, saved_steps, step_folder, summary_says_finished
+from nanochat.run_files import (check_ending, complete_summary, read_config, saved_steps, step_folder,
+                                summary_says_finished)
 from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.token_cache import verify_caches
 from nanochat.tokenizer import other_text
@@ -90,6 +91,7 @@ def open_run(folder, given: str, config: dict, resume: str):
     if differing := continuation.differences(read_config(folder), config["flags"], config["derived"]):
         raise InputError(f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
     if summary_says_finished(folder):
+        check_ending(folder)
         return "finished"
     if resume == "-1" and steps:
         raise InputError(f"{given}: has checkpoints {steps} and is not finished; "
@@ -97,6 +99,9 @@ def open_run(folder, given: str, config: dict, resume: str):
     saved = None
     if resume != "-1":
         saved = load_newest(folder) if resume == "auto" else load_to_resume(folder, int(resume))
+    if not saved and steps and resume != "-1":  # they may be unreadable for a while only
+        raise InputError(f"{given}: none of its checkpoints {steps} can be used; restore one, or remove "
+                         f"{folder / 'checkpoints'} to begin again")
     if not saved:
         return None
     check_history(folder, saved[1])
@@ -428,7 +433,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         lock.check()
         state = {**learner.state(), "optimizer": whole}
         now = {"total_training_time": seconds, "bad_steps": bad_steps, "bad_steps_in_a_row": bad_in_a_row,
-               "tokenizer_hash": tokenizer.hash, **learner.meta(), **record.commit(), "last": last}
+               "tokenizer_hash": tokenizer.hash, "flags": continuation.deciding(vars(args)),
+               **learner.meta(), **record.commit(), "last": last}
         if owed:
             now[OWED] = True
         if writer.under_launcher():
@@ -560,6 +566,8 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             show_samples(entry)
         if step != saved:  # the step after it was broken off
             save(step, last)
+        elif record and last and meta.get("last") is False:  # more bad steps are allowed now
+            amend_checkpoint(folder, step, {"last": True})
         if record:
             record.summarize("finished" if last else "stopped")
     if world_size > 1:

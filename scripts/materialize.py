@@ -19,6 +19,7 @@ from nanochat import common, metrics
 from nanochat.adapters import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number
+from nanochat.continuation import deciding
 from nanochat.factorize import block_matrix, check_linear, linear_layers, merge, rank_of, rank_of_energy, truncate
 from nanochat.files import check_out, write_atomic
 from nanochat.flags import (DEFAULTS_BEFORE, add_rank_multiple, build_parser, matrix_ranks_flag, number,
@@ -152,7 +153,8 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
               "git": metrics.git_state(), "versions": metrics.versions()}
     record = metrics.RunRecord(out, config, account(new.config), "dummy", [])
     record.log(values)
-    meta = {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config), **record.commit(), "last": True}
+    meta = {"tokenizer_hash": tokenizer.hash, "model": asdict(new.config), "flags": deciding(flags),
+            **record.commit(), "last": True}
     save_checkpoint(out, step, {"model": new.state_dict()}, meta)
     record.summarize("finished")
     record.close()
