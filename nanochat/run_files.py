@@ -7,6 +7,7 @@ summary.json repeats that for readers. After a kill it may be older.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -66,11 +67,16 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 
 def saved_steps(run_folder: Path) -> list[int]:
-    """Steps with a checkpoint, ascending; not yet verified."""
-    folders = (run_folder / "checkpoints").glob("step_*")
-    numbers = [f.name.removeprefix("step_") for f in folders if f.is_dir()]
-    steps = [int(number) for number in numbers if re.fullmatch("[0-9]{6,18}", number)]
-    return sorted({step for step in steps if step_folder(run_folder, step).is_dir()})
+    """Steps with a checkpoint, ascending; not yet verified. OSError where that cannot be seen: a run would
+    begin again.
+    """
+    steps = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(run_folder / "checkpoints") as entries:
+        for entry in entries:
+            number = re.fullmatch("step_([0-9]{6,18})", entry.name)
+            if number and entry.name == step_folder(run_folder, int(number[1])).name and entry.is_dir():
+                steps.append(int(number[1]))
+    return sorted(steps)
 
 
 def remove_unfinished(run_folder: Path):

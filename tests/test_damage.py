@@ -1,4 +1,5 @@
 """Files that are none, values that no run writes, and files of another run: one line, and nothing is lost."""
+import errno
 import json
 import os
 import shutil
@@ -126,6 +127,15 @@ def test_only_folders_with_the_name_of_a_checkpoint_are_checkpoints(tmp_path):
     assert cm.saved_steps(tmp_path) == [5]
     cm.save_checkpoint(tmp_path, 10, STATE, {})
     assert cm.load_newest(tmp_path)[1]["step"] == 10
+
+
+def test_checkpoints_that_cannot_be_listed_are_an_error_and_not_none(tmp_path, monkeypatch):
+    def fails(folder):
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+    assert cm.saved_steps(tmp_path) == []
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(OSError, match="Input/output error: .*checkpoints"):
+        cm.saved_steps(tmp_path)
 
 
 def test_the_token_cache_of_another_text_is_built_again(base_dir, tmp_path, corpus_dir, capsys):
