@@ -51,7 +51,7 @@ def run_script(main, result_is_printed: bool = False):
 
 
 def fault_of(main) -> tuple[str, bool]:
-    """Call main(). Returns why it failed, '' if it did not; and whether that is that another process is gone."""
+    """Call main(). Returns why it failed, '' if it did not, and whether another process is gone."""
     from nanochat import agreement
     from nanochat.environment import prepare_environment
     try:
@@ -335,7 +335,7 @@ def multiply_by_onednn():
 def init_process(device_type: str, alone: bool = False):
     """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
 
-    device_type: see `pick_device_type`. alone: the script's work is not shared out. InputError if the device or
+    device_type: see `pick_device_type`. alone: its work is not shared out. InputError if the device or
     the other processes are not there.
     """
     import torch
@@ -343,7 +343,8 @@ def init_process(device_type: str, alone: bool = False):
     from nanochat.devices import take_gpu, usable_gpus
     rank, local_rank, world_size = process_layout()
     if alone and world_size > 1:
-        raise InputError(f"WORLD_SIZE={world_size}: this script works in one process; start it without torchrun")
+        raise InputError(f"WORLD_SIZE={world_size}: this script works in one process; "
+                         "start it without torchrun")
     device_type = pick_device_type(device_type)
     if device_type == "cuda":
         if not usable_gpus():

@@ -152,8 +152,8 @@ def html_figure(figure, caption: str) -> str:
     picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'
     if not hotspots:
         return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
-    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12"><title>{html.escape(visible(text))}</title></circle>'
-                     for x, y, text in hotspots)
+    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12">'
+                     f"<title>{html.escape(visible(text))}</title></circle>" for x, y, text in hotspots)
     return (f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
             f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
             "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys.</span></figcaption></figure>")

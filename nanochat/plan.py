@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, first_line, memory_bytes, print0, quoted,
-                             shortened)
+from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, first_line, memory_bytes, print0,
+                             quoted, shortened)
 from nanochat.flags import (DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser,
                             group_defaults)
 from nanochat.gpt import GPT, GPTConfig

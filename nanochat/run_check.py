@@ -140,7 +140,8 @@ FLAGS = {**dict.fromkeys(("adapter", "layer_map", "subspace", "subspace_scope", 
          "seed": is_integer, "matrix_ranks": are_parts}
 MODEL = {**dict.fromkeys(("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "sequence_len"), is_size),
          "rank_multiple": is_integer, "mlp_ratio": is_positive, "factor_act": is_text,
-         "attn_ranks": are_amounts, "mlp_ranks": are_amounts, "lm_head_rank": is_amount, "matrix_ranks": are_amounts_by_name,
+         "attn_ranks": are_amounts, "mlp_ranks": are_amounts, "lm_head_rank": is_amount,
+         "matrix_ranks": are_amounts_by_name,
          "layer_map": are_amounts, "layer_kinds": is_list}
 DERIVED = {**dict.fromkeys(("num_iterations", "total_batch_size", "tokens", "val_tokens"), is_integer),
            "matrix_lr": is_number, "tokenizer_hash": is_text}

@@ -312,7 +312,7 @@ def dtype_of(args, folder, device_type: str) -> torch.dtype:
 
 
 def own_values(args, tag: str, config, plan: dict, tokenizer, start, derived: dict) -> dict:
-    """What each process found by itself and all must have in common. Of what flags name only the content counts."""
+    """What each process has by itself and all must have in common. Of what flags name, the content counts."""
     named = {*continuation.PLACES, "core_dir"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in named}
     return {**flags, "tag": tag, "tokenizer": tokenizer.hash, "model": asdict(config), "plan": plan,
@@ -365,7 +365,7 @@ def config_of(args, derived: dict, text: Text, tokenizer, place, dtype, folder) 
 
 
 def follow_first(place, folder, saved):
-    """What open_run said in process 0, in all: None, 'finished', or (state, meta) of the checkpoint that it chose."""
+    """What open_run returned in process 0, in all processes: of a checkpoint each reads it by itself."""
     meta = saved[1] if isinstance(saved, tuple) else saved
     meta = agreement.from_first(place, lambda: meta)
     if place[1] == 0:

@@ -73,7 +73,7 @@ class WandbLog:
         atexit.register(self.close, "failed")  # where the run does not get as far as its own close()
 
     def close(self, status: str):
-        """The run has ended: finished, stopped, diverged or failed. Waits until W&B has it all, not for ever."""
+        """The run has ended: finished, stopped, diverged or failed. Waits, not for ever, until W&B has it."""
         atexit.unregister(self.close)
         if self.status or self.pid != os.getpid():  # a forked child has no part in it
             return

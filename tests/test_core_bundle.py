@@ -1,4 +1,5 @@
 """The bundle of CORE from anywhere: hostile archives and servers, odd types in its files, kills while it comes."""
+
 import contextlib
 import copy
 import io
@@ -19,8 +20,28 @@ from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle, read_example
 from test_core_eval import TASKS, edit, files_of, write_bundle, zipped
 
-ODD = [None, True, -1, 1.5, float("nan"), 10**30, "", "x\ny", "\x1b[31m", "../up", "/etc/passwd", "a" * 300, "\ud800", [], [[]],
-       [True], [10**9], {}, {"a": []}, "2026-01-01"]
+ODD = [
+    None,
+    True,
+    -1,
+    1.5,
+    float("nan"),
+    10**30,
+    "",
+    "x\ny",
+    "\x1b[31m",
+    "../up",
+    "/etc/passwd",
+    "a" * 300,
+    "\ud800",
+    [],
+    [[]],
+    [True],
+    [10**9],
+    {},
+    {"a": []},
+    "2026-01-01",
+]
 
 
 @contextlib.contextmanager
@@ -36,6 +57,7 @@ def answering(*parts):
                     connection.recv(2**16)
                     for part in parts:
                         part(connection) if callable(part) else connection.sendall(part)
+
     threading.Thread(target=serve, daemon=True).start()
     yield f"http://127.0.0.1:{server.getsockname()[1]}/eval_bundle.zip"
     server.close()
@@ -56,17 +78,24 @@ KEYS = ("label", "dataset_uri", "num_fewshot", "icl_task_type", "continuation_de
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
-@pytest.mark.parametrize("parts, said", [
-    ([OK, b"Content-Length: 999999999999\r\n\r\n"], "999,999,999,999 bytes announced; at most 256 MiB packed"),
-    ([OK, b"\r\n", endless], "more than 100,000 bytes came; at most"),
-    ([OK, b"Content-Length: 50\r\n\r\nshort"], "5 of 50 bytes arrived"),
-    ([OK, b"\r\n", trickle], r"\d+ bytes in 0 s"),
-    ([OK, b"X-Slow: ", trickle], "0 bytes in 0 s"),
-    ([trickle], "0 bytes in 0 s"),
-    ([b"\xff\xfe nonsense\r\n\r\n"], "nonsense|BadStatusLine"),
-    ([], "closed connection|reset by peer"),
-    ([b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n"], "not allowed|302"),
-    ([b"HTTP/1.1 302 Found\r\nLocation: http://[::bad/\r\n\r\n"], "Invalid|302")])
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        (
+            [OK, b"Content-Length: 999999999999\r\n\r\n"],
+            "999,999,999,999 bytes announced; at most 256 MiB packed",
+        ),
+        ([OK, b"\r\n", endless], "more than 100,000 bytes came; at most"),
+        ([OK, b"Content-Length: 50\r\n\r\nshort"], "5 of 50 bytes arrived"),
+        ([OK, b"\r\n", trickle], r"\d+ bytes in 0 s"),
+        ([OK, b"X-Slow: ", trickle], "0 bytes in 0 s"),
+        ([trickle], "0 bytes in 0 s"),
+        ([b"\xff\xfe nonsense\r\n\r\n"], "nonsense|BadStatusLine"),
+        ([], "closed connection|reset by peer"),
+        ([b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n"], "not allowed|302"),
+        ([b"HTTP/1.1 302 Found\r\nLocation: http://[::bad/\r\n\r\n"], "Invalid|302"),
+    ],
+)
 def test_a_server_of_any_manners_is_left_after_a_time(tmp_path, monkeypatch, parts, said):
     if endless in parts:
         monkeypatch.setattr(archives, "MAX_PACKED", 100_000)
@@ -92,6 +121,7 @@ def test_odd_lengths_do_not_matter(tmp_path):
 
 # ---- archives
 
+
 def entry(name, mode=0, **settings):
     info = zipfile.ZipInfo(name)
     info.external_attr = mode << 16
@@ -114,20 +144,37 @@ def lying_about_its_size(data):
     return data.replace((50_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
 
 
-@pytest.mark.parametrize("data, said", [
-    (archive(("a", bytes(300_000))), "unpacks to 300,000 bytes; at most"),
-    (archive(*((f"f{i}", b"") for i in range(30))), "holds 30 files; at most"),
-    (archive(("a", bytes(50_000)), change=lying_about_its_size), "CRC|Bad"),
-    (archive(("../a", b"")), "'../a', which leads out"), (archive(("/a", b"")), "'/a', which leads out"),
-    (archive(("x/../../a", b"")), "which leads out"), (archive(("a\\b\n", b"")), "which is no ordinary one"),
-    (archive(("\x1b[31m", b"")), "which is no ordinary one"), (archive(("a/" * 30 + "b", b"")), "which is no ordinary one"),
-    (archive((entry("a", stat.S_IFLNK | 0o777), "/etc/passwd")), "'a', a link or a device"),
-    (archive((entry("a", stat.S_IFIFO | 0o777), "")), "'a', a link or a device"),
-    (archive(("a", b"x"), change=lambda d: d.replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0")), "encrypted|password"),
-    (archive(("a", b"x"), change=lambda d: d.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x5d\0")), "compression"),
-    (archive(("a", b"x"))[:-10], "not a zip file"), (b"", "not a zip file"), (b"PK\5\6" + b"\xff" * 18, "too many files"),
-    (b"PK\6\7" + bytes(16) + b"PK\5\6" + bytes(18), "too many files")])
-def test_an_archive_of_any_content_stays_in_its_folder_and_within_its_limits(tmp_path, monkeypatch, data, said):
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (archive(("a", bytes(300_000))), "unpacks to 300,000 bytes; at most"),
+        (archive(*((f"f{i}", b"") for i in range(30))), "holds 30 files; at most"),
+        (archive(("a", bytes(50_000)), change=lying_about_its_size), "CRC|Bad"),
+        (archive(("../a", b"")), "'../a', which leads out"),
+        (archive(("/a", b"")), "'/a', which leads out"),
+        (archive(("x/../../a", b"")), "which leads out"),
+        (archive(("a\\b\n", b"")), "which is no ordinary one"),
+        (archive(("\x1b[31m", b"")), "which is no ordinary one"),
+        (archive(("a/" * 30 + "b", b"")), "which is no ordinary one"),
+        (archive((entry("a", stat.S_IFLNK | 0o777), "/etc/passwd")), "'a', a link or a device"),
+        (archive((entry("a", stat.S_IFIFO | 0o777), "")), "'a', a link or a device"),
+        (
+            archive(("a", b"x"), change=lambda d: d.replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0")),
+            "encrypted|password",
+        ),
+        (
+            archive(("a", b"x"), change=lambda d: d.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x5d\0")),
+            "compression",
+        ),
+        (archive(("a", b"x"))[:-10], "not a zip file"),
+        (b"", "not a zip file"),
+        (b"PK\5\6" + b"\xff" * 18, "too many files"),
+        (b"PK\6\7" + bytes(16) + b"PK\5\6" + bytes(18), "too many files"),
+    ],
+)
+def test_an_archive_of_any_content_stays_in_its_folder_and_within_its_limits(
+    tmp_path, monkeypatch, data, said
+):
     monkeypatch.setattr(archives, "MAX_UNPACKED", 100_000)
     monkeypatch.setattr(archives, "MAX_FILES", 20)
     (tmp_path / "a.zip").write_bytes(data)
@@ -183,6 +230,7 @@ def test_what_a_killed_download_left_is_removed_and_a_changed_bundle_is_named(tm
 
 def umask():
     import os
+
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -190,23 +238,59 @@ def umask():
 
 # ---- the files
 
-@pytest.mark.parametrize("damage, said", [
-    (edit("core.yaml", lambda t: "a: &a [1]\nb: [*a, *a]\nicl_tasks: []"), "core.yaml: no list of tasks"),
-    (edit("core.yaml", lambda t: "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)) + "icl_tasks: *a9"), "YAML without aliases"),
-    (edit("core.yaml", lambda t: "[" * 5000), "no list of tasks"),
-    (edit("core.yaml", lambda t: t + " " * 2**18), "core.yaml: too large: core.yaml may have 262,144 bytes"),
-    (edit("core.yaml", lambda t: t.replace("[2]", "0x" + "f" * 20_000)), "task choice: num_fewshot .a value too large to show"),
-    (edit("core.yaml", lambda t: "icl_tasks: 0001-01-01 00:00:00 +23:59"), "no list of tasks"),
-    (edit("core.yaml", lambda t: t.replace('"\\nAnswer: "', "null")), "task choice: continuation_delimiter None is not text"),
-    (edit("core.yaml", lambda t: t.replace("some/choice.jsonl", "../eval_meta_data.csv")), "is no path of a file in eval_data/"),
-    (edit("core.yaml", lambda t: t.replace("some/choice.jsonl", "some")), "eval_data/some: missing"),
-    (edit("eval_meta_data.csv", lambda t: t + "x" * 2**22), "eval_meta_data.csv: too large"),
-    (edit("eval_meta_data.csv", lambda t: "Eval Task,Random baseline\nchoice"), "percent for task choice: ''"),
-    (edit("eval_data/some/next.jsonl", lambda t: '{"context": "", "continuation": [[["\\ud800"]]]}'), "'continuation' is not text"),
-    (edit("eval_data/some/choice.jsonl", lambda t: json.dumps(
-        {"query": "", "choices": ["a"] * 2000, "gold": 0})), "'choices' has 2,000 texts, more than 1,000"),
-])
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (edit("core.yaml", lambda t: "a: &a [1]\nb: [*a, *a]\nicl_tasks: []"), "core.yaml: no list of tasks"),
+        (
+            edit(
+                "core.yaml",
+                lambda t: (
+                    "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+                    + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+                    + "icl_tasks: *a9"
+                ),
+            ),
+            "YAML without aliases",
+        ),
+        (edit("core.yaml", lambda t: "[" * 5000), "no list of tasks"),
+        (
+            edit("core.yaml", lambda t: t + " " * 2**18),
+            "core.yaml: too large: core.yaml may have 262,144 bytes",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace("[2]", "0x" + "f" * 20_000)),
+            "task choice: num_fewshot .a value too large to show",
+        ),
+        (edit("core.yaml", lambda t: "icl_tasks: 0001-01-01 00:00:00 +23:59"), "no list of tasks"),
+        (
+            edit("core.yaml", lambda t: t.replace('"\\nAnswer: "', "null")),
+            "task choice: continuation_delimiter None is not text",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace("some/choice.jsonl", "../eval_meta_data.csv")),
+            "is no path of a file in eval_data/",
+        ),
+        (edit("core.yaml", lambda t: t.replace("some/choice.jsonl", "some")), "eval_data/some: missing"),
+        (edit("eval_meta_data.csv", lambda t: t + "x" * 2**22), "eval_meta_data.csv: too large"),
+        (
+            edit("eval_meta_data.csv", lambda t: "Eval Task,Random baseline\nchoice"),
+            "percent for task choice: ''",
+        ),
+        (
+            edit("eval_data/some/next.jsonl", lambda t: '{"context": "", "continuation": [[["\\ud800"]]]}'),
+            "'continuation' is not text",
+        ),
+        (
+            edit(
+                "eval_data/some/choice.jsonl",
+                lambda t: json.dumps({"query": "", "choices": ["a"] * 2000, "gold": 0}),
+            ),
+            "'choices' has 2,000 texts, more than 1,000",
+        ),
+    ],
+)
 def test_hostile_files_of_a_bundle_are_one_line(tmp_path, damage, said):
     folder = write_bundle(tmp_path / "bundle")
     damage(folder)
@@ -220,13 +304,17 @@ def test_all_that_tasks_read_together_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(core_bundle, "MAX_BYTES", sum(len(data) for data in files_of(folder).values()))
     read_bundle(folder)
     edit("core.yaml", lambda t: t.replace("some/next", "some/choice"))(folder)
-    with pytest.raises(InputError, match="eval_data/some/choice.jsonl: too large: .* all that the tasks read"):
+    with pytest.raises(
+        InputError, match="eval_data/some/choice.jsonl: too large: .* all that the tasks read"
+    ):
         read_bundle(folder)
 
 
 def test_odd_types_anywhere_in_a_bundle_are_one_line(tmp_path):
     rng = random.Random(0)
-    folder = write_bundle(tmp_path / "bundle", {label: (*task[:2], task[2][:4]) for label, task in TASKS.items()})
+    folder = write_bundle(
+        tmp_path / "bundle", {label: (*task[:2], task[2][:4]) for label, task in TASKS.items()}
+    )
     index = json.loads((folder / "core.yaml").read_text())
     for odd in ODD:
         for key in rng.sample(KEYS, 2):

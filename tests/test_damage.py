@@ -1,4 +1,5 @@
 """Files that are none, values that no run writes, and files of another run: one line, and nothing is lost."""
+
 import errno
 import json
 import os
@@ -44,8 +45,12 @@ def test_a_pipe_in_place_of_a_file_is_an_error_and_no_process_waits_for_it(tmp_p
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     pipe = tmp_path / "metrics.jsonl"
     os.mkfifo(pipe)
-    reads = (lambda: read_json(pipe, Schema("file", {})), lambda: sha256(pipe), lambda: digest_of(pipe, 1),
-             lambda: list(read_history(tmp_path)))
+    reads = (
+        lambda: read_json(pipe, Schema("file", {})),
+        lambda: sha256(pipe),
+        lambda: digest_of(pipe, 1),
+        lambda: list(read_history(tmp_path)),
+    )
     for read in reads:
         with pytest.raises(NoOrdinaryFile):
             read()
@@ -54,7 +59,7 @@ def test_a_pipe_in_place_of_a_file_is_an_error_and_no_process_waits_for_it(tmp_p
     os.utime(text)
     monkeypatch.setattr("nanochat.fingerprints.SETTLED_AFTER", -1.0)
     digest = file_hash(text)
-    kept, = (tmp_path / "base" / "fingerprints").iterdir()
+    (kept,) = (tmp_path / "base" / "fingerprints").iterdir()
     kept.unlink()
     os.mkfifo(kept)
     assert file_hash(text) == digest
@@ -65,8 +70,17 @@ def test_a_format_that_is_no_number_is_a_damage():
         Schema("file", {}).check("a.json", {"format": "x"})
 
 
-@pytest.mark.parametrize("name, value", [("warmup_steps", None), ("mlp_rank", "a\0b"), ("seed", 10**299),
-                                         ("final_lr_frac", "x"), ("tie_embeddings", "yes"), ("solve", "no")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("warmup_steps", None),
+        ("mlp_rank", "a\0b"),
+        ("seed", 10**299),
+        ("final_lr_frac", "x"),
+        ("tie_embeddings", "yes"),
+        ("solve", "no"),
+    ],
+)
 def test_a_value_that_a_run_cannot_inherit_is_one_line(name, value):
     args = build_parser().parse_args([])
     with pytest.raises(InputError, match=rf"config.json: flags.{name} is .* which no run writes"):
@@ -89,7 +103,9 @@ def test_checkpoints_of_another_run_are_refused_and_stay(interrupted, train):
     tiny, other = interrupted
     for name in ("checkpoints", "metrics.jsonl"):
         shutil.move(tiny / name, tiny / f"{name}.kept")
-        shutil.copytree(other / name, tiny / name) if name == "checkpoints" else shutil.copy(other / name, tiny)
+        shutil.copytree(other / name, tiny / name) if name == "checkpoints" else shutil.copy(
+            other / name, tiny
+        )
     with pytest.raises(InputError, match=r"none of its checkpoints \[3\] can be used"):
         train("--save-every", 3, "--resume", "auto")
     with pytest.raises(InputError, match="was made with seed 7, config.json has 42"):
@@ -103,7 +119,9 @@ def test_a_summary_of_another_run_ends_no_run(interrupted, train):
     tiny, _ = interrupted
     shutil.move(tiny / "summary.json", tiny / "kept.json")
     (tiny / "summary.json").write_text('{"status": "finished", "step": 6}')
-    with pytest.raises(InputError, match="says finished, and the checkpoint of step 3 that it is not the last"):
+    with pytest.raises(
+        InputError, match="says finished, and the checkpoint of step 3 that it is not the last"
+    ):
         train("--save-every", 3, "--resume", "auto")
     shutil.move(tiny / "kept.json", tiny / "summary.json")
     assert train("--save-every", 3, "--resume", "auto").summary["status"] == "finished"
@@ -132,6 +150,7 @@ def test_only_folders_with_the_name_of_a_checkpoint_are_checkpoints(tmp_path):
 def test_checkpoints_that_cannot_be_listed_are_an_error_and_not_none(tmp_path, monkeypatch):
     def fails(folder):
         raise OSError(errno.EIO, "Input/output error", str(folder))
+
     assert cm.saved_steps(tmp_path) == []
     monkeypatch.setattr(os, "scandir", fails)
     with pytest.raises(OSError, match="Input/output error: .*checkpoints"):

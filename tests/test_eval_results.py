@@ -1,4 +1,5 @@
 """eval_<step>.json and core_<step>.json: what is read of them, the newest, and any damage in one line."""
+
 import copy
 import json
 import random
@@ -9,11 +10,29 @@ from nanochat.eval_results import earlier_results, newest_core, read_core, read_
 from scripts import report
 from test_report import base, write_run  # noqa: F401  a fixture
 
-CORE = {"settings": {"model_tag": "full", "step": 200, "bundle": "ab", "max_per_task": -1, "dtype": "auto"},
-        "bundle_sha256": None, "core_metric": 0.25, "core_metric_interval": [0.2, 0.3], "centered_results": {"a": 0.25},
-        "tasks": {"a": {"accuracy": 0.4, "baseline": 0.2, "centered": 0.25, "correct": 4, "examples": 10,
-                        "centered_interval": [0.2, 0.3]}}}
-EVAL = {"settings": {"model_tag": "full", "step": 200}, "data": "stdlib", "text_of_the_run": True, "sample": ["a"]}
+CORE = {
+    "settings": {"model_tag": "full", "step": 200, "bundle": "ab", "max_per_task": -1, "dtype": "auto"},
+    "bundle_sha256": None,
+    "core_metric": 0.25,
+    "core_metric_interval": [0.2, 0.3],
+    "centered_results": {"a": 0.25},
+    "tasks": {
+        "a": {
+            "accuracy": 0.4,
+            "baseline": 0.2,
+            "centered": 0.25,
+            "correct": 4,
+            "examples": 10,
+            "centered_interval": [0.2, 0.3],
+        }
+    },
+}
+EVAL = {
+    "settings": {"model_tag": "full", "step": 200},
+    "data": "stdlib",
+    "text_of_the_run": True,
+    "sample": ["a"],
+}
 EVAL |= {f"{split}/{key}": 1 for split in ("train", "val") for key in ("loss", "ppl", "bpb", "tokens")}
 ODD = [None, True, -1, 1.5, 10**400, "", "x", [], [[]], {}, {"a": {}}, [None, None], float("nan")]
 
@@ -54,14 +73,23 @@ def test_no_damage_to_a_result_raises_more_than_a_line(tmp_path, capsys, name, c
     path.write_text(json.dumps(content))
     assert read(path) == content
     damaged = [with_value(content, place, odd) for place in places(content) for odd in ODD]
-    texts = [*map(json.dumps, random.Random(1).sample(damaged, 100)), *map(json.dumps, ODD), "[" * 10_000, json.dumps(content)[:-9]]
+    texts = [
+        *map(json.dumps, random.Random(1).sample(damaged, 100)),
+        *map(json.dumps, ODD),
+        "[" * 10_000,
+        json.dumps(content)[:-9],
+    ]
     for text in texts:
         path.write_text(text)
         found = earlier_results(path, read)
         said = capsys.readouterr().out
         assert bool(found) == (not said) and said.count("\n") <= 1
         if said:
-            assert said.startswith(f"note: {path}") and said.endswith("; it counts as missing\n") and len(said) < 400
+            assert (
+                said.startswith(f"note: {path}")
+                and said.endswith("; it counts as missing\n")
+                and len(said) < 400
+            )
 
 
 def test_a_report_shows_whatever_core_result_it_takes_and_names_the_others(base, capsys):  # noqa: F811

@@ -1,4 +1,5 @@
 """metrics.jsonl: which lines are rows, what is said of the others, and how much memory many of them take."""
+
 import json
 import math
 import tracemalloc
@@ -11,16 +12,35 @@ from nanochat.metrics import load_run
 
 
 def row(step, **more):
-    return {"step": step, "total_tokens": 10 * step, "total_training_time": 0.5 * step, "train/loss": 1 / step, **more}
+    return {
+        "step": step,
+        "total_tokens": 10 * step,
+        "total_training_time": 0.5 * step,
+        "train/loss": 1 / step,
+        **more,
+    }
 
 
 def test_rows_keep_their_values_and_types_whatever_the_columns_hold():
-    rows = [row(1, **{"train/mfu": None, "val/loss": math.inf}), row(2), row(3, **{"train/mfu": 0.25}),
-            row(4, note=2**70), row(5, note=1.5), row(6, note=3), {"step": 7, "sample": ["a", "b"], "done": True}]
+    rows = [
+        row(1, **{"train/mfu": None, "val/loss": math.inf}),
+        row(2),
+        row(3, **{"train/mfu": 0.25}),
+        row(4, note=2**70),
+        row(5, note=1.5),
+        row(6, note=3),
+        {"step": 7, "sample": ["a", "b"], "done": True},
+    ]
     found = History(rows)
     assert found == rows and rows == found and found[-1] == rows[-1] and found[1:3] == rows[1:3]
-    assert [type(value) for r in found for value in r.values()] == [type(value) for r in rows for value in r.values()]
-    assert list(series(found, "note", "step")) == list(series(rows, "note", "step")) == [(2**70, 4), (1.5, 5), (3, 6)]
+    assert [type(value) for r in found for value in r.values()] == [
+        type(value) for r in rows for value in r.values()
+    ]
+    assert (
+        list(series(found, "note", "step"))
+        == list(series(rows, "note", "step"))
+        == [(2**70, 4), (1.5, 5), (3, 6)]
+    )
     assert found != rows[:-1] and not History([]) and len(found) == 7
 
 
@@ -29,17 +49,51 @@ def test_a_step_that_is_told_again_is_one_row_in_its_place():
     assert History(told) == [row(1), row(2, a=2), row(3, b=1, **{"val/loss": 1.0}), row(4)]
 
 
-@pytest.mark.parametrize("line", [
-    "[1]", "null", "7", '"step"', "{", '{"step"', "[" * 10_000, '{"a": ' * 10_000, "{}", '{"step": "1"}', '{"step": true}',
-    '{"step": 1.0}', '{"step": -1}', '{"step": null}', '{"step": [1]}', '{"step": NaN}', '{"step": 1e3}',
-    f'{{"step": {2**63}}}', f'{{"step": 1{"0" * 5000}}}', '{"step": 1, "total_tokens": "9"}',
-    '{"step": 1, "total_training_time": null}', '{"step": 1, "total_training_flops": false}',
-    '{"step": 1, "val/ppl": "20"}', '{"step": 1, "train/dt": [1]}', '{"step": 1, "mem/peak_bytes": {}}',
-    f'{{"step": 1, "total_tokens": 1{"0" * 400}}}', f'{{"step": 1, "new": -1{"0" * 400}}}',
-    '{"step": 1, "sample": "text"}', '{"step": 1, "sample": [1]}', '{"step": 1, "adalora/ranks": {"q": "1"}}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "null",
+        "7",
+        '"step"',
+        "{",
+        '{"step"',
+        "[" * 10_000,
+        '{"a": ' * 10_000,
+        "{}",
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1.0}',
+        '{"step": -1}',
+        '{"step": null}',
+        '{"step": [1]}',
+        '{"step": NaN}',
+        '{"step": 1e3}',
+        f'{{"step": {2**63}}}',
+        f'{{"step": 1{"0" * 5000}}}',
+        '{"step": 1, "total_tokens": "9"}',
+        '{"step": 1, "total_training_time": null}',
+        '{"step": 1, "total_training_flops": false}',
+        '{"step": 1, "val/ppl": "20"}',
+        '{"step": 1, "train/dt": [1]}',
+        '{"step": 1, "mem/peak_bytes": {}}',
+        f'{{"step": 1, "total_tokens": 1{"0" * 400}}}',
+        f'{{"step": 1, "new": -1{"0" * 400}}}',
+        '{"step": 1, "sample": "text"}',
+        '{"step": 1, "sample": [1]}',
+        '{"step": 1, "adalora/ranks": {"q": "1"}}',
+    ],
+)
 def test_what_is_no_row_is_left_out_and_said_once(tmp_path, capsys, line):
     good = [row(1), {"step": 2, "train/loss": math.nan, "val/ppl": math.inf, "new key": {"a": [1]}}]
-    lines = [json.dumps(good[0]), line, json.dumps(good[1]), line, "", '{"step": 3, "to']  # the last one torn by a kill
+    lines = [
+        json.dumps(good[0]),
+        line,
+        json.dumps(good[1]),
+        line,
+        "",
+        '{"step": 3, "to',
+    ]  # the last one torn by a kill
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "config.json").write_text('{"flags": {}}')
     run = load_run(tmp_path)
@@ -48,13 +102,20 @@ def test_what_is_no_row_is_left_out_and_said_once(tmp_path, capsys, line):
     assert list(run.history)[1].keys() == good[1].keys()
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and len(said) < 300 + len(str(tmp_path))
-    assert said.startswith(f"note: {tmp_path}/metrics.jsonl: 2 lines left out") and "the first is line 2 (" in said
+    assert (
+        said.startswith(f"note: {tmp_path}/metrics.jsonl: 2 lines left out")
+        and "the first is line 2 (" in said
+    )
 
 
 def test_a_line_without_end_takes_no_memory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(history, "MAX_LINE", 1000)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + '{"step": 2, "x": "' + "y" * 5000 + '"}\n{"step": 3}\n')
-    assert read_history(tmp_path) == [{"step": 1}, {"step": 3}] and "1 line left out" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n' + '{"step": 2, "x": "' + "y" * 5000 + '"}\n{"step": 3}\n'
+    )
+    assert (
+        read_history(tmp_path) == [{"step": 1}, {"step": 3}] and "1 line left out" in capsys.readouterr().err
+    )
 
 
 def test_many_rows_take_a_tenth_of_what_dicts_take(tmp_path):

@@ -1,4 +1,5 @@
 """Odd values anywhere in a run's config or summary: the report shows the run, or refuses it in one line."""
+
 import copy
 import json
 import random
@@ -14,10 +15,41 @@ from nanochat.tables import result_tables, to_csv, what_was_compared
 from scripts import report
 from test_report import base, write_study  # noqa: F401  a fixture
 
-ODD = [None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**25, "", "x", "q=1", [], [[]], [None], [1, "x"], {}, {"a": [1]}, "\ud800"]
-EXTRA = {"flags.adapter": "", "flags.layer_map": "", "flags.matrix_ranks": "", "flags.subspace": "", "flags.subspace_dim": 0, "flags.solve": None,
-         "flags.mlp_ratio": 4.0, "derived.model.matrix_ranks": {}, "derived.model.mlp_ratio": 4.0, "derived.model.layer_map": [],
-         "summary.train/bad_steps": 0, "summary.adalora/ranks": {}, "summary.new": 1}
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**25,
+    "",
+    "x",
+    "q=1",
+    [],
+    [[]],
+    [None],
+    [1, "x"],
+    {},
+    {"a": [1]},
+    "\ud800",
+]
+EXTRA = {
+    "flags.adapter": "",
+    "flags.layer_map": "",
+    "flags.matrix_ranks": "",
+    "flags.subspace": "",
+    "flags.subspace_dim": 0,
+    "flags.solve": None,
+    "flags.mlp_ratio": 4.0,
+    "derived.model.matrix_ranks": {},
+    "derived.model.mlp_ratio": 4.0,
+    "derived.model.layer_map": [],
+    "summary.train/bad_steps": 0,
+    "summary.adalora/ranks": {},
+    "summary.new": 1,
+}
 
 
 def places(tree, path=()):
@@ -60,8 +92,14 @@ def outcome(tags) -> bool:
         runs = report.load_runs(tags)
         configs = configurations(runs)
         broken, *_ = report.check_comparable(runs)
-        blocks = [*result_tables(runs, broken), *what_was_compared(runs), *equal_cost_table(configs), *report.judge(configs, {}),
-                  report.runs_table(configs, "loss"), *report.configurations_table(configs, "loss")]
+        blocks = [
+            *result_tables(runs, broken),
+            *what_was_compared(runs),
+            *equal_cost_table(configs),
+            *report.judge(configs, {}),
+            report.runs_table(configs, "loss"),
+            *report.configurations_table(configs, "loss"),
+        ]
         to_markdown(blocks)
         to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, report.pair_keys(configs))
         return True
