@@ -33,8 +33,9 @@ PARTS = {
                     remedy=REMEDY),
     "derived": Schema(f"{CONFIG.name}: derived", {},
                       {"model": dict, "corpus": dict, "tokenizer_hash": str, "source": dict}, remedy=REMEDY)}
+HASH = (str, type(None))  # none: the text is not known
 CORPUS = Schema(f"{CONFIG.name}: derived.corpus", {},
-                {"name": str, "path": str, "train_fingerprint": str, "val_fingerprint": str}, remedy=REMEDY)
+                {"name": str, "path": str, "train_fingerprint": HASH, "val_fingerprint": HASH}, remedy=REMEDY)
 
 
 class Part(dict):
