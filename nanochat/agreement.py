@@ -19,7 +19,7 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
-from nanochat.common import InputError, first_line, process_layout, shortened
+from nanochat.common import InputError, differing_entries, first_line, process_layout, shortened
 from nanochat.leases import is_dead, is_here, this_process
 
 # keys in the store
@@ -273,16 +273,11 @@ def confirm(place, values: dict, remedy: str = ALIKE):
         raise InputError(f"has other values than process 0: {', '.join(names[:3])}{more}; {remedy}")
 
 
-def differing(first, own, name: str = "") -> list[str]:
+def differing(first: dict, own: dict) -> list[str]:
     """Names of what differs in nested dicts, with both values."""
-    if isinstance(first, dict) and isinstance(own, dict):
-        names = []
-        for key in (*first, *(key for key in own if key not in first)):
-            names += differing(first.get(key), own.get(key), f"{name}.{key}" if name else str(key))
-        return names
-    if repr(first) == repr(own):
-        return []
-    return [f"{name} ({shortened(repr(own))}, there {shortened(repr(first))})"]
+    entries = differing_entries(first, own, lambda a, b: repr(a) == repr(b))
+    return [f"{'.'.join(map(str, names))} ({shortened(repr(mine))}, there {shortened(repr(there))})"
+            for names, there, mine in entries]
 
 
 def load_same(place, load, where: Path):

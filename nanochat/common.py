@@ -13,7 +13,7 @@ import unicodedata
 from pathlib import Path
 
 from nanochat import console, locks, signals
-from nanochat.errors import InputError, printable  # what others know by this module's name
+from nanochat.errors import InputError, printable, shortened  # what others know by this module's name
 from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
 
 
@@ -197,14 +197,24 @@ def or_off(off: float | None) -> str:
     return "" if off is None else f", nor {off:g}"
 
 
-def shortened(text: str) -> str:
-    """Short enough for a line."""
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def quoted(text: str) -> str:
     """What the user gave, on one line."""
     return repr(shortened(text))
+
+
+# ---- nested dicts ------------------------------------------------------------------------------------------
+
+def differing_entries(a: dict, b: dict, is_same, names: tuple = ()) -> list[tuple]:
+    """((key, key inside, …), value in a, value in b) of each entry that differs. None: it is missing."""
+    entries = []
+    for key in (*a, *(key for key in b if key not in a)):
+        x = a.get(key)
+        y = b.get(key)
+        if isinstance(x, dict) and isinstance(y, dict):
+            entries += differing_entries(x, y, is_same, (*names, key))
+        elif not is_same(x, y):
+            entries.append(((*names, key), x, y))
+    return entries
 
 
 # ---- flags that several scripts have -----------------------------------------------------------------------

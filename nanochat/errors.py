@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortened(text: str) -> str:
+    """Short enough for a line."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @contextlib.contextmanager
 def named(path: Path):
     """An OSError in here names the file: of an open file that cannot be read, the system does not."""

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.files import Schema, read_json, write_json
+from nanochat.files import Schema, digest_file, read_json, write_json
 from nanochat.fingerprints import stamp_of
 
 INDEX = ".index.json"
@@ -25,10 +25,7 @@ def sum_of(path: Path, like: str) -> str:
     digest = hashlib.sha256()
     if kind == "git-sha1":
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    with open(path, "rb") as f:
-        while block := f.read(2**22):
-            digest.update(block)
-    return f"{kind}:{digest.hexdigest()}"
+    return f"{kind}:{digest_file(path, digest).hexdigest()}"
 
 
 class FileSums:

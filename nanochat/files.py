@@ -10,12 +10,12 @@ import json
 import os
 import secrets
 import stat
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import shortened
-from nanochat.errors import InputError, named
+from nanochat.errors import InputError, named, shortened
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
 MAX_NESTING = 100  # lists and objects in one another, in JSON
@@ -114,11 +114,16 @@ def remove_temporary(folder: Path, *names: str):
 
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal."""
-    digest = hashlib.sha256()
+    return digest_file(path, hashlib.sha256()).hexdigest()
+
+
+def digest_file(path: Path, digest, size: int = sys.maxsize):
+    """The digest, updated with the first `size` bytes of a file, or with fewer if it has fewer."""
     with named(path), open_file(path) as f:
-        while block := f.read(2**22):
+        while size > 0 and (block := f.read(min(2**22, size))):
             digest.update(block)
-    return digest.hexdigest()
+            size -= len(block)
+    return digest
 
 
 def check_out(flag: str, path: Path, is_file: bool = False):

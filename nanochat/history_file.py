@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.files import named, open_file, sync_folder
+from nanochat.files import digest_file, named, open_file, sync_folder
 
 BLOCK = 2**20  # bytes that are read at once
 
@@ -19,7 +19,7 @@ class HistoryFile:
         self.file = open(path, "ab", buffering=0)
         with named(path):
             self.file.truncate(end_of_lines(path))
-        self.digest = digest_of(path, os.path.getsize(path))
+        self.digest = digest_file(path, hashlib.sha256())
         self.size = os.path.getsize(path)
         sync_folder(path.parent)
 
@@ -56,16 +56,6 @@ def end_of_lines(path: Path) -> int:
     return 0
 
 
-def digest_of(path: Path, size: int):
-    """The SHA-256 of the first `size` bytes of a file, as an object that can be updated further."""
-    digest = hashlib.sha256()
-    with named(path), open_file(path) as f:
-        while size > 0 and (block := f.read(min(BLOCK, size))):
-            digest.update(block)
-            size -= len(block)
-    return digest
-
-
 def check_history(run_folder: Path, meta: dict):
     """InputError unless metrics.jsonl begins with the lines that a checkpoint vouches for."""
     vouched = meta.get("record")
@@ -73,8 +63,9 @@ def check_history(run_folder: Path, meta: dict):
         return
     path = run_folder / "metrics.jsonl"
     size = path.stat().st_size if path.exists() else 0
-    if size < vouched["bytes"] or digest_of(path, vouched["bytes"]).hexdigest() != vouched["sha256"]:
-        problem = f"has {size:,} bytes" if size < vouched["bytes"] else "was changed"
+    is_short = size < vouched["bytes"]
+    if is_short or digest_file(path, hashlib.sha256(), vouched["bytes"]).hexdigest() != vouched["sha256"]:
+        problem = f"has {size:,} bytes" if is_short else "was changed"
         step = meta["step"]
         raise InputError(f"{path}: {problem}; the checkpoint of step {step} vouches for "
                          f"{vouched['bytes']:,} bytes of it; restore it, or go on as another run: "

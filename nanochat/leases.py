@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.errors import InputError, named, printable
+from nanochat.files import TEMPORARY, open_new, parse_json
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 LEASE = 120.0     # seconds without one after which a lease may be taken over
 GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: on a network file system
 TAKEOVER = ".takeover-"
-TEMPORARY = ".tmp"
 
 
 class Lease:
@@ -153,18 +153,15 @@ def read_entry(path: Path) -> Entry | None:
 
 
 def read_identity(text: str) -> dict:
-    try:
-        identity = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+    identity = parse_json(text)
     return identity if isinstance(identity, dict) and type(identity.get("pid")) is int else {}
 
 
 def write_temporary(path: Path, identity: dict) -> Path:
     """A new file beside `path` that becomes it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
-    with open_own_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL) as f:
-        f.write(json.dumps(identity))
+    with open_new(temporary) as f:
+        f.write(json.dumps(identity).encode())
     return temporary
 
 

@@ -7,14 +7,16 @@
 """
 import contextlib
 import math
+import operator
 import os
 import platform
 import resource
 import subprocess
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import InputError, differing_entries, get_base_dir
 from nanochat.files import remove_temporary, write_json
 from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile
@@ -66,14 +68,9 @@ def dtype_so_far(folder: Path, device_type: str) -> str:
 
 def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
     """Names of the entries of nested dicts that differ, those in FREE left out."""
-    names = []
-    for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b and key not in FREE:
-            names.append(f"{prefix}{key} ({a!r} there, {b!r} now)")
-    return names
+    entries = sorted(differing_entries(before, now, operator.eq), key=itemgetter(0))
+    return [f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)" for names, a, b in entries
+            if names[-1] not in FREE]
 
 
 class RunRecord:
@@ -91,7 +88,6 @@ class RunRecord:
         for entry in read_history(folder):
             if entry["step"] <= resumed_step:  # what the checkpoint knows of; later steps are run again
                 self._remember(entry)
-        remove_left_overs(folder)
         write_json(folder / "config.json", config)
         self.file = HistoryFile(folder / "metrics.jsonl")
         self.status = "running"

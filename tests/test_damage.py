@@ -1,6 +1,7 @@
 """Files that are none, values that no run writes, and files of another run: one line, and nothing is lost."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +16,10 @@ from nanochat import metrics, run_files, run_text
 from nanochat.common import InputError
 from nanochat.continuation import inherit
 from nanochat.dataset import Shard
-from nanochat.files import NoOrdinaryFile, Schema, read_json, sha256
+from nanochat.files import NoOrdinaryFile, Schema, digest_file, read_json, sha256
 from nanochat.fingerprints import KEPT_FROM, file_hash
 from nanochat.flags import build_parser
 from nanochat.history import read_history
-from nanochat.history_file import digest_of
 from nanochat.token_cache import cache_folder, cached_tokens
 from nanochat.tokenizer import load_tokenizer
 
@@ -48,7 +48,7 @@ def test_a_pipe_in_place_of_a_file_is_an_error_and_no_process_waits_for_it(tmp_p
     reads = (
         lambda: read_json(pipe, Schema("file", {})),
         lambda: sha256(pipe),
-        lambda: digest_of(pipe, 1),
+        lambda: digest_file(pipe, hashlib.sha256(), 1),
         lambda: list(read_history(tmp_path)),
     )
     for read in reads:
