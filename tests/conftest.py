@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran away home again".split()
 
 
+# values of every kind that JSON and YAML have, for places where they do not belong
+ODD = [None, True, -1, 1.5, float("nan"), "", [], [[]], {}]
+
+
 def story(seed: int) -> str:
     rng = random.Random(seed)
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) + "."
@@ -29,8 +33,8 @@ LONGEST = ("test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest tests come first, so that none is alone at the end. Workers of pytest-xdist begin with parts
-    of equal length: each part gets its share of them.
+    """The longest tests come first, so that none is alone at the end. Workers of pytest-xdist begin with
+    parts of equal length: each part gets its share of them.
     """
     longest = [item for item in items if item.name in LONGEST]
     others = [item for item in items if item.name not in LONGEST]

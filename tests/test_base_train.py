@@ -313,7 +313,8 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatc
         if calls[0] == 3:
             optimizers[-1].param_groups[0]["params"][0].data[0] = float("inf")
     monkeypatch.setattr(training, "update", overflowing)
-    with pytest.raises(InputError, match=rf"step {step}: model\.blocks.* not finite; nothing was saved; the last good weights are in .*checkpoints: {saved}; lower"):
+    with pytest.raises(InputError, match=rf"step {step}: model\.blocks.* not finite; nothing was saved; "
+                       rf"the last good weights are in .*checkpoints: {saved}; lower"):
         train("--num-iterations", 9, *flags)
     assert saved_steps(metrics.runs_dir() / "tiny") == [2] * (saved != "none")
 

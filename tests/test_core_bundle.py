@@ -1,4 +1,4 @@
-"""The bundle of CORE from anywhere: hostile archives and servers, odd types in its files, kills while it comes."""
+"""The bundle of CORE from anywhere: hostile archives and servers, odd types in its files, kills."""
 
 import contextlib
 import copy
@@ -14,39 +14,20 @@ import zlib
 
 import pytest
 
+from conftest import ODD
 from nanochat import archives, core_bundle
 from nanochat.archives import fetch, unpack
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle, read_example
 from test_core_eval import TASKS, edit, files_of, write_bundle, zipped
 
-ODD = [
-    None,
-    True,
-    -1,
-    1.5,
-    float("nan"),
-    10**30,
-    "",
-    "x\ny",
-    "\x1b[31m",
-    "../up",
-    "/etc/passwd",
-    "a" * 300,
-    "\ud800",
-    [],
-    [[]],
-    [True],
-    [10**9],
-    {},
-    {"a": []},
-    "2026-01-01",
-]
+ODD_TASKS = [*ODD, 10**30, "x\ny", "\x1b[31m", "../up", "/etc/passwd", "a" * 300, "\ud800", [True], [10**9],
+             {"a": []}, "2026-01-01"]
 
 
 @contextlib.contextmanager
 def answering(*parts):
-    """The address of a server that sends these bytes; a part may be a function that is called with the connection."""
+    """The address of a server that sends these bytes; a part may be a function of the connection."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve():
@@ -316,13 +297,13 @@ def test_odd_types_anywhere_in_a_bundle_are_one_line(tmp_path):
         tmp_path / "bundle", {label: (*task[:2], task[2][:4]) for label, task in TASKS.items()}
     )
     index = json.loads((folder / "core.yaml").read_text())
-    for odd in ODD:
+    for odd in ODD_TASKS:
         for key in rng.sample(KEYS, 2):
             entries = copy.deepcopy(index)
             entries["icl_tasks"][rng.randrange(3)][key] = odd
             (folder / "core.yaml").write_text(json.dumps(entries))
             refused_in_a_line(read_bundle, folder)
-    for odd in ODD:
+    for odd in ODD_TASKS:
         for entry, _, examples in TASKS.values():
             for key in [*examples[0], None]:
                 first = odd if key is None else {**examples[0], key: odd}

@@ -1,4 +1,4 @@
-"""Real processes on gloo give the single-process run. torchrun itself: test_ending.py (signals), test_commands.py (nodes)."""
+"""Real processes on gloo give the single-process run. torchrun itself: test_ending.py, test_commands.py."""
 import shutil
 
 import numpy as np

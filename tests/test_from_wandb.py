@@ -208,9 +208,16 @@ def test_odd_values_on_wandb_are_left_out_or_refused_in_a_line(server, capsys):
     runs = runs_from_wandb("lab/proj")
     assert "on W&B: 6 rows left out, no rows of metrics; the first has step: '7'" in capsys.readouterr().err
     assert [[row["step"] for row in run.history] for run in runs] == [list(range(1, 7))] * 2
-    for field, key, odd in [("config", "tag", ["x"]), ("config", "accounting", [1]), ("summaryMetrics", "status", ["finished"]),
-                            ("summaryMetrics", "step", "6"), ("summaryMetrics", "val/ppl", [1]), ("summaryMetrics", "params/total", "many"),
-                            ("config", "device", "cpu"), ("config", "seed", {"a": 1})]:
+    for field, key, odd in [
+        ("config", "tag", ["x"]),
+        ("config", "accounting", [1]),
+        ("summaryMetrics", "status", ["finished"]),
+        ("summaryMetrics", "step", "6"),
+        ("summaryMetrics", "val/ppl", [1]),
+        ("summaryMetrics", "params/total", "many"),
+        ("config", "device", "cpu"),
+        ("config", "seed", {"a": 1}),
+    ]:
         low |= copy.deepcopy(whole)
         edit(low, field, **{key: {"value": odd} if field == "config" else odd})
         try:

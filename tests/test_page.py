@@ -115,9 +115,38 @@ def test_nothing_that_a_run_may_be_called_leaves_its_place():
     assert [text for _, text in parsed.all("th")] == [evil.replace("\ud83d", "?")] * 3
 
 
-HOSTILE = ["[x](javascript:alert(1))", "![x](http://x/y.png)", "[a]: javascript:x", "<javascript:alert(1)>", "<img src=x>", "`", "```", "|",
-           "\\", "\\|", "\n", "\r", "\u2028", "\x1b[31m", "\x85", "\0", "# ", "- ", "1. ", "---", "~~~", "    ", "http://evil.com",
-           "www.evil.com", "&#91;", "</pre>", "</details>", "a", "_", "*"]
+HOSTILE = [
+    "[x](javascript:alert(1))",
+    "![x](http://x/y.png)",
+    "[a]: javascript:x",
+    "<javascript:alert(1)>",
+    "<img src=x>",
+    "`",
+    "```",
+    "|",
+    "\\",
+    "\\|",
+    "\n",
+    "\r",
+    "\u2028",
+    "\x1b[31m",
+    "\x85",
+    "\0",
+    "# ",
+    "- ",
+    "1. ",
+    "---",
+    "~~~",
+    "    ",
+    "http://evil.com",
+    "www.evil.com",
+    "&#91;",
+    "</pre>",
+    "</details>",
+    "a",
+    "_",
+    "*",
+]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -127,9 +156,16 @@ def test_nothing_in_a_text_acts_as_markdown_or_moves_to_another_line(seed):
     def text():
         return "".join(rng.choices(HOSTILE, k=rng.randint(1, 6))) + "a"
     kind = rng.choice(["numbers", "text", "samples"])
-    blocks = [("heading", text()), ("paragraph", text()), ("warning", text()), ("list", [text(), text()]),
-              ("table", [text(), text()], [[text(), text()], [text()]], kind), ("runs", [text(), text()], [[text(), text()]], []),
-              ("details", text(), "rows"), ("figure", "a.png", "A caption")]
+    blocks = [
+        ("heading", text()),
+        ("paragraph", text()),
+        ("warning", text()),
+        ("list", [text(), text()]),
+        ("table", [text(), text()], [[text(), text()], [text()]], kind),
+        ("runs", [text(), text()], [[text(), text()]], []),
+        ("details", text(), "rows"),
+        ("figure", "a.png", "A caption"),
+    ]
     lines = to_markdown(blocks).splitlines()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "".join(lines).replace("\t", ""))
     rows = [line for line in lines if line.startswith("|")]
@@ -137,13 +173,24 @@ def test_nothing_in_a_text_acts_as_markdown_or_moves_to_another_line(seed):
     shown = [line for line in lines if not line.startswith(("![A caption]", "<details>"))]
     for line in shown:
         words = re.sub(r"\\.", "", line.replace("<br>", ""))  # without what is escaped
-        assert not re.search(r"[`\[\]]|://|www\.", words) and ("<" not in words or words in ("<pre>rows</pre>", "</details>"))
+        assert not re.search(r"[`\[\]]|://|www\.", words) and (
+            "<" not in words or words in ("<pre>rows</pre>", "</details>")
+        )
     assert [line[0] for line in lines if line and line[0] in "#>-|"] == list("#>--") + ["|"] * 7
     assert len([line for line in lines if line]) == 17  # each block has its lines, and there is no other
 
 
 def test_a_page_shows_control_characters_and_obeys_none():
     text = "a\x1b[31m\x9b\r\n\0b"
-    words = page(("heading", text), ("table", [text], [[text]], "text"), ("runs", [text], [[text]], [text]), ("details", text, text),
-                 FIGURE, figures={"a.png": (PNG, [(0, 0, text)])})
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", words) and words.count("a\ufffd[31m\ufffd\n\ufffdb") >= 10
+    words = page(
+        ("heading", text),
+        ("table", [text], [[text]], "text"),
+        ("runs", [text], [[text]], [text]),
+        ("details", text, text),
+        FIGURE,
+        figures={"a.png": (PNG, [(0, 0, text)])},
+    )
+    assert (
+        not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", words)
+        and words.count("a\ufffd[31m\ufffd\n\ufffdb") >= 10
+    )

@@ -487,30 +487,61 @@ def test_command_line_exits_with_2_and_needs_no_torch(base):
 
 
 def test_no_text_of_a_run_is_a_formula_in_the_csv(base):
-    write_run(base, "full", {"flags.data": "=cmd|' /C calc'!A0", "flags.=x": "+1+1", "flags.lr": "-0.5"}, {"note": " @SUM(A1)", "low": -1.5})
+    write_run(
+        base,
+        "full",
+        {"flags.data": "=cmd|' /C calc'!A0", "flags.=x": "+1+1", "flags.lr": "-0.5"},
+        {"note": " @SUM(A1)", "low": -1.5},
+    )
     report.main(["full", "--out", str(base / "out")])
     with open(base / "out/report.csv", newline="") as f:
         [row] = csv.DictReader(f)
-    assert row["flags.data"] == "'=cmd|' /C calc'!A0" and row["flags.=x"] == "'+1+1" and row["note"] == "' @SUM(A1)"
+    assert (
+        row["flags.data"] == "'=cmd|' /C calc'!A0"
+        and row["flags.=x"] == "'+1+1"
+        and row["note"] == "' @SUM(A1)"
+    )
     assert row["low"] == "-1.5" and row["flags.lr"] == "'-0.5"
 
 
-def test_runs_with_steps_that_were_not_applied_are_named_in_notes_table_and_verdict(base, monkeypatch, capsys):
+def test_runs_with_steps_that_were_not_applied_are_named_in_notes_table_and_verdict(
+    base, monkeypatch, capsys
+):
     no_figures(monkeypatch)
     tags = write_study(base)
-    write_run(base, "half", {"flags.attn_rank": 64, "seed": 8, "flags.seed": 8}, {"step": 30, "train/bad_steps": 15})
-    write_run(base, "wild", {"flags.attn_rank": 64, "seed": 9, "flags.seed": 9}, {"status": "diverged", "step": 40, "train/bad_steps": 11}, history=[])
+    write_run(
+        base, "half", {"flags.attn_rank": 64, "seed": 8, "flags.seed": 8}, {"step": 30, "train/bad_steps": 15}
+    )
+    write_run(
+        base,
+        "wild",
+        {"flags.attn_rank": 64, "seed": 9, "flags.seed": 9},
+        {"status": "diverged", "step": 40, "train/bad_steps": 11},
+        history=[],
+    )
     report.main([*tags, "half", "wild", "--out", str(base / "out")])
-    half, wild = ("half: 15 of 30 steps not applied: loss or gradient not finite.",
-                  "wild: 11 of 40 steps not applied: loss or gradient not finite; it ended by --max-bad-steps, before its last step.")
+    half, wild = (
+        "half: 15 of 30 steps not applied: loss or gradient not finite.",
+        "wild: 11 of 40 steps not applied: loss or gradient not finite; it ended by --max-bad-steps, "
+        "before its last step.",
+    )
     markdown = (base / "out/report.md").read_text("utf-8")
     for note in (half, wild):
         assert f"> **Warning:** {note}" in markdown.split("### H1")[0] and f"- {note}" in markdown
         assert f"> **Warning:** {note}" in capsys.readouterr().out or note == wild
-    cells = {line.split()[1]: line for line in markdown.split("### Runs")[1].splitlines() if line.startswith("| ") and " steps not applied" in line}
-    assert "finished, 15 steps not applied" in cells["half"] and "diverged (step 40 of 200), 11 steps not applied" in cells["wild"]
+    cells = {
+        line.split()[1]: line
+        for line in markdown.split("### Runs")[1].splitlines()
+        if line.startswith("| ") and " steps not applied" in line
+    }
+    assert (
+        "finished, 15 steps not applied" in cells["half"]
+        and "diverged (step 40 of 200), 11 steps not applied" in cells["wild"]
+    )
     assert "left out of the verdict, the means and the figures: wild." in markdown
-    assert not any(note.endswith("applied") for run in report.load_runs(tags) for note in report.divergence_notes([run]))
+    assert not any(
+        note.endswith("applied") for run in report.load_runs(tags) for note in report.divergence_notes([run])
+    )
 
     report.main(["half", "wild", "--out", str(base / "few")])
     table = (base / "few/report.md").read_text("utf-8")

@@ -181,7 +181,10 @@ def test_slurm_gets_a_second_array_that_waits_for_the_first(read, monkeypatch, c
     assert (first, second, report) == ("slurm.sh", "slurm_adapters.sh", "slurm_report.sh")
     assert "--dependency" not in one and '--dependency="afterok:71"' in two and '--kill-on-invalid-dep="yes"' in two and '"afterany:71:72"' in last
     assert "TAGS=(\n  two_d2_s1\n)" in one and "TAGS=(\n  two_lora_s1\n)" in two
-    assert json.loads(slurm.record_of(sweep).read_text()) == {"71": {"0": "two_d2_s1"}, "72": {"0": "two_lora_s1"}}
+    assert json.loads(slurm.record_of(sweep).read_text()) == {
+        "71": {"0": "two_d2_s1"},
+        "72": {"0": "two_lora_s1"},
+    }
     assert "submitted as job 71, 72, the report as job 73" in capsys.readouterr().out
     sent.clear()
     finish("two_d2_s1")

@@ -228,7 +228,7 @@ def Settings(**settings):
 
 
 def test_a_kill_when_the_run_is_created_does_not_split_its_line(server, tmp_path, monkeypatch):
-    """wandb.init dies as it begins: the id that it was given is in the run folder, and the resumed run has it.
+    """wandb.init dies as it begins: the id that it was given is in the run folder. The resumed run has it.
     First it is a run of a W&B sweep's agent, which chooses the id; then the user resumes it.
     """
     with monkeypatch.context() as patch:
@@ -248,7 +248,9 @@ def test_a_kill_when_the_run_is_created_does_not_split_its_line(server, tmp_path
     assert list(server.runs) == ["run42"] and steps(server) == [1, 2]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"a/../b", b"x" * 10_000, b"\xff\xfe", "é".encode(), b"--x y"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, b"a/../b", b"x" * 10_000, b"\xff\xfe", "é".encode(), b"--x y"]
+)
 def test_a_damaged_id_is_taken_from_what_was_sent_or_said_to_be_lost(tmp_path, capsys, content):
     (tmp_path / "wandb_id.txt").write_bytes(content)
     new = wandb_log.run_id({}, tmp_path)
@@ -258,19 +260,37 @@ def test_a_damaged_id_is_taken_from_what_was_sent_or_said_to_be_lost(tmp_path, c
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/sent.json").write_text('{"id": "first", "step": 3}')
     assert wandb_log.run_id({}, tmp_path) == "first"
-    for damaged in ('{"id": ["first"], "step": 3}', '{"id": "first", "step": "3"}', "[]", "{", '{"id": "../x", "step": 1}'):
+    for damaged in (
+        '{"id": ["first"], "step": 3}',
+        '{"id": "first", "step": "3"}',
+        "[]",
+        "{",
+        '{"id": "../x", "step": 1}',
+    ):
         (tmp_path / "wandb/sent.json").write_text(damaged)
         assert re.fullmatch("[0-9a-f]{8}", wandb_log.run_id({}, tmp_path))
 
 
 def test_rows_of_a_damaged_record_do_not_reach_the_worker(tmp_path):
-    lines = [b'{"step": 1, "train/loss": null}', b"[" * 10_000, b'{"step": "2"}', b'{"step": 3, "val/ppl": "x"}',
-             b'{"step": 2, "sample": ["a"]}', b'{"step": 9}', b'{"step": 4}', b'{"step": 5, "tra']
+    lines = [
+        b'{"step": 1, "train/loss": null}',
+        b"[" * 10_000,
+        b'{"step": "2"}',
+        b'{"step": 3, "val/ppl": "x"}',
+        b'{"step": 2, "sample": ["a"]}',
+        b'{"step": 9}',
+        b'{"step": 4}',
+        b'{"step": 5, "tra',
+    ]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "summary.json").write_text("[1]")
     offset = sum(len(line) + 1 for line in lines[:6])
     record = wandb_worker.Record({"folder": str(tmp_path), "offset": offset, "resumed_step": 3})
-    assert [r["step"] for r in record.new_rows()] == [1, 2, 4] and not list(record.new_rows()) and record.new_summary() == {}
+    assert (
+        [r["step"] for r in record.new_rows()] == [1, 2, 4]
+        and not list(record.new_rows())
+        and record.new_summary() == {}
+    )
     logged = []
     run = types.SimpleNamespace(write_logs=logged.append)
     wandb_worker.write_logs(run, {"step": 1, "train/loss": None, "val/ppl": 2.0})
