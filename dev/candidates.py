@@ -6,6 +6,7 @@ Initialisations: gaussian, cola, spectral. Paths beside BA, or in its place: dia
 spectron, lora-muon, whose rate may follow (spectron=0.16). After each step: product-decay, rebalance. One process, not compiled, from the
 first step on, with --num-iterations given. Formulas are held against explicit ones in tests/test_candidates.py.
 """
+
 import math
 import sys
 from functools import partial
@@ -28,6 +29,7 @@ DAMPING = 0.1  # LoRA-Muon's δ: B begins at zero in o and down
 
 
 # ---- initialisations ------------------------------------------------------------------------------------------------
+
 
 class Gaussian(LowRankLinear):
     """Each factor's entries with std fan_in^-½ · min(1, (fan_out/fan_in)^½), its own fans: width-aware."""
@@ -57,12 +59,13 @@ class Spectral(LowRankLinear):
     def init(self, zero=False):
         W = torch.empty(self.out_features, self.in_features).uniform_(-1, 1) * math.sqrt(3 / self.in_features)
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        root = S[:self.rank].sqrt()
-        self.A.copy_(root[:, None] * Vh[:self.rank])
-        self.B.copy_(torch.zeros_like(self.B) if zero else U[:, :self.rank] * root)
+        root = S[: self.rank].sqrt()
+        self.A.copy_(root[:, None] * Vh[: self.rank])
+        self.B.copy_(torch.zeros_like(self.B) if zero else U[:, : self.rank] * root)
 
 
 # ---- paths beside BA ------------------------------------------------------------------------------------------------
+
 
 class OneMatmul(LowRankLinear):
     """`narrow` by way of `first_factor`, of which attention makes one matmul for q, k and v."""
@@ -79,7 +82,11 @@ class Diagonal(OneMatmul):
         self.D = nn.Parameter(torch.empty(in_features)) if in_features == out_features else None
 
     def first_factor(self):  # ([r + in], in): x passes through beside Ax
-        return self.A if self.D is None else torch.cat((self.A, torch.eye(self.in_features, device=self.A.device)))
+        return (
+            self.A
+            if self.D is None
+            else torch.cat((self.A, torch.eye(self.in_features, device=self.A.device)))
+        )
 
     def widen(self, h):
         if self.D is None:
@@ -102,7 +109,7 @@ class Repeat(LowRankLinear):
         self.alpha, self.copies = nn.Parameter(torch.empty(1)), -(-out_features // rank)
 
     def widen(self, h):
-        repeated = torch.cat([h] * self.copies, dim=-1)[..., :self.out_features]
+        repeated = torch.cat([h] * self.copies, dim=-1)[..., : self.out_features]
         return super().widen(h) + self.alpha / math.sqrt(self.copies) * repeated
 
     @torch.no_grad()
@@ -140,6 +147,7 @@ class SiluMLP(LowRankLinear):
 
 class SelfGuided(OneMatmul):
     """y = α W x + (1 − α) BA x, W dense and equal to BA at first; α from 1 to 0 over the first half by a cosine (Wei et al., arXiv 2407.09835)."""
+
     share = 1.0  # α, of all layers
 
     def __init__(self, in_features, out_features, rank, act="none"):
@@ -166,8 +174,13 @@ def guide(progress: float) -> float:
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
+
 def factor_pairs(model) -> list[LowRankLinear]:
-    return [layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear) and name.startswith("blocks.")]
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LowRankLinear) and name.startswith("blocks.")
+    ]
 
 
 class Pairs(torch.optim.Optimizer):
@@ -236,11 +249,24 @@ def rebalance(A, B):
 
 # ---- the run --------------------------------------------------------------------------------------------------------
 
-LAYERS = {"gaussian": Gaussian, "cola": Cola, "spectral": Spectral, "diagonal": Diagonal, "repeat": Repeat, "abba": Abba, "silu-mlp": SiluMLP,
-          "self-guided": SelfGuided}
+LAYERS = {
+    "gaussian": Gaussian,
+    "cola": Cola,
+    "spectral": Spectral,
+    "diagonal": Diagonal,
+    "repeat": Repeat,
+    "abba": Abba,
+    "silu-mlp": SiluMLP,
+    "self-guided": SelfGuided,
+}
 RULES = {"spectron": spectron, "lora-muon": lora_muon}
-VALUES = {"adamw": 0.006, "spectron": 0.08, "lora-muon": 0.08,  # rates of the factors; whole matrices keep --matrix-lr
-          "product-decay": 0.05, "rebalance": 25}               # λ, by the rate of the step; steps between
+VALUES = {
+    "adamw": 0.006,
+    "spectron": 0.08,
+    "lora-muon": 0.08,  # rates of the factors; whole matrices keep --matrix-lr
+    "product-decay": 0.05,
+    "rebalance": 25,
+}  # λ, by the rate of the step; steps between
 
 
 class CandidateLearner(Learner):
@@ -251,7 +277,9 @@ class CandidateLearner(Learner):
         self.done = 0
         if self.candidate not in ("adamw", *RULES):
             return [adamw, self.muon]
-        self.muon.param_groups = [group for group in self.muon.param_groups if group["names"][0].endswith(".weight")]
+        self.muon.param_groups = [
+            group for group in self.muon.param_groups if group["names"][0].endswith(".weight")
+        ]
         layers, names = factor_pairs(self.model), {p: name for name, p in self.model.named_parameters()}
         params = [p for layer in layers for p in (layer.A, layer.B)]
         if self.candidate == "adamw":
@@ -277,13 +305,19 @@ class CandidateLearner(Learner):
 def main():
     name, _, value = (sys.argv[1] if len(sys.argv) > 1 else "").partition("=")
     if name not in {**LAYERS, **VALUES} or (value and name not in VALUES):
-        raise InputError(f"{name or 'no candidate'}: give one of {', '.join(LAYERS)}, or NAME=VALUE of {', '.join(VALUES)}, and then flags of base_train")
+        raise InputError(
+            f"{name or 'no candidate'}: give one of {', '.join(LAYERS)}, or NAME=VALUE of {', '.join(VALUES)}, and then flags of base_train"
+        )
     try:
         value = float(value or VALUES.get(name, 0))
     except ValueError:
         raise InputError(f"{name}={value}: give a number") from None
     argv = [*sys.argv[2:], "--compile", "off"]
-    CandidateLearner.candidate, CandidateLearner.value, CandidateLearner.steps = name, value, base_train.parse_flags(argv).num_iterations
+    CandidateLearner.candidate, CandidateLearner.value, CandidateLearner.steps = (
+        name,
+        value,
+        base_train.parse_flags(argv).num_iterations,
+    )
     gpt.LowRankLinear = LAYERS.get(name, LowRankLinear)
     base_train.Learner = CandidateLearner
     base_train.run = partial(base_train.run, candidate=[name, value])  # into config.json

@@ -13,6 +13,7 @@ much larger that it would choose by the matrices' shapes (all triplets in attent
 
 The parameters are those of `adapter_layers.Triplets`. Resuming takes the adapter's tensors, the optimizer's state and `allocator.state_dict()`.
 """
+
 import re
 
 import torch
@@ -33,7 +34,11 @@ def orthogonality(adapters: dict[str, Triplets]):
     total = 0.0
     for adapter in adapters.values():
         eye = torch.eye(len(adapter.lam), device=adapter.lam.device, dtype=adapter.lam.dtype)
-        total = total + (adapter.P.T @ adapter.P - eye).square().sum() + (adapter.Q @ adapter.Q.T - eye).square().sum()
+        total = (
+            total
+            + (adapter.P.T @ adapter.P - eye).square().sum()
+            + (adapter.Q @ adapter.Q.T - eye).square().sum()
+        )
     return total
 
 
@@ -47,18 +52,41 @@ class Allocator:
     spent in the order of score per cost on whatever still fits.
     """
 
-    def __init__(self, adapters: dict[str, Triplets], steps: int, warmup: int, final: int, every: int = 10, beta: float = 0.85,
-                 per_parameter: bool = False):
+    def __init__(
+        self,
+        adapters: dict[str, Triplets],
+        steps: int,
+        warmup: int,
+        final: int,
+        every: int = 10,
+        beta: float = 0.85,
+        per_parameter: bool = False,
+    ):
         if warmup < 0 or final < 0 or every < 1 or warmup + final >= steps:
-            raise InputError(f"adalora: {warmup} steps of warmup and {final} at the final budget, allocating every {every}, do not fit into "
-                             f"{steps} steps; warmup + final must be below {steps}, and every at least 1")
-        self.adapters, self.steps, self.warmup, self.final, self.every, self.beta = adapters, steps, warmup, final, every, beta
+            raise InputError(
+                f"adalora: {warmup} steps of warmup and {final} at the final budget, allocating every {every}, do not fit into "
+                f"{steps} steps; warmup + final must be below {steps}, and every at least 1"
+            )
+        self.adapters, self.steps, self.warmup, self.final, self.every, self.beta = (
+            adapters,
+            steps,
+            warmup,
+            final,
+            every,
+            beta,
+        )
         self.costs = {name: a.P.size(0) + a.Q.size(1) if per_parameter else 1 for name, a in adapters.items()}
         self.start = sum(len(a.lam) * self.costs[name] for name, a in adapters.items())
         self.end = sum(a.end_rank * self.costs[name] for name, a in adapters.items())
         self.step = 0  # updates observed
-        self.sensitivity, self.deviation = ({f"{name}.{key}": torch.zeros_like(p) for name, a in adapters.items()
-                                             for key, p in a.named_parameters()} for _ in range(2))
+        self.sensitivity, self.deviation = (
+            {
+                f"{name}.{key}": torch.zeros_like(p)
+                for name, a in adapters.items()
+                for key, p in a.named_parameters()
+            }
+            for _ in range(2)
+        )
 
     def budget(self) -> int:
         """b(t) at the present step."""
@@ -79,9 +107,13 @@ class Allocator:
 
     def scores(self) -> dict[str, torch.Tensor]:
         """{matrix: (r,)}, on the CPU."""
+
         def s(key):
             return (self.sensitivity[key] * self.deviation[key]).cpu()
-        return {name: s(f"{name}.lam") + s(f"{name}.P").mean(0) + s(f"{name}.Q").mean(1) for name in self.adapters}
+
+        return {
+            name: s(f"{name}.lam") + s(f"{name}.P").mean(0) + s(f"{name}.Q").mean(1) for name in self.adapters
+        }
 
     @torch.no_grad()
     def allocate(self):
@@ -96,14 +128,21 @@ class Allocator:
                 adapter.lam.masked_fill_(~adapter.live, 0.0)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "sensitivity": self.sensitivity, "deviation": self.deviation,
-                "live": {name: adapter.live for name, adapter in self.adapters.items()}}
+        return {
+            "step": self.step,
+            "sensitivity": self.sensitivity,
+            "deviation": self.deviation,
+            "live": {name: adapter.live for name, adapter in self.adapters.items()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
         self.step = state["step"]
-        for own, given in ((self.sensitivity, state["sensitivity"]), (self.deviation, state["deviation"]),
-                           ({name: adapter.live for name, adapter in self.adapters.items()}, state["live"])):
+        for own, given in (
+            (self.sensitivity, state["sensitivity"]),
+            (self.deviation, state["deviation"]),
+            ({name: adapter.live for name, adapter in self.adapters.items()}, state["live"]),
+        ):
             for key, tensor in own.items():
                 tensor.copy_(given[key])
 
@@ -113,8 +152,11 @@ def choose(scores: dict[str, torch.Tensor], costs: dict[str, int], budget: int) 
 
     Of equal scores the lower number in its matrix goes first, then the earlier matrix: so that scores that are all zero leave equal ranks.
     """
-    order = sorted((-score / costs[name], i, place, name) for place, (name, values) in enumerate(scores.items())
-                   for i, score in enumerate(values.tolist()))
+    order = sorted(
+        (-score / costs[name], i, place, name)
+        for place, (name, values) in enumerate(scores.items())
+        for i, score in enumerate(values.tolist())
+    )
     live = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in scores.items()}
     for _, i, _, name in order:
         if costs[name] <= budget:
@@ -131,8 +173,18 @@ def export_compact(model, name: str, new_name: str):
         raise InputError(f"adapter {name!r}: no triplet is live; there is nothing to export")
     ranks = {f"^{re.escape(target)}$": int(adapter.live.sum()) for target, adapter in live.items()}
     config = model.adapter_configs[name]
-    attach(model, new_name, AdapterConfig("lora", targets="|".join(ranks), ranks=ranks, alphas={key: float(r) for key, r in ranks.items()},
-                                          dropout=config.dropout, seed=config.seed))
+    attach(
+        model,
+        new_name,
+        AdapterConfig(
+            "lora",
+            targets="|".join(ranks),
+            ranks=ranks,
+            alphas={key: float(r) for key, r in ranks.items()},
+            dropout=config.dropout,
+            seed=config.seed,
+        ),
+    )
     state = {}
     for target, a in live.items():
         state[f"{target}.A"] = a.Q[a.live]

@@ -2,6 +2,7 @@
 
 Attached and removed by nanochat/adapters.py. Shapes: in and out of the adapted matrix, r the adapter's rank, (...) batch and time.
 """
+
 import copy
 import math
 
@@ -16,6 +17,7 @@ from nanochat.gpt import MLP, Attention, Linear, kept_or_not
 # ---- what stands beside one matrix ----------------------------------------------------------------------------------
 # inner(x): what the adapter makes of the layer's input x; outer(y, z): the layer's output y with z = inner(x) taken in;
 # before(x): the layer's input as the base sees it; fold(layer): a plain layer that does the same.
+
 
 class Update(nn.Module):
     """y + z of rank r beside a frozen matrix. dropout: of x, only where gradients are taken, so never in evaluation."""
@@ -34,7 +36,9 @@ class Update(nn.Module):
     def fold(self, layer) -> Linear:
         """W0 + s·BA, a full matrix even where W0 is a product."""
         if getattr(layer, "act", "none") != "none":
-            raise InputError(f"adapter: a base with {layer.act} between its factors is no matrix; an update cannot be merged into it")
+            raise InputError(
+                f"adapter: a base with {layer.act} between its factors is no matrix; an update cannot be merged into it"
+            )
         with torch.device("meta"):
             dense = Linear(layer.in_features, layer.out_features)
         dense.weight = nn.Parameter(layer.dense_weight() + self.delta(), requires_grad=False)
@@ -68,7 +72,15 @@ class Triplets(Update):
     those not `live` have λᵢ = 0. rank: at the start; end_rank: this matrix's share of the budget at the end.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, end_rank: int, scale: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        end_rank: int,
+        scale: float,
+        dropout: float = 0.0,
+    ):
         super().__init__(scale, dropout)
         self.end_rank = end_rank
         self.P = nn.Parameter(torch.empty(out_features, rank))
@@ -130,6 +142,7 @@ class IA3(nn.Module):
 
 # ---- the modules swapped in -----------------------------------------------------------------------------------------
 
+
 class AdaptedLinear(nn.Module):
     """A linear layer of the model, untouched, and its adapters by name, of which one or none acts.
 
@@ -184,7 +197,10 @@ class AdaptedAttention(Attention):
         h, inner = pair
         layers, D = (self.q, self.k, self.v), self.head_dim
         parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
-        return [layer.widen(pair).unflatten(-1, (-1, D)).transpose(1, 2) for layer, pair in zip(layers, zip(parts, inner))]
+        return [
+            layer.widen(pair).unflatten(-1, (-1, D)).transpose(1, 2)
+            for layer, pair in zip(layers, zip(parts, inner))
+        ]
 
 
 class AdaptedMLP(MLP):

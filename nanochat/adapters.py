@@ -12,6 +12,7 @@ A LowRankLinear counts as one matrix, its product. The model file knows nothing 
 own matmuls stay as they are, so without an adapter, and at an adapter's start, the logits are the base's to the bit.
 The modules are in nanochat/adapter_layers.py; what AdaLoRA needs beyond its parameters (schedule, scores, export) in adalora.py.
 """
+
 import copy
 import difflib
 import hashlib
@@ -30,34 +31,47 @@ from nanochat.common import InputError
 from nanochat.files import write_atomic
 from nanochat.gpt import GPT, MATRICES, MLP, Attention
 
-TARGETS = {"lora": r"attn\.[qkvo]$|mlp\.(up|down)$", "adalora": r"attn\.[qkvo]$|mlp\.(up|down)$", "ia3": r"attn\.[kv]$|mlp\.down$"}
+TARGETS = {
+    "lora": r"attn\.[qkvo]$|mlp\.(up|down)$",
+    "adalora": r"attn\.[qkvo]$|mlp\.(up|down)$",
+    "ia3": r"attn\.[kv]$|mlp\.down$",
+}
 
 
 @dataclass
 class AdapterConfig:
     """What an adapter is, but for its numbers. Patterns are regular expressions, searched for in names such as blocks.3.attn.q."""
-    kind: str = "lora"                # lora, adalora or ia3
-    targets: str = ""                 # pattern of the adapted matrices; "" = all of them, or for ia3 k, v and down
-    rank: int = 8                     # r; of adalora the mean at the end
-    alpha: float = 16.0               # what B(A x) is scaled by: alpha / r
-    dropout: float = 0.0              # of the adapter's input, in training
-    rslora: bool = False              # scale by alpha / √r instead (arXiv 2312.03732)
-    ranks: dict[str, int] = field(default_factory=dict)     # pattern -> rank, the first that fits a name; else `rank`
+
+    kind: str = "lora"  # lora, adalora or ia3
+    targets: str = ""  # pattern of the adapted matrices; "" = all of them, or for ia3 k, v and down
+    rank: int = 8  # r; of adalora the mean at the end
+    alpha: float = 16.0  # what B(A x) is scaled by: alpha / r
+    dropout: float = 0.0  # of the adapter's input, in training
+    rslora: bool = False  # scale by alpha / √r instead (arXiv 2312.03732)
+    ranks: dict[str, int] = field(
+        default_factory=dict
+    )  # pattern -> rank, the first that fits a name; else `rank`
     alphas: dict[str, float] = field(default_factory=dict)  # pattern -> alpha, likewise
-    initial: float = 1.5              # adalora: ranks at the start, over `rank`
+    initial: float = 1.5  # adalora: ranks at the start, over `rank`
     seed: int = 0
 
     def __post_init__(self):
         def require(good, flag, value, what):
             if not good:
                 raise InputError(f"adapter's {flag} {value}: {what}")
+
         require(self.kind in TARGETS, "kind", self.kind, f"use one of {', '.join(TARGETS)}")
         for rank in (self.rank, *self.ranks.values()):
             require(rank == int(rank) and rank >= 1, "rank", rank, "use a whole number >= 1")
         for alpha in (self.alpha, *self.alphas.values()):
             require(0 < alpha < math.inf, "alpha", alpha, "use a number above 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "use a number from 0 to below 1")
-        require(1 <= self.initial < math.inf, "initial ranks", self.initial, "below 1 the budget would rise from start to end; use 1 or more")
+        require(
+            1 <= self.initial < math.inf,
+            "initial ranks",
+            self.initial,
+            "below 1 the budget would rise from start to end; use 1 or more",
+        )
         for pattern in (self.pattern, *self.ranks, *self.alphas):
             try:
                 re.compile(pattern)
@@ -80,19 +94,32 @@ def first_fit(patterns: dict, name: str, otherwise):
 
 # ---- walking a model ------------------------------------------------------------------------------------------------
 
+
 def matrices(model: GPT) -> dict[str, nn.Module]:
     """{name: layer} of the matrices in the blocks, plain or adapted, in the order in which they act."""
-    return {f"blocks.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.blocks)
-            for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")}
+    return {
+        f"blocks.{i}.{name}": block.get_submodule(name)
+        for i, block in enumerate(model.blocks)
+        for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+    }
 
 
 def matching(names, pattern: str) -> list[str]:
     """The names in which the regular expression is found. InputError with the nearest names if there is none."""
     found = [name for name in names if re.search(pattern, name)]
     if not found:
-        wanted = re.sub(r"\\.|[^\w.]", lambda m: "." if m[0] == r"\." else "", pattern)  # the pattern without its operators
-        near = sorted(names, key=lambda name: -max(difflib.SequenceMatcher(None, wanted, name[i:]).ratio() for i in range(len(name))))
-        raise InputError(f"adapter's pattern {pattern!r}: no matrix has such a name; the nearest are {', '.join(near[:3])}")
+        wanted = re.sub(
+            r"\\.|[^\w.]", lambda m: "." if m[0] == r"\." else "", pattern
+        )  # the pattern without its operators
+        near = sorted(
+            names,
+            key=lambda name: (
+                -max(difflib.SequenceMatcher(None, wanted, name[i:]).ratio() for i in range(len(name)))
+            ),
+        )
+        raise InputError(
+            f"adapter's pattern {pattern!r}: no matrix has such a name; the nearest are {', '.join(near[:3])}"
+        )
     return found
 
 
@@ -110,8 +137,12 @@ def attach(model: GPT, name: str, config: AdapterConfig):
 
     Several may be attached; each is drawn from its own seed. With dropout, recomputation is off: it would drop others.
     """
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):  # its names share their place with a module's attributes
-        raise InputError(f"adapter {name!r}: not a name for an adapter; choose a word without dots, such as wiki")
+    if (
+        not name or "." in name or hasattr(nn.ModuleDict(), name)
+    ):  # its names share their place with a module's attributes
+        raise InputError(
+            f"adapter {name!r}: not a name for an adapter; choose a word without dots, such as wiki"
+        )
     if wrapped(model) and name in model.adapter_configs:
         raise InputError(f"adapter {name!r}: there is one of this name already; choose another")
     names = list(matrices(model))
@@ -119,7 +150,9 @@ def attach(model: GPT, name: str, config: AdapterConfig):
     for pattern in (*config.ranks, *config.alphas):
         matching(targets, pattern)
     generator = torch.Generator().manual_seed(config.seed)
-    adapters = {target: make_adapter(config, target, matrices(model)[target], generator) for target in targets}
+    adapters = {
+        target: make_adapter(config, target, matrices(model)[target], generator) for target in targets
+    }
 
     if not wrapped(model):
         model.requires_grad_(False)
@@ -147,7 +180,9 @@ def make_adapter(config: AdapterConfig, name: str, layer, generator) -> LoRA | T
         rank, scale = config.shape(name)
         smaller = min(layer.in_features, layer.out_features)
         if rank > smaller:
-            raise InputError(f"adapter's rank {rank}: {name} is {layer.out_features} x {layer.in_features}; give 1 to {smaller}")
+            raise InputError(
+                f"adapter's rank {rank}: {name} is {layer.out_features} x {layer.in_features}; give 1 to {smaller}"
+            )
         if config.kind == "lora":
             adapter = LoRA(layer.in_features, layer.out_features, rank, scale, config.dropout)
         else:
@@ -162,7 +197,9 @@ def adapters_of(model: GPT, name: str) -> dict[str, LoRA | Triplets | IA3]:
     there = list(model.adapter_configs) if wrapped(model) else []
     if name not in there:
         raise InputError(f"adapter {name!r}: not attached; there are: {', '.join(there) or 'none'}")
-    return {target: layer.adapters[name] for target, layer in matrices(model).items() if name in layer.adapters}
+    return {
+        target: layer.adapters[name] for target, layer in matrices(model).items() if name in layer.adapters
+    }
 
 
 def use(model: GPT, name: str | None):
@@ -176,7 +213,9 @@ def use(model: GPT, name: str | None):
 def merge(model: GPT):
     """Let the active adapter act from within the matrices: the base's speed. The base is kept apart, so that `unmerge` is exact."""
     layers = matrices(model).values() if wrapped(model) else ()
-    folded = [(layer, layer.folded()) for layer in layers if layer.adapter is not None]  # all, or none if one cannot be
+    folded = [
+        (layer, layer.folded()) for layer in layers if layer.adapter is not None
+    ]  # all, or none if one cannot be
     for layer, plain in folded:
         layer.merged = plain
 
@@ -214,7 +253,9 @@ def plain(model: GPT) -> GPT:
     fold_in(folded)
     with torch.device("meta"):
         new = GPT(folded.config)
-    new.load_state_dict({name: tensor.clone() for name, tensor in folded.state_dict().items()}, assign=True)  # tied layers become copies
+    new.load_state_dict(
+        {name: tensor.clone() for name, tensor in folded.state_dict().items()}, assign=True
+    )  # tied layers become copies
     return new
 
 
@@ -222,7 +263,11 @@ def config_of_layers(model: GPT):
     """The model's config with the ranks of its matrices as they are."""
     config = copy.deepcopy(model.config)
     for matrix in MATRICES:
-        ranks = tuple(getattr(layer, "rank", 0) for name, layer in matrices(model).items() if name.endswith(f".{matrix}"))
+        ranks = tuple(
+            getattr(layer, "rank", 0)
+            for name, layer in matrices(model).items()
+            if name.endswith(f".{matrix}")
+        )
         if any((config.rank(matrix, i) > 0) != (rank > 0) for i, rank in enumerate(ranks)):
             config.matrix_ranks[matrix] = ranks
     return config
@@ -230,20 +275,35 @@ def config_of_layers(model: GPT):
 
 def optimizer_groups(model: GPT, name: str, lr: float, weight_decay: float = 0.0) -> list[dict]:
     """Groups for AdamW: one, of all that the adapter trains. Vectors (IA3's scales, AdaLoRA's λ) do not decay: a scale's rest is 1."""
-    named = {f"{target}.{key}": p for target, adapter in adapters_of(model, name).items() for key, p in adapter.named_parameters()}
+    named = {
+        f"{target}.{key}": p
+        for target, adapter in adapters_of(model, name).items()
+        for key, p in adapter.named_parameters()
+    }
     groups = []
-    for decay, chosen in ((weight_decay, {n: p for n, p in named.items() if p.ndim == 2}), (0.0, {n: p for n, p in named.items() if p.ndim < 2})):
+    for decay, chosen in (
+        (weight_decay, {n: p for n, p in named.items() if p.ndim == 2}),
+        (0.0, {n: p for n, p in named.items() if p.ndim < 2}),
+    ):
         if chosen:
-            groups.append(dict(params=list(chosen.values()), names=list(chosen), lr=lr, initial_lr=lr, weight_decay=decay))
+            groups.append(
+                dict(
+                    params=list(chosen.values()), names=list(chosen), lr=lr, initial_lr=lr, weight_decay=decay
+                )
+            )
     return groups
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------
 
+
 def base_state(model: GPT) -> dict[str, torch.Tensor]:
     """The state_dict of the base alone, under the names it has without adapters."""
-    return {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
-            if ".adapters." not in name and ".merged." not in name}
+    return {
+        name.replace(".base.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".adapters." not in name and ".merged." not in name
+    }
 
 
 def base_hash(model: GPT) -> str:
@@ -257,12 +317,20 @@ def base_hash(model: GPT) -> str:
 
 def describe(model: GPT, name: str) -> dict:
     """What an adapter is and which base it fits, as JSON has it."""
-    return {**asdict(model.adapter_configs[name]), "base": base_hash(model), "matrices": list(adapters_of(model, name))}
+    return {
+        **asdict(model.adapter_configs[name]),
+        "base": base_hash(model),
+        "matrices": list(adapters_of(model, name)),
+    }
 
 
 def adapter_state(model: GPT, name: str) -> dict[str, torch.Tensor]:
     """The adapter's tensors by name, not copied."""
-    return {f"{target}.{key}": tensor for target, adapter in adapters_of(model, name).items() for key, tensor in adapter.state_dict().items()}
+    return {
+        f"{target}.{key}": tensor
+        for target, adapter in adapters_of(model, name).items()
+        for key, tensor in adapter.state_dict().items()
+    }
 
 
 @torch.no_grad()
@@ -272,7 +340,9 @@ def load_adapter_state(model: GPT, name: str, state: dict[str, torch.Tensor]):
     shapes, given = ({key: tuple(t.shape) for key, t in s.items()} for s in (own, state))
     if shapes != given:
         odd = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
-        raise InputError(f"adapter {name!r}: the tensors do not fit it: {', '.join(odd[:3])} and {len(odd)} in all")
+        raise InputError(
+            f"adapter {name!r}: the tensors do not fit it: {', '.join(odd[:3])} and {len(odd)} in all"
+        )
     for key, tensor in own.items():
         tensor.copy_(state[key])
 
@@ -281,8 +351,10 @@ def attach_saved(model: GPT, name: str, description: dict, state: dict[str, torc
     """Attach an adapter as `describe` and `adapter_state` gave it. InputError if it was made for another base."""
     found = base_hash(model)
     if description.get("base") != found:
-        raise InputError(f"adapter {name!r}: made for another base (its hash is {str(description.get('base'))[:12]}, this model's {found[:12]}); "
-                         "give the checkpoint that it was trained on")
+        raise InputError(
+            f"adapter {name!r}: made for another base (its hash is {str(description.get('base'))[:12]}, this model's {found[:12]}); "
+            "give the checkpoint that it was trained on"
+        )
     fields = AdapterConfig.__dataclass_fields__
     attach(model, name, AdapterConfig(**{key: value for key, value in description.items() if key in fields}))
     load_adapter_state(model, name, state)

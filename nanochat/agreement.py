@@ -7,6 +7,7 @@ and the others compare what they have with what it has.
 A process that fails tells process 0, through the store by which the processes met. Process 0 prints the line,
 and a thread in each process then ends it. So nobody waits for a process that is gone, whatever it is doing.
 """
+
 import contextlib
 import functools
 import json
@@ -24,22 +25,23 @@ from nanochat.leases import is_dead, is_here, this_process
 
 # keys in the store
 FAILED = "nanochat/failed"  # [line, exit code] of the process that failed first, where that is not process 0
-ENDED = "nanochat/ended"    # the exit code of all, once the line is printed
-LEFT = "nanochat/left"      # how many processes know of it, or are through
+ENDED = "nanochat/ended"  # the exit code of all, once the line is printed
+LEFT = "nanochat/left"  # how many processes know of it, or are through
 IDENTITY = "nanochat/identity of"  # and a rank: what leases.this_process() says there
 
-POLL = 0.2       # seconds between two looks into the store
-GRACE = 1.0      # seconds: process 0 may be about to fail in the same way
+POLL = 0.2  # seconds between two looks into the store
+GRACE = 1.0  # seconds: process 0 may be about to fail in the same way
 PATIENCE = 10.0  # seconds: then a process that failed speaks for itself
 
 JOIN_PATIENCE = timedelta(minutes=30)
 LOAD_PATIENCE = 30.0  # seconds: by then a network directory shows a checkpoint that is there
-READ_PATIENCE = 3.0   # seconds: a file that is there and cannot be read is tried again
+READ_PATIENCE = 3.0  # seconds: a file that is there and cannot be read is tried again
 
 ALIKE = "start all processes with the same command, files and environment"
 
 
 # ---- the end -----------------------------------------------------------------------------------------------
+
 
 class Members:
     """What a process has in common with the others of its run: the store, and a thread that reads it."""
@@ -148,6 +150,7 @@ def join(rank: int, world_size: int):
     """Meet the other processes. Returns the store for torch's process group."""
     global members
     import torch.distributed as dist
+
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN_PATIENCE))
     members = Members(store, rank, world_size)
     return store
@@ -218,6 +221,7 @@ def lost_connection(e: Exception) -> str:
     if not members:
         return ""
     import torch.distributed as dist
+
     text = first_line(e)
     if not isinstance(e, dist.DistError) and "gloo" not in text and "NCCL" not in text:
         return ""
@@ -241,6 +245,7 @@ def leave(code: int):
 
 # ---- what all have in common -------------------------------------------------------------------------------
 
+
 def meet(place):
     """Wait until all processes are here. A barrier of torch has a time limit; one may read for hours."""
     if place[2] > 1:
@@ -257,6 +262,7 @@ def from_first(place, function, *arguments):
     if world_size > 1:
         import torch
         import torch.distributed as dist
+
         meet(place)
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
@@ -276,8 +282,10 @@ def confirm(place, values: dict, remedy: str = ALIKE):
 def differing(first: dict, own: dict) -> list[str]:
     """Names of what differs in nested dicts, with both values."""
     entries = differing_entries(first, own, lambda a, b: repr(a) == repr(b))
-    return [f"{'.'.join(map(str, names))} ({shortened(repr(mine))}, there {shortened(repr(there))})"
-            for names, there, mine in entries]
+    return [
+        f"{'.'.join(map(str, names))} ({shortened(repr(mine))}, there {shortened(repr(there))})"
+        for names, there, mine in entries
+    ]
 
 
 def load_same(place, load, where: Path):
@@ -301,8 +309,10 @@ def load_confirmed(load, where: Path, meta: dict):
             names = differing(meta, own)
             if not names:
                 return *loaded, own
-            problem = InputError(f"{where}: is another checkpoint than process 0 has read: "
-                                 f"{', '.join(names[:3])}; let all processes see the same folder")
+            problem = InputError(
+                f"{where}: is another checkpoint than process 0 has read: "
+                f"{', '.join(names[:3])}; let all processes see the same folder"
+            )
         except (InputError, OSError) as e:
             problem = e
         if time.monotonic() > deadline:

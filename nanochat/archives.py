@@ -1,4 +1,5 @@
 """An archive from the network, downloaded and unpacked within limits of size and time."""
+
 import hashlib
 import os
 import re
@@ -12,19 +13,22 @@ from nanochat.common import InputError, first_line, quoted
 from nanochat.files import create_folder, open_new, sync, sync_folder
 
 # The bundle of CORE has about 25 MB packed and 160 MB unpacked, in about 100 files.
-MAX_PACKED = 256 * 2**20    # bytes
+MAX_PACKED = 256 * 2**20  # bytes
 MAX_UNPACKED = 512 * 2**20  # bytes
 MAX_FILES = 10_000
-MAX_DEPTH = 20              # folders in folders
-MAX_SECONDS = 3600.0        # of a download
-QUIET_SECONDS = 60.0        # in which at least QUIET_BYTES must come
+MAX_DEPTH = 20  # folders in folders
+MAX_SECONDS = 3600.0  # of a download
+QUIET_SECONDS = 60.0  # in which at least QUIET_BYTES must come
 QUIET_BYTES = 2**16
 BLOCK = 2**16
-LIMITS = (f"at most {MAX_PACKED >> 20} MiB packed, {MAX_UNPACKED >> 20} MiB unpacked and {MAX_FILES:,} files "
-          "are taken")
+LIMITS = (
+    f"at most {MAX_PACKED >> 20} MiB packed, {MAX_UNPACKED >> 20} MiB unpacked and {MAX_FILES:,} files "
+    "are taken"
+)
 
 
 # ---- downloading -------------------------------------------------------------------------------------------
+
 
 class Download:
     """A download in a thread of its own: whatever a server does, the program waits a limited time for it.
@@ -93,6 +97,7 @@ def fetch(url: str, path: Path) -> str:
 
 # ---- unpacking ---------------------------------------------------------------------------------------------
 
+
 def unpack(archive: Path, folder: Path):
     """Unpack a zip archive into a new folder, there to stay.
 
@@ -125,8 +130,10 @@ def check_directory(archive: Path):
         at = len(tail) - 22
     if at < 0 or len(tail) < at + 22:
         raise InputError("File is not a zip file")
-    length = int.from_bytes(tail[at + 12:at + 16], "little")
-    if length > 512 * MAX_FILES or tail[max(0, at - 20):at].startswith(b"PK\6\7"):  # or one of many gigabytes
+    length = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if length > 512 * MAX_FILES or tail[max(0, at - 20) : at].startswith(
+        b"PK\6\7"
+    ):  # or one of many gigabytes
         raise InputError(f"the archive lists too many files; {LIMITS}")
 
 

@@ -3,15 +3,16 @@
 Shapes: B batch, H heads, K key/value heads, T time, D head dim. Of a block: b rows of the batch, R = b·K, G = H/K heads that share keys,
 n queries, c keys.
 """
+
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-BLOCKS = 8           # blocks of queries in a long sequence: more skip more of the keys that none of them sees
-SMALLEST = 64        # queries in a block, for efficient products
-SHORT = 1024         # up to this length blocks are faster than torch's kernel without a window too (dev/LOG.md)
-IN_CACHE = 2**22     # bytes of scores to work on at a time, which a cache holds from one step to the next
+BLOCKS = 8  # blocks of queries in a long sequence: more skip more of the keys that none of them sees
+SMALLEST = 64  # queries in a block, for efficient products
+SHORT = 1024  # up to this length blocks are faster than torch's kernel without a window too (dev/LOG.md)
+IN_CACHE = 2**22  # bytes of scores to work on at a time, which a cache holds from one step to the next
 
 
 def window_mask(T: int, window: int, device):
@@ -41,8 +42,15 @@ def attention(q, k, v, scale: float, mask=None):
     """
     if mask is not None and mask.ndim == 0:
         return BlockAttention.apply(q, k, v, mask, scale)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) == k.size(2), scale=scale,
-                                       enable_gqa=k.size(1) < q.size(1))
+    y = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.size(2) == k.size(2),
+        scale=scale,
+        enable_gqa=k.size(1) < q.size(1),
+    )
     return y.transpose(1, 2).flatten(2)
 
 
@@ -72,7 +80,7 @@ def block_attention(q, k, v, window, scale: float):
         queries, keys, values = by_block(q[rows], n, K), in_time(k[rows], n), in_time(v[rows], n)
         for i, (start, c, hidden) in enumerate(found):
             p = weights(queries[i], keys.narrow(1, start, c).contiguous(), hidden, scale)
-            torch.bmm(p, values.narrow(1, start, c), out=y[i, rows.start * K:rows.stop * K])
+            torch.bmm(p, values.narrow(1, start, c), out=y[i, rows.start * K : rows.stop * K])
     return from_blocks(y, B, K, n).permute(0, 3, 1, 2, 4).flatten(2)[:, :T].contiguous()
 
 
@@ -83,11 +91,21 @@ def block_attention_backward(grad, q, k, v, window, scale: float):
     grad, grad_q = grad.unflatten(2, (H, D)).transpose(1, 2), q.new_empty(len(found), B * K, H // K * n, D)
     grad_k, grad_v = (k.new_zeros(B * K, len(found) * n, D) for _ in range(2))
     for rows in batch_slices(B, K, found):
-        queries, of_ys, keys, values = by_block(q[rows], n, K), by_block(grad[rows], n, K), in_time(k[rows], n), in_time(v[rows], n)
+        queries, of_ys, keys, values = (
+            by_block(q[rows], n, K),
+            by_block(grad[rows], n, K),
+            in_time(k[rows], n),
+            in_time(v[rows], n),
+        )
         of = slice(rows.start * K, rows.stop * K)
         for i, (start, c, hidden) in enumerate(found):
-            of_q, of_y, of_k, of_v = queries[i], of_ys[i], keys.narrow(1, start, c).contiguous(), values.narrow(1, start, c).contiguous()
-            p = weights(of_q, of_k, hidden, scale)                                     # (R, G·n, c)
+            of_q, of_y, of_k, of_v = (
+                queries[i],
+                of_ys[i],
+                keys.narrow(1, start, c).contiguous(),
+                values.narrow(1, start, c).contiguous(),
+            )
+            p = weights(of_q, of_k, hidden, scale)  # (R, G·n, c)
             of_scores = torch._softmax_backward_data(torch.bmm(of_y, of_v.mT), p, -1, p.dtype)
             torch.baddbmm(of_q, of_scores, of_k, beta=0, alpha=scale, out=grad_q[i, of])
             grad_k[of].narrow(1, start, c).baddbmm_(of_scores.mT, of_q, alpha=scale)
@@ -107,7 +125,9 @@ def blocks(T: int, window: int, G: int, dtype):
         first = max(0, start - window + 1) // n * n
         c = start + n - first
         seen = window_mask(c, min(window, c), "cpu")[-n:]
-        found.append((first, c, torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat(G, 1)))
+        found.append(
+            (first, c, torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat(G, 1))
+        )
     return n, found
 
 
@@ -148,7 +168,9 @@ def weights(q, k, hidden, scale: float):
 # Not by torch.library.custom_op, which would load torch's compiler in a run that is not compiled.
 library = torch.library.Library("nanochat", "DEF")
 library.define("block_attention(Tensor q, Tensor k, Tensor v, Tensor window, float scale) -> Tensor")
-library.define("block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor window, float scale) -> (Tensor, Tensor, Tensor)")
+library.define(
+    "block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor window, float scale) -> (Tensor, Tensor, Tensor)"
+)
 library.impl("block_attention", block_attention, "CPU")
 library.impl("block_attention_backward", block_attention_backward, "CPU")
 

@@ -3,6 +3,7 @@
 state.pt holds tensors and plain numbers only (read with weights_only=True: loading cannot execute code); meta.json holds
 its SHA-256 and its own, so a truncated or altered file is noticed before it is used.
 """
+
 import contextlib
 import shutil
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> in
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
+
 def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int = -1):
     """Write state (tensors, nested in dicts and lists) and meta (JSON) as the checkpoint of `step`; then remove all but the
     newest `keep` (-1: none). Killed, or without power, at any moment it leaves the earlier ones as they were.
@@ -52,9 +54,11 @@ def save_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: 
         sync_folder(folder.parent)
     except (OSError, RuntimeError) as e:
         shutil.rmtree(building, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write the checkpoint ({system_error(e)}); "
-                         f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
-                         "make room or give write permission, and continue with --resume auto") from None
+        raise InputError(
+            f"{folder}: cannot write the checkpoint ({system_error(e)}); "
+            f"earlier ones are intact: {saved_steps(run_folder) or 'none'}; "
+            "make room or give write permission, and continue with --resume auto"
+        ) from None
     # later ones, of a run that went back, or damaged, do not count: they must not push this one out
     up_to_here = [saved for saved in saved_steps(run_folder) if saved <= step]
     for old in up_to_here[:-keep] if keep > 0 else ():
@@ -85,17 +89,21 @@ def system_error(e: BaseException) -> str:
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
+
 def load_checkpoint(run_folder: Path, step: int, device="cpu") -> tuple[dict, dict]:
     """(state, meta) of a step, verified. InputError if it is missing, damaged or cannot be read."""
     folder = step_folder(run_folder, step)
     if not folder.is_dir():
-        raise InputError(f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}")
+        raise InputError(
+            f"{run_folder.name}: no checkpoint of step {step}; there are: {saved_steps(run_folder) or 'none'}"
+        )
     try:
         meta = read_meta(run_folder, step)
         check_owner(run_folder, meta)
         if meta["sha256"] != sha256(folder / "state.pt"):
-            raise InputError(f"{folder}: damaged checkpoint (its content does not match its checksum); "
-                             "use another step")
+            raise InputError(
+                f"{folder}: damaged checkpoint (its content does not match its checksum); use another step"
+            )
         # memory-mapped: the processes of a machine share one copy of what they read
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True, mmap=True)
     except FileNotFoundError as e:
@@ -117,8 +125,10 @@ def load_to_resume(run_folder: Path, step: int) -> tuple[dict, dict]:
     """load_checkpoint for a run that goes on. InputError also where it holds what is not finite."""
     state, meta = load_checkpoint(run_folder, step)
     if names := not_finite(state):
-        raise InputError(f"{step_folder(run_folder, step)}: {names[0]} and {len(names)} tensor(s) in all "
-                         "are not finite; use another step")
+        raise InputError(
+            f"{step_folder(run_folder, step)}: {names[0]} and {len(names)} tensor(s) in all "
+            "are not finite; use another step"
+        )
     return state, meta
 
 
@@ -158,8 +168,10 @@ def fitting_together(folder: Path):
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as e:
         if out_of_memory(e):
             raise
-        raise InputError(f"{folder}: does not hold the model that it should "
-                         f"({type(e).__name__}: {first_line(e)}); use another step") from None
+        raise InputError(
+            f"{folder}: does not hold the model that it should "
+            f"({type(e).__name__}: {first_line(e)}); use another step"
+        ) from None
 
 
 def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
@@ -170,8 +182,10 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
     state, meta = load_checkpoint(run_folder, step, device)
     if meta.get("tokenizer_hash") != tokenizer.hash:
         trained_with = meta.get("tokenizer_hash")
-        raise InputError(f"{run_folder}: the checkpoint was trained with tokenizer {trained_with}, "
-                         f"tokenizer.json is {tokenizer.hash}")
+        raise InputError(
+            f"{run_folder}: the checkpoint was trained with tokenizer {trained_with}, "
+            f"tokenizer.json is {tokenizer.hash}"
+        )
     with fitting_together(step_folder(run_folder, step)):
         if "adapter" in meta:
             model = adapted(run_folder.parent, meta["adapter"], state["adapter"], device, **changes)
@@ -197,8 +211,10 @@ def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[G
         check_tag("the base that meta.json names:", base.get("tag"))
         model, _, meta = load_model(runs / base["tag"], base["step"], device, **changes)
         if meta["sha256"] != base["sha256"]:
-            raise InputError(f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on "
-                             f"(its sum is {meta['sha256'][:12]}, that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again")
+            raise InputError(
+                f"{runs / base['tag']}: step {base['step']} is another base than the adapter was trained on "
+                f"(its sum is {meta['sha256'][:12]}, that one's {base['sha256'][:12]}); restore that checkpoint, or train the adapter again"
+            )
         models.append(model)
     return models
 
@@ -209,6 +225,10 @@ def adapted(runs: Path, said: dict, tensors: dict, device, **changes) -> GPT:
     said: {"description" (`adapters.describe`), "origin": {"bases", "layer_map": layers at each position ([] = the base's own), "tied"}}.
     """
     origin = said["origin"]
-    model = stacked(*load_bases(runs, origin["bases"], device, **changes), layers=tuple(origin["layer_map"]), tied=origin["tied"])
+    model = stacked(
+        *load_bases(runs, origin["bases"], device, **changes),
+        layers=tuple(origin["layer_map"]),
+        tied=origin["tied"],
+    )
     attach_saved(model, ADAPTER, said["description"], tensors)
     return model

@@ -1,4 +1,5 @@
 """What every script needs: one-line errors, the base directory, atomic files, device and process group."""
+
 import argparse
 import contextlib
 import errno
@@ -15,7 +16,6 @@ from pathlib import Path
 from nanochat import console, locks, signals
 from nanochat.errors import InputError, printable, shortened  # what others know by this module's name
 from nanochat.signals import REQUEUE, stop_signals  # noqa: F401  what scripts know by this module's name
-
 
 # The process that started this one, noted before torch is imported: that takes seconds, in which it may end.
 STARTED_BY = {os.getpid(): os.getppid()}
@@ -35,6 +35,7 @@ def run_script(main, result_is_printed: bool = False):
     console.protect(result_is_printed)
     signals.listen()
     from nanochat import agreement
+
     try:
         message, is_lost = fault_of(main)
         signals.main_ended()
@@ -54,6 +55,7 @@ def fault_of(main) -> tuple[str, bool]:
     """Call main(). Returns why it failed, '' if it did not, and whether another process is gone."""
     from nanochat import agreement
     from nanochat.environment import prepare_environment
+
     try:
         prepare_environment()
         stop_without_launcher()
@@ -94,14 +96,16 @@ def out_of_memory(e: Exception) -> bool:
 
 class Flags(argparse.Namespace):
     """A script's flags: vars() holds their values, `given` the names of those that the command line gave."""
+
     __slots__ = ("given", "actions")  # actions: how argparse reads each of them, by name
 
     def take(self, values: dict, where):
         """Set flags as the file `where` has them. InputError of a value that a flag cannot have."""
         for name, value in values.items():
             if not can_be(self.actions[name], value):
-                raise InputError(f"{where}: flags.{name} is {quoted(str(value))}, which no run writes; "
-                                 "restore it")
+                raise InputError(
+                    f"{where}: flags.{name} is {quoted(str(value))}, which no run writes; restore it"
+                )
         vars(self).update(values)
 
 
@@ -123,8 +127,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with whole flag names, defaults shown in --help, one-line errors, and Flags as the result."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
 
     def parse_args(self, args=None) -> Flags:
         # argparse fills in a default only where there is no value yet, so None stays where no flag was given
@@ -147,7 +154,7 @@ class ArgumentParser(argparse.ArgumentParser):
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 LARGEST_INTEGER = 2**63 - 1  # of torch and numpy
-LARGEST = 1e30   # of other numbers: float32 reaches to 3e38
+LARGEST = 1e30  # of other numbers: float32 reaches to 3e38
 SMALLEST = 1e-30  # above 0, likewise
 
 
@@ -161,12 +168,14 @@ def as_whole_number(text: str) -> int | None:
 
 def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None = None):
     """argparse type: an integer from minimum to maximum; or `off`, which switches off what the flag sets."""
+
     def parse(text):
         value = as_whole_number(text)
         if value is None or not (minimum <= value <= maximum or value == off):
             wanted = f"<= {maximum}" if value is not None and value > maximum else f">= {minimum}"
             raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number {wanted}{or_off(off)}")
         return value
+
     return parse
 
 
@@ -177,6 +186,7 @@ def number(low: float = 0, high: float = LARGEST, *, above: float | None = None,
     It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses others,
     or takes them for 0.
     """
+
     def parse(text):
         try:
             value = float(text)
@@ -190,6 +200,7 @@ def number(low: float = 0, high: float = LARGEST, *, above: float | None = None,
             wanted = f"{smallest} to {high:g}{or_off(off)}"
             raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {wanted}")
         return value
+
     return parse
 
 
@@ -203,6 +214,7 @@ def quoted(text: str) -> str:
 
 
 # ---- nested dicts ------------------------------------------------------------------------------------------
+
 
 def differing_entries(a: dict, b: dict, is_same, names: tuple = ()) -> list[tuple]:
     """((key, key inside, …), value in a, value in b) of each entry that differs. None: it is missing."""
@@ -219,6 +231,7 @@ def differing_entries(a: dict, b: dict, is_same, names: tuple = ()) -> list[tupl
 
 # ---- flags that several scripts have -----------------------------------------------------------------------
 
+
 def device_flags(add, dtype: str):
     """--device-type and --dtype, for pick_device_type and compute_dtype. `dtype` says what is of that dtype."""
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
@@ -227,17 +240,20 @@ def device_flags(add, dtype: str):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
+
 def get_base_dir() -> Path:
     """Where tokenizers, token caches, downloads and runs live. Nothing is created here."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
     if given and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in given):
-        raise InputError(f"NANOCHAT_BASE_DIR={given}: has control characters, or is no UTF-8; "
-                         "give another folder")
+        raise InputError(
+            f"NANOCHAT_BASE_DIR={given}: has control characters, or is no UTF-8; give another folder"
+        )
     try:
         return Path(given or "~/.cache/nanochat-lowrank").expanduser()
     except RuntimeError:  # no such user, or one without a home folder
-        fault = (f"={given}: there is no such home folder" if given
-                 else ": not set, and there is no home folder")
+        fault = (
+            f"={given}: there is no such home folder" if given else ": not set, and there is no home folder"
+        )
         raise InputError(f"NANOCHAT_BASE_DIR{fault}; give it a folder, for example /tmp/nanochat") from None
 
 
@@ -282,6 +298,7 @@ def memory_bytes(device_type: str) -> int:
     """
     if device_type == "cuda":
         import torch
+
         if not torch.cuda.is_available():  # what that means is said by `init_process`
             return LARGEST_INTEGER
         return torch.cuda.get_device_properties(0).total_memory
@@ -294,9 +311,11 @@ def memory_bytes(device_type: str) -> int:
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 
+
 def process_layout() -> tuple[int, int, int]:
     """(rank, local rank, number of processes), as torchrun sets them; (0, 0, 1) without it."""
     from nanochat.environment import layout_of_processes
+
     return layout_of_processes()
 
 
@@ -312,6 +331,7 @@ def pick_device_type(name: str) -> str:
     InputError where there is a GPU that torch cannot use.
     """
     from nanochat.devices import usable_gpus
+
     return name or ("cuda" if usable_gpus() else "cpu")
 
 
@@ -320,11 +340,12 @@ def keep_freed_memory():
     tenth of a CPU step, at a lower peak (dev/LOG.md). Other systems are left as they are.
     """
     import ctypes
+
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-3, 17 * 2**20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 2**30)       # M_TRIM_THRESHOLD
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def multiply_by_onednn():
@@ -334,7 +355,11 @@ def multiply_by_onednn():
     whether it does on this one.
     """
     import torch
-    if processor().get("vendor_id") != "AuthenticAMD" or "avx512_bf16" not in processor().get("flags", "").split():
+
+    if (
+        processor().get("vendor_id") != "AuthenticAMD"
+        or "avx512_bf16" not in processor().get("flags", "").split()
+    ):
         return
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     x = torch.full((256, 256), 1 + 2**-12)
@@ -351,10 +376,12 @@ def init_process(device_type: str, alone: bool = False):
     import torch
 
     from nanochat.devices import take_gpu, usable_gpus
+
     rank, local_rank, world_size = process_layout()
     if alone and world_size > 1:
-        raise InputError(f"WORLD_SIZE={world_size}: this script works in one process; "
-                         "start it without torchrun")
+        raise InputError(
+            f"WORLD_SIZE={world_size}: this script works in one process; start it without torchrun"
+        )
     device_type = pick_device_type(device_type)
     if device_type == "cuda":
         if not usable_gpus():
@@ -379,6 +406,7 @@ def join_group(device, rank: int, world_size: int):
 
     from nanochat import agreement
     from nanochat.environment import WAY_OUT, check_launcher, check_rendezvous
+
     check_rendezvous()
     check_launcher()
     place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
@@ -389,11 +417,17 @@ def join_group(device, rank: int, world_size: int):
     on_gpu = device.type == "cuda"
     try:
         store = agreement.join(rank, world_size)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank,
-                                world_size=world_size, device_id=device if on_gpu else None)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if on_gpu else None,
+        )
     except (RuntimeError, ValueError) as e:
-        raise InputError(f"{place}: process {rank} of {world_size} did not find the others: {first_line(e)}; "
-                         f"{WAY_OUT}") from None
+        raise InputError(
+            f"{place}: process {rank} of {world_size} did not find the others: {first_line(e)}; {WAY_OUT}"
+        ) from None
     finally:
         patience.cancel()
 
@@ -411,21 +445,25 @@ def stop_without(parent: int, patience: float = 600):
     """Once the process that started this one is gone, ask this one to stop; end it
     `patience` seconds later.
     """
+
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
         signals.launcher_gone()
         time.sleep(patience)
         os.kill(os.getpid(), signal.SIGKILL)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
 def end_process():
     """Leave the process group, if there is one."""
     from nanochat import agreement
+
     agreement.part()
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
+
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -437,9 +475,14 @@ def compute_dtype(name: str, device_type: str, training: bool = False, before: s
     do on a CPU is done in float32.
     """
     import torch
+
     name = os.environ.get("NANOCHAT_DTYPE") or "auto" if name == "auto" else name
     fast = device_type == "cuda" or (training and multiplies_bfloat16())
-    known = {"auto": torch.bfloat16 if fast else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    known = {
+        "auto": torch.bfloat16 if fast else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
     if name not in known:
         raise InputError(f"NANOCHAT_DTYPE={name}: use one of {', '.join(known)}")
     return known[before or name if name == "auto" else name]
@@ -457,13 +500,17 @@ def processor() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return {}
-    return {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
+    return {
+        key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)
+    }
 
 
 def device_name(device) -> str:
     """'NVIDIA H100 80GB HBM3', or the processor's model name."""
     if device.type == "cuda":
         import torch
+
         return torch.cuda.get_device_name(device)
     import platform
+
     return processor().get("model name") or platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 Where a compiler does not serve, the blocks stay as they are.
 """
+
 import logging
 import os
 import re
@@ -17,7 +18,10 @@ import torch.distributed as dist
 from nanochat.common import InputError, first_line, print0
 from nanochat.functional import loss_of_logits, loss_of_logits_to_compile
 
-NEW_ENOUGH = {"g++": 11, "clang++": 14}  # versions that know every set of vector instructions that torch compiles for
+NEW_ENOUGH = {
+    "g++": 11,
+    "clang++": 14,
+}  # versions that know every set of vector instructions that torch compiles for
 PATIENCE = 60  # seconds for an empty program: a compiler that waits for a network or a licence may never end
 
 
@@ -83,8 +87,9 @@ def trouble_with_compiler() -> str:
     command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
     with tempfile.TemporaryFile() as errors:  # a child of the compiler could hold a pipe open
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                                  timeout=PATIENCE)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, timeout=PATIENCE
+            )
         except subprocess.TimeoutExpired:
             return f"the C++ compiler {compiler} does not answer within {PATIENCE} s"
         except OSError as e:
@@ -110,7 +115,10 @@ def compile_blocks(model, backend: str = "inductor"):
     """
     from torch._dynamo import config as dynamo  # slow to import
     from torch._inductor import config as inductor
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))  # under a rank schedule all blocks differ
+
+    dynamo.recompile_limit = max(
+        dynamo.recompile_limit, 2 * len(model.blocks)
+    )  # under a rank schedule all blocks differ
     if inductor.cpp.vec_isa_ok is None and knows_all_vector_instructions():
         inductor.cpp.vec_isa_ok = True
     for block in model.blocks:
@@ -133,8 +141,14 @@ def knows_all_vector_instructions() -> bool:
     the time that a cold start takes on a CPU.
     """
     compiler = os.environ.get("CXX", "g++")  # as torch chooses it
-    oldest = next((version for name, version in NEW_ENOUGH.items() if os.path.basename(compiler) == name), None)
+    oldest = next(
+        (version for name, version in NEW_ENOUGH.items() if os.path.basename(compiler) == name), None
+    )
     if oldest is None or not shutil.which(compiler):
         return False
-    version = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True).stdout.strip().split(".")[0]
+    version = (
+        subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True)
+        .stdout.strip()
+        .split(".")[0]
+    )
     return version.isdigit() and int(version) >= oldest

@@ -4,6 +4,7 @@ They may be closed, a pipe that nobody reads any more, a file on a full disk, a 
 that lacks a character. What can be printed is printed; the rest is lost. What is printed holds no commands to
 the terminal: a name, a file or a model may have made it.
 """
+
 import contextlib
 import errno
 import io
@@ -13,7 +14,7 @@ import select
 import sys
 
 READER_GONE = 141  # exit code of a tool that a broken pipe ends, as shells have it
-STALLED = 5        # seconds that a stream without blocking is waited for
+STALLED = 5  # seconds that a stream without blocking is waited for
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 COMMANDS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab, \n and \r
 CURSOR_UP = re.compile(r"\n*(\x1b\[A)*")  # what a progress bar writes between its lines, by itself
@@ -86,8 +87,13 @@ def lossy(stream, result: bool = False):
     except (OSError, ValueError):
         return stream
     buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    return Plain(buffer, stream.encoding, "backslashreplace",
-                 line_buffering=stream.line_buffering, write_through=stream.write_through)
+    return Plain(
+        buffer,
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def protect(result: bool = False):

@@ -3,6 +3,7 @@
 A record is the config.json of a run. An earlier version of this program may have written it: with fewer flags
 and with other defaults.
 """
+
 import contextlib
 import json
 from argparse import Namespace
@@ -38,8 +39,11 @@ def inheritance(args, record: dict) -> dict:
         return {}
     before = {**DEFAULTS_BEFORE, **record.get("flags", {})}
     fixed = flags_given(record) | args.given | FREE | PLACES
-    return {name: before[name] for name, value in vars(args).items()
-            if name in before and name not in fixed and before[name] != value}
+    return {
+        name: before[name]
+        for name, value in vars(args).items()
+        if name in before and name not in fixed and before[name] != value
+    }
 
 
 def inherit(args, record: dict, tag: str):
@@ -78,6 +82,7 @@ def deciding(flags: dict) -> dict:
 
 # ---- the same run or another -------------------------------------------------------------------------------
 
+
 def differences(record: dict, flags: dict, derived: dict) -> list[str]:
     """Names of what differs between a record and the run of these flags and derived values, with both values.
 
@@ -95,8 +100,9 @@ def differences(record: dict, flags: dict, derived: dict) -> list[str]:
         ignore.remove("data")  # the user who has to choose wants to know where the other text is
     before = {name: value for name, value in before.items() if name not in ignore}
     flags = {name: value for name, value in flags.items() if name not in ignore}
-    return (differing_keys(before, flags, "flags.")
-            + differing_keys(*common_values(derived_before, derived), "derived."))
+    return differing_keys(before, flags, "flags.") + differing_keys(
+        *common_values(derived_before, derived), "derived."
+    )
 
 
 def text_fingerprints(derived: dict) -> dict:

@@ -1,11 +1,12 @@
 """The evaluation bundle of the CORE metric: a folder of tasks, read and checked, or downloaded once.
 
-    core.yaml            icl_tasks: a list of label, dataset_uri, num_fewshot, icl_task_type and perhaps
-                         continuation_delimiter
-    eval_meta_data.csv   columns "Eval Task" and "Random baseline", in percent
-    eval_data/*.jsonl    one example a line, at the dataset_uri of its task
-    sha256, fingerprint  of a downloaded one: of its archive, and of the files that were read of it
+core.yaml            icl_tasks: a list of label, dataset_uri, num_fewshot, icl_task_type and perhaps
+                     continuation_delimiter
+eval_meta_data.csv   columns "Eval Task" and "Random baseline", in percent
+eval_data/*.jsonl    one example a line, at the dataset_uri of its task
+sha256, fingerprint  of a downloaded one: of its archive, and of the files that were read of it
 """
+
 import csv
 import hashlib
 import io
@@ -25,17 +26,19 @@ from nanochat.files import is_kind, parse_json, sync_folder, write_atomic
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # the fields of an example, by the kind of its task
-FIELDS = {"multiple_choice": ("query", "choices", "gold"),
-          "schema": ("context_options", "continuation", "gold"),
-          "language_modeling": ("context", "continuation")}
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
 REQUIRED = ("label", "dataset_uri", "num_fewshot", "icl_task_type")  # of a task in core.yaml
-MAX_INDEX = 2**18     # bytes of core.yaml, whose reader is slow; CORE's has 4,000
-MAX_NESTING = 10      # lists and tables in one another
-MAX_TABLE = 2**22     # bytes of eval_meta_data.csv
-MAX_BYTES = 2**30     # of all files; a file counts for each task that it belongs to
+MAX_INDEX = 2**18  # bytes of core.yaml, whose reader is slow; CORE's has 4,000
+MAX_NESTING = 10  # lists and tables in one another
+MAX_TABLE = 2**22  # bytes of eval_meta_data.csv
+MAX_BYTES = 2**30  # of all files; a file counts for each task that it belongs to
 MAX_SHOTS = 1000
 INCOMING = ".incoming."  # begins the name of a folder that a bundle is downloaded into
-MAX_OPTIONS = 1000    # answers, or contexts, of an example: they are scored together
+MAX_OPTIONS = 1000  # answers, or contexts, of an example: they are scored together
 
 
 class Unavailable(InputError):
@@ -45,10 +48,10 @@ class Unavailable(InputError):
 @dataclass(frozen=True)
 class Task:
     label: str
-    kind: str            # a key of FIELDS
-    shots: int           # examples shown before the one asked
-    delimiter: str       # between a question and its answer
-    baseline: float      # accuracy of guessing, in [0, 1)
+    kind: str  # a key of FIELDS
+    shots: int  # examples shown before the one asked
+    delimiter: str  # between a question and its answer
+    baseline: float  # accuracy of guessing, in [0, 1)
     examples: list[dict]
 
 
@@ -56,8 +59,8 @@ class Task:
 class Bundle:
     folder: Path
     tasks: list[Task]
-    fingerprint: str     # of the content of all files that were read
-    sha256: str | None   # of the archive, where it was downloaded
+    fingerprint: str  # of the content of all files that were read
+    sha256: str | None  # of the archive, where it was downloaded
 
 
 def open_bundle(folder: str = "") -> Bundle:
@@ -68,8 +71,10 @@ def open_bundle(folder: str = "") -> Bundle:
     """
     if folder:
         if not Path(folder).is_dir():
-            raise InputError(f"--core-dir {folder}: no such folder; give the one that holds core.yaml, "
-                             "eval_meta_data.csv and eval_data/")
+            raise InputError(
+                f"--core-dir {folder}: no such folder; give the one that holds core.yaml, "
+                "eval_meta_data.csv and eval_data/"
+            )
         return read_bundle(Path(folder))
     place, failures = get_base_dir() / "core", [None]
     if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
@@ -78,8 +83,10 @@ def open_bundle(folder: str = "") -> Bundle:
                 if not (place / "eval_bundle").is_dir():
                     failures = [download(URL, place)]
         except OSError as e:
-            failures = [f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); "
-                        "give the folder of one with --core-dir"]
+            failures = [
+                f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); "
+                "give the folder of one with --core-dir"
+            ]
     if dist.is_initialized():  # all go on with the bundle, or all without
         failures *= dist.get_world_size()
         dist.all_gather_object(failures, failures[0])
@@ -89,6 +96,7 @@ def open_bundle(folder: str = "") -> Bundle:
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
+
 
 class Files:
     """The files of a bundle, read within limits."""
@@ -102,14 +110,18 @@ class Files:
         """The text of one. InputError if it is missing, too large or no UTF-8."""
         path = self.folder / name
         if not path.is_file():
-            raise InputError(f"{path}: missing from the evaluation bundle; unpack it again, "
-                             "or give a whole one with --core-dir")
+            raise InputError(
+                f"{path}: missing from the evaluation bundle; unpack it again, "
+                "or give a whole one with --core-dir"
+            )
         limit = min(limit, self.left)
         with open(path, "rb") as f:
             data = f.read(min(limit, path.stat().st_size) + 1)
         if len(data) > limit:
-            raise InputError(f"{path}: too large: core.yaml may have {MAX_INDEX:,} bytes, eval_meta_data.csv "
-                             f"{MAX_TABLE:,}, and all that the tasks read {MAX_BYTES:,}")
+            raise InputError(
+                f"{path}: too large: core.yaml may have {MAX_INDEX:,} bytes, eval_meta_data.csv "
+                f"{MAX_TABLE:,}, and all that the tasks read {MAX_BYTES:,}"
+            )
         self.left -= len(data)
         self.digest.update(data)
         try:
@@ -132,8 +144,10 @@ def read_downloaded(folder: Path) -> Bundle:
     """InputError, too, if it is not what was downloaded. Earlier versions kept no fingerprint."""
     bundle = read_bundle(folder)
     if sum_beside(folder, "fingerprint", 16) not in (None, bundle.fingerprint):
-        raise InputError(f"{folder}: its files are no longer those that were downloaded; remove the folder, "
-                         "and the bundle is downloaded again")
+        raise InputError(
+            f"{folder}: its files are no longer those that were downloaded; remove the folder, "
+            "and the bundle is downloaded again"
+        )
     return bundle
 
 
@@ -145,8 +159,10 @@ def sum_beside(folder: Path, name: str, digits: int) -> str | None:
     with open(path, "rb") as f:
         text = f.read(100).decode("utf-8", "replace").strip()
     if not re.fullmatch(f"[0-9a-f]{{{digits}}}", text):
-        raise InputError(f"{path}: not a sum of {digits} digits, but {quoted(text)}; "
-                         "remove the bundle's folder, and it is downloaded again")
+        raise InputError(
+            f"{path}: not a sum of {digits} digits, but {quoted(text)}; "
+            "remove the bundle's folder, and it is downloaded again"
+        )
     return text
 
 
@@ -183,14 +199,17 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
         raise InputError(f"{path}: not a table in CSV: {e}") from None
     if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
         there = shortened(", ".join(columns)) or "none"
-        raise InputError(f"{path}: no column {' and no column '.join(map(repr, missing))}; "
-                         f"there are: {there}")
+        raise InputError(
+            f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {there}"
+        )
     baselines = {}
     for row in rows:
         task, baseline = row["Eval Task"], row["Random baseline"]
         if baselines.setdefault(task, baseline) != baseline:
-            raise InputError(f"{path}: task {task} is listed twice, "
-                             f"with \"Random baseline\" {baselines[task]} and {baseline}; leave one of them")
+            raise InputError(
+                f"{path}: task {task} is listed twice, "
+                f'with "Random baseline" {baselines[task]} and {baseline}; leave one of them'
+            )
     return baselines
 
 
@@ -218,22 +237,28 @@ def read_task(files: Files, entry: dict, baselines: dict) -> Task:
         raise InputError(f"{where}: unknown icl_task_type {in_words(kind, repr)}; known: {', '.join(FIELDS)}")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
     if type(shots) is not int or not 0 <= shots <= MAX_SHOTS:
-        raise InputError(f"{where}: num_fewshot {in_words(shots, repr)} is not a list of one whole number "
-                         f"up to {MAX_SHOTS:,}")
+        raise InputError(
+            f"{where}: num_fewshot {in_words(shots, repr)} is not a list of one whole number "
+            f"up to {MAX_SHOTS:,}"
+        )
     delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(delimiter, str) or not encodable(delimiter):
         raise InputError(f"{where}: continuation_delimiter {in_words(delimiter, repr)} is not text")
     given = baselines.get(label)
     if (baseline := percent(given)) is None:
-        raise InputError(f"{files.folder / 'eval_meta_data.csv'}: "
-                         f"no \"Random baseline\" in percent for task {label}: {quoted(given or '')}; "
-                         "give 0, or a number from 1 to below 100, such as 25 for one of four answers")
+        raise InputError(
+            f"{files.folder / 'eval_meta_data.csv'}: "
+            f'no "Random baseline" in percent for task {label}: {quoted(given or "")}; '
+            "give 0, or a number from 1 to below 100, such as 25 for one of four answers"
+        )
     name = data_file(entry["dataset_uri"], where)
     lines = [(number, line) for number, line in enumerate(files.read(name).split("\n"), 1) if line.strip()]
     examples = [read_example(line, kind, f"{files.folder / name}: line {number}") for number, line in lines]
     if len(examples) <= shots:
-        raise InputError(f"{files.folder / name}: {len(examples)} examples, but task {label} asks about one "
-                         f"after showing {shots} others")
+        raise InputError(
+            f"{files.folder / name}: {len(examples)} examples, but task {label} asks about one "
+            f"after showing {shots} others"
+        )
     return Task(label, kind, shots, delimiter, baseline / 100, examples)
 
 
@@ -263,8 +288,10 @@ def read_example(line: str, kind: str, where: str) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{where}: not a JSON object")
     if missing := [name for name in FIELDS[kind] if name not in content]:
-        raise InputError(f"{where}: {', '.join(map(repr, missing))} missing; "
-                         f"a {kind} example has {', '.join(FIELDS[kind])}")
+        raise InputError(
+            f"{where}: {', '.join(map(repr, missing))} missing; "
+            f"a {kind} example has {', '.join(FIELDS[kind])}"
+        )
     example = {name: content[name] for name in FIELDS[kind]}
     for name, value in example.items():
         if name in ("query", "context", "continuation") and not isinstance(value, str):
@@ -285,8 +312,9 @@ def check_options(name: str, options, gold, where: str):
     if len(options) > MAX_OPTIONS:
         raise InputError(f"{where}: {name!r} has {len(options):,} texts, more than {MAX_OPTIONS:,}")
     if type(gold) is not int or not 0 <= gold < len(options):
-        raise InputError(f"{where}: 'gold' is {in_words(gold, repr)}, "
-                         f"not the index of one of the {len(options)} {name}")
+        raise InputError(
+            f"{where}: 'gold' is {in_words(gold, repr)}, not the index of one of the {len(options)} {name}"
+        )
 
 
 def encodable(text: str) -> bool:
@@ -299,6 +327,7 @@ def encodable(text: str) -> bool:
 
 
 # ---- downloading -------------------------------------------------------------------------------------------
+
 
 def download(url: str, place: Path) -> str | None:
     """Fetch the archive and put its content at place/eval_bundle, whole and read once; else say why not.
@@ -323,7 +352,9 @@ def download(url: str, place: Path) -> str | None:
         sync_folder(place)
     except (OSError, InputError) as e:
         reason = str(e).replace(f"{unpacked}/", "").replace(f"{staging}/", "")
-        return (f"no evaluation bundle in {place / 'eval_bundle'}, and downloading {url} failed ({reason}); "
-                "fetch that file elsewhere, unzip it, and give its folder with --core-dir")
+        return (
+            f"no evaluation bundle in {place / 'eval_bundle'}, and downloading {url} failed ({reason}); "
+            "fetch that file elsewhere, unzip it, and give its folder with --core-dir"
+        )
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,6 +6,7 @@ Three kinds of task, each asked after a few solved examples of the same task:
     language_modeling  a context and its continuation: right if the greedy choice is the continuation's token at every place
 A task's accuracy a is centred on the accuracy g of guessing, (a - g) / (1 - g): 0 is guessing, 1 is all right. CORE is the mean over tasks.
 """
+
 import random
 from dataclasses import dataclass
 
@@ -20,11 +21,12 @@ from nanochat.engine import prefill
 from nanochat.functional import SOFTCAP, rows_at_once, squashed
 from nanochat.signals import NEVER, StopRequest
 
-DRAWS = 10_000    # of the bootstrap
-MOST_ROWS = 256   # continuations in a batch: their first tokens' logits are held at once
+DRAWS = 10_000  # of the bootstrap
+MOST_ROWS = 256  # continuations in a batch: their first tokens' logits are held at once
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
+
 
 def chosen(task: Task, max_per_task: int) -> list[int]:
     """The examples to ask about: all, or a seeded draw of so many; a larger draw contains the smaller."""
@@ -57,7 +59,10 @@ def prompts(task: Task, number: int) -> list[str]:
     example = task.examples[number]
     before = "".join(solved(task, shot) + "\n\n" for shot in shots(task, number))
     if task.kind == "multiple_choice":
-        return [before + solved(task, {**example, "choices": [choice], "gold": 0}) for choice in example["choices"]]
+        return [
+            before + solved(task, {**example, "choices": [choice], "gold": 0})
+            for choice in example["choices"]
+        ]
     if task.kind == "schema":
         return [before + solved(task, {**example, "gold": i}) for i in range(len(example["context_options"]))]
     return [(before + solved(task, {**example, "continuation": ""})).rstrip(), before + solved(task, example)]
@@ -65,9 +70,11 @@ def prompts(task: Task, number: int) -> list[str]:
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Question:
     """An example as tokens: rows of a prompt and its continuations, int32."""
+
     number: int
     gold: int | None  # which of all continuations is right; None: the only one, if it is the greedy choice
     rows: list[tuple[np.ndarray, list[np.ndarray]]]
@@ -75,7 +82,10 @@ class Question:
 
 def common_length(sequences: list[list[int]]) -> int:
     """How many tokens all of them begin with."""
-    low, high = min(sequences), max(sequences)  # in lexical order: all others lie between and begin with what these two share
+    low, high = (
+        min(sequences),
+        max(sequences),
+    )  # in lexical order: all others lie between and begin with what these two share
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
@@ -101,19 +111,36 @@ def question(task: Task, number: int, tokenizer, context: int) -> Question:
         raise InputError(f"CORE task {task.label}, example {number + 1}: empty")
     longest = max(len(c) for _, continuations in rows for c in continuations)
     if longest > context:
-        raise InputError(f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, more than the model's context of "
-                         f"{context}; leave the task out of core.yaml, or train with a longer --max-seq-len")
+        raise InputError(
+            f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, more than the model's context of "
+            f"{context}; leave the task out of core.yaml, or train with a longer --max-seq-len"
+        )
     keep = context + 1 - longest  # the last token is predicted only
-    return Question(number, task.examples[number].get("gold"),
-                    [(np.array(prompt[-keep:], np.int32), [np.array(c, np.int32) for c in continuations]) for prompt, continuations in rows])
+    return Question(
+        number,
+        task.examples[number].get("gold"),
+        [
+            (np.array(prompt[-keep:], np.int32), [np.array(c, np.int32) for c in continuations])
+            for prompt, continuations in rows
+        ],
+    )
 
 
-def questions(bundle: Bundle, tokenizer, context: int, max_per_task: int, rank: int = 0, world_size: int = 1) -> list[list[Question]]:
+def questions(
+    bundle: Bundle, tokenizer, context: int, max_per_task: int, rank: int = 0, world_size: int = 1
+) -> list[list[Question]]:
     """This process's share of each task's questions."""
-    return [[question(task, number, tokenizer, context) for number in chosen(task, max_per_task)[rank::world_size]] for task in bundle.tasks]
+    return [
+        [
+            question(task, number, tokenizer, context)
+            for number in chosen(task, max_per_task)[rank::world_size]
+        ]
+        for task in bundle.tasks
+    ]
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
+
 
 def row_length(row) -> int:
     """Tokens of the prompt and its longest continuation, whose last is predicted only."""
@@ -128,7 +155,11 @@ def batches(rows: list, tokens: int) -> list[list[int]]:
     out = []
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][1]), -row_length(rows[i]))):
         first, n = rows[out[-1][0]] if out else None, len(rows[i][1])
-        if not out or len(first[1]) != n or (len(out[-1]) + 1) * n > min(MOST_ROWS, tokens // row_length(first)):
+        if (
+            not out
+            or len(first[1]) != n
+            or (len(out[-1]) + 1) * n > min(MOST_ROWS, tokens // row_length(first))
+        ):
             out.append([])
         out[-1].append(i)
     return out
@@ -143,20 +174,28 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     """
     continuations = [c for _, of_row in rows for c in of_row]
     each, T = len(rows[0][1]), max(map(len, continuations)) - 1  # the last token is predicted only
-    logits, cache = prefill(model, [prompt.tolist() for prompt, _ in rows], max(len(prompt) for prompt, _ in rows) + T, dtype)
+    logits, cache = prefill(
+        model, [prompt.tolist() for prompt, _ in rows], max(len(prompt) for prompt, _ in rows) + T, dtype
+    )
     cache.repeat(each)
     targets = np.full((len(continuations), 1 + T), -1)  # padded at the end, where no token before it looks
     for row, c in zip(targets, continuations):
-        row[:len(c)] = c
+        row[: len(c)] = c
     targets = torch.from_numpy(targets).to(logits.device)
-    losses, greedy = torch.zeros(targets.shape, device=logits.device), torch.ones_like(targets, dtype=torch.bool)
+    losses, greedy = (
+        torch.zeros(targets.shape, device=logits.device),
+        torch.ones_like(targets, dtype=torch.bool),
+    )
     losses[:, 0], greedy[:, 0] = judged(logits.repeat_interleave(each, dim=0), targets[:, 0])
     if T:
         real = targets[:, 1:] >= 0
         with model.eager():
             x, weight = model.head(targets[:, :-1].clamp(min=0), dtype, cache)
         x, n = x[real.flatten()], rows_at_once(x, weight.size(0))
-        parts = [judged(SOFTCAP * squashed(part, weight), target) for part, target in zip(x.split(n), targets[:, 1:][real].split(n))]
+        parts = [
+            judged(SOFTCAP * squashed(part, weight), target)
+            for part, target in zip(x.split(n), targets[:, 1:][real].split(n))
+        ]
         losses[:, 1:][real], greedy[:, 1:][real] = (torch.cat(values) for values in zip(*parts))
     means = losses.double().sum(1).cpu() / torch.tensor([len(c) for c in continuations])
     return list(zip(means.tolist(), greedy.all(1).tolist()))
@@ -167,8 +206,9 @@ def judged(logits, targets):
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
-def score(model, rows: list, dtype, tokens: int,
-          stop: StopRequest = NEVER) -> list[list[tuple[float, bool]]] | None:
+def score(
+    model, rows: list, dtype, tokens: int, stop: StopRequest = NEVER
+) -> list[list[tuple[float, bool]]] | None:
     """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process
     was asked to stop before the last.
     """
@@ -189,8 +229,9 @@ def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
     return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
 
 
-def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int,
-                  stop: StopRequest = NEVER) -> dict | None:
+def evaluate_core(
+    model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER
+) -> dict | None:
     """CORE from `questions`, over all processes. None if one of them was asked to stop before it was through.
 
     tokens: held in one forward pass, padding included; each answer to a question counts with its prompt.
@@ -212,8 +253,13 @@ def evaluate_core(model, bundle: Bundle, asked: list[list[Question]], dtype, tok
     if counts[-1].any():
         return None
     for task, (correct, n) in zip(bundle.tasks, counts.tolist()):
-        tasks[task.label] = {"accuracy": correct / n, "baseline": task.baseline, "centered": centered(correct / n, task.baseline),
-                             "correct": int(correct), "examples": int(n)}
+        tasks[task.label] = {
+            "accuracy": correct / n,
+            "baseline": task.baseline,
+            "centered": centered(correct / n, task.baseline),
+            "correct": int(correct),
+            "examples": int(n),
+        }
     results = {label: values["centered"] for label, values in tasks.items()}
     return {"core_metric": sum(results.values()) / len(results), "centered_results": results, "tasks": tasks}
 
@@ -229,10 +275,18 @@ def with_intervals(results: dict, seed: int = 0) -> dict:
     binomial, and that is what is drawn. A task with none or all right has an interval of no width.
     """
     rng = np.random.default_rng(seed)
-    draws = {label: centered(rng.binomial(t["examples"], t["accuracy"], DRAWS) / t["examples"], t["baseline"])
-             for label, t in results["tasks"].items()}
+    draws = {
+        label: centered(rng.binomial(t["examples"], t["accuracy"], DRAWS) / t["examples"], t["baseline"])
+        for label, t in results["tasks"].items()
+    }
 
     def interval(values):
         return np.quantile(values, [0.025, 0.975]).tolist()
-    return {**results, "core_metric_interval": interval(np.mean(list(draws.values()), axis=0)),
-            "tasks": {label: {**t, "centered_interval": interval(draws[label])} for label, t in results["tasks"].items()}}
+
+    return {
+        **results,
+        "core_metric_interval": interval(np.mean(list(draws.values()), axis=0)),
+        "tasks": {
+            label: {**t, "centered_interval": interval(draws[label])} for label, t in results["tasks"].items()
+        },
+    }

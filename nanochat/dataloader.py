@@ -8,6 +8,7 @@ so every row begins with BOS, every row is full, a cut document goes on in anoth
 once an epoch: only the tail of less than T slots is dropped. Training visits the rows of an epoch in a random order drawn
 from (seed, epoch), hence row k of training depends on (corpus, tokenizer, T, seed, k) alone.
 """
+
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -23,6 +24,7 @@ OPEN_SHARDS = 32  # of a split, memory-mapped at once: each takes an open file; 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
+
 class Rows:
     """The packed rows of one split. `row(i)` is the i-th in text order, `training_row(k)` the k-th that training visits."""
 
@@ -33,7 +35,9 @@ class Rows:
         sizes = [len(self.tokens(i)) for i in range(len(shards))]
         self.starts = np.cumsum([0] + sizes)  # slot at which each shard begins
         self.count = int(self.starts[-1]) // T
-        self.dropped = 1 - self.count * T / max(1, int(self.starts[-1]))   # fraction of slots in no row: the tail
+        self.dropped = 1 - self.count * T / max(
+            1, int(self.starts[-1])
+        )  # fraction of slots in no row: the tail
         self._epoch, self._order = None, None
 
     def row(self, i: int) -> np.ndarray:
@@ -43,14 +47,16 @@ class Rows:
         part = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while filled <= self.T:  # a row may span shards
             offset = begin + filled - 1 - int(self.starts[part])
-            piece = self.tokens(part)[offset:offset + self.T + 1 - filled]
-            out[filled:filled + len(piece)] = piece
+            piece = self.tokens(part)[offset : offset + self.T + 1 - filled]
+            out[filled : filled + len(piece)] = piece
             filled, part = filled + len(piece), part + 1
         if out.max() >= self.vocab_size:
             cache = get_base_dir() / "token_cache"
-            raise InputError(f"{cache}: row {i} has the number {out.max()}, and there are {self.vocab_size} "
-                             "tokens: the disk has changed a token cache; start base_train or adapter_train "
-                             "with --verify, which builds it again")
+            raise InputError(
+                f"{cache}: row {i} has the number {out.max()}, and there are {self.vocab_size} "
+                "tokens: the disk has changed a token cache; start base_train or adapter_train "
+                "with --verify, which builds it again"
+            )
         return out
 
     def training_row(self, k: int) -> np.ndarray:
@@ -71,7 +77,9 @@ def batch_of(rows: list[np.ndarray], device):
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
-def training_batch(rows: Rows, first_row: int, rank: int, world_size: int, device_batch_size: int, micro_step: int, device):
+def training_batch(
+    rows: Rows, first_row: int, rank: int, world_size: int, device_batch_size: int, micro_step: int, device
+):
     """One process's part of the step that begins at row `first_row`: the processes share each micro-step's rows in order."""
     start = first_row + (micro_step * world_size + rank) * device_batch_size
     return batch_of([rows.training_row(start + i) for i in range(device_batch_size)], device)
@@ -84,8 +92,12 @@ def training_batches(rows: Rows, first_row: int, rank: int, world_size: int, dev
     first = first_row // (world_size * device_batch_size)
     on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
     with ThreadPoolExecutor(1, **on_device) as background:
+
         def prepare(micro_step):
-            return background.submit(training_batch, rows, 0, rank, world_size, device_batch_size, micro_step, device)
+            return background.submit(
+                training_batch, rows, 0, rank, world_size, device_batch_size, micro_step, device
+            )
+
         ahead = prepare(first)
         for micro_step in count(first + 1):
             batch, ahead = ahead.result(), prepare(micro_step)

@@ -2,6 +2,7 @@
 
 Download:  python -m nanochat.dataset --data climbmix -n 8 -w 4
 """
+
 import argparse
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from nanochat.splits import TEST, in_words, shortened, sort_folder
 @dataclass(frozen=True)
 class Shard:
     """A unit of text that is tokenised and cached by itself."""
+
     name: str
     paths: tuple[Path, ...]  # one file of many documents, or many files of one document each
 
@@ -55,14 +57,17 @@ class Shard:
 @dataclass(frozen=True)
 class AnnouncedShard(Shard):
     """A shard that process 0 of a run has listed and hashed. This process reads it only to tokenise it."""
+
     fingerprint: str = ""
 
     def located(self) -> Iterator[tuple[str, str]]:
         """As of any shard. InputError too where this process has other text than process 0."""
         fingerprint = Shard(self.name, self.paths).fingerprint
         if fingerprint != self.fingerprint:
-            raise InputError(f"{self.paths[0]}: other text than process 0 has (fingerprint {fingerprint}, "
-                             f"there {self.fingerprint}); give all processes the same files")
+            raise InputError(
+                f"{self.paths[0]}: other text than process 0 has (fingerprint {fingerprint}, "
+                f"there {self.fingerprint}); give all processes the same files"
+            )
         yield from super().located()
 
 
@@ -73,6 +78,7 @@ class Corpus:
     folder: where its files are. left_out: reason -> names of files there that are in neither split.
     note: how the validation text was chosen, where it has no name of its own.
     """
+
     name: str
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
@@ -150,13 +156,16 @@ def open_corpus(data: str) -> Corpus:
         return _open_downloaded(data)
     folder = Path(data).expanduser()
     if not data or not folder.exists():
-        raise InputError(f"--data {data or repr(data)}: neither a folder nor one of stdlib, {', '.join(HUB_SETS)}")
+        raise InputError(
+            f"--data {data or repr(data)}: neither a folder nor one of stdlib, {', '.join(HUB_SETS)}"
+        )
     if not folder.is_dir():
         raise InputError(f"--data {data}: a file; give the folder it is in")
     return _open_folder(folder)
 
 
 # ---- the embedded corpus --------------------------------------------------------------------------------------------
+
 
 def _open_stdlib() -> Corpus:
     root = set_folder("stdlib")
@@ -170,9 +179,13 @@ def _open_stdlib() -> Corpus:
 
 def _sources(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [s for s in subfolders
-                         if s not in ("site-packages", "dist-packages", "__pycache__")
-                         and not s.startswith(".") and not Path(folder, s, "pyvenv.cfg").exists()]
+        subfolders[:] = [
+            s
+            for s in subfolders
+            if s not in ("site-packages", "dist-packages", "__pycache__")
+            and not s.startswith(".")
+            and not Path(folder, s, "pyvenv.cfg").exists()
+        ]
         yield from (path for name in files if (path := Path(folder, name)).suffix == ".py" and path.is_file())
 
 
@@ -182,6 +195,7 @@ def _is_val(name: str) -> bool:
 
 
 # ---- a folder of the user's -----------------------------------------------------------------------------------------
+
 
 def _open_folder(folder: Path) -> Corpus:
     text = sort_folder(folder)
@@ -194,8 +208,10 @@ def _open_folder(folder: Path) -> Corpus:
         if tests := text.left_out.get(TEST):
             names = ", ".join(shortened(tests))
             problem += f", beside {names} ({TEST}, left out: call it val to validate on it)"
-        raise InputError(f"--data {folder}: {problem}; it takes text to train on and text to validate on, "
-                         "in two files or more")
+        raise InputError(
+            f"--data {folder}: {problem}; it takes text to train on and text to validate on, "
+            "in two files or more"
+        )
     path = os.path.abspath(folder)
     return Corpus(Path(path).name, _shards(text.train), _shards(text.val), folder, text.left_out, note, path)
 
@@ -208,6 +224,7 @@ def _shards(files: list[Path]) -> tuple[Shard, ...]:
 
 
 # ---- downloaded sets ------------------------------------------------------------------------------------------------
+
 
 def _open_downloaded(name: str) -> Corpus:
     folder = set_folder(name)
@@ -227,16 +244,26 @@ def _open_downloaded(name: str) -> Corpus:
 
 
 def parse(argv=None):
-    parser = ArgumentParser("Download a public corpus: its validation file first, then training files. "
-                            "Files that are there already are compared with what the hub lists, and fetched "
-                            "again if they differ. HF_ENDPOINT names another host, HF_TOKEN a login.")
+    parser = ArgumentParser(
+        "Download a public corpus: its validation file first, then training files. "
+        "Files that are there already are compared with what the hub lists, and fetched "
+        "again if they differ. HF_ENDPOINT names another host, HF_TOKEN a login."
+    )
     parser.add_argument("--data", choices=HUB_SETS, required=True, help="which one")
-    parser.add_argument("-n", type=whole_number(0, off=-1), default=argparse.SUPPRESS, metavar="N",
-                        help="training files to have, -1 = all (default: 8, or all if there are fewer; with "
-                        "--verify those that are there)")
+    parser.add_argument(
+        "-n",
+        type=whole_number(0, off=-1),
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="training files to have, -1 = all (default: 8, or all if there are fewer; with "
+        "--verify those that are there)",
+    )
     parser.add_argument("-w", type=whole_number(1), default=4, metavar="N", help="parallel downloads")
-    parser.add_argument("--verify", action="store_true",
-                        help="read all files whole, and their token caches, and compare them with their sums")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files whole, and their token caches, and compare them with their sums",
+    )
     return parser.parse_args(argv)
 
 
@@ -245,7 +272,9 @@ def main(argv=None):
     hub_set = HUB_SETS[args.data]
     count = getattr(args, "n", min(8, hub_set.train_files))
     if count > hub_set.train_files:
-        raise InputError(f"-n {count}: {args.data} has {hub_set.train_files} training files; -1 fetches all of them")
+        raise InputError(
+            f"-n {count}: {args.data} has {hub_set.train_files} training files; -1 fetches all of them"
+        )
     folder = set_folder(args.data)
     create_folder(folder)
     with locked(folder / ".lock"):  # a second process waits, and then finds the files
@@ -257,15 +286,18 @@ def main(argv=None):
             wanted = {hub_set.val_file}
         missing = {path: f for path, f in every.items() if f in wanted and path not in present}
         if args.verify and not present:
-            raise InputError("--verify: nothing is downloaded; "
-                             f"run: python -m nanochat.dataset --data {args.data}")
+            raise InputError(
+                f"--verify: nothing is downloaded; run: python -m nanochat.dataset --data {args.data}"
+            )
         failures = complete(hub_set, folder, present, missing, args.w, args.verify)
     for path, reason in sorted(failures.items()):
         print(f"missing {path.name}: {reason}", file=sys.stderr)
     if failures:
         total = len(present | missing)
-        raise InputError(f"--data {args.data}: {len(failures)} of {total} files missing; "
-                         "the others are kept, run the same command again to fetch the rest")
+        raise InputError(
+            f"--data {args.data}: {len(failures)} of {total} files missing; "
+            "the others are kept, run the same command again to fetch the rest"
+        )
     train_files = sum(f != hub_set.val_file for f in (present | missing).values())
     print(f"{args.data}: {train_files} training files and the validation file are in {folder}")
     if args.verify:
@@ -274,6 +306,7 @@ def main(argv=None):
 
 def verify_token_caches(paths: list[Path]):
     from nanochat.token_cache import remove_damaged  # here: numpy, which downloading does not need
+
     count, removed = remove_damaged(_shards(paths))
     kept = "all as they were built" if not removed else f"{removed} removed: they are built again when needed"
     print(f"token caches of these files: {count} read, {kept}")

@@ -1,4 +1,5 @@
 """Whether torch can use the GPUs of this machine; and, as a script, how many: python -m nanochat.devices"""
+
 import glob
 import os
 import warnings
@@ -16,15 +17,18 @@ def usable_gpus() -> int:
     the CPU, unnoticed for hours.
     """
     import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says there what is said below
         if torch.cuda.is_available():
             return torch.cuda.device_count()
         listed = 0 if hidden() else max(torch.cuda.device_count(), len(device_files()))
     if listed:
-        raise InputError(f"--device-type: this machine has {listed} GPU(s), "
-                         f"but torch {torch.__version__} cannot use them: {reason()}; "
-                         f"install a driver and a build of torch that fit each other, {ON_THE_CPU}")
+        raise InputError(
+            f"--device-type: this machine has {listed} GPU(s), "
+            f"but torch {torch.__version__} cannot use them: {reason()}; "
+            f"install a driver and a build of torch that fit each other, {ON_THE_CPU}"
+        )
     return 0
 
 
@@ -52,6 +56,7 @@ def opens(path: str) -> bool:
 def reason() -> str:
     """Why CUDA does not start, in torch's words."""
     import torch
+
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
@@ -62,6 +67,7 @@ def reason() -> str:
 def take_gpu(number: int):
     """Make this the process's GPU, and compute something on it. InputError if it does not."""
     import torch
+
     count = torch.cuda.device_count()
     if number >= count:
         raise InputError(f"--nproc_per_node: process {number} on this machine has no GPU, there are {count}")
@@ -70,8 +76,10 @@ def take_gpu(number: int):
         torch.ones(1, device="cuda").add_(1)
         torch.cuda.synchronize()
     except RuntimeError as e:  # another process has it for itself, it is full, or torch was not built for it
-        raise InputError(f"--device-type cuda: GPU {number} cannot be used: {first_line(e)}; "
-                         f"choose others with CUDA_VISIBLE_DEVICES, {ON_THE_CPU}") from None
+        raise InputError(
+            f"--device-type cuda: GPU {number} cannot be used: {first_line(e)}; "
+            f"choose others with CUDA_VISIBLE_DEVICES, {ON_THE_CPU}"
+        ) from None
 
 
 if __name__ == "__main__":

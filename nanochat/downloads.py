@@ -2,6 +2,7 @@
 
 Where the hub cannot be reached, files are compared with what they were when it last was.
 """
+
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,14 @@ from nanochat.files import remove_temporary
 from nanochat.hub import ATTEMPTS, HubFile, HubSet, download, list_files
 
 
-def complete(hub_set: HubSet, folder: Path, present: dict[Path, str], missing: dict[Path, str],
-             workers: int, verify: bool) -> dict[Path, str]:
+def complete(
+    hub_set: HubSet,
+    folder: Path,
+    present: dict[Path, str],
+    missing: dict[Path, str],
+    workers: int,
+    verify: bool,
+) -> dict[Path, str]:
     """Compare the present files with the hub's and fetch what differs or is missing. Returns why each failed
     one is not there. The caller holds the folder's lock.
 
@@ -37,19 +44,25 @@ def complete(hub_set: HubSet, folder: Path, present: dict[Path, str], missing: d
     for path, fault in sorted(faults.items()):
         print(f"{path}: {fault}: fetched again", flush=True)
     wanted = [path for path in every if path in missing or path in faults]
-    failures = {path: f"{hub_set.repo} has no file {every[path]}*{hub_set.suffix}" for path in wanted
-                if every[path] not in listed}
+    failures = {
+        path: f"{hub_set.repo} has no file {every[path]}*{hub_set.suffix}"
+        for path in wanted
+        if every[path] not in listed
+    }
     files = {path: listed[every[path]] for path in wanted if path not in failures}
 
     def when_fetched(path: Path, file):
         sums.add(path, file.size, file.sum)
         sums.save()
+
     if files:
         failures |= download(hub_set, revision, files, staging, workers, when_fetched)
     shutil.rmtree(staging, ignore_errors=True)  # a killed download's, where there was nothing to fetch
     if unknown := [path for path, f in every.items() if f in listed and not listed[f].sum]:
-        print(f"{len(unknown)} file(s) ({unknown[0].name}, …) are compared by size alone: "
-              "the hub tells no sum of them")
+        print(
+            f"{len(unknown)} file(s) ({unknown[0].name}, …) are compared by size alone: "
+            "the hub tells no sum of them"
+        )
     return failures
 
 
@@ -58,13 +71,21 @@ def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, ver
 
     files: path -> what it is to be; None where that is not known.
     """
+
     def fault_of(path: Path) -> str:
         known = files[path]
         return sums.compare(path, known.size, known.sum, verify) if known else sums.fault(path)
+
     pool = ThreadPoolExecutor(workers)
     try:
-        bar = tqdm(pool.map(fault_of, files), total=len(files), desc="comparing", unit="file", leave=False,
-                   disable=None)
+        bar = tqdm(
+            pool.map(fault_of, files),
+            total=len(files),
+            desc="comparing",
+            unit="file",
+            leave=False,
+            disable=None,
+        )
         faults = dict(zip(files, bar))
     finally:  # also where the user loses patience: hundreds of GB are not read twice
         pool.shutdown(cancel_futures=True)
@@ -75,8 +96,11 @@ def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, ver
 
 def compare_offline(sums: FileSums, paths: list[Path], reason: str, workers: int, verify: bool):
     """Compare files with what they were when the hub was last reached. InputError if one differs."""
-    known = {path: HubFile("", record["size"], record["sum"]) for path in paths
-             if (record := sums.files.get(path.name)) and record["stamp"] != BAD}
+    known = {
+        path: HubFile("", record["size"], record["sum"])
+        for path in paths
+        if (record := sums.files.get(path.name)) and record["stamp"] != BAD
+    }
     faults = compare(sums, {path: known.get(path) for path in paths}, workers, verify)
     if faults:
         path, fault = min(faults.items())

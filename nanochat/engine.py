@@ -4,6 +4,7 @@ A batch of prompts of unequal lengths is padded on the left, so that all rows wr
 Rotary scores depend on distances only, so a row may begin at any slot: its logits are those it would have by itself, up to rounding.
 Shapes as in gpt.py; S: slots of the cache.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +15,8 @@ from nanochat.common import InputError
 from nanochat.functional import SOFTCAP, for_rows, squashed
 from nanochat.gpt import GPT, GPTConfig
 
-
 # ---- the cache ------------------------------------------------------------------------------------------------------
+
 
 class KVCache:
     """Keys and values of every layer for the positions read so far, and the last token's embedding, which the smear needs.
@@ -27,12 +28,16 @@ class KVCache:
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype, device, padding=None):
         shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.config, self.device, self.length, self.padding = config, device, 0, padding
-        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device) for _ in config.positions] for _ in range(2))  # a (B, K, S, D) each
+        self.keys, self.values = (
+            [torch.empty(shape, dtype=dtype, device=device) for _ in config.positions] for _ in range(2)
+        )  # a (B, K, S, D) each
         self.last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
 
     def repeat(self, times: int):
         """Every row `times` times, one after another."""
-        self.keys, self.values = ([t.repeat_interleave(times, dim=0) for t in tensors] for tensors in (self.keys, self.values))
+        self.keys, self.values = (
+            [t.repeat_interleave(times, dim=0) for t in tensors] for tensors in (self.keys, self.values)
+        )
         self.last = self.last.repeat_interleave(times, dim=0)
         self.padding = None if self.padding is None else self.padding.repeat_interleave(times)
 
@@ -72,11 +77,14 @@ class KVCache:
         if T == 1:
             return real
         n = end - start
-        itself = torch.eye(n, dtype=torch.bool, device=self.device)[-T:]  # padding too must see something, or it would be NaN
+        itself = torch.eye(n, dtype=torch.bool, device=self.device)[
+            -T:
+        ]  # padding too must see something, or it would be NaN
         return (window_mask(n, window, self.device)[-T:] & real) | itself
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
+
 
 def next_logits(model: GPT, idx, dtype, cache: KVCache):
     """idx: (B, T), the tokens after those in the cache, which are added to it -> float32 logits (B, V) of the one that follows."""
@@ -107,8 +115,9 @@ def sample(logits, temperature: float, top_k: int, top_p: float, rng):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = F.softmax(logits, dim=-1)
     if not probabilities.isfinite().all():  # drawing from them would end a GPU's whole process
-        raise InputError("the model's logits are not finite numbers: it diverged in training; "
-                         "take an earlier checkpoint")
+        raise InputError(
+            "the model's logits are not finite numbers: it diverged in training; take an earlier checkpoint"
+        )
     if top_p < 1:  # the fewest tokens whose probabilities add up to top_p
         descending, order = probabilities.sort(descending=True)
         beyond = descending.cumsum(dim=-1) - descending >= top_p
@@ -118,12 +127,22 @@ def sample(logits, temperature: float, top_k: int, top_p: float, rng):
 
 def what_fits(tokens: list[int], context: int) -> list[int]:
     """All tokens or, where they are more than the context, the first (BOS, as in every row of training) and the last half a context."""
-    return tokens if len(tokens) <= context else tokens[:1] + tokens[-(context // 2):]
+    return tokens if len(tokens) <= context else tokens[:1] + tokens[-(context // 2) :]
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int = 1, temperature: float = 0.8, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop: tuple[int, ...] = (), dtype=torch.float32) -> Iterator[list[int | None]]:
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    dtype=torch.float32,
+) -> Iterator[list[int | None]]:
     """Yield, up to max_tokens times, the next token of every row; rows are the samples of the first prompt, of the second, ….
 
     A row ends at a token of `stop`: None in its place and from there on; when all have ended, nothing more is yielded. The samples
@@ -138,7 +157,10 @@ def generate(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int
     slots = min(context, max(map(len, rows)) + max_tokens)
     logits, cache = prefill(model, rows, slots, dtype)
     if samples > 1:
-        rows, logits = [list(row) for row in rows for _ in range(samples)], logits.repeat_interleave(samples, dim=0)
+        rows, logits = (
+            [list(row) for row in rows for _ in range(samples)],
+            logits.repeat_interleave(samples, dim=0),
+        )
         cache.repeat(samples)
     rng, ended = torch.Generator(logits.device).manual_seed(seed), [False] * len(rows)
     for count in range(1, max_tokens + 1):

@@ -4,6 +4,7 @@ Libraries read some variables when they are imported, and fail in ways that name
 begins here. What cannot be used is replaced, with one line on standard error where the user had chosen it, or
 refused in one line that names the variable.
 """
+
 import getpass
 import os
 import pwd
@@ -18,17 +19,40 @@ MOST_THREADS = 1024
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TEMPORARY_FOLDERS = ("TMPDIR", "TEMP", "TMP")
 # what programs write into a home folder, and the variable that names another place for it
-HOME_FOLDERS = {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton",
-                "TORCHINDUCTOR_CACHE_DIR": "inductor", "HF_HOME": "huggingface",
-                "WANDB_CONFIG_DIR": "wandb/config", "WANDB_CACHE_DIR": "wandb/cache",
-                "WANDB_DATA_DIR": "wandb/data", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config"}
+HOME_FOLDERS = {
+    "MPLCONFIGDIR": "matplotlib",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "HF_HOME": "huggingface",
+    "WANDB_CONFIG_DIR": "wandb/config",
+    "WANDB_CACHE_DIR": "wandb/cache",
+    "WANDB_DATA_DIR": "wandb/data",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+}
 # set by a launcher for the processes of one run
-PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                 "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
-                 "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE")
+PROCESS_GROUP = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+)
 # the place of a process on its machine, as Open MPI, Intel MPI, MVAPICH, PALS and Slurm say it
-LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK",
-               "PALS_LOCAL_RANKID", "SLURM_LOCALID")
+LOCAL_RANKS = (
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "PALS_LOCAL_RANKID",
+    "SLURM_LOCALID",
+)
 
 
 def prepare_environment():
@@ -187,8 +211,10 @@ def check_launcher(patience: float = 3):
             return socket.create_connection(place, timeout=patience).close()
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
-                raise InputError(f"MASTER_ADDR={place[0]} MASTER_PORT={place[1]}: torchrun was there and "
-                                 "is gone; start again") from None
+                raise InputError(
+                    f"MASTER_ADDR={place[0]} MASTER_PORT={place[1]}: torchrun was there and "
+                    "is gone; start again"
+                ) from None
             time.sleep(0.2)
         except OSError:  # a slow network, a name that is not known yet: torch is more patient
             return

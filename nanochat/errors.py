@@ -1,4 +1,5 @@
 """What is wrong with what the user gave, in one line that a terminal can show."""
+
 import contextlib
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What scripts.base_eval writes, eval_<step>.json and core_<step>.json in a run folder: read and checked."""
+
 import re
 from pathlib import Path
 
@@ -6,17 +7,46 @@ from nanochat.common import InputError, print0, shortened
 from nanochat.files import Schema, is_kind, read_json
 
 REMEDY = "it counts as missing"
-LOSSES = {"train/loss", "train/ppl", "train/bpb", "train/tokens",
-          "val/loss", "val/ppl", "val/bpb", "val/tokens"}
-EVAL = Schema("result of an evaluation", {"settings": dict},
-              {**dict.fromkeys(LOSSES, float), "train/tokens": int, "val/tokens": int, "sample": list,
-               "data": str, "text_of_the_run": bool}, remedy=REMEDY)
-CORE = Schema("result of CORE", {"settings": dict},
-              {"core_metric": float, "core_metric_interval": list, "tasks": dict, "centered_results": dict,
-               "bundle_sha256": (str, type(None))}, remedy=REMEDY)
-TASK = Schema("result of CORE",
-              {"accuracy": float, "centered": float, "centered_interval": list, "examples": int},
-              remedy=REMEDY)
+LOSSES = {
+    "train/loss",
+    "train/ppl",
+    "train/bpb",
+    "train/tokens",
+    "val/loss",
+    "val/ppl",
+    "val/bpb",
+    "val/tokens",
+}
+EVAL = Schema(
+    "result of an evaluation",
+    {"settings": dict},
+    {
+        **dict.fromkeys(LOSSES, float),
+        "train/tokens": int,
+        "val/tokens": int,
+        "sample": list,
+        "data": str,
+        "text_of_the_run": bool,
+    },
+    remedy=REMEDY,
+)
+CORE = Schema(
+    "result of CORE",
+    {"settings": dict},
+    {
+        "core_metric": float,
+        "core_metric_interval": list,
+        "tasks": dict,
+        "centered_results": dict,
+        "bundle_sha256": (str, type(None)),
+    },
+    remedy=REMEDY,
+)
+TASK = Schema(
+    "result of CORE",
+    {"accuracy": float, "centered": float, "centered_interval": list, "examples": int},
+    remedy=REMEDY,
+)
 SETTINGS = Schema("result of CORE", {"step": int, "bundle": str, "max_per_task": int}, remedy=REMEDY)
 
 

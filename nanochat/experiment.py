@@ -16,6 +16,7 @@
 
 dev/experiments/ has examples.
 """
+
 import itertools
 import os
 import re
@@ -26,7 +27,17 @@ from pathlib import Path
 from nanochat import metrics
 from nanochat.common import InputError, get_base_dir, printable
 from nanochat.dataset import HUB_SETS
-from nanochat.experiment_file import POINTS_OWN, check_eval, check_flags, check_point, choose_preset, flags_of, load_toml, nearest, whole_numbers
+from nanochat.experiment_file import (
+    POINTS_OWN,
+    check_eval,
+    check_flags,
+    check_point,
+    choose_preset,
+    flags_of,
+    load_toml,
+    nearest,
+    whole_numbers,
+)
 from nanochat.flags import add_rank_flags, group_defaults
 from nanochat.gpt import GPTConfig
 from nanochat.naming import LONGEST_TAG, check_tag, option, part_of_tag
@@ -36,29 +47,49 @@ from nanochat.variant import Variant, identity, known, low_rank, resolved, to_ar
 
 NAMED_TEXT = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)  # of --data NAME=TEXT
 RANK_FLAGS = (*(name.replace("_", "-") for name in group_defaults(add_rank_flags)), "recompute")
-SHORT = {"attn-rank": "attn", "mlp-rank": "mlp", "lm-head-rank": "head", "matrix-lr": "lr", "depth": "d", "model-dim": "w", "mlp-ratio": "ratio", "rank-schedule": "",
-         "rank-end": "end", "attn-rank-schedule": "attn-", "attn-rank-end": "attn-end",
-         "mlp-rank-schedule": "mlp-", "mlp-rank-end": "mlp-end", "rank-multiple": "multiple",
-         "horizon-from": "horizon-", "budget-params": "budget",
-         "max-seq-len": "t", "total-batch-size": "batch", "num-iterations": "steps", "layer-map": "map",
-         "subspace-dim": "dim", "subspace-scope": "", "subspace-rank": "rank"}
+SHORT = {
+    "attn-rank": "attn",
+    "mlp-rank": "mlp",
+    "lm-head-rank": "head",
+    "matrix-lr": "lr",
+    "depth": "d",
+    "model-dim": "w",
+    "mlp-ratio": "ratio",
+    "rank-schedule": "",
+    "rank-end": "end",
+    "attn-rank-schedule": "attn-",
+    "attn-rank-end": "attn-end",
+    "mlp-rank-schedule": "mlp-",
+    "mlp-rank-end": "mlp-end",
+    "rank-multiple": "multiple",
+    "horizon-from": "horizon-",
+    "budget-params": "budget",
+    "max-seq-len": "t",
+    "total-batch-size": "batch",
+    "num-iterations": "steps",
+    "layer-map": "map",
+    "subspace-dim": "dim",
+    "subspace-scope": "",
+    "subspace-rank": "rank",
+}
 
 
 @dataclass(frozen=True)
 class Point:
     """One run: a point of the experiment under one seed."""
-    tag: str                  # of the run folder: <sweep>_<label>_s<seed>
-    label: str                # what tells it from the other points: "medium", "scan_lr0.02"
+
+    tag: str  # of the run folder: <sweep>_<label>_s<seed>
+    label: str  # what tells it from the other points: "medium", "scan_lr0.02"
     seed: int
-    argv: tuple[str, ...]     # for its script, complete but for --run
+    argv: tuple[str, ...]  # for its script, complete but for --run
     processes: int
     varying: tuple[str, ...]  # "attn-rank=64", …: the flags that not all points share
-    pair: str                 # tag of its full-rank partner; "" where it has none
-    args: Namespace           # argv as its script reads it
-    config: GPTConfig         # the model
-    plan: dict                # see nanochat.plan.training_plan
+    pair: str  # tag of its full-rank partner; "" where it has none
+    args: Namespace  # argv as its script reads it
+    config: GPTConfig  # the model
+    plan: dict  # see nanochat.plan.training_plan
     script: str = "base_train"
-    base: str = ""            # tag of the run that it starts from; "" where it starts from scratch
+    base: str = ""  # tag of the run that it starts from; "" where it starts from scratch
 
     @property
     def folder(self) -> Path:
@@ -74,23 +105,25 @@ class Point:
 @dataclass(frozen=True)
 class Eval:
     """A measurement of one finished run, made after all of them."""
-    name: str                 # of its folder beside the report
-    base: str                 # tag of the run
+
+    name: str  # of its folder beside the report
+    base: str  # tag of the run
     script: str
-    argv: tuple[str, ...]     # complete but for --out
+    argv: tuple[str, ...]  # complete but for --out
 
 
 @dataclass(frozen=True)
 class Sweep:
     """An experiment as it is to be run: all points, in the order in which they should be."""
-    name: str                 # of the file, and of the preset if one is chosen: "low_rank_substitution-small"
+
+    name: str  # of the file, and of the preset if one is chosen: "low_rank_substitution-small"
     file: Path
-    preset: str               # "" if the file has none
+    preset: str  # "" if the file has none
     question: str
     cost: str
     data: str
     vocab_size: int
-    processes: int            # of each run
+    processes: int  # of each run
     points: tuple[Point, ...]
     same: tuple[tuple[str, str], ...] = ()  # (label, label of the point that is the same run)
     evals: tuple[Eval, ...] = ()
@@ -110,13 +143,21 @@ class Sweep:
         for point in self.points:
             if point.tag == tag:
                 return point
-        raise InputError(f"--task {tag}: {self.file} has no such point{nearest(tag, [p.tag for p in self.points])}; --plan lists them")
+        raise InputError(
+            f"--task {tag}: {self.file} has no such point{nearest(tag, [p.tag for p in self.points])}; --plan lists them"
+        )
 
 
 # ---- from a file to points ------------------------------------------------------------------------------------------
 
-def read_experiment(path: Path, preset: str = "", data: str = "", texts: dict[str, str] | None = None,
-                    defaults: dict | None = None) -> Sweep:
+
+def read_experiment(
+    path: Path,
+    preset: str = "",
+    data: str = "",
+    texts: dict[str, str] | None = None,
+    defaults: dict | None = None,
+) -> Sweep:
     """All points of an experiment file. data: the text, in place of the file's; texts: {name of a text in the
     file: where it is}; defaults: {flag: value} for the flags that the file does not give.
 
@@ -133,7 +174,15 @@ def read_experiment(path: Path, preset: str = "", data: str = "", texts: dict[st
 
 
 def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, str]) -> Sweep:
-    spec = {"flags": {}, "grid": {}, "evals": {}, "seeds": [], "processes": 1, **spec, "points": spec.get("points") or {"": {}}}
+    spec = {
+        "flags": {},
+        "grid": {},
+        "evals": {},
+        "seeds": [],
+        "processes": 1,
+        **spec,
+        "points": spec.get("points") or {"": {}},
+    }
     base = spec["flags"]
     check_flags("[flags]", base, lists=False)
     check_flags("[grid]", spec["grid"], shared=False, scalars=False)
@@ -142,7 +191,9 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
     whole_numbers("seeds", spec["seeds"], 0)
     whole_numbers("processes", [spec["processes"]], 1, 1024)  # of one machine
     if "vocab-size" not in base:
-        raise InputError("[flags]: vocab-size is missing; the tokenizer of the sweep is trained with it, for example vocab-size = 4096")
+        raise InputError(
+            "[flags]: vocab-size is missing; the tokenizer of the sweep is trained with it, for example vocab-size = 4096"
+        )
     main = str(base.get("data", "stdlib"))
     texts = name_texts(spec, {**({main: data} if data else {}), **texts})
     base = {**base, "data": texts.pop(main)}
@@ -159,16 +210,32 @@ def plan_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
     check_tag("the sweep, named by its file and preset,", name)
     check_names(name, variants)
     variants.sort(key=lambda v: v.base is not None)  # what others start from comes first
-    points = [make_point(name, v, seed) for seed in dict.fromkeys(s for v in variants for s in v.seeds)
-              for v in variants if seed in v.seeds]  # all of one seed near one another in time
+    points = [
+        make_point(name, v, seed)
+        for seed in dict.fromkeys(s for v in variants for s in v.seeds)
+        for v in variants
+        if seed in v.seeds
+    ]  # all of one seed near one another in time
     question = printable(spec.get("question", ""))
     cost = printable(spec.get("cost", ""))
-    return Sweep(name, path, preset, question, cost, base["data"], points[0].args.vocab_size,
-                 spec["processes"], tuple(points), tuple(same), make_evals(name, variants, base, spec),
-                 tuple(texts.items()))
+    return Sweep(
+        name,
+        path,
+        preset,
+        question,
+        cost,
+        base["data"],
+        points[0].args.vocab_size,
+        spec["processes"],
+        tuple(points),
+        tuple(same),
+        make_evals(name, variants, base, spec),
+        tuple(texts.items()),
+    )
 
 
 # ---- points ---------------------------------------------------------------------------------------------------------
+
 
 def where_text_is(data: str) -> str:
     """A folder by its absolute path, so that the same command from elsewhere means the same run; names as they are."""
@@ -177,9 +244,14 @@ def where_text_is(data: str) -> str:
 
 def name_texts(spec: dict, given: dict[str, str]) -> dict[str, str]:
     """{text, as the file names it: where it is}, of [flags] and of the points that have their own. given: {name: where} in their place."""
-    named = [str(spec["flags"].get("data", "stdlib")), *(str(table["data"]) for table in spec["points"].values() if "data" in table)]
+    named = [
+        str(spec["flags"].get("data", "stdlib")),
+        *(str(table["data"]) for table in spec["points"].values() if "data" in table),
+    ]
     if unknown := sorted(given.keys() - set(named)):
-        raise InputError(f"--data {unknown[0]}=…: no text of this file is called so; it names {', '.join(dict.fromkeys(named))}")
+        raise InputError(
+            f"--data {unknown[0]}=…: no text of this file is called so; it names {', '.join(dict.fromkeys(named))}"
+        )
     return {name: where_text_is(given.get(name, name)) for name in named}
 
 
@@ -189,7 +261,9 @@ def check_names(sweep: str, variants: list[Variant]):
         other = by_label.setdefault(v.label.lower(), v)  # some file systems do not tell a from A
         if other is not v:
             differing = sorted(f for f in {**v.flags, **other.flags} if v.flags.get(f) != other.flags.get(f))
-            raise InputError(f"two points are named {v.label or 'the same'}, with other values of {', '.join(differing)}; rename one")
+            raise InputError(
+                f"two points are named {v.label or 'the same'}, with other values of {', '.join(differing)}; rename one"
+            )
         if len(tag_of(sweep, v.label, max(v.seeds)).encode()) > LONGEST_TAG:
             raise InputError(f"point {v.label}: this name is too long for a folder")
 
@@ -197,7 +271,10 @@ def check_names(sweep: str, variants: list[Variant]):
 def expand(name: str, table: dict, base: dict, spec: dict) -> list[Variant]:
     """A point at every combination of its lists and of the grid; a flag of its own is not taken from the grid."""
     own = {k: v for k, v in table.items() if k not in POINTS_OWN}
-    axes = {**{k: v for k, v in own.items() if isinstance(v, list)}, **{k: v for k, v in spec["grid"].items() if k not in own}}
+    axes = {
+        **{k: v for k, v in own.items() if isinstance(v, list)},
+        **{k: v for k, v in spec["grid"].items() if k not in own},
+    }
     seeds = whole_numbers(f"[points.{name}]: seeds", table.get("seeds", spec["seeds"]), 0)
     if not seeds:
         raise InputError(f"{f'[points.{name}]: ' if name else ''}no seeds: write for example seeds = [1, 2]")
@@ -205,8 +282,18 @@ def expand(name: str, table: dict, base: dict, spec: dict) -> list[Variant]:
     for values in itertools.product(*axes.values()):
         varied = dict(zip(axes, values))
         label = "_".join(filter(None, [name, *(short(flag, value) for flag, value in varied.items())]))
-        variants.append(Variant(table, label, {**base, **own, **varied}, list(seeds), spec["processes"], {*own, *axes}, table.get("paired-with", ""),
-                                script=table.get("script", "base_train")))
+        variants.append(
+            Variant(
+                table,
+                label,
+                {**base, **own, **varied},
+                list(seeds),
+                spec["processes"],
+                {*own, *axes},
+                table.get("paired-with", ""),
+                script=table.get("script", "base_train"),
+            )
+        )
     return variants
 
 
@@ -230,15 +317,23 @@ def at_same_place(where: str, name: str, grid: dict, base: dict, spec: dict) -> 
     """The point `name` at a place of the grid. InputError if there is none, or several."""
     points = spec["points"]
     if name not in points:
-        raise InputError(f"{where} {name!r}: no point of this file; there are {', '.join(filter(None, points)) or 'none with names'}")
-    found = expand(name, points[name], base, {**spec, "grid": {flag: [value] for flag, value in grid.items()}})
+        raise InputError(
+            f"{where} {name!r}: no point of this file; there are {', '.join(filter(None, points)) or 'none with names'}"
+        )
+    found = expand(
+        name, points[name], base, {**spec, "grid": {flag: [value] for flag, value in grid.items()}}
+    )
     if len(found) > 1:
-        raise InputError(f"{where} {name!r}: that is {len(found)} points, {', '.join(v.label for v in found[:3])}, …; "
-                         "name one with a single value of each flag")
+        raise InputError(
+            f"{where} {name!r}: that is {len(found)} points, {', '.join(v.label for v in found[:3])}, …; "
+            "name one with a single value of each flag"
+        )
     return found[0]
 
 
-def point_called(where: str, name: str, v: Variant, variants: list[Variant], base: dict, spec: dict) -> Variant:
+def point_called(
+    where: str, name: str, v: Variant, variants: list[Variant], base: dict, spec: dict
+) -> Variant:
     """The point of base_train with this label or, of the points of this name, the one at the place of the grid where v stands."""
     found = next((other for other in variants if other.label == name), None)
     if not found:
@@ -246,9 +341,13 @@ def point_called(where: str, name: str, v: Variant, variants: list[Variant], bas
         label = at_same_place(where, name, place, base, spec).label
         found = next((other for other in variants if other.label == label), None)
         if not found:
-            raise InputError(f"{where} {name!r}: there is no run {label}; a flag of [grid] that this point sets itself leaves open which one is meant")
+            raise InputError(
+                f"{where} {name!r}: there is no run {label}; a flag of [grid] that this point sets itself leaves open which one is meant"
+            )
     if found.script != "base_train":
-        raise InputError(f"{where} {name!r}: is itself a run of {found.script}; name a point that starts from scratch")
+        raise InputError(
+            f"{where} {name!r}: is itself a run of {found.script}; name a point that starts from scratch"
+        )
     return found
 
 
@@ -259,7 +358,9 @@ def resolve_budget(v: Variant, base: dict, spec: dict):
         return
     other = at_same_place(f"point {v.label}: budget-params", budget, combination(v, spec), base, spec)
     if other.flags.get("budget-params"):
-        raise InputError(f"point {v.label}: budget-params {budget!r}: that point has a budget itself; name the point that it refers to")
+        raise InputError(
+            f"point {v.label}: budget-params {budget!r}: that point has a budget itself; name the point that it refers to"
+        )
     v.flags["budget-params"] = count_parameters(resolved(other)[1])
 
 
@@ -268,14 +369,20 @@ def pair_up(variants: list[Variant], base: dict, spec: dict):
     known = {identity(v): v for v in reversed(variants)}
     for v in list(variants):
         if v.paired_with:
-            partner = at_same_place(f"point {v.label}: paired-with", v.paired_with, combination(v, spec), base, spec)
+            partner = at_same_place(
+                f"point {v.label}: paired-with", v.paired_with, combination(v, spec), base, spec
+            )
             resolve_budget(partner, base, spec)
             partner.seeds = []
         elif spec.get("baseline", True) and not v.base and low_rank(v):
             flags = {flag: value for flag, value in v.flags.items() if flag not in RANK_FLAGS}
             own = [flag for flag in flags if flag in v.own]
             label = "_".join(["full", *(short(flag, flags[flag]) for flag in own)])
-            label = label.replace("full", "full-rank", 1) if any(label == other.label for other in variants) else label
+            label = (
+                label.replace("full", "full-rank", 1)
+                if any(label == other.label for other in variants)
+                else label
+            )
             partner = Variant({}, label, flags, [], v.processes, set(own))
         else:
             continue
@@ -305,12 +412,34 @@ def make_point(sweep: str, v: Variant, seed: int) -> Point:
     args, config, plan = resolved(v)
     tag = tag_of(sweep, v.label, seed)
     base = tag_of(sweep, v.base.label, seed if seed in v.base.seeds else v.base.seeds[0]) if v.base else ""
-    every = {"save-every": max(1, plan["num_iterations"] // 10), "keep": 1, **v.flags, "resume": "auto"}  # a tenth of a run is what a power cut may cost
+    every = {
+        "save-every": max(1, plan["num_iterations"] // 10),
+        "keep": 1,
+        **v.flags,
+        "resume": "auto",
+    }  # a tenth of a run is what a power cut may cost
     tags = {"model-tag": base, "run-tag": tag} if base else {"model-tag": tag}
     argv = to_argv({**known(every, v), "seed": seed, **tags})
-    varying = tuple(flag if value is True else f"{flag}={value}" for flag, value in v.flags.items() if flag in v.own and value is not False)
+    varying = tuple(
+        flag if value is True else f"{flag}={value}"
+        for flag, value in v.flags.items()
+        if flag in v.own and value is not False
+    )
     pair = tag_of(sweep, v.partner.label, seed) if v.partner else ""
-    return Point(tag, v.label, seed, argv, v.processes, varying, pair, flags_of(v.script, argv), config, plan, v.script, base)
+    return Point(
+        tag,
+        v.label,
+        seed,
+        argv,
+        v.processes,
+        varying,
+        pair,
+        flags_of(v.script, argv),
+        config,
+        plan,
+        v.script,
+        base,
+    )
 
 
 def make_evals(sweep: str, variants: list[Variant], base: dict, spec: dict) -> tuple[Eval, ...]:
@@ -318,10 +447,14 @@ def make_evals(sweep: str, variants: list[Variant], base: dict, spec: dict) -> t
     made = []
     for name, table in spec["evals"].items():
         check_eval(name, table)
-        anywhere = Variant({}, "", {**base, **{flag: values[0] for flag, values in spec["grid"].items()}}, [], 1)
+        anywhere = Variant(
+            {}, "", {**base, **{flag: values[0] for flag, values in spec["grid"].items()}}, [], 1
+        )
         v = point_called(f"[evals.{name}]: base", table["base"], anywhere, variants, base, spec)
         tag = tag_of(sweep, v.label, v.seeds[0])
-        argv = to_argv({"model-tag": tag, **{flag: value for flag, value in table.items() if flag not in POINTS_OWN}})
+        argv = to_argv(
+            {"model-tag": tag, **{flag: value for flag, value in table.items() if flag not in POINTS_OWN}}
+        )
         try:
             flags_of(table["script"], argv)
         except InputError as e:

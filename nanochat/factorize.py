@@ -1,4 +1,5 @@
 """A finished model in another form: factors multiplied out, matrices cut down to factors by their singular values, layers in another order."""
+
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,13 +10,15 @@ import torch.nn as nn
 
 from nanochat.adapters import plain
 from nanochat.common import InputError
-from nanochat.gpt import MATRICES, GPT, GPTConfig, Linear, LowRankLinear
+from nanochat.gpt import GPT, MATRICES, GPTConfig, Linear, LowRankLinear
 from nanochat.rank import on_meta
 
 
 def linear_layers(model: GPT) -> dict[str, Linear | LowRankLinear]:
     """{name: layer}: blocks.0.attn.q, …, blocks.0.mlp.up, …, and lm_head unless it is tied."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (Linear, LowRankLinear))}
+    return {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, (Linear, LowRankLinear))
+    }
 
 
 def block_matrix(matrix: str, layer: int) -> str:
@@ -37,7 +40,9 @@ def check_linear(model: GPT):
     """ValueError if a layer has a nonlinearity between its factors: no matrix does what it does."""
     for name, layer in linear_layers(model).items():
         if rank_of(layer) and layer.act != "none":
-            raise ValueError(f"{name} has {layer.act} between its factors, so their product is not what it applies")
+            raise ValueError(
+                f"{name} has {layer.act} between its factors, so their product is not what it applies"
+            )
 
 
 @torch.no_grad()
@@ -45,7 +50,9 @@ def merge(model: GPT) -> GPT:
     """The same function with every product BA as one matrix, and an adapter inside it. ValueError: see `check_linear`."""
     model = plain(model)
     check_linear(model)
-    return rebuild(model, {name: (product(layer),) for name, layer in linear_layers(model).items() if rank_of(layer)})
+    return rebuild(
+        model, {name: (product(layer),) for name, layer in linear_layers(model).items() if rank_of(layer)}
+    )
 
 
 @torch.no_grad()
@@ -60,11 +67,15 @@ def truncate(model: GPT, choose: dict[str, Callable]) -> tuple[GPT, dict[str, fl
     layers, factors, kept = linear_layers(model), {}, {}
     for name, rank_from in choose.items():
         layer = layers[name]
-        U, S, Vt = torch.linalg.svd(product(layer), full_matrices=False)  # (out, m), (m,), (m, in); m = min(in, out)
+        U, S, Vt = torch.linalg.svd(
+            product(layer), full_matrices=False
+        )  # (out, m), (m,), (m, in); m = min(in, out)
         r = rank_from(S)
-        if S[0] > 0 and r * (layer.in_features + layer.out_features) < sum(p.numel() for p in layer.parameters()):
+        if S[0] > 0 and r * (layer.in_features + layer.out_features) < sum(
+            p.numel() for p in layer.parameters()
+        ):
             root, energy = S[:r].sqrt(), S.square()
-            factors[name] = (root[:, None] * Vt[:r], U[:, :r] * root)     # A: (r, in), B: (out, r)
+            factors[name] = (root[:, None] * Vt[:r], U[:, :r] * root)  # A: (r, in), B: (out, r)
             kept[name] = (energy[:r].sum() / energy.sum()).item()
     return rebuild(model, factors), kept
 
@@ -82,7 +93,9 @@ def rebuild(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
     state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in weights}
     for name, parts in weights.items():
         keys = ("weight",) if len(parts) == 1 else ("A", "B")
-        state |= {f"{name}.{key}": part.to(model.wte.weight.dtype).contiguous() for key, part in zip(keys, parts)}
+        state |= {
+            f"{name}.{key}": part.to(model.wte.weight.dtype).contiguous() for key, part in zip(keys, parts)
+        }
     new = on_meta(with_layer_ranks(model.config, ranks))
     new.load_state_dict(state, assign=True)
     return new
@@ -90,11 +103,14 @@ def rebuild(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
 
 # ---- layers in another order, or more than once ---------------------------------------------------------------------
 
+
 def first_place(model: GPT, layer: int) -> int:
     """The first position that executes a layer: its scalars are those that the layer has under another map. InputError if there is none."""
     if layer not in model.config.positions:
-        raise InputError(f"layer map: layer {layer} is at none of the model's positions, so it has no scalars; there are: "
-                         f"{', '.join(map(str, sorted(set(model.config.positions))))}")
+        raise InputError(
+            f"layer map: layer {layer} is at none of the model's positions, so it has no scalars; there are: "
+            f"{', '.join(map(str, sorted(set(model.config.positions))))}"
+        )
     return model.config.positions.index(layer)
 
 
@@ -103,7 +119,9 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
     its layer had where it first stood. No training in between.
     """
     first = [first_place(model, layer) for layer in layers]
-    new = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # adapters included
+    new = deepcopy(
+        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    )  # adapters included
     new.config, new.compiled = replace(model.config, layer_map=tuple(layers)), False
     for name in ("resid_lambdas", "x0_lambdas"):
         setattr(new, name, scalars_of(name, [(model, place) for place in first]))
@@ -121,7 +139,9 @@ def with_copied_layers(model: GPT, layers: tuple[int, ...], second: GPT | None =
         if second is None:
             raise InputError("layer map: takes layers of a second model, and there is none")
         check_same_shape(model.config, second.config)
-    return copies(model, [(both[layer // n], layer % n, first_place(both[layer // n], layer % n)) for layer in layers])
+    return copies(
+        model, [(both[layer // n], layer % n, first_place(both[layer // n], layer % n)) for layer in layers]
+    )
 
 
 def copied_out(model: GPT) -> GPT:
@@ -136,16 +156,28 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
     def of_layers(ranks):
         return tuple(ranks[layer] for layer in layers) if ranks else ()
 
-    own = replace(config, n_layer=len(layers), layer_map=(), layer_kinds=(), attn_ranks=of_layers(config.attn_ranks), mlp_ranks=of_layers(config.mlp_ranks),
-                  matrix_ranks={name: of_layers(ranks) for name, ranks in config.matrix_ranks.items()})
+    own = replace(
+        config,
+        n_layer=len(layers),
+        layer_map=(),
+        layer_kinds=(),
+        attn_ranks=of_layers(config.attn_ranks),
+        mlp_ranks=of_layers(config.mlp_ranks),
+        matrix_ranks={name: of_layers(ranks) for name, ranks in config.matrix_ranks.items()},
+    )
     kinds = tuple(config.kind(layer) for layer in layers)
     if kinds != tuple(own.kind(layer) for layer in range(own.n_layer)):
         own = replace(own, layer_kinds=kinds)
     new = deepcopy(model)
     new.config, new.compiled = own, False
     new.blocks = nn.ModuleList(deepcopy(source.blocks[layer]) for source, layer, _ in origins)
-    new.value_embeds = nn.ModuleDict({str(i): deepcopy(source.value_embeds[str(layer)]) for i, (source, layer, _) in enumerate(origins)
-                                      if own.has_value_embedding(i)})
+    new.value_embeds = nn.ModuleDict(
+        {
+            str(i): deepcopy(source.value_embeds[str(layer)])
+            for i, (source, layer, _) in enumerate(origins)
+            if own.has_value_embedding(i)
+        }
+    )
     for name in ("resid_lambdas", "x0_lambdas"):
         setattr(new, name, scalars_of(name, [(source, place) for source, _, place in origins]))
     return new
@@ -156,7 +188,7 @@ def scalars_of(name: str, places: list[tuple[GPT, int]]) -> nn.Parameter:
     like = getattr(places[0][0], name)
     scalars = torch.empty(len(places), dtype=like.dtype, device=like.device)
     for i, (model, place) in enumerate(places):
-        scalars[i:i + 1].copy_(getattr(model, name).detach()[place:place + 1])
+        scalars[i : i + 1].copy_(getattr(model, name).detach()[place : place + 1])
     return nn.Parameter(scalars, like.requires_grad)
 
 
@@ -189,13 +221,17 @@ def shapes_of_weights(config: GPTConfig) -> dict[str, torch.Size]:
 
 def check_same_shape(config: GPTConfig, second: GPTConfig, name: str = "second model"):
     """InputError, beginning with the name, unless layers of one fit into the other as they are."""
-    here, there = (json.loads(json.dumps(asdict(c))) for c in (config, second))  # a config read from a file has lists for tuples
+    here, there = (
+        json.loads(json.dumps(asdict(c))) for c in (config, second)
+    )  # a config read from a file has lists for tuples
     alike = {"layer_map", "recompute"}
     if shapes_of_weights(config) == shapes_of_weights(replace(config, rank_multiple=second.rank_multiple)):
         alike.add("rank_multiple")
     differing = [key for key in here if there[key] != here[key] and key not in alike]
     if unlike := [f"{key} ({there[key]} there, {here[key]} here)" for key in differing]:
-        raise InputError(f"{name}: of another shape than the first, so their layers do not go together: {', '.join(unlike)}")
+        raise InputError(
+            f"{name}: of another shape than the first, so their layers do not go together: {', '.join(unlike)}"
+        )
 
 
 def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
@@ -205,10 +241,15 @@ def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
     """
     groups, single = {"attn_ranks": (), "mlp_ranks": ()}, {}
     for group, matrices in (("attn_ranks", MATRICES[:4]), ("mlp_ranks", MATRICES[4:])):
-        own = {matrix: tuple(ranks[block_matrix(matrix, layer)] for layer in range(config.n_layer)) for matrix in matrices}
+        own = {
+            matrix: tuple(ranks[block_matrix(matrix, layer)] for layer in range(config.n_layer))
+            for matrix in matrices
+        }
         distinct = set().union(*own.values())
         if len(distinct) > 1:
             single |= own
         elif any(distinct):
             groups[group] = own[matrices[0]]
-    return replace(config, **groups, matrix_ranks=single, lm_head_rank=ranks.get("lm_head", 0), factor_act="none")
+    return replace(
+        config, **groups, matrix_ranks=single, lm_head_rank=ranks.get("lm_head", 0), factor_act="none"
+    )

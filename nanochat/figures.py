@@ -1,4 +1,5 @@
 """The report's pictures: Run objects in, PNG bytes out. Matplotlib without pyplot: no global state, no window, Agg only."""
+
 import dataclasses
 import io
 import math
@@ -13,8 +14,8 @@ from nanochat.history import series, thinned
 
 # Each ladder: (size of the unit, its name), ascending.
 COUNT = [(1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")]
-FLOP = [(1000.0 ** i, f"{p}FLOP") for i, p in enumerate(("", "k", "M", "G", "T", "P", "E", "Z"))]
-BYTES = [(1024.0 ** i, u) for i, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))]
+FLOP = [(1000.0**i, f"{p}FLOP") for i, p in enumerate(("", "k", "M", "G", "T", "P", "E", "Z"))]
+BYTES = [(1024.0**i, u) for i, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))]
 TIME = [(1, "s"), (60, "min"), (3600, "h")]
 
 # Okabe and Ito's colours without yellow (too pale on white). 7 colours and 4 line styles have no common divisor:
@@ -23,16 +24,30 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 LABEL_DISTANCES = (9, 20, 34, 50, 70)  # points
-LABEL_SIDES = [(1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom"), (0, -1, "center", "top"),
-               (0.7, 0.7, "left", "bottom"), (-0.7, 0.7, "right", "bottom"), (0.7, -0.7, "left", "top"),
-               (-0.7, -0.7, "right", "top")]
+LABEL_SIDES = [
+    (1, 0, "left", "center"),
+    (-1, 0, "right", "center"),
+    (0, 1, "center", "bottom"),
+    (0, -1, "center", "top"),
+    (0.7, 0.7, "left", "bottom"),
+    (-0.7, 0.7, "right", "bottom"),
+    (0.7, -0.7, "left", "top"),
+    (-0.7, -0.7, "right", "top"),
+]
 TRAIN_LOSS_UP_TO = 4  # runs; the noisy training losses of more than these hide the curves that matter
 
-PARAMETER_PARTS = [("params/attention", "attention", "#0072B2"), ("params/mlp", "MLP", "#56B4E9"),
-                   ("params/embedding", "embedding", "#E69F00"), ("params/lm_head", "lm_head", "#009E73"),
-                   ("params/other", "other", "#999999")]
-MEMORY_PARTS = [("mem/weights_bytes", "weights", "#0072B2"), ("mem/grads_bytes", "gradients", "#56B4E9"),
-                ("mem/optimizer_bytes", "optimizer state", "#E69F00")]
+PARAMETER_PARTS = [
+    ("params/attention", "attention", "#0072B2"),
+    ("params/mlp", "MLP", "#56B4E9"),
+    ("params/embedding", "embedding", "#E69F00"),
+    ("params/lm_head", "lm_head", "#009E73"),
+    ("params/other", "other", "#999999"),
+]
+MEMORY_PARTS = [
+    ("mem/weights_bytes", "weights", "#0072B2"),
+    ("mem/grads_bytes", "gradients", "#56B4E9"),
+    ("mem/optimizer_bytes", "optimizer state", "#E69F00"),
+]
 
 
 def unit_of(value: float, ladder: list) -> tuple[float, str]:
@@ -51,7 +66,9 @@ def three_digits(value: float) -> str:
 def human(value: float, ladder: list) -> str:
     """A number with its unit: 5.24 M, 612 MiB, 12.3 min, 1.53 PFLOP."""
     size, unit = unit_of(value, ladder)
-    digits = f"{value:.0f}" if size == 1 and unit in ("", "B") else three_digits(value / size)  # nobody has half a token
+    digits = (
+        f"{value:.0f}" if size == 1 and unit in ("", "B") else three_digits(value / size)
+    )  # nobody has half a token
     return f"{digits} {unit}".rstrip()
 
 
@@ -61,10 +78,12 @@ def is_finite(value) -> bool:
 
 def draw_all(runs: list, measure: str) -> dict[str, bytes]:
     """File name -> PNG. `measure` is "loss" (curves of loss, points of perplexity) or "bpb" (both in bits per byte)."""
-    return {"loss.png": png(draw_loss(runs, measure)),
-            "parameters.png": png(draw_parameters(runs)),
-            "memory.png": png(draw_memory(runs)),
-            "perplexity.png": png(draw_quality(runs, measure))}
+    return {
+        "loss.png": png(draw_loss(runs, measure)),
+        "parameters.png": png(draw_parameters(runs)),
+        "memory.png": png(draw_memory(runs)),
+        "perplexity.png": png(draw_quality(runs, measure)),
+    }
 
 
 def png(fig: Figure) -> bytes:
@@ -92,7 +111,7 @@ def plain(text: str, longest: int = 40) -> str:
     """
     text = text.encode("utf-8", "replace").decode()
     if len(text) > longest:
-        text = text[:longest // 2] + "…" + text[-(longest // 2 - 1):]
+        text = text[: longest // 2] + "…" + text[-(longest // 2 - 1) :]
     text = text.replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
@@ -111,6 +130,7 @@ def say_empty(panel, text):
 
 
 # ---- loss curves ----------------------------------------------------------------------------------------------------
+
 
 def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
     """The run's (x, y) wherever both were logged and are finite."""
@@ -145,9 +165,12 @@ def draw_loss(runs: list, measure: str) -> Figure:
     panels = fig.subplots(1, 3, sharey=True)
     few = len(runs) <= TRAIN_LOSS_UP_TO
     handles = []
-    for panel, x_key, what, ladder in zip(panels, ("total_tokens", "total_training_time", "total_training_flops"),
-                                          ("training tokens", "training time", "training compute"),
-                                          (COUNT, TIME, FLOP)):
+    for panel, x_key, what, ladder in zip(
+        panels,
+        ("total_tokens", "total_training_time", "total_training_flops"),
+        ("training tokens", "training time", "training compute"),
+        (COUNT, TIME, FLOP),
+    ):
         curves = [[curve(run, x_key, key) for key in keys] for run in runs]
         largest = max((xs[-1] for run_curves in curves for xs, _ in run_curves if xs), default=0)
         size, unit = unit_of(largest, ladder)
@@ -158,8 +181,15 @@ def draw_loss(runs: list, measure: str) -> Figure:
                     panel.plot(xs, ys, color=COLOURS[i % len(COLOURS)], linewidth=0.8, alpha=0.3, zorder=1)
                     continue
                 every = max(1, len(xs) // 8)  # staggered, so that markers of neighbouring curves stay apart
-                handles += panel.plot(xs, ys, **colour_and_marker(i), linestyle=LINES[i % len(LINES)],
-                                      linewidth=1.6 if few else 1.2, markersize=5 if few else 4, markevery=(i % every, every))
+                handles += panel.plot(
+                    xs,
+                    ys,
+                    **colour_and_marker(i),
+                    linestyle=LINES[i % len(LINES)],
+                    linewidth=1.6 if few else 1.2,
+                    markersize=5 if few else 4,
+                    markevery=(i % every, every),
+                )
         if not largest:
             say_empty(panel, "nothing logged yet")
         panel.set_xlabel(f"{what} ({unit})" if unit else what)
@@ -169,43 +199,80 @@ def draw_loss(runs: list, measure: str) -> Figure:
     if limits:
         panels[0].set_ylim(*limits)
     panels[0].set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
-    handles = handles[:len(runs)]
+    handles = handles[: len(runs)]
     if "train/loss" in keys:
         handles += panels[0].plot([], [], color="#999999", linewidth=0.8)
         names.append("faint: training loss")
-    fig.legend(handles, names, loc="outside lower center", ncols=columns + len(names) - len(runs), frameon=False,
-               handlelength=3.2, fontsize=10)
+    fig.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns + len(names) - len(runs),
+        frameon=False,
+        handlelength=3.2,
+        fontsize=10,
+    )
     return fig
 
 
 # ---- stacked bars ---------------------------------------------------------------------------------------------------
+
 
 def draw_bars(runs: list, parts: list, ladder: list, what: str, peaks: list) -> Figure:
     """One stacked horizontal bar a run, the first run on top; `peaks` (same units, None where unknown) become diamonds."""
     fig = new_figure(9, 1.5 + 0.42 * len(runs))
     panel = fig.subplots()
     rows = list(range(len(runs)))
-    values = [[run.summary.get(key) if is_finite(run.summary.get(key)) else 0 for run in runs] for key, _, _ in parts]
+    values = [
+        [run.summary.get(key) if is_finite(run.summary.get(key)) else 0 for run in runs]
+        for key, _, _ in parts
+    ]
     ends = [sum(column) for column in zip(*values)]
     reach = max([*ends, *(p for p in peaks if p is not None)])
     size, unit = unit_of(reach, ladder)
     left, handles = [0.0] * len(runs), []
     for (_, name, colour), widths in zip(parts, values):
-        handles.append(panel.barh(rows, [w / size for w in widths], left=[x / size for x in left], height=0.62,
-                                  color=colour, edgecolor="white", linewidth=0.8, label=name))
+        handles.append(
+            panel.barh(
+                rows,
+                [w / size for w in widths],
+                left=[x / size for x in left],
+                height=0.62,
+                color=colour,
+                edgecolor="white",
+                linewidth=0.8,
+                label=name,
+            )
+        )
         for row, x, width in zip(rows, left, widths):
             if width > 0.12 * reach:  # narrower segments cannot hold the number
-                panel.text((x + width / 2) / size, row, human(width, ladder), ha="center", va="center", fontsize=9,
-                           color="white" if colour in ("#0072B2", "#009E73") else "black")
+                panel.text(
+                    (x + width / 2) / size,
+                    row,
+                    human(width, ladder),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if colour in ("#0072B2", "#009E73") else "black",
+                )
         left = [x + w for x, w in zip(left, widths)]
     known = [(peak / size, row) for row, peak in enumerate(peaks) if peak is not None]
     if known:
-        handles += panel.plot(*zip(*known), linestyle="none", marker="D", markersize=7, color="#D55E00",
-                              markeredgecolor="white", label="peak")
+        handles += panel.plot(
+            *zip(*known),
+            linestyle="none",
+            marker="D",
+            markersize=7,
+            color="#D55E00",
+            markeredgecolor="white",
+            label="peak",
+        )
     for row, end, peak in zip(rows, ends, peaks):
         numbers = [end] if peak is None else [peak] if peak - end < 0.18 * reach else [end, peak]
         for value in numbers:  # the sum of the parts only where the peak's number does not stand there
-            panel.text(value / size, row, f"   {human(value, ladder)}" if value else "  –", va="center", fontsize=9)
+            panel.text(
+                value / size, row, f"   {human(value, ladder)}" if value else "  –", va="center", fontsize=9
+            )
     panel.set_yticks(rows, [label(run) for run in runs])
     panel.set_ylim(len(runs) - 0.5, -0.5)
     panel.set_xlim(0, (reach or 1) / size * 1.14)
@@ -221,19 +288,26 @@ def draw_parameters(runs: list) -> Figure:
 
 
 def draw_memory(runs: list) -> Figure:
-    peaks = [run.summary.get("mem/peak_bytes") if is_finite(run.summary.get("mem/peak_bytes")) else None for run in runs]
+    peaks = [
+        run.summary.get("mem/peak_bytes") if is_finite(run.summary.get("mem/peak_bytes")) else None
+        for run in runs
+    ]
     return draw_bars(runs, MEMORY_PARTS, BYTES, "memory", peaks)
 
 
 # ---- perplexity against parameters ----------------------------------------------------------------------------------
+
 
 def draw_quality(runs: list, measure: str) -> Figure:
     """One labelled point a run: final perplexity (or bits per byte) against total parameters."""
     y_key = "val/ppl" if measure == "loss" else "val/bpb"
     fig = new_figure(7.5, 5)
     panel = fig.subplots()
-    points = [(i, run.summary["params/total"], run.summary[y_key]) for i, run in enumerate(runs)
-              if is_finite(run.summary.get("params/total")) and is_finite(run.summary.get(y_key))]
+    points = [
+        (i, run.summary["params/total"], run.summary[y_key])
+        for i, run in enumerate(runs)
+        if is_finite(run.summary.get("params/total")) and is_finite(run.summary.get(y_key))
+    ]
     size, unit = unit_of(max((x for _, x, _ in points), default=0), COUNT)
     for i, x, y in points:
         panel.plot([x / size], [y], linestyle="none", **colour_and_marker(i), markersize=9)
@@ -244,9 +318,13 @@ def draw_quality(runs: list, measure: str) -> Figure:
     if not points:
         say_empty(panel, "no evaluation yet")
         return fig
-    for axis, scale, values in ((panel.xaxis, panel.set_xscale, [x for _, x, _ in points]),
-                                (panel.yaxis, panel.set_yscale, [y for _, _, y in points])):
-        if min(values) > 0 and max(values) > 10 * min(values):  # below a factor of ten, linear ticks read better
+    for axis, scale, values in (
+        (panel.xaxis, panel.set_xscale, [x for _, x, _ in points]),
+        (panel.yaxis, panel.set_yscale, [y for _, _, y in points]),
+    ):
+        if min(values) > 0 and max(values) > 10 * min(
+            values
+        ):  # below a factor of ten, linear ticks read better
             scale("log")
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_minor_formatter(NullFormatter())
@@ -263,15 +341,25 @@ def place_labels(fig: Figure, panel, points: list):
     dots = [panel.transData.transform((x, y)) for x, y, _ in points]
     placed = []
     for x, y, text in points:
-        note = panel.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=9.5,
-                              arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6})
+        note = panel.annotate(
+            text,
+            (x, y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=9.5,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
+        )
         best = None
         for distance, (dx, dy, ha, va) in product(LABEL_DISTANCES, LABEL_SIDES):
             where = {"position": (dx * distance, dy * distance), "ha": ha, "va": va}
             note.set(**where)
             note.update_positions(renderer)
-            area = Text.get_window_extent(note, renderer)  # the annotation's own extent would include its leader line
-            faults = sum(area.overlaps(other) for other in placed) + sum(area.padded(6).contains(*dot) for dot in dots)
+            area = Text.get_window_extent(
+                note, renderer
+            )  # the annotation's own extent would include its leader line
+            faults = sum(area.overlaps(other) for other in placed) + sum(
+                area.padded(6).contains(*dot) for dot in dots
+            )
             outside = box.x0 > area.x0 or area.x1 > box.x1 or box.y0 > area.y0 or area.y1 > box.y1
             faults += 5 * outside  # worse than covering something
             if best is None or faults < best[0]:

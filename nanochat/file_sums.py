@@ -4,6 +4,7 @@ A sum is `sha256:â€¦`, or for files that the hub keeps in git itself `git-sha1:â
 Reading hundreds of GB at every call would take hours. So a file that was compared once is known again by its
 stamp (its size, times and number). It is read if that has changed since, and by --verify.
 """
+
 import contextlib
 import hashlib
 import os

@@ -3,6 +3,7 @@
 A file keeps its content, and its folder keeps its name. A power cut may take either until it is synced:
 first the file, then the folder.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -146,6 +147,7 @@ def check_out(flag: str, path: Path, is_file: bool = False):
 
 # ---- JSON --------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Schema:
     """What a JSON file of one kind holds: an object with these keys, and perhaps others.
@@ -154,6 +156,7 @@ class Schema:
     these.
     remedy: what the user of a damaged file can do.
     """
+
     name: str
     required: dict[str, type | tuple]
     optional: dict[str, type | tuple] = field(default_factory=dict)
@@ -167,8 +170,10 @@ class Schema:
         written = content.get("format", 1)
         if is_kind(written, int) and written > self.format:
             unknown = sorted(content.keys() - self.required.keys() - self.optional.keys() - {"format"})
-            raise InputError(f"{where}: a {self.name} of a newer version of this program (format {written}, "
-                             f"here {self.format}; new: {', '.join(unknown) or 'nothing'}); use that version")
+            raise InputError(
+                f"{where}: a {self.name} of a newer version of this program (format {written}, "
+                f"here {self.format}; new: {', '.join(unknown) or 'nothing'}); use that version"
+            )
         for key, kind in {**self.required, "format": int, **self.optional}.items():
             if key not in content and key not in self.required:
                 continue

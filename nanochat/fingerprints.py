@@ -3,6 +3,7 @@
 The hash of a large file is kept in $NANOCHAT_BASE_DIR/fingerprints with the file's size, times and number:
 thousands of shards would take many minutes at every start, in every process.
 """
+
 import contextlib
 import hashlib
 import os
@@ -16,7 +17,7 @@ from nanochat.files import open_file, sha256, sync_file, write_atomic
 COMPRESSED = (".parquet", ".gz", ".zst")
 SAMPLES, SAMPLE_BYTES = 64, 2**20
 
-KEPT_FROM = 2**22    # bytes; smaller files are hashed in no time
+KEPT_FROM = 2**22  # bytes; smaller files are hashed in no time
 SETTLED_AFTER = 2.0  # seconds since the last change: within a tick of the clock a file can change unseen
 
 

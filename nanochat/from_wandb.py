@@ -2,6 +2,7 @@
 
 What `metrics.RunRecord` sent is all there is: no text samples, and nothing that was None. W&B's own keys (they begin with _) go.
 """
+
 import math
 import sys
 
@@ -25,24 +26,38 @@ def runs_from_wandb(spec: str) -> list[Run]:
     entity, project, group = (*parts, None)[:3]
 
     import wandb  # a second of import time that reports over folders need not pay
+
     try:
         api = wandb.Api(overrides={"entity": entity, "project": project})
         found = list(fetch(api, entity, project, {"group": group} if group else {}))
         if group and not found:
             groups = sorted({run.group for run in fetch(api, entity, project, {}) if run.group})
-            raise InputError(f"--from-wandb {spec}: no run in the group {group}; groups there: {', '.join(groups[:20]) or 'none'}")
-        ours = [run for run in found if all(isinstance(run.config.get(key), dict) for key in ("flags", "derived"))]
+            raise InputError(
+                f"--from-wandb {spec}: no run in the group {group}; groups there: {', '.join(groups[:20]) or 'none'}"
+            )
+        ours = [
+            run for run in found if all(isinstance(run.config.get(key), dict) for key in ("flags", "derived"))
+        ]
         if not ours:
-            raise InputError(f"--from-wandb {spec}: none of its {len(found)} runs was made by scripts.base_train")
+            raise InputError(
+                f"--from-wandb {spec}: none of its {len(found)} runs was made by scripts.base_train"
+            )
         if len(ours) < len(found):
             others = [run.name or run.id for run in found if run not in ours]
             print(f"left out, not made by scripts.base_train: {', '.join(others)}", file=sys.stderr)
         names = [run_name(run) for run in ours]
-        return [read_run(run, name if names.count(name) == 1 else f"{name} ({run.id})") for run, name in zip(ours, names)]
+        return [
+            read_run(run, name if names.count(name) == 1 else f"{name} ({run.id})")
+            for run, name in zip(ours, names)
+        ]
     except wandb.errors.UsageError as e:  # no key, and no terminal on which W&B could ask for one
-        raise InputError(f"--from-wandb {spec}: not logged in to W&B; run `wandb login`, or set WANDB_API_KEY") from e
+        raise InputError(
+            f"--from-wandb {spec}: not logged in to W&B; run `wandb login`, or set WANDB_API_KEY"
+        ) from e
     except Exception as e:
-        if not type(e).__module__.startswith(("wandb", "requests")):  # its errors have no class of their own in common
+        if not type(e).__module__.startswith(
+            ("wandb", "requests")
+        ):  # its errors have no class of their own in common
             raise
         raise InputError(f"--from-wandb {spec}: {reason(e)}") from e
 
@@ -53,7 +68,9 @@ def fetch(api, entity: str, project: str, filters: dict):
         yield from api.runs(f"{entity}/{project}", filters=filters, order="+created_at", lazy=False)
     except ValueError as e:  # how wandb.Api says that there is none, or none that this user may see
         server = api.settings["base_url"]
-        raise InputError(f"--from-wandb {entity}/{project}: no such project on {server}, or none that you may read") from e
+        raise InputError(
+            f"--from-wandb {entity}/{project}: no such project on {server}, or none that you may read"
+        ) from e
 
 
 def reason(error: Exception) -> str:
@@ -63,7 +80,11 @@ def reason(error: Exception) -> str:
     status = getattr(answer, "http_status", 0)
     if status in (401, 403):
         return f"W&B does not accept the API key (HTTP {status}); run `wandb login --relogin`, or set WANDB_API_KEY"
-    return f"W&B says: {text}" if status else f"no answer from W&B ({text}); check the network, WANDB_BASE_URL and WANDB_API_KEY"
+    return (
+        f"W&B says: {text}"
+        if status
+        else f"no answer from W&B ({text}); check the network, WANDB_BASE_URL and WANDB_API_KEY"
+    )
 
 
 def run_name(run) -> str:
@@ -102,8 +123,11 @@ def read_history(run, name: str) -> History:
         else:
             rows.append(row)
     if damaged:
-        print(f"note: {name} on W&B: {len(damaged):,} rows left out, no rows of metrics; the first has "
-              f"{damaged[0]}", file=sys.stderr)
+        print(
+            f"note: {name} on W&B: {len(damaged):,} rows left out, no rows of metrics; the first has "
+            f"{damaged[0]}",
+            file=sys.stderr,
+        )
     return History(rows)
 
 

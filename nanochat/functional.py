@@ -1,14 +1,15 @@
 """Products, norms and the loss where a plain call would be slow or keep too much. Several have a backward pass of their own: less kept, and
 fewer passes over memory, than by autograd's rules for their parts.
 """
+
 import contextlib
 
 import torch
 import torch.nn.functional as F
 
-SOFTCAP = 15.0       # logits are squashed into (-15, 15)
-FEW = 4              # rows that `linear` multiplies in another way
-IN_CACHE = 2**18     # products that stay in a CPU's cache until they are summed
+SOFTCAP = 15.0  # logits are squashed into (-15, 15)
+FEW = 4  # rows that `linear` multiplies in another way
+IN_CACHE = 2**18  # products that stay in a CPU's cache until they are summed
 
 
 def linear(x, weight):
@@ -97,6 +98,7 @@ def turned(x, cos, sin):
 # Without a gradient no function with a backward pass of its own: for one token that costs more than what it computes. Nor does the
 # compiler need those that spare passes over memory: it fuses the plain formulas.
 
+
 def norm(x):
     return RMSNorm.apply(x) if torch.is_grad_enabled() else normalised(x)[0]
 
@@ -122,7 +124,7 @@ class SquaredReLUMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down, keep: bool):
-        flat = x.flatten(0, -2)                                # (R, in)
+        flat = x.flatten(0, -2)  # (R, in)
         y, hidden = flat.new_empty(len(flat), len(down)), flat.new_empty(len(flat), len(up)) if keep else None
         for rows in row_slices(flat, len(up)):
             part = torch.mm(flat[rows], up.T, out=None if hidden is None else hidden[rows]).relu_()
@@ -137,7 +139,7 @@ class SquaredReLUMLP(torch.autograd.Function):
         grad_x, grad_up, grad_down = torch.empty_like(flat), Sum(up), Sum(down)
         for rows in row_slices(flat, len(up)):
             part, of_y = torch.mm(flat[rows], up.T).relu_() if hidden is None else hidden[rows], grad[rows]
-            of_hidden = (of_y @ twice).mul_(part)              # before the relu
+            of_hidden = (of_y @ twice).mul_(part)  # before the relu
             grad_down.add(of_y.T, part * part)
             grad_up.add(of_hidden.T, flat[rows])
             torch.mm(of_hidden, up, out=grad_x[rows])
@@ -194,19 +196,23 @@ def loss_of_logits(z, target, share):
 
     With l = s·tanh(z/s):  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
     """
-    tanh = z.to(share.dtype).div_(SOFTCAP).tanh_()            # in z's place
-    grad = (SOFTCAP * tanh).exp_()                            # at most e^15: no maximum need be taken off first
+    tanh = z.to(share.dtype).div_(SOFTCAP).tanh_()  # in z's place
+    grad = (SOFTCAP * tanh).exp_()  # at most e^15: no maximum need be taken off first
     sums = grad.sum(dim=-1, keepdim=True)
     loss = (share * (sums.log() - SOFTCAP * tanh.gather(1, target))).sum()
-    grad = grad.div_(sums)                                    # softmax
+    grad = grad.div_(sums)  # softmax
     grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
     return loss, grad.mul_(tanh.square_().neg_().add_(1)).mul_(share).to(z.dtype)
 
 
 def loss_of_logits_to_compile(z, target, share):
     """The same, compiled in two passes over each row, with tanh(u) = 1 - 2 / (1 + exp(2u)), which is twice as fast there."""
-    s, own = (1 / (1 + torch.exp(logits.to(share.dtype) * (2 / SOFTCAP))) for logits in (z, z.gather(1, target)))
-    p = torch.exp(SOFTCAP - 2 * SOFTCAP * s) * share          # a row's own factor here, or the first pass would be one over all rows
+    s, own = (
+        1 / (1 + torch.exp(logits.to(share.dtype) * (2 / SOFTCAP))) for logits in (z, z.gather(1, target))
+    )
+    p = (
+        torch.exp(SOFTCAP - 2 * SOFTCAP * s) * share
+    )  # a row's own factor here, or the first pass would be one over all rows
     sums = p.sum(dim=-1, keepdim=True)
     loss = (share * ((sums / share).log() - SOFTCAP + 2 * SOFTCAP * own)).sum()
     hit = torch.arange(z.size(1), device=z.device) == target
@@ -224,14 +230,16 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, of_logits):  # (N, C), (V, C), (N,)
         grad_x, grad_weight, loss = torch.empty_like(x) if ctx.needs_input_grad[0] else None, Sum(weight), 0
-        share = torch.full((len(x), 1), 1 / len(x), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        share = torch.full(
+            (len(x), 1), 1 / len(x), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         n = rows_at_once(x, len(weight))
         for i in range(0, len(x), n):
-            chunk = x[i:i + n]
-            part, grad = of_logits(linear(chunk, weight), targets[i:i + n, None], share[i:i + n])
+            chunk = x[i : i + n]
+            part, grad = of_logits(linear(chunk, weight), targets[i : i + n, None], share[i : i + n])
             loss = loss + part
             if grad_x is not None:
-                torch.mm(grad, weight, out=grad_x[i:i + n])
+                torch.mm(grad, weight, out=grad_x[i : i + n])
             if ctx.needs_input_grad[1]:
                 grad_weight.add(grad.T, chunk)
         ctx.save_for_backward(grad_x, grad_weight.value)
@@ -241,5 +249,9 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        return (None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
-                None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype), None, None)
+        return (
+            None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype),
+            None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_dtype),
+            None,
+            None,
+        )

@@ -3,6 +3,7 @@
 All are linear in α: (d,), and none holds a (d, n) matrix; n: the entries to make, N: n padded to a power of two. What is random in them
 comes from nanochat/noise.py, by a seed.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ class Combination(torch.autograd.Function):
         for start, end, blocks in pieces(rows * columns, len(alpha), alpha.device):
             total = alpha.new_zeros(end - start)
             for first, last in blocks:
-                drawn = noise.signs(noise.numbered(keys, first, last, alpha.device), start, end, alpha.device, alpha.dtype)
+                drawn = noise.signs(
+                    noise.numbered(keys, first, last, alpha.device), start, end, alpha.device, alpha.dtype
+                )
                 for k in range(first, last):
                     total.addcmul_(drawn[k - first], alpha[k])
             W[start:end] = total.mul_(scale)
@@ -56,7 +59,12 @@ class Combination(torch.autograd.Function):
         for start, end, blocks in pieces(len(grad), ctx.d, device):
             part = grad[start:end].to(inner.dtype)
             for first, last in blocks:
-                inner[first:last] += noise.signs(noise.numbered(ctx.keys, first, last, device), start, end, device, inner.dtype) @ part
+                inner[first:last] += (
+                    noise.signs(
+                        noise.numbered(ctx.keys, first, last, device), start, end, device, inner.dtype
+                    )
+                    @ part
+                )
         return inner.mul_(ctx.scale), None, None, None, None, None
 
 
@@ -66,14 +74,24 @@ class Fastfood(nn.Module):
     def __init__(self, d: int, n: int, seed: int, group: int, device):
         super().__init__()
         self.n, N = n, padded(n)
-        self.register_buffer("B", noise.signs(noise.stream(seed, noise.SIGNS, group), 0, d, device), persistent=False)  # (d,): the rest meets zeros
-        self.register_buffer("order", noise.permutation(noise.stream(seed, noise.PERMUTATION, group), N, device), persistent=False)
-        self.register_buffer("G", noise.gaussian(noise.stream(seed, noise.GAUSSIAN, group), N, device).mul_(N ** -0.5), persistent=False)
+        self.register_buffer(
+            "B", noise.signs(noise.stream(seed, noise.SIGNS, group), 0, d, device), persistent=False
+        )  # (d,): the rest meets zeros
+        self.register_buffer(
+            "order",
+            noise.permutation(noise.stream(seed, noise.PERMUTATION, group), N, device),
+            persistent=False,
+        )
+        self.register_buffer(
+            "G",
+            noise.gaussian(noise.stream(seed, noise.GAUSSIAN, group), N, device).mul_(N**-0.5),
+            persistent=False,
+        )
 
     def forward(self, alpha):
         N = len(self.order)
         mixed = walsh_hadamard(F.pad(self.B * alpha, (0, N - len(alpha)))).index_select(0, self.order)  # (N,)
-        return walsh_hadamard(self.G * mixed)[:self.n]
+        return walsh_hadamard(self.G * mixed)[: self.n]
 
 
 class FFTFastfood(nn.Module):
@@ -81,8 +99,16 @@ class FFTFastfood(nn.Module):
 
     def __init__(self, d: int, n: int, seed: int, group: int, device):
         super().__init__()
-        self.register_buffer("B", noise.signs(noise.stream(seed, noise.SIGNS, group), 0, d, device).mul_(n ** 0.5), persistent=False)
-        self.register_buffer("order", noise.permutation(noise.stream(seed, noise.PERMUTATION, group), n, device), persistent=False)
+        self.register_buffer(
+            "B",
+            noise.signs(noise.stream(seed, noise.SIGNS, group), 0, d, device).mul_(n**0.5),
+            persistent=False,
+        )
+        self.register_buffer(
+            "order",
+            noise.permutation(noise.stream(seed, noise.PERMUTATION, group), n, device),
+            persistent=False,
+        )
 
     def forward(self, alpha):
         return cosine(F.pad(self.B * alpha, (0, len(self.order) - len(alpha)))).index_select(0, self.order)

@@ -7,6 +7,7 @@ Shapes: B batch, T time, V vocabulary, C width (n_embd), H heads, K key/value he
 N hidden width of the MLP, r rank.
 Master weights are float32; the matmuls run in the dtype of the activations (`GPT.forward`'s compute_dtype).
 """
+
 import contextlib
 import math
 from dataclasses import dataclass, field
@@ -18,11 +19,23 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention, mask_for
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, SquaredReLUMLP, linear, loss_of_logits, norm, rotary_norm, rows_at_once, squashed
+from nanochat.functional import (
+    SOFTCAP,
+    HeadCrossEntropy,
+    SquaredReLUMLP,
+    linear,
+    loss_of_logits,
+    norm,
+    rotary_norm,
+    rows_at_once,
+    squashed,
+)
 from nanochat.whole_ranks import resolve_rank
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
-SCORE_SCALE = 1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
+SCORE_SCALE = (
+    1.6  # attention scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper than the usual 1
+)
 
 
 @dataclass
@@ -31,25 +44,38 @@ class GPTConfig:
 
     Checkpoints store it. Earlier ones lack a new field: its default has to be what all models were before.
     """
+
     sequence_len: int = 2048
     vocab_size: int = 32768
     n_layer: int = 12
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    mlp_ratio: float = 4.0             # width of the MLP's hidden layer, in widths of the model
-    window_pattern: str = "SSSL"       # tiled over the layers: S = half the context, L = all of it; the last layer is L
-    attn_ranks: tuple[float, ...] = () # one rank a layer, for q, k, v and the attention output; () = full everywhere
+    mlp_ratio: float = 4.0  # width of the MLP's hidden layer, in widths of the model
+    window_pattern: str = (
+        "SSSL"  # tiled over the layers: S = half the context, L = all of it; the last layer is L
+    )
+    attn_ranks: tuple[
+        float, ...
+    ] = ()  # one rank a layer, for q, k, v and the attention output; () = full everywhere
     mlp_ranks: tuple[float, ...] = ()  # one rank a layer, for both MLP matrices
-    matrix_ranks: dict[str, tuple[float, ...]] = field(default_factory=dict)  # of q, k, v, o, up or down alone, where not their group's
+    matrix_ranks: dict[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # of q, k, v, o, up or down alone, where not their group's
     lm_head_rank: float = 0
-    tie_embeddings: bool = False       # the output head is the token embedding
-    value_embeddings: bool = False     # a V × (K·D) table added to the values of every other layer
-    factor_act: str = "none"           # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
-    layer_map: tuple[int, ...] = ()    # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
-    layer_kinds: tuple[str, ...] = ()  # of copied layers, what each was where it was copied from (see `kind`); () = as the patterns above have it
-    recompute: str = "none"            # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
-    rank_multiple: int = 1             # fractions become multiples of it; -1: of what suits a GPU
+    tie_embeddings: bool = False  # the output head is the token embedding
+    value_embeddings: bool = False  # a V × (K·D) table added to the values of every other layer
+    factor_act: str = (
+        "none"  # "silu": y = B silu(A x) in the factored matrices of the blocks (CoLA, arXiv 2502.10940)
+    )
+    layer_map: tuple[
+        int, ...
+    ] = ()  # the layer that each position of the stack executes, e.g. (0, 0, 1, 1): weights tied; () = each layer once
+    layer_kinds: tuple[
+        str, ...
+    ] = ()  # of copied layers, what each was where it was copied from (see `kind`); () = as the patterns above have it
+    recompute: str = "none"  # "bottleneck": of a factored layer the backward pass keeps what is r wide, and computes the rest again
+    rank_multiple: int = 1  # fractions become multiples of it; -1: of what suits a GPU
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -63,7 +89,9 @@ class GPTConfig:
 
     def rank(self, matrix: str, layer: int) -> float:
         """As it is given. matrix: q, k, v, o, up or down."""
-        ranks = self.matrix_ranks.get(matrix) or (self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks)
+        ranks = self.matrix_ranks.get(matrix) or (
+            self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks
+        )
         return ranks[layer] if ranks else 0
 
     def matrix_shape(self, matrix: str) -> tuple[int, int]:
@@ -95,6 +123,7 @@ class GPTConfig:
 
 # ---- linear layers --------------------------------------------------------------------------------------------------
 
+
 class Embedding(nn.Embedding):
     def reset_parameters(self):
         """Nothing on the meta device: there the draw of no numbers would load torch's compiler."""
@@ -119,7 +148,9 @@ class Linear(nn.Module):
     def narrow(self, x):  # (..., in) -> (..., out)
         return linear(x, self.weight)
 
-    def widen(self, h):  # (..., out) -> (..., out), a copy where h is a part of a larger tensor, which it would keep alive
+    def widen(
+        self, h
+    ):  # (..., out) -> (..., out), a copy where h is a part of a larger tensor, which it would keep alive
         return h.contiguous()
 
     def dense_weight(self):  # (out, in)
@@ -175,8 +206,9 @@ class LowRankLinear(nn.Module):
             nn.init.orthogonal_(self.B, gain=math.sqrt(self.out_features / self.rank))
 
 
-def make_linear(in_features: int, out_features: int, rank: float, act: str = "none",
-                multiple: int = 1) -> Linear | LowRankLinear:
+def make_linear(
+    in_features: int, out_features: int, rank: float, act: str = "none", multiple: int = 1
+) -> Linear | LowRankLinear:
     """The layer for a configured rank (see `resolve_rank`)."""
     r = resolve_rank(rank, in_features, out_features, multiple)
     return LowRankLinear(in_features, out_features, r, act) if r else Linear(in_features, out_features)
@@ -187,6 +219,7 @@ def make_linear(in_features: int, out_features: int, rank: float, act: str = "no
 # Attention and MLP are each three steps: `narrow` (norm and the first factors), `between` (the second factors, what follows, and
 # the last matrix's first factor), and the last widening. Between the steps flows what is r wide; with recompute = "bottleneck"
 # only that and the residual stream are kept for the backward pass (as CoLA-M does, arXiv 2502.10940).
+
 
 def kept_or_not(function, recompute: bool, *inputs):
     """function(*inputs). recompute: the backward pass, if there is one, keeps the inputs only and calls it again, up to what it needs last."""
@@ -213,7 +246,9 @@ class Attention(nn.Module):
         returns them with those before, as far as they are seen (`engine.KVCache.extend`).
         """
         h = kept_or_not(self.narrow, self.recompute, x)
-        return self.o.widen(kept_or_not(self.between, self.recompute, h, value_embedding, cos, sin, mask, extend))
+        return self.o.widen(
+            kept_or_not(self.between, self.recompute, h, value_embedding, cos, sin, mask, extend)
+        )
 
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
         layers, x = (self.q, self.k, self.v), norm(x)
@@ -226,7 +261,9 @@ class Attention(nn.Module):
         """h: (B, T, 3r) -> q: (B, H, T, D), k and v: (B, K, T, D)."""
         layers, D = (self.q, self.k, self.v), self.head_dim
         parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
-        return [layer.widen(part).unflatten(-1, (-1, D)).transpose(1, 2) for layer, part in zip(layers, parts)]
+        return [
+            layer.widen(part).unflatten(-1, (-1, D)).transpose(1, 2) for layer, part in zip(layers, parts)
+        ]
 
     def between(self, h, value_embedding, cos, sin, mask, extend=None):  # (B, T, 3r) -> (B, T, r)
         q, k, v = self.project(h)
@@ -243,7 +280,9 @@ class Attention(nn.Module):
 
 def squared_relu_mlp(x, up, down, recompute: bool):
     """relu(x upᵀ)² downᵀ. x: (..., in), up: (N, in), down: (out, N). recompute: see `kept_or_not`."""
-    if torch.is_grad_enabled() and not (recompute and torch.compiler.is_compiling()):  # the compiler would keep what is made twice
+    if torch.is_grad_enabled() and not (
+        recompute and torch.compiler.is_compiling()
+    ):  # the compiler would keep what is made twice
         return SquaredReLUMLP.apply(x, up.to(x.dtype), down.to(x.dtype), not recompute)
     return kept_or_not(plain_squared_relu_mlp, recompute, x, up, down)
 
@@ -295,6 +334,7 @@ class Block(nn.Module):
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
+
 class GPT(nn.Module):
     """Build under torch.device('meta') to count, or on a device and call `init_weights` to train."""
 
@@ -308,26 +348,31 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = make_linear(C, V, config.lm_head_rank, multiple=config.rank_multiple)
         P = len(config.positions)
-        self.resid_lambdas = nn.Parameter(torch.empty(P))  # scale of the residual stream entering each position of the stack
-        self.x0_lambdas = nn.Parameter(torch.empty(P))     # share of the embedding added there
-        self.smear = nn.Parameter(torch.empty(C))          # share of the previous token's embedding, by channel
+        self.resid_lambdas = nn.Parameter(
+            torch.empty(P)
+        )  # scale of the residual stream entering each position of the stack
+        self.x0_lambdas = nn.Parameter(torch.empty(P))  # share of the embedding added there
+        self.smear = nn.Parameter(torch.empty(C))  # share of the previous token's embedding, by channel
         kv_dim = config.n_kv_head * (C // config.n_head)
-        self.value_embeds = nn.ModuleDict({str(layer): Embedding(V, kv_dim)
-                                           for layer in range(L) if config.has_value_embedding(layer)})
+        self.value_embeds = nn.ModuleDict(
+            {str(layer): Embedding(V, kv_dim) for layer in range(L) if config.has_value_embedding(layer)}
+        )
 
     @torch.no_grad()
     def init_weights(self):
         """Draw from the global generator, embeddings first so that they agree between ranks under one seed."""
-        nn.init.normal_(self.wte.weight)  # normalised right after the lookup, so only the direction matters there
+        nn.init.normal_(
+            self.wte.weight
+        )  # normalised right after the lookup, so only the direction matters there
         if self.config.tie_embeddings:
-            self.wte.weight.mul_(0.02)    # as a head it has to start with small logits
+            self.wte.weight.mul_(0.02)  # as a head it has to start with small logits
         for table in self.value_embeds.values():
-            table.weight.zero_()          # rare tokens, seldom updated, would keep adding noise
+            table.weight.zero_()  # rare tokens, seldom updated, would keep adding noise
         for block in self.blocks:
             for linear in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
                 linear.init()
             for linear in (block.attn.o, block.mlp.down):
-                linear.init(zero=True)    # every block starts as the identity
+                linear.init(zero=True)  # every block starts as the identity
         if self.lm_head is not None:
             self.lm_head.init(zero=True)  # every token equally likely
         self.init_scalars()
@@ -343,8 +388,12 @@ class GPT(nn.Module):
         (base 8192 at 2048 tokens).
         """
         D = self.config.n_embd // self.config.n_head
-        inverse_frequency = (4.0 * self.config.sequence_len) ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
-        angle = torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * inverse_frequency
+        inverse_frequency = (4.0 * self.config.sequence_len) ** (
+            -torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
+        )
+        angle = (
+            torch.arange(start, start + T, device=device, dtype=torch.float32)[:, None] * inverse_frequency
+        )
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def hidden(self, idx, compute_dtype=torch.float32, cache=None):
@@ -364,8 +413,16 @@ class GPT(nn.Module):
             masks = {window: cache.mask(window, T) for window in windows}
         for i, layer in enumerate(self.config.positions):
             table = self.value_embeds[str(layer)] if str(layer) in self.value_embeds else None
-            x = self.blocks[layer](x, x0, scales[i], None if table is None else table(idx).to(compute_dtype), cos, sin,
-                                   masks[self.config.window(layer)], None if cache is None else partial(cache.extend, i))
+            x = self.blocks[layer](
+                x,
+                x0,
+                scales[i],
+                None if table is None else table(idx).to(compute_dtype),
+                cos,
+                sin,
+                masks[self.config.window(layer)],
+                None if cache is None else partial(cache.extend, i),
+            )
         if cache is not None:
             cache.length += T
         return norm(x)
@@ -395,6 +452,11 @@ class GPT(nn.Module):
         """Cross-entropy in nats of each target, (B, T) float32, no gradient."""
         with self.eager():
             x, weight = self.head(idx, compute_dtype)
-        chunks = zip(x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0))))
-        losses = [F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none") for part, target in chunks]
+        chunks = zip(
+            x.split(rows_at_once(x, weight.size(0))), targets.flatten().split(rows_at_once(x, weight.size(0)))
+        )
+        losses = [
+            F.cross_entropy(SOFTCAP * squashed(part, weight), target, reduction="none")
+            for part, target in chunks
+        ]
         return torch.cat(losses).view(targets.shape)

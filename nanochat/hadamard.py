@@ -1,4 +1,5 @@
 """Fast orthogonal transforms of the last dimension: Walsh-Hadamard for powers of two, and the cosine transform for any length."""
+
 import math
 from functools import lru_cache
 

@@ -3,6 +3,7 @@
 A million rows as dicts take more than two gigabytes. Here rows with the same keys share a table that has an
 array for each key, which takes a tenth of that. A file is read when its first row is asked for.
 """
+
 import itertools
 import math
 import sys
@@ -17,21 +18,26 @@ from nanochat.common import shortened
 from nanochat.files import is_kind, named, open_file, parse_json
 
 # the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
-CLOCKS = (("total_training_time", "seconds"), ("step", "step"), ("total_tokens", "tokens"),
-          ("total_training_flops", "flops"))
+CLOCKS = (
+    ("total_training_time", "seconds"),
+    ("step", "step"),
+    ("total_tokens", "tokens"),
+    ("total_training_flops", "flops"),
+)
 
 CLOCK_KEYS = [key for key, _ in CLOCKS]
 
-MAX_LINE = 2**24         # bytes; more is no row
+MAX_LINE = 2**24  # bytes; more is no row
 MAX_STEP = 2**63 - 1
-MAX_INTEGER = 10**300    # so that it can become a float
-SHOWN = 20_000           # rows up to which a figure draws all: more than it has dots from left to right
-PENDING = 512            # rows that wait to become parts of columns
+MAX_INTEGER = 10**300  # so that it can become a float
+SHOWN = 20_000  # rows up to which a figure draws all: more than it has dots from left to right
+PENDING = 512  # rows that wait to become parts of columns
 # keys, and beginnings of keys, whose value is a number; null where it is not known
 NUMBERS = ("train/", "val/", "mem/", "params/", "flops/", "core_metric", "centered_results/")
 
 
 # ---- one row -----------------------------------------------------------------------------------------------
+
 
 def row_fault(row) -> str:
     """Why this is no row of metrics; '' if it is one. NaN and infinities are numbers: a run may diverge."""
@@ -67,6 +73,7 @@ def parsed(line: bytes) -> tuple[dict, str]:
 
 
 # ---- many rows ---------------------------------------------------------------------------------------------
+
 
 class Table:
     """Rows with the same keys, column by column."""
@@ -107,7 +114,7 @@ def packed(values: tuple) -> array | list:
     types = set(map(type, values))
     if types == {float}:
         return array("d", values)
-    if types == {int} and -2**63 <= min(values) and max(values) < 2**63:
+    if types == {int} and -(2**63) <= min(values) and max(values) < 2**63:
         return array("q", values)
     return list(values)
 
@@ -119,7 +126,7 @@ class Rows:
     """
 
     def __init__(self, rows: Iterable[dict]):
-        self.tables = {}     # {keys: Table}
+        self.tables = {}  # {keys: Table}
         self.by_number = []  # the same tables
         self.table_of = array("L")  # of each row, by the order of reading
         self.place_of = array("Q")  # of each row in its table
@@ -239,7 +246,7 @@ def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
         points = [(step, y) for step, y in series(history, "step", key) if y is not None and math.isfinite(y)]
         length = max(1, 4 * len(points) // SHOWN)
         for start in range(0, len(points), length):
-            stretch = points[start:start + length]
+            stretch = points[start : start + length]
             extremes = min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1))
             steps |= {step for step, _ in (stretch[0], stretch[-1], *extremes)}
     all_steps = array("q", (step for (step,) in series(history, "step")))
@@ -247,6 +254,7 @@ def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
+
 
 def read_history(folder: Path) -> History:
     """metrics.jsonl of a run folder, merged by step; no rows where there is no such file."""
@@ -271,8 +279,11 @@ def file_rows(path: Path) -> Iterator[dict]:
     if damaged:
         number, fault = damaged[0]
         lines = "1 line" if len(damaged) == 1 else f"{len(damaged):,} lines"
-        print(f"note: {path}: {lines} left out, no rows of metrics; the first is line {number:,} ({fault})",
-              file=sys.stderr, flush=True)
+        print(
+            f"note: {path}: {lines} left out, no rows of metrics; the first is line {number:,} ({fault})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def long_lines(f) -> Iterator[bytes]:

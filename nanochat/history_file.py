@@ -1,4 +1,5 @@
 """metrics.jsonl as a run writes it: a JSON object a line, only appended. The checkpoints vouch for it."""
+
 import hashlib
 import json
 import os
@@ -67,6 +68,8 @@ def check_history(run_folder: Path, meta: dict):
     if is_short or digest_file(path, hashlib.sha256(), vouched["bytes"]).hexdigest() != vouched["sha256"]:
         problem = f"has {size:,} bytes" if is_short else "was changed"
         step = meta["step"]
-        raise InputError(f"{path}: {problem}; the checkpoint of step {step} vouches for "
-                         f"{vouched['bytes']:,} bytes of it; restore it, or go on as another run: "
-                         f"--init-from {run_folder.name}:{step} --model-tag NEW")
+        raise InputError(
+            f"{path}: {problem}; the checkpoint of step {step} vouches for "
+            f"{vouched['bytes']:,} bytes of it; restore it, or go on as another run: "
+            f"--init-from {run_folder.name}:{step} --model-tag NEW"
+        )

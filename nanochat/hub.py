@@ -2,6 +2,7 @@
 
 HF_ENDPOINT names another host, HF_TOKEN a login.
 """
+
 import contextlib
 import errno
 import functools
@@ -25,6 +26,7 @@ from nanochat.files import is_kind, sync_file, sync_folder
 @dataclass(frozen=True)
 class HubSet:
     """A public dataset: files of one kind in one folder. They are given by the start of their path in the repository."""
+
     repo: str
     train_file: str  # to be formatted with the number of the shard
     train_files: int
@@ -41,10 +43,14 @@ class HubSet:
 
 
 HUB_SETS = {
-    "tinystories": HubSet("roneneldan/TinyStories", "data/train-{:05d}-of-00004", 4, "data/validation-00000-of-00001"),
+    "tinystories": HubSet(
+        "roneneldan/TinyStories", "data/train-{:05d}-of-00004", 4, "data/validation-00000-of-00001"
+    ),
     "climbmix": HubSet("karpathy/climbmix-400b-shuffle", "shard_{:05d}", 6542, "shard_06542"),
     "fineweb-edu": HubSet("karpathy/fineweb-edu-100b-shuffle", "shard_{:05d}", 1822, "shard_01822"),
-    "c4": HubSet("allenai/c4", "en/c4-train.{:05d}-of-01024", 1024, "en/c4-validation.00000-of-00008", ".json.gz"),
+    "c4": HubSet(
+        "allenai/c4", "en/c4-train.{:05d}-of-01024", 1024, "en/c4-validation.00000-of-00008", ".json.gz"
+    ),
 }
 ATTEMPTS = 3  # at a file, each with huggingface_hub's own retries inside
 MOST_LISTED = 100_000  # files of a repository's folder
@@ -54,9 +60,10 @@ SPARE = 2**26  # bytes by which other files that are written meanwhile, such as 
 @dataclass(frozen=True)
 class HubFile:
     """A file as the hub lists it."""
+
     path: str  # in the repository
     size: int
-    sum: str   # see file_sums.sum_of; '' where the hub tells none
+    sum: str  # see file_sums.sum_of; '' where the hub tells none
 
 
 def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, dict[str, HubFile]]:
@@ -74,11 +81,14 @@ def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, d
         folder = hub_set.train_file.rpartition("/")[0]
         tree = api.list_repo_tree(hub_set.repo, folder or None, repo_type="dataset", revision=revision)
         return revision, list(islice(tree, MOST_LISTED))
+
     try:
         revision, entries = persistently(request, attempts)
     except InputError as e:
-        raise InputError(f"cannot list dataset {hub_set.repo} at {constants.ENDPOINT}: {e} "
-                         "(network down? HF_ENDPOINT names another host)")
+        raise InputError(
+            f"cannot list dataset {hub_set.repo} at {constants.ENDPOINT}: {e} "
+            "(network down? HF_ENDPOINT names another host)"
+        )
     rest = re.compile(rf"[\w.-]*{re.escape(hub_set.suffix)}")  # of a path: it is in no other folder
     files = {entry.path: entry for entry in entries if is_file(entry)}
     paths = sorted(files)
@@ -109,8 +119,9 @@ def is_hexadecimal(value, length: int) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(f"[0-9a-f]{{{length}}}", value))
 
 
-def download(hub_set: HubSet, revision: str, wanted: dict[Path, HubFile], staging: Path, workers: int,
-             when_fetched) -> dict[Path, str]:
+def download(
+    hub_set: HubSet, revision: str, wanted: dict[Path, HubFile], staging: Path, workers: int, when_fetched
+) -> dict[Path, str]:
     """Fetch {where to put it: file}; return why each failed one is missing.
 
     when_fetched(path, file) is called, in this thread, once a file is in its place to stay.
@@ -127,8 +138,9 @@ def download(hub_set: HubSet, revision: str, wanted: dict[Path, HubFile], stagin
             for path, file in wanted.items():
                 action = functools.partial(fetch, hub_set.repo, revision, file, path, staging)
                 futures[pool.submit(persistently, action)] = path
-            for future in tqdm(as_completed(futures), total=len(futures), desc=hub_set.repo, unit="file",
-                               disable=None):
+            for future in tqdm(
+                as_completed(futures), total=len(futures), desc=hub_set.repo, unit="file", disable=None
+            ):
                 path = futures[future]
                 try:
                     future.result()
@@ -175,7 +187,9 @@ def persistently(action, attempts: int = ATTEMPTS):
         time.sleep(attempt)
         try:
             return action()
-        except Exception as e:  # of httpx, requests or xet, as the version and the transport of huggingface_hub have it
+        except (
+            Exception
+        ) as e:  # of httpx, requests or xet, as the version and the transport of huggingface_hub have it
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise  # and no other file will fit either
             failure = e.__cause__ or e  # huggingface_hub wraps "an error happened" around what happened

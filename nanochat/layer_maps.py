@@ -3,6 +3,7 @@
 A map is a tuple of layer numbers. Of two checkpoints A and B of n layers each, 0 to n - 1 are A's and n to 2n - 1 are B's; as text
 `0,1,1,2`, `A:0,A:1,B:1,B:2`, or a name. What a model under a map is: `nanochat.factorize`, with_layer_map and with_copied_layers.
 """
+
 import itertools
 import math
 import random
@@ -14,6 +15,7 @@ FORM = "give the layer at each position, such as 0,0,1,1 (or A:0,B:0 of two chec
 
 
 # ---- named maps, for any number of layers ---------------------------------------------------------------------------
+
 
 def solar(n: int) -> tuple[int, ...]:
     """The first n - m layers, then the last n - m, with m = n / 4: 32 -> 48 layers in Depth Up-Scaling (arXiv 2312.15166)."""
@@ -29,7 +31,11 @@ def goliath(n: int) -> tuple[int, ...]:
     """
     h, less = max(1, round(n / 10)), round(n / 80)
     starts = range(0, max(1, n - h), h)
-    return tuple(n * (i % 2) + layer for i, start in enumerate(starts) for layer in range(start + less * (i > 1), min(start + 2 * h, n)))
+    return tuple(
+        n * (i % 2) + layer
+        for i, start in enumerate(starts)
+        for layer in range(start + less * (i > 1), min(start + 2 * h, n))
+    )
 
 
 def mobilellm(n: int) -> tuple[int, ...]:
@@ -41,6 +47,7 @@ NAMED = {"solar": solar, "goliath": goliath, "mobilellm": mobilellm}
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
+
 
 def well_formed(text: str) -> bool:
     """Whether this is the text of a map, for some number of layers."""
@@ -73,6 +80,7 @@ def map_text(layer_map: tuple[int, ...], layers: int) -> str:
 
 
 # ---- families -------------------------------------------------------------------------------------------------------
+
 
 def monotone(layers: int, positions: int) -> list[tuple[int, ...]]:
     """Every map that takes the layers in order, each at least once in a row: (positions - 1 over layers - 1) of them."""

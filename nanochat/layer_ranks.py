@@ -1,4 +1,5 @@
 """From the flags of rank to one rank a layer, and every check of them; and ranks as they are printed."""
+
 from argparse import ArgumentTypeError
 
 from nanochat.common import InputError
@@ -25,14 +26,18 @@ def layer_ranks(args, group: str, depth: int) -> tuple[float, ...]:
     if is_list(schedule):
         ranks = listed_ranks(flag, schedule, depth)
         if start:
-            raise InputError(f"{flag} {schedule}: gives the ranks that --{group}-rank {start:g} gives too; "
-                             f"leave --{group}-rank out, or give a list to one group with "
-                             "--attn-rank-schedule or --mlp-rank-schedule")
+            raise InputError(
+                f"{flag} {schedule}: gives the ranks that --{group}-rank {start:g} gives too; "
+                f"leave --{group}-rank out, or give a list to one group with "
+                "--attn-rank-schedule or --mlp-rank-schedule"
+            )
     elif schedule not in SCHEDULES:
         raise InputError(f"{flag} {schedule}: use one of {', '.join(SCHEDULES)}, or a list of ranks r0,r1,…")
     if own_end and (is_list(schedule) or schedule == "constant"):
-        raise InputError(f"--{group}-rank-end {own_end:g}: means nothing under {flag} {schedule}; "
-                         f"give --{group}-rank-schedule linear, step, exponential or quadratic")
+        raise InputError(
+            f"--{group}-rank-end {own_end:g}: means nothing under {flag} {schedule}; "
+            f"give --{group}-rank-schedule linear, step, exponential or quadratic"
+        )
     if is_list(schedule):
         return ranks
     if schedule == "constant":
@@ -66,8 +71,10 @@ def changing_ranks(args, group: str, flag: str, schedule: str, depth: int) -> tu
         own_flag = f", or --{group}-rank-end" if flag != "--rank-schedule" else ""
         raise InputError(f"{flag} {schedule}: needs --rank-end above 0{own_flag}")
     if (start < 1) != (end < 1):
-        raise InputError(f"{end_flag} {end:g}: give it as --{group}-rank {start:g} is given, "
-                         "both as ranks or both as fractions")
+        raise InputError(
+            f"{end_flag} {end:g}: give it as --{group}-rank {start:g} is given, "
+            "both as ranks or both as fractions"
+        )
     return ranks_over_depth(schedule, start, end, depth)
 
 
@@ -76,8 +83,9 @@ def named_ranks(text: str, depth: int) -> dict[str, tuple[float, ...]]:
     named = {}
     for name, ranks in matrix_ranks(text).items():
         if len(ranks) not in (1, depth):
-            raise InputError(f"--matrix-ranks {text}: gives {name} {len(ranks)} ranks; "
-                             f"give one, or {depth}, one a layer")
+            raise InputError(
+                f"--matrix-ranks {text}: gives {name} {len(ranks)} ranks; give one, or {depth}, one a layer"
+            )
         named[name] = ranks * depth if len(ranks) == 1 else ranks
     return named
 
@@ -115,6 +123,7 @@ def fields_with_ranks(config: GPTConfig) -> dict[str, tuple[str, ...]]:
 
 
 # ---- printed ----------------------------------------------------------------------------------------------
+
 
 def ranks_in_short(ranks: tuple[float, ...]) -> str:
     """'full', '64', or the first, the middle and the last layer's rank: '100…46…10'."""

@@ -9,6 +9,7 @@ that another process has its lease: `Lease.check`.
 Earlier versions of this program did not refresh their files. Those of other machines stay until a person
 removes them.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -27,7 +28,7 @@ from nanochat.errors import InputError, named, printable
 from nanochat.files import TEMPORARY, open_new, parse_json
 
 HEARTBEAT = 10.0  # seconds between two signs of life
-LEASE = 120.0     # seconds without one after which a lease may be taken over
+LEASE = 120.0  # seconds without one after which a lease may be taken over
 GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: on a network file system
 TAKEOVER = ".takeover-"
 
@@ -80,10 +81,12 @@ class Lease:
         with self.mutex:
             identity = self._refresh()
         if identity.get("token") != self.identity["token"]:
-            raise InputError(f"{self.path}: {in_words(identity)} has taken over what this process held, "
-                             f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file "
-                             "system that did not answer); nothing more is written here: leave it to that "
-                             "process")
+            raise InputError(
+                f"{self.path}: {in_words(identity)} has taken over what this process held, "
+                f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file "
+                "system that did not answer); nothing more is written here: leave it to that "
+                "process"
+            )
 
     def sign(self, activity: str):
         """Say in the file which process holds the lease now, and what it does."""
@@ -115,6 +118,7 @@ def acquire_lease(path: Path) -> Lease | None:
 
 # ---- files -------------------------------------------------------------------------------------------------
 
+
 def open_own_file(path: Path, flags: int):
     """A text file, open for reading and perhaps writing. InputError if its name leads to another file."""
     try:
@@ -134,8 +138,9 @@ def open_own_file(path: Path, flags: int):
 @dataclass(frozen=True)
 class Entry:
     """What a lease's file says."""
-    identity: dict    # of the holder; {} if the file is damaged, or is being written
-    digest: str       # of its name and content, which differ from those of every other lease
+
+    identity: dict  # of the holder; {} if the file is damaged, or is being written
+    digest: str  # of its name and content, which differ from those of every other lease
     refreshed: float  # seconds, by the file system's clock
 
 
@@ -217,6 +222,7 @@ def remove_left_over(path: Path):
 
 # ---- taking over -------------------------------------------------------------------------------------------
 
+
 def take(path: Path, identity: dict) -> bool:
     """Whether this process now has the lease: there was none, or its holder was gone."""
     for _ in range(5):
@@ -246,8 +252,11 @@ def take_over(path: Path, entry: Entry, identity: dict) -> bool:
         right.unlink(missing_ok=True)
     if not is_dead(entry.identity) and TAKEOVER not in path.name:
         name = in_words(entry.identity)
-        print(f"{path}: taken over from {name}, which gave no sign of life for {lease_of(entry):.0f} s",
-              file=sys.stderr, flush=True)
+        print(
+            f"{path}: taken over from {name}, which gave no sign of life for {lease_of(entry):.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return True
 
 
@@ -268,6 +277,7 @@ def lease_of(entry: Entry) -> float | None:
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
+
 def this_process() -> dict:
     """What tells it from other processes, also from a later one with its number."""
     pid_space = ""
@@ -277,8 +287,13 @@ def this_process() -> dict:
     with contextlib.suppress(OSError):  # and so may two machines
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "pid_space": pid_space, "boot": boot,
-            "started": start_time(pid)}
+    return {
+        "pid": pid,
+        "host": socket.gethostname(),
+        "pid_space": pid_space,
+        "boot": boot,
+        "started": start_time(pid),
+    }
 
 
 def is_here(identity: dict) -> bool:

@@ -1,4 +1,5 @@
 """Which runs may be compared in what: look-ups in a run's record, and the check that quantities are like for like."""
+
 from nanochat.metrics import Run
 from nanochat.study import finished
 
@@ -32,32 +33,49 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
     broken = {
         TOKENIZER: differing("derived.tokenizer_hash"),
         TEXT: differing("derived.corpus.val_fingerprint"),
-        MACHINE: differing("device.type", "device.name", "device.dtype", "device.processes", "device.threads"),
+        MACHINE: differing(
+            "device.type", "device.name", "device.dtype", "device.processes", "device.threads"
+        ),
         END: [run.name for run in runs if not (finished(run) and finished(first))],
     }
     # Under one tokenizer, another number of validation tokens is another text. (Two tokenizers always count differently.)
-    broken[TEXT] += [name for name in differing("derived.val_tokens") if name not in broken[TEXT] + broken[TOKENIZER]]
+    broken[TEXT] += [
+        name for name in differing("derived.val_tokens") if name not in broken[TEXT] + broken[TOKENIZER]
+    ]
     warnings, notes = [], []
 
     if broken[TOKENIZER]:
-        warnings.append(f"{names(broken[TOKENIZER])} did not, on record, use the tokenizer of {first.name}, so perplexity is "
-                        "not comparable and no ratio of it is shown; bits per byte is comparable across tokenizers only on the "
-                        "same validation text.")
+        warnings.append(
+            f"{names(broken[TOKENIZER])} did not, on record, use the tokenizer of {first.name}, so perplexity is "
+            "not comparable and no ratio of it is shown; bits per byte is comparable across tokenizers only on the "
+            "same validation text."
+        )
     if broken[TEXT]:
-        warnings.append(f"{names(broken[TEXT])} did not, on record, use the validation text of {first.name} (another "
-                        "corpus, or another part of it), so neither perplexity nor bits per byte is comparable and no ratio of "
-                        "them is shown; bits per byte is comparable across tokenizers only on the same validation text.")
+        warnings.append(
+            f"{names(broken[TEXT])} did not, on record, use the validation text of {first.name} (another "
+            "corpus, or another part of it), so neither perplexity nor bits per byte is comparable and no ratio of "
+            "them is shown; bits per byte is comparable across tokenizers only on the same validation text."
+        )
     if broken[MACHINE]:
-        warnings.append(f"{names(broken[MACHINE])} did not, on record, run on the device of {first.name}, with its dtype, "
-                        "processes and threads, so times and memory are not comparable and no ratio of them is shown.")
+        warnings.append(
+            f"{names(broken[MACHINE])} did not, on record, run on the device of {first.name}, with its dtype, "
+            "processes and threads, so times and memory are not comparable and no ratio of them is shown."
+        )
     for run in runs:
         if not finished(run):
-            notes.append(f"{run.name} is unfinished: its values are those at {progress(run)}, and no ratio of final values "
-                         "is shown.")
-    for what, path in (("training text", "derived.corpus.train_fingerprint"), ("number of training tokens", "derived.tokens"),
-                       ("total batch size", "derived.total_batch_size"), ("sequence length", "derived.model.sequence_len"),
-                       ("per-device batch size (it moves memory and tokens/s)", "flags.device_batch_size"),
-                       ("seed", "seed"), ("code (git commit)", "git.commit")):
+            notes.append(
+                f"{run.name} is unfinished: its values are those at {progress(run)}, and no ratio of final values "
+                "is shown."
+            )
+    for what, path in (
+        ("training text", "derived.corpus.train_fingerprint"),
+        ("number of training tokens", "derived.tokens"),
+        ("total batch size", "derived.total_batch_size"),
+        ("sequence length", "derived.model.sequence_len"),
+        ("per-device batch size (it moves memory and tokens/s)", "flags.device_batch_size"),
+        ("seed", "seed"),
+        ("code (git commit)", "git.commit"),
+    ):
         if look(first, path) is not None and (others := differing(path)):
             notes.append(f"Different {what} from {first.name}: {names(others)}.")
     dirty = [run.name for run in runs if look(run, "git.dirty")]
@@ -65,7 +83,9 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
         notes.append(f"Ran from a source tree with uncommitted changes: {names(dirty)}.")
     settings = [sorted((k, str(v)) for k, v in flags(run).items() if k != "seed") for run in runs]
     if len(runs) > 1 and all(settings.count(s) == 1 for s in settings):
-        notes.append("One seed a configuration: without repeated seeds a difference between runs has no error bar.")
+        notes.append(
+            "One seed a configuration: without repeated seeds a difference between runs has no error bar."
+        )
     return broken, warnings, notes
 
 
@@ -79,7 +99,7 @@ def progress(run: Run) -> str:
 
 
 def status_words(run: Run) -> str:
-    """"finished", "unfinished (step 40 of 200)" or "diverged (…)", and how many steps were not applied."""
+    """ "finished", "unfinished (step 40 of 200)" or "diverged (…)", and how many steps were not applied."""
     words = "finished"
     if not finished(run):
         words = f"{'diverged' if diverged(run) else 'unfinished'} ({progress(run)})"

@@ -4,6 +4,7 @@ A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/.swee
 inherits the lock, so it is free only when launcher and child are both gone, however they went: two sweeps
 never have the same run, and no lock is ever stale.
 """
+
 import contextlib
 import json
 import os
@@ -27,17 +28,17 @@ from nanochat.rank import account
 from nanochat.run_files import read_summary
 from nanochat.signals import ENDING
 
-POLL = 0.5          # seconds between two looks at the children
-REPORT_EVERY = 60   # seconds between two lines where there is no terminal
+POLL = 0.5  # seconds between two looks at the children
+REPORT_EVERY = 60  # seconds between two lines where there is no terminal
 
 
 @dataclass
 class Running:
     point: Point
     process: subprocess.Popen
-    held: list                                  # open files: the locks of the run and of its GPUs
+    held: list  # open files: the locks of the run and of its GPUs
     place: int
-    told: int = 0                               # how often it was told to stop
+    told: int = 0  # how often it was told to stop
 
 
 def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
@@ -60,7 +61,11 @@ def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
                 if outcome == "again":
                     waiting.insert(0, run.point)
                 elif outcome not in ("finished", "stopped"):
-                    failed[run.point.tag] = (outcome, log_of(sweep, run.point), last_lines(log_of(sweep, run.point)))
+                    failed[run.point.tag] = (
+                        outcome,
+                        log_of(sweep, run.point),
+                        last_lines(log_of(sweep, run.point)),
+                    )
                 show.event(run.point, outcome)
             for point in [p for p in waiting if p.base in failed]:
                 waiting.remove(point)
@@ -113,6 +118,7 @@ def pass_on(running: list[Running], times: int):
 
 # ---- places and locks -----------------------------------------------------------------------------------------------
 
+
 def places(sweep: Sweep, j: int | None) -> list[dict]:
     """Where a run can go: for each place {"gpus": (ids…), "threads": N or None}. j: at most so many (None: a CPU has one).
 
@@ -120,10 +126,15 @@ def places(sweep: Sweep, j: int | None) -> list[dict]:
     """
     if common.pick_device_type(sweep.points[0].args.device_type) == "cuda":
         gpus = visible_gpus()
-        groups = [tuple(gpus[i:i + sweep.processes]) for i in range(0, len(gpus) - sweep.processes + 1, sweep.processes)]
+        groups = [
+            tuple(gpus[i : i + sweep.processes])
+            for i in range(0, len(gpus) - sweep.processes + 1, sweep.processes)
+        ]
         if not groups:
-            raise InputError(f"{sweep.file}: a run wants {sweep.processes} GPU(s), this machine has {len(gpus)}; "
-                             "set processes, or use --launcher slurm")
+            raise InputError(
+                f"{sweep.file}: a run wants {sweep.processes} GPU(s), this machine has {len(gpus)}; "
+                "set processes, or use --launcher slurm"
+            )
         return [{"gpus": group, "threads": None} for group in groups[:j]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     j = j or 1
@@ -135,6 +146,7 @@ def visible_gpus() -> list[str]:
     if given is not None:
         return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
     import torch
+
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
@@ -147,7 +159,9 @@ def claim(path: Path):
     return locks.acquire(path, wait=False)
 
 
-def start(sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set[int], task_command, show) -> list[Running]:
+def start(
+    sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set[int], task_command, show
+) -> list[Running]:
     """Fill the free places with the first waiting points that no other sweep has, and whose base is finished. Removes them, and those found
     finished, from `waiting`.
     """
@@ -166,7 +180,9 @@ def start(sweep: Sweep, args, waiting: list[Point], here: list[dict], taken: set
                 continue
             show.event(point, "resumes" if point.status() != "new" else "starts")
             held, gpus = [lock, *gpus], []
-            started.append(Running(point, launch(sweep, point, args, here[number], held, task_command), held, number))
+            started.append(
+                Running(point, launch(sweep, point, args, here[number], held, task_command), held, number)
+            )
             break
         for lock in filter(None, gpus):
             lock.close()
@@ -183,8 +199,15 @@ def launch(sweep: Sweep, point: Point, args, place: dict, held: list, task_comma
     log = log_of(sweep, point)
     create_folder(log.parent)
     with open(log, "a", encoding="utf-8") as out:
-        return subprocess.Popen([*task_command(sweep, point, args), "--launched", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                env=environment, start_new_session=True, pass_fds=[lock.fileno() for lock in held])
+        return subprocess.Popen(
+            [*task_command(sweep, point, args), "--launched", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[lock.fileno() for lock in held],
+        )
 
 
 def outcome_of(run: Running, asked: bool) -> str:
@@ -197,7 +220,9 @@ def outcome_of(run: Running, asked: bool) -> str:
     if code == common.REQUEUE:
         return "again"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+        return f"killed by {signal.Signals(-code).name}" + (
+            " (out of memory?)" if -code == signal.SIGKILL else ""
+        )
     return f"exit code {code}" if code else "ended without finishing"
 
 
@@ -220,13 +245,18 @@ def tail(path: Path, size: int = 2**16) -> str:
 
 # ---- what is seen of it ---------------------------------------------------------------------------------------------
 
+
 def finished_rate(sweep: Sweep) -> tuple[float, str]:
     """(FLOP/s of one process, in words from what) of the finished runs of this sweep; 0 if there are none."""
     flops = seconds = count = 0
     for point in sweep.points:
         if point.status() == "finished":
             summary = read_summary(point.folder)
-            flops, seconds, count = flops + summary["total_training_flops"], seconds + summary["total_training_time"] * sweep.processes, count + 1
+            flops, seconds, count = (
+                flops + summary["total_training_flops"],
+                seconds + summary["total_training_time"] * sweep.processes,
+                count + 1,
+            )
     return (flops / seconds, f"as in {count} finished run(s)") if seconds else (0.0, "")
 
 
@@ -257,15 +287,19 @@ class Display:
             return
         self.last = time.monotonic()
         seen = {p.tag: progress(p) for p in (*(r.point for r in running), *waiting)}
-        lines = [f"{self.done} of {self.total} finished, {len(running)} running, {len(waiting)} waiting, {len(failed)} failed"
-                 + self.eta(sum(self.left(p, seen[p.tag]) for p in self.sweep.points if p.tag in seen)),
-                 *(self.line(r.point, seen[r.point.tag]) for r in running)]
+        lines = [
+            f"{self.done} of {self.total} finished, {len(running)} running, {len(waiting)} waiting, {len(failed)} failed"
+            + self.eta(sum(self.left(p, seen[p.tag]) for p in self.sweep.points if p.tag in seen)),
+            *(self.line(r.point, seen[r.point.tag]) for r in running),
+        ]
         if waiting and not running:
-            lines.append(f"waiting for {', '.join(p.tag for p in waiting[:3])}{', …' if len(waiting) > 3 else ''}: in another process")
+            lines.append(
+                f"waiting for {', '.join(p.tag for p in waiting[:3])}{', …' if len(waiting) > 3 else ''}: in another process"
+            )
         if self.live:
             self.clear()
             width = shutil.get_terminal_size().columns
-            print("\n".join(line[:width - 1] for line in lines), flush=True)
+            print("\n".join(line[: width - 1] for line in lines), flush=True)
             self.drawn = len(lines)
         else:
             print("; ".join(line.strip() for line in lines), flush=True)

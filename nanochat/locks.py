@@ -4,6 +4,7 @@ The kernel's flock is taken where the file system has it: it is freed when its l
 that dies. Some network file systems have none (Lustre and NFS, as some sites mount them). There a second
 file, `<path>.owner`, is the lock: a lease, which its holder keeps alive (nanochat/leases.py).
 """
+
 import contextlib
 import errno
 import fcntl
@@ -20,8 +21,8 @@ from nanochat.leases import Lease, acquire_lease, in_words, lease_of, open_own_f
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 WRITING = ", which writes a checkpoint"  # what Lock.sign says of a writer
-POLL = 0.1           # seconds between the first two tries at a lease
-SLOWEST_POLL = 2.0   # between later ones: each is some calls to a server
+POLL = 0.1  # seconds between the first two tries at a lease
+SLOWEST_POLL = 2.0  # between later ones: each is some calls to a server
 NOTICE_AFTER = 10.0  # seconds until a waiting process says what it waits for
 
 
@@ -37,8 +38,7 @@ class Lock:
         return self.file.fileno()
 
     def check(self):
-        """InputError if another process has the lock by now. To be called before what it protects is written.
-        """
+        """InputError if another process has the lock by now. To be called before what it protects is written."""
         if self.lease:
             self.lease.check()
 

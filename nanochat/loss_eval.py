@@ -1,4 +1,5 @@
 """Validation: mean loss, perplexity and bits per byte over a fixed list of rows; text samples."""
+
 import math
 
 import numpy as np
@@ -13,8 +14,18 @@ from nanochat.signals import NEVER, StopRequest
 
 
 @torch.no_grad()
-def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int, device, dtype,
-             rank: int = 0, world_size: int = 1, stop: StopRequest = NEVER) -> dict | None:
+def evaluate(
+    model,
+    rows: Rows,
+    count: int,
+    token_bytes,
+    device_batch_size: int,
+    device,
+    dtype,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: StopRequest = NEVER,
+) -> dict | None:
     """Loss over rows 0 … count-1, shared out over the processes; the same rows whatever their number or the
     batch size. None if a process was asked to stop before it was through.
 
@@ -30,28 +41,45 @@ def evaluate(model, rows: Rows, count: int, token_bytes, device_batch_size: int,
         if stop.is_set():
             sums[4] = 1
             break
-        inputs, targets = batch_of([rows.row(j) for j in mine[i:i + device_batch_size]], device)
+        inputs, targets = batch_of([rows.row(j) for j in mine[i : i + device_batch_size]], device)
         nats = model.token_losses(inputs, targets, dtype).double()  # (B, T)
         n_bytes = token_bytes[targets]
-        sums[:4] += torch.stack([nats.sum(), torch.tensor(nats.numel(), device=device, dtype=torch.float64),
-                                 nats[n_bytes > 0].sum(), n_bytes.sum().double()])
+        sums[:4] += torch.stack(
+            [
+                nats.sum(),
+                torch.tensor(nats.numel(), device=device, dtype=torch.float64),
+                nats[n_bytes > 0].sum(),
+                n_bytes.sum().double(),
+            ]
+        )
     if dist.is_initialized():
         dist.all_reduce(sums)
     nats, tokens, text_nats, text_bytes, broken_off = sums.tolist()
     if broken_off:
         return None
     loss = nats / tokens
-    return {"val/loss": loss, "val/ppl": math.exp(min(loss, 700.0)), "val/bpb": text_nats / math.log(2) / max(1.0, text_bytes)}
+    return {
+        "val/loss": loss,
+        "val/ppl": math.exp(min(loss, 700.0)),
+        "val/bpb": text_nats / math.log(2) / max(1.0, text_bytes),
+    }
 
 
-def reference_losses(train_rows: Rows, val_rows: Rows, count: int, vocab_size: int, most: int = 2**22) -> dict[str, float]:
+def reference_losses(
+    train_rows: Rows, val_rows: Rows, count: int, vocab_size: int, most: int = 2**22
+) -> dict[str, float]:
     """What models that read nothing reach on validation rows 0 … count-1, in nats a token: `uniform` guesses every token alike, `unigram` by
     how often it occurs in the training text (the first `most` tokens; one more of each, so that none is impossible).
     """
     rows = min(train_rows.count, most // train_rows.T)
-    seen = np.bincount(np.concatenate([train_rows.row(i)[1:] for i in range(rows)]), minlength=vocab_size) + 1.0
+    seen = (
+        np.bincount(np.concatenate([train_rows.row(i)[1:] for i in range(rows)]), minlength=vocab_size) + 1.0
+    )
     asked = np.bincount(np.concatenate([val_rows.row(i)[1:] for i in range(count)]), minlength=vocab_size)
-    return {"uniform": math.log(vocab_size), "unigram": float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())}
+    return {
+        "uniform": math.log(vocab_size),
+        "unigram": float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum()),
+    }
 
 
 def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NEVER) -> list[str] | None:
@@ -62,7 +90,7 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NE
     for i in range(min(2, val_rows.count)):
         prompt, continuation = val_rows.row(i)[:16].tolist(), []
         try:
-            for token, in generate(model, [prompt], 48, dtype=dtype):
+            for (token,) in generate(model, [prompt], 48, dtype=dtype):
                 if stop.is_set():
                     return None
                 continuation.append(token)
@@ -73,17 +101,22 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NE
     return texts
 
 
-def validation_rows(run, tokenizer, T: int, eval_tokens: int, data: str = "",
-                    optional: bool = False) -> tuple[Rows, int]:
+def validation_rows(
+    run, tokenizer, T: int, eval_tokens: int, data: str = "", optional: bool = False
+) -> tuple[Rows, int]:
     """The rows that the run was evaluated on, and how many. data: where the text is, if not where the run
     read it. optional: the caller can do without, by --eval-tokens 0.
     """
     corpus = open_run_text(run, data)
     if (now := corpus.fingerprint("val")) != (then := recorded_text(run)["val"]):
         without = ", or --eval-tokens 0" if optional else ""
-        raise InputError(f"--data {corpus.place}: the validation text is no longer the one of the run "
-                         f"({then} then, {now} now); give the folder of that text{without}")
+        raise InputError(
+            f"--data {corpus.place}: the validation text is no longer the one of the run "
+            f"({then} then, {now} now); give the folder of that text{without}"
+        )
     rows = Rows(corpus.val, tokenizer, T)
     if not (count := min(rows.count, eval_tokens // T)):
-        raise InputError(f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more{', or 0 for none' * optional}")
+        raise InputError(
+            f"--eval-tokens {eval_tokens}: less than one row of {T} tokens; give more{', or 0 for none' * optional}"
+        )
     return rows, count

@@ -1,4 +1,5 @@
 """Runs that train a part of their numbers, adapters on a trained model and random subspaces: their names, and what is measured of them alone."""
+
 import math
 import os
 import re
@@ -7,11 +8,18 @@ from statistics import fmean
 import numpy as np
 
 ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "ia3": "IA3", "none": "full fine-tuning"}
-SUBSPACES = {"none": "embeddings only", "basis": "basis", "fastfood": "Fastfood", "fft-fastfood": "FFT-Fastfood", "lora-random": "LoRA on noise"}
+SUBSPACES = {
+    "none": "embeddings only",
+    "basis": "basis",
+    "fastfood": "Fastfood",
+    "fft-fastfood": "FFT-Fastfood",
+    "lora-random": "LoRA on noise",
+}
 SCOPES = {"global": "in all", "layer": "a layer", "matrix": "a matrix"}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
+
 
 def method(settings: dict) -> str:
     """'LoRA', 'Fastfood', …, from the flags; '' for an ordinary run, in which every number of the model is trained from scratch."""
@@ -38,17 +46,20 @@ def with_size(settings: dict) -> str:
 
 def line_name(settings: dict) -> str:
     """What runs of one method share that differ in the dimension of their subspace."""
-    return " ".join(filter(None, [method(settings), SCOPES.get(settings.get("subspace_scope") or "global", "")]))
+    return " ".join(
+        filter(None, [method(settings), SCOPES.get(settings.get("subspace_scope") or "global", "")])
+    )
 
 
 def base_name(flags: dict) -> str:
     """The run that an adapter's run starts from, without its seed and without what its name shares with the adapter's: the sweep's name."""
     base, own = flags.get("model_tag") or "", flags.get("run_tag") or ""
     shared = os.path.commonprefix([base, own])
-    return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1:])
+    return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1 :])
 
 
 # ---- the dimension that is enough -----------------------------------------------------------------------------------
+
 
 def loss_at_start(run) -> float | None:
     """Nats per token before the first step: as evaluated, or else that of equal probabilities, near which an untrained model lies."""
@@ -78,6 +89,7 @@ def d90(points: list[tuple[float, float]], start: float, full: float) -> float |
 
 # ---- does one order predict the other -------------------------------------------------------------------------------
 
+
 def ranks(values) -> np.ndarray:
     """1 for the smallest; equal values share the mean of their places."""
     _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
@@ -91,18 +103,23 @@ def spearman(x, y) -> float:
     return float(a @ b / size) if size else math.nan
 
 
-def spearman_interval(x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+def spearman_interval(
+    x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
     """Percentile bootstrap over the pairs; None for fewer than four, of which nothing can be said, and where there is no correlation."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 4 or math.isnan(spearman(x, y)):
         return None
     drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
-    found = [rho for of in drawn if not math.isnan(rho := spearman(x[of], y[of]))]  # a resample may be one pair over and over
+    found = [
+        rho for of in drawn if not math.isnan(rho := spearman(x[of], y[of]))
+    ]  # a resample may be one pair over and over
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 # ---- where AdaLoRA's ranks went -------------------------------------------------------------------------------------
+
 
 def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
     """(layers, matrices, mean final rank over the runs by matrix and layer; NaN where a layer has no such matrix)."""
@@ -111,8 +128,15 @@ def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
         for name, rank in run.summary.get("adalora/ranks", {}).items():
             if match := re.fullmatch(r"\w+\.(\d+)\.(.+)", name):
                 found.setdefault((match[2], int(match[1])), []).append(rank)
-    layers, matrices = sorted({layer for _, layer in found}), list(dict.fromkeys(matrix for matrix, _ in found))
-    return layers, matrices, [[fmean(found.get((matrix, layer), [math.nan])) for layer in layers] for matrix in matrices]
+    layers, matrices = (
+        sorted({layer for _, layer in found}),
+        list(dict.fromkeys(matrix for matrix, _ in found)),
+    )
+    return (
+        layers,
+        matrices,
+        [[fmean(found.get((matrix, layer), [math.nan])) for layer in layers] for matrix in matrices],
+    )
 
 
 def rank_shares(layers: list[int], matrices: list[str], grid: list[list[float]]) -> tuple[float, float]:
@@ -120,4 +144,6 @@ def rank_shares(layers: list[int], matrices: list[str], grid: list[list[float]])
     table = np.nan_to_num(np.asarray(grid, float))
     half = len(layers) / 2
     late = sum(table[:, i].sum() * min(1.0, max(0.0, i + 1 - half)) for i in range(len(layers)))
-    return float(late / table.sum()), float(sum(row.sum() for matrix, row in zip(matrices, table) if matrix.startswith("mlp")) / table.sum())
+    return float(late / table.sum()), float(
+        sum(row.sum() for matrix, row in zip(matrices, table) if matrix.startswith("mlp")) / table.sum()
+    )

@@ -1,10 +1,11 @@
 """The run record: one folder a run, the same names on wandb, time to a threshold, memory.
 
-    runs/<model-tag>/config.json     written once, before the first step
-                     metrics.jsonl   append-only, one JSON object a line
-                     summary.json    rewritten at every checkpoint and at the end
-                     wandb_id.txt    so that a resumed run continues the same line on the dashboard
+runs/<model-tag>/config.json     written once, before the first step
+                 metrics.jsonl   append-only, one JSON object a line
+                 summary.json    rewritten at every checkpoint and at the end
+                 wandb_id.txt    so that a resumed run continues the same line on the dashboard
 """
+
 import contextlib
 import math
 import operator
@@ -23,9 +24,25 @@ from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_config, read_summary, remove_unfinished
 
 # what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {"run", "resume", "dry_run", "plan", "save_every", "sample_every", "device_batch_size", "grad_accum_steps", "compile", "recompute",
-        "stop_at_ppl", "keep", "max_bad_steps", "core_metric_every", "core_metric_max_per_task", "core_dir",
-        "verify"}
+FREE = {
+    "run",
+    "resume",
+    "dry_run",
+    "plan",
+    "save_every",
+    "sample_every",
+    "device_batch_size",
+    "grad_accum_steps",
+    "compile",
+    "recompute",
+    "stop_at_ppl",
+    "keep",
+    "max_bad_steps",
+    "core_metric_every",
+    "core_metric_max_per_task",
+    "core_dir",
+    "verify",
+}
 
 
 # what only the process that has the run's lock writes
@@ -39,9 +56,10 @@ def runs_dir() -> Path:
 @dataclass(frozen=True)
 class Run:
     """A run as read from its folder."""
+
     name: str
-    config: dict         # {"flags", "derived", "git", "versions", "device", "seed"}
-    summary: dict        # flat metric names -> last values, "status": see run_files.read_summary
+    config: dict  # {"flags", "derived", "git", "versions", "device", "seed"}
+    summary: dict  # flat metric names -> last values, "status": see run_files.read_summary
     history: History | list[dict]  # one dict a step, in order; keys as in design section 6
     core: dict = field(default_factory=dict)  # in the report: see eval_results.newest_core
 
@@ -69,15 +87,26 @@ def dtype_so_far(folder: Path, device_type: str) -> str:
 def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
     """Names of the entries of nested dicts that differ, those in FREE left out."""
     entries = sorted(differing_entries(before, now, operator.eq), key=itemgetter(0))
-    return [f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)" for names, a, b in entries
-            if names[-1] not in FREE]
+    return [
+        f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)"
+        for names, a, b in entries
+        if names[-1] not in FREE
+    ]
 
 
 class RunRecord:
     """Writes a run folder and, unless the wandb name is 'dummy', the same to wandb. Lives on rank 0 only."""
 
-    def __init__(self, folder: Path, config: dict, accounting: dict, wandb_run: str, thresholds: list[float],
-                 resumed_step: int = 0, lock=None):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        accounting: dict,
+        wandb_run: str,
+        thresholds: list[float],
+        resumed_step: int = 0,
+        lock=None,
+    ):
         """config: as stored in config.json. accounting: flat params/…, flops/…, mem/… known before the first
         step. lock: the locks.Lock by which this process holds the folder.
         """
@@ -94,6 +123,7 @@ class RunRecord:
         self.wandb = None
         if wandb_run != "dummy":
             from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
+
             self.wandb = WandbLog(folder, wandb_run, accounting, self.file.size, resumed_step)
 
     def _check_lock(self):
@@ -153,7 +183,9 @@ def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
             if i > 0:
                 high, low = math.log(evals[i - 1]["val/ppl"]), math.log(evals[i]["val/ppl"])
                 share = (high - math.log(threshold)) / (high - low)
-                out[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = evals[i - 1][key] + share * (evals[i][key] - evals[i - 1][key])
+                out[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = evals[i - 1][key] + share * (
+                    evals[i][key] - evals[i - 1][key]
+                )
     return out
 
 
@@ -162,6 +194,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 
 
 # ---- what a run ran on ----------------------------------------------------------------------------------------------
+
 
 def peak_flops(device_name: str) -> float | None:
     """Of a GPU of this name; None if it is not known, or a CPU."""
@@ -172,6 +205,7 @@ def reset_peak_memory(device):
     """Start measuring the peak afresh where the platform can (CUDA, Linux)."""
     if device.type == "cuda":
         import torch
+
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):
         try:
@@ -185,6 +219,7 @@ def peak_memory_bytes(device) -> int:
     """CUDA: most bytes allocated by torch on this process's GPU. CPU: peak resident set of this whole process."""
     if device.type == "cuda":
         import torch
+
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
         for line in Path("/proc/self/status").read_text("utf-8").splitlines():
@@ -204,9 +239,19 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
     environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*args):
-        done = subprocess.run(["git", *args], cwd=root, env=environment, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, errors="replace", timeout=5, check=True)
+        done = subprocess.run(
+            ["git", *args],
+            cwd=root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=5,
+            check=True,
+        )
         return done.stdout.strip()
+
     state = {"commit": None, "dirty": None}
     if not (root / ".git").exists():
         return state
@@ -219,6 +264,7 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
 
 def versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for package in ("nanochat-lowrank", "torch", "numpy", "tiktoken", "rustbpe", "wandb"):
         try:

@@ -4,6 +4,7 @@ Runs, tokenizers, sweeps, their presets, points and evaluations have names of on
 file of another run names them. A tag becomes the name of a folder, of locks and other files, a part of a W&B
 name, a word of TAG[:STEP], and a word of batch scripts.
 """
+
 import difflib
 import re
 import shlex
@@ -14,18 +15,20 @@ from pathlib import Path
 from nanochat.common import InputError, get_base_dir, quoted
 from nanochat.metrics import runs_dir
 
-MARKS = " ._-+=,@()"   # what a tag may hold besides letters and digits of any script
-LONGEST_TAG = 150      # bytes: file systems take 255, and names of locks are longer than the tag
+MARKS = " ._-+=,@()"  # what a tag may hold besides letters and digits of any script
+LONGEST_TAG = 150  # bytes: file systems take 255, and names of locks are longer than the tag
 LONGEST_RUN_NAME = 128  # characters that W&B takes
-RULE = (f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginning with . or -, "
-        f"at most {LONGEST_TAG} bytes")
+RULE = (
+    f"use letters, digits, spaces and {' '.join(MARKS.strip())}, not beginning with . or -, "
+    f"at most {LONGEST_TAG} bytes"
+)
 
 
 # ---- what can be a name ------------------------------------------------------------------------------------
 
+
 def is_tag(text) -> bool:
-    """Whether a value is a text that can name a run: one part of a path, which no command takes for a flag.
-    """
+    """Whether a value is a text that can name a run: one part of a path, which no command takes for a flag."""
     if not isinstance(text, str) or not text or text[0] in ".-" or text != text.strip():
         return False
     if len(text.encode("utf-8", "replace")) > LONGEST_TAG:
@@ -55,8 +58,10 @@ def optional_tag(text: str) -> str:
 def run_name(text: str) -> str:
     """argparse type: a name on W&B's dashboard."""
     if not text.strip() or not text.isprintable() or len(text) > LONGEST_RUN_NAME:
-        raise ArgumentTypeError(f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable "
-                                "characters, or 'dummy' to turn it off")
+        raise ArgumentTypeError(
+            f"{quoted(text)}: give W&B a name of 1 to {LONGEST_RUN_NAME} printable "
+            "characters, or 'dummy' to turn it off"
+        )
     return text
 
 
@@ -73,9 +78,9 @@ def lock_path(name: str, kind: str = "") -> Path:
 
 # ---- words of commands -------------------------------------------------------------------------------------
 
+
 def option(flag: str, value: str) -> tuple[str, ...]:
-    """A flag and its value as words of a command. A word that begins with - and is no number would be a flag.
-    """
+    """A flag and its value as words of a command. A word that begins with - and is no number would be a flag."""
     apart = not value.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", value)
     return (flag, value) if apart else (f"{flag}={value}",)
 
@@ -91,6 +96,7 @@ def shell_command(*words) -> str:
 
 
 # ---- runs by their names -----------------------------------------------------------------------------------
+
 
 def run_folder(flag: str, text: str) -> Path:
     """The folder of the run that a flag names. InputError, beginning with the flag, if there is none."""

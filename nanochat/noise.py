@@ -4,6 +4,7 @@ process and however many are drawn at once, and torch's own random state is not 
 A counter and two 32-bit keys are mixed by integer operations that cannot overflow 64 bits, and what becomes a float is rounded at most
 once; so the numbers are equal to the bit. This matters: a model may be stored as the seed of its weights.
 """
+
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,9 @@ VERSION = "mix32x2-1"  # of the streams below: a checkpoint made with another ca
 MASK = 0xFFFFFFFF
 WORDS = {"cpu": 2**13, "cuda": 2**20}  # mixed at a time: what a cache holds; enough to fill a GPU
 
-FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(7)  # the first label of a stream: what it is for
+FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(
+    7
+)  # the first label of a stream: what it is for
 
 
 def words_at_once(device) -> int:
@@ -55,6 +58,7 @@ def span(keys, start: int, end: int, device):
 
 # ---- signs ----------------------------------------------------------------------------------------------------------
 
+
 @lru_cache
 def signs_of_bytes(device, dtype):
     """(256, 8): row b holds the bits of b, lowest first, as 1 and -1."""
@@ -69,7 +73,7 @@ def signs(keys, start: int, end: int, device, dtype=torch.float32):
     found = span(keys, start // 32, -(-end // 32), device)
     octets = (found[..., None] >> torch.arange(0, 32, 8, device=device)) & 255
     entries = signs_of_bytes(device, dtype).index_select(0, octets.flatten()).view(*found.shape[:-1], -1)
-    return entries[..., start % 32:start % 32 + end - start]
+    return entries[..., start % 32 : start % 32 + end - start]
 
 
 def numbered(keys: tuple[int, int], first: int, end: int, device):
@@ -80,20 +84,23 @@ def numbered(keys: tuple[int, int], first: int, end: int, device):
 
 # ---- other laws -----------------------------------------------------------------------------------------------------
 
+
 def filled(n: int, words_each: int, device, draw):
     """(n,) float32 of draw(start, end), a piece at a time."""
     out = torch.empty(n, device=device)
     step = words_at_once(device) // words_each
     for i in range(0, n, step):
-        out[i:i + step] = draw(i, min(n, i + step))
+        out[i : i + step] = draw(i, min(n, i + step))
     return out
 
 
 def uniform(keys, n: int, bound: float, device="cpu"):
     """(n,) float32, uniform in (-bound, bound): 24 bits each, symmetric."""
+
     def draw(start, end):
         odd = (span(keys, start, end, device) >> 8) * 2 - (2**24 - 1)  # exact in float32
         return odd.float().mul_(bound / 2**24)
+
     return filled(n, 1, device, draw)
 
 
@@ -102,9 +109,11 @@ def gaussian(keys, n: int, device="cpu"):
 
     Formulas with logarithms and cosines would differ in their last bits between devices.
     """
+
     def draw(start, end):
         six = span(keys, 6 * start, 6 * end, device).view(-1, 6)
         return ((six >> 16) + (six & 0xFFFF)).sum(1).sub_(6 * 65535).float().div_(65536)
+
     return filled(n, 6, device, draw)
 
 

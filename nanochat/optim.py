@@ -1,4 +1,5 @@
 """Optimizers: Muon for the matrices inside the blocks, AdamW for the rest. One function decides which parameter goes where."""
+
 import inspect
 from dataclasses import dataclass
 
@@ -38,14 +39,16 @@ def orthogonalize(X):
     """
     shape, tall = X.shape, X.size(-2) > X.size(-1)
     X = X.reshape(-1, *shape[-2:])
-    G = gram(X, tall)                       # (count, m, m)
+    G = gram(X, tall)  # (count, m, m)
     square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ||X||_F²
     square.masked_fill_(square < NOTHING, torch.inf)
     G.div_(square)
     GG = G @ G
     size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
     G, GG, scale = G.div_(size**2), GG.div_(size**4), square.rsqrt() / size
-    if max(shape[-2:]) > 2 * G.size(-1) and X.dtype != torch.bfloat16:  # bfloat16 has too few digits for squared singular values
+    if (
+        max(shape[-2:]) > 2 * G.size(-1) and X.dtype != torch.bfloat16
+    ):  # bfloat16 has too few digits for squared singular values
         Q = gram_polynomial(G, GG).mul_(scale)
         X = X @ Q if tall else Q @ X
     else:
@@ -74,6 +77,7 @@ class WithoutCompiler:
     """Optimizers are not compiled here. torch guards some of their methods against it, and the guards load the compiler: in a run that is
     not compiled, 1.4 s of its start and 71 MB for nothing.
     """
+
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
 
@@ -91,8 +95,18 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
     matrices' own; bfloat16 is enough for it, and what it is on a GPU anyway.
     """
 
-    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, beta2: float = 0.95, dtype=None):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0, beta2=beta2))
+    def __init__(
+        self,
+        groups,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        beta2: float = 0.95,
+        dtype=None,
+    ):
+        super().__init__(
+            groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0, beta2=beta2)
+        )
         self.dtype = dtype
 
     @torch.no_grad()
@@ -107,9 +121,11 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
             momenta, squares = ([self.state[p][key] for p in params] for key in ("momentum", "square"))
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - mu)
-            nesterov = torch.stack(grads)                                          # (count, out, in)
+            nesterov = torch.stack(grads)  # (count, out, in)
             torch._foreach_lerp_(nesterov.unbind(), momenta, mu)
-            updates = orthogonalize(nesterov.to(torch.bfloat16 if nesterov.is_cuda else self.dtype or nesterov.dtype)).to(nesterov.dtype)
+            updates = orthogonalize(
+                nesterov.to(torch.bfloat16 if nesterov.is_cuda else self.dtype or nesterov.dtype)
+            ).to(nesterov.dtype)
             updates, square = even_out(updates, torch.stack(squares), group["beta2"])
             torch._foreach_copy_(squares, square.unbind())
             if group["weight_decay"]:
@@ -126,7 +142,9 @@ def even_out(updates, square, beta2: float):
     mean = updates.square().mean(dim=along, keepdim=True)
     square = square.lerp(mean, 1 - beta2)
     scale = 1 / (square.sqrt() + 1e-10)
-    before, after = (x.sum(dim=(-2, -1), keepdim=True) for x in (mean, mean * scale.square()))  # squared norms, up to a factor
+    before, after = (
+        x.sum(dim=(-2, -1), keepdim=True) for x in (mean, mean * scale.square())
+    )  # squared norms, up to a factor
     return updates.mul_(scale * (before / (after + 1e-20)).sqrt()), square
 
 
@@ -159,7 +177,10 @@ def update_scale(role: str, out_features: int, in_features: int) -> float:
 
 # ---- who gets what --------------------------------------------------------------------------------------------------
 
-ADDED = (".adapters.", "subspace")  # in the names of parameters that are not a GPT's own: AdamW's, with settings of their own
+ADDED = (
+    ".adapters.",
+    "subspace",
+)  # in the names of parameters that are not a GPT's own: AdamW's, with settings of their own
 
 
 def uses_muon(name: str, parameter) -> bool:
@@ -170,6 +191,7 @@ def uses_muon(name: str, parameter) -> bool:
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Entries start to end of a flattened parameter: what one process updates and keeps the optimizer state of."""
+
     name: str
     parameter: torch.nn.Parameter
     start: int
@@ -181,7 +203,7 @@ class Piece:
 
     def of(self, tensor):
         """These entries of a tensor of the parameter's shape: (end - start,), sharing its memory."""
-        return tensor.view(-1)[self.start:self.end]
+        return tensor.view(-1)[self.start : self.end]
 
 
 def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
@@ -203,9 +225,18 @@ def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
     return pieces
 
 
-def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: float = 0.0, matrix_lr: float = 0.0, scalar_lr: float = 0.0,
-                     weight_decay: float = 0.0, extra: dict[str, dict] | None = None,
-                     pieces: list[Piece] | None = None, dtype=None) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: GPT,
+    *,
+    embedding_lr: float = 0.0,
+    unembedding_lr: float = 0.0,
+    matrix_lr: float = 0.0,
+    scalar_lr: float = 0.0,
+    weight_decay: float = 0.0,
+    extra: dict[str, dict] | None = None,
+    pieces: list[Piece] | None = None,
+    dtype=None,
+) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon] over one process's pieces of the model (default: all of it), each in exactly one group.
 
     Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters. Weight decay acts on the
@@ -218,7 +249,9 @@ def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: f
     slices = []
     for piece in split_parameters(model, 1)[0] if pieces is None else pieces:
         name, p = piece.name, piece.parameter
-        local = p if piece.whole else torch.nn.Parameter(piece.of(p.data))  # a slice shares the parameter's memory
+        local = (
+            p if piece.whole else torch.nn.Parameter(piece.of(p.data))
+        )  # a slice shares the parameter's memory
         if local is not p:
             slices.append((piece, local))
         if part := next((part for part in extra or () if part in name), None):
@@ -240,19 +273,34 @@ def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: f
 
     def extra_group(part, decays, named):
         return group(named, **(extra[part] | ({} if decays else {"weight_decay": 0.0})))
-    adamw = AdamW([
-        group(tables, lr=embedding_lr), group(head, lr=unembedding_lr * 768 / model.config.n_embd),
-        group(scalars, lr=scalar_lr, eps=SCALAR_EPS),
-        group(scales, lr=0.1 * scalar_lr, eps=SCALAR_EPS),  # these multiply from layer to layer: smaller steps
-        *(extra_group(*key, named) for key, named in added.items()),
-    ], betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
+
+    adamw = AdamW(
+        [
+            group(tables, lr=embedding_lr),
+            group(head, lr=unembedding_lr * 768 / model.config.n_embd),
+            group(scalars, lr=scalar_lr, eps=SCALAR_EPS),
+            group(
+                scales, lr=0.1 * scalar_lr, eps=SCALAR_EPS
+            ),  # these multiply from layer to layer: smaller steps
+            *(extra_group(*key, named) for key, named in added.items()),
+        ],
+        betas=(0.8, 0.98),
+        eps=1e-10,
+        weight_decay=0.0,
+        fused=True,
+    )
 
     def take_gradients(*_):
         for piece, local in slices:
             local.grad = piece.of(piece.parameter.grad)
+
     adamw.register_step_pre_hook(take_gradients)
-    muon = Muon([group(named, scale=update_scale(*key)) for key, named in matrices.items()] or [group({})],
-                lr=matrix_lr, weight_decay=weight_decay, dtype=dtype)
+    muon = Muon(
+        [group(named, scale=update_scale(*key)) for key, named in matrices.items()] or [group({})],
+        lr=matrix_lr,
+        weight_decay=weight_decay,
+        dtype=dtype,
+    )
     for optimizer in (adamw, muon):
         for g in optimizer.param_groups:
             g["initial_lr"] = g["lr"]
@@ -261,10 +309,15 @@ def build_optimizers(model: GPT, *, embedding_lr: float = 0.0, unembedding_lr: f
 
 # ---- state by name --------------------------------------------------------------------------------------------------
 
+
 def optimizer_state(optimizers) -> dict:
     """{parameter name: {key: tensor}} of what this process holds."""
-    return {name: dict(optimizer.state[p]) for optimizer in optimizers for group in optimizer.param_groups
-            for name, p in zip(group["names"], group["params"])}
+    return {
+        name: dict(optimizer.state[p])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"])
+    }
 
 
 def load_optimizer_state(optimizers, pieces: list[Piece], state: dict):
@@ -274,5 +327,9 @@ def load_optimizer_state(optimizers, pieces: list[Piece], state: dict):
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
                 piece = by_name[name]
-                optimizer.state[p] = {key: (value if piece.whole or value.ndim == 0 else piece.of(value)).to(p.device, copy=True)
-                                      for key, value in state[name].items()}
+                optimizer.state[p] = {
+                    key: (value if piece.whole or value.ndim == 0 else piece.of(value)).to(
+                        p.device, copy=True
+                    )
+                    for key, value in state[name].items()
+                }

@@ -7,6 +7,7 @@ In a table a row of a single cell is a subheading; kind is "numbers", "text" or 
 numbers, None where there is no value, or (text, the number it sorts by). Figures are {file name: PNG bytes, or (PNG bytes,
 hotspots)}: a hotspot (x, y, text) names what is drawn there, x and y as fractions of the picture from its top left.
 """
+
 import base64
 import hashlib
 import html
@@ -21,7 +22,10 @@ NO_RATIO = " " * len(" ×0.705")
 def align_ratios(rows: list[list[str]]) -> list[list[str]]:
     """Leave the room of a ratio after numbers without one, in columns that hold ratios, so that the numbers line up."""
     columns = {i for row in rows for i, cell in enumerate(row) if RATIO.search(cell)}
-    return [[cell + NO_RATIO if i in columns and not RATIO.search(cell) else cell for i, cell in enumerate(row)] for row in rows]
+    return [
+        [cell + NO_RATIO if i in columns and not RATIO.search(cell) else cell for i, cell in enumerate(row)]
+        for row in rows
+    ]
 
 
 def encode(document: str) -> bytes:
@@ -71,12 +75,16 @@ def to_markdown(blocks: list[tuple]) -> str:
             case ("table", header, rows, kind):
                 parts.append(markdown_table(header, rows, kind))
             case ("runs", header, rows, _):
-                parts.append(markdown_table(header, [[shown(cell) for cell in row] for row in rows], "numbers"))
+                parts.append(
+                    markdown_table(header, [[shown(cell) for cell in row] for row in rows], "numbers")
+                )
             case ("figure", file, caption):
                 parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption, begins_line=True)}")
             case ("details", summary, words):
-                parts.append(f"<details><summary>{in_html(' '.join(summary.split()))}</summary>\n\n"
-                             f"<pre>{html.escape(visible(words))}</pre>\n</details>")
+                parts.append(
+                    f"<details><summary>{in_html(' '.join(summary.split()))}</summary>\n\n"
+                    f"<pre>{html.escape(visible(words))}</pre>\n</details>"
+                )
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,8 +126,10 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
             case ("figure", file, caption):
                 parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
-                parts.append(f"<details><summary>{in_html(summary)}</summary>"
-                             f"<pre>{html.escape(visible(words))}</pre></details>")
+                parts.append(
+                    f"<details><summary>{in_html(summary)}</summary>"
+                    f"<pre>{html.escape(visible(words))}</pre></details>"
+                )
     return "\n".join(parts)
 
 
@@ -127,36 +137,51 @@ def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     body = []
     for row in rows:
         if len(row) == 1:
-            body.append(f'<tr class="section"><th colspan="{len(header)}" scope="rowgroup">{in_html(row[0])}</th></tr>')
+            body.append(
+                f'<tr class="section"><th colspan="{len(header)}" scope="rowgroup">{in_html(row[0])}</th></tr>'
+            )
         else:
-            body.append(f'<tr><th scope="row">{in_html(row[0])}</th>' + "".join(f"<td>{html_cell(c)}</td>" for c in row[1:]) + "</tr>")
+            body.append(
+                f'<tr><th scope="row">{in_html(row[0])}</th>'
+                + "".join(f"<td>{html_cell(c)}</td>" for c in row[1:])
+                + "</tr>"
+            )
     head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in header)
-    return (f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>' + "\n".join(body)
-            + "</tbody></table></div>")
+    return (
+        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>'
+        + "\n".join(body)
+        + "</tbody></table></div>"
+    )
 
 
 def html_cell(cell: str) -> str:
     """A ratio, or the room left for one, gets its own box of fixed width."""
     value = RATIO.sub("", cell).removesuffix(NO_RATIO)
-    shown_ratio = f'<span class="ratio">{cell[len(value):].strip()}</span>' if value != cell else ""
+    shown_ratio = f'<span class="ratio">{cell[len(value) :].strip()}</span>' if value != cell else ""
     return html.escape(visible(value)) + shown_ratio
 
 
 # ---- pictures that name their points, tables that sort --------------------------------------------------------------
 
+
 def html_figure(figure, caption: str) -> str:
     png, hotspots = figure if isinstance(figure, tuple) else (figure, ())
-    width, height = (int.from_bytes(png[at:at + 4], "big") for at in (16, 20))
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     src = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     # all figures' text at one size on the page
     picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'
     if not hotspots:
         return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
-    dots = "\n".join(f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12">'
-                     f"<title>{html.escape(visible(text))}</title></circle>" for x, y, text in hotspots)
-    return (f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
-            f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
-            "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys.</span></figcaption></figure>")
+    dots = "\n".join(
+        f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12">'
+        f"<title>{html.escape(visible(text))}</title></circle>"
+        for x, y, text in hotspots
+    )
+    return (
+        f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
+        f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
+        "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys.</span></figcaption></figure>"
+    )
 
 
 def shown(cell) -> str:
@@ -179,16 +204,21 @@ def value(cell) -> float | str | None:
 def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
     numeric = [any(isinstance(value(row[i]), (int, float)) for row in rows) for i in range(len(header))]
     kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
-    head = "".join(f'<th scope="col"{kind}>{html.escape(visible(name))}</th>'
-                   for name, kind in zip(header, kinds))
+    head = "".join(
+        f'<th scope="col"{kind}>{html.escape(visible(name))}</th>' for name, kind in zip(header, kinds)
+    )
     tags = ['th scope="row"'] + ["td"] * len(header)
     body = "\n".join("<tr>" + "".join(map(runs_cell, row, tags, kinds)) + "</tr>" for row in rows)
-    menus = "".join(drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters)
-    return (f'<div class="runs"><form hidden autocomplete="off"><label>Search <input type="search"></label>{menus}'
-            f"<span>Click a column's name to sort by it.</span></form>"
-            f'<div class="wide" role="region" aria-label="Table of runs" tabindex="0">'
-            f'<table><caption aria-live="polite">{len(rows)} rows</caption><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>{body}</tbody></table></div></div>")
+    menus = "".join(
+        drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters
+    )
+    return (
+        f'<div class="runs"><form hidden autocomplete="off"><label>Search <input type="search"></label>{menus}'
+        f"<span>Click a column's name to sort by it.</span></form>"
+        f'<div class="wide" role="region" aria-label="Table of runs" tabindex="0">'
+        f'<table><caption aria-live="polite">{len(rows)} rows</caption><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div></div>"
+    )
 
 
 def runs_cell(cell, tag: str, kind: str) -> str:
@@ -199,13 +229,18 @@ def runs_cell(cell, tag: str, kind: str) -> str:
 
 def drop_down(name: str, column: int, cells: list) -> str:
     """The distinct texts of a column as a menu: numbers by value, then text, then what has no value."""
+
     def order(cell):
         by = value(cell)
         return (2, 0, "") if by is None else (1, 0, by) if isinstance(by, str) else (0, by, "")
+
     options = dict.fromkeys(html.escape(visible(shown(cell))) for cell in sorted(cells, key=order))
-    return (f'<label>{html.escape(visible(name))} '
-            f'<select data-column="{column}"><option value="">all</option>'
-            + "".join(f'<option value="{text}">{text}</option>' for text in options) + "</select></label>")
+    return (
+        f"<label>{html.escape(visible(name))} "
+        f'<select data-column="{column}"><option value="">all</option>'
+        + "".join(f'<option value="{text}">{text}</option>' for text in options)
+        + "</select></label>"
+    )
 
 
 # ---- the whole page -------------------------------------------------------------------------------------------------
@@ -216,8 +251,14 @@ SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 
 def policy(script: str) -> str:
     """A Content-Security-Policy that lets the page run its own style and script and show its own pictures, and nothing else."""
+
     def only(source):
-        return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" if source else "'none'"
+        return (
+            f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+            if source
+            else "'none'"
+        )
+
     return f"default-src 'none'; img-src data:; style-src {only(CSS)}; script-src {only(script)}; base-uri 'none'; form-action 'none'"
 
 
@@ -226,8 +267,11 @@ def to_page(title: str, blocks: list[tuple], figures: dict) -> str:
     body = to_html(blocks, figures)
     title = visible(title)
     script = SCRIPT if '<div class="runs">' in body or '<div class="picture">' in body else ""
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
-            f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n"
-            f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>" + (f"<script>{script}</script>" if script else "")
-            + "</body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
+        f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n"
+        f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>"
+        + (f"<script>{script}</script>" if script else "")
+        + "</body></html>\n"
+    )

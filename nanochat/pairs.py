@@ -2,6 +2,7 @@
 
 The difference of a pair is one of logarithms, so its exponential is a ratio. The interval is Student's, over the pairs.
 """
+
 import math
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -11,14 +12,42 @@ from scipy.special import stdtrit  # the t quantile alone; scipy.stats takes a s
 from nanochat.study import MACHINE, RANKS, Configuration, finished, seed, value
 
 # The data and their order (a function of text, tokenizer, length and seed), the number of tokens, the schedule, the arithmetic.
-CONTEXT = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens", "max_seq_len", "total_batch_size", "num_iterations",
-           "warmup_steps", "warmdown_ratio", "final_lr_frac", "dtype", "init_from", "materialized_from")
+CONTEXT = (
+    "train_fingerprint",
+    "val_fingerprint",
+    "tokenizer_hash",
+    "val_tokens",
+    "max_seq_len",
+    "total_batch_size",
+    "num_iterations",
+    "warmup_steps",
+    "warmdown_ratio",
+    "final_lr_frac",
+    "dtype",
+    "init_from",
+    "materialized_from",
+)
 FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
 SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "layer_map", "layer_kinds", *FAMILY)
-RANK = (*RANKS, "rank_schedule", "attn_rank_schedule", "mlp_rank_schedule", "rank_multiple", "matrix_ranks",
-        "factor_act")
+RANK = (
+    *RANKS,
+    "rank_schedule",
+    "attn_rank_schedule",
+    "mlp_rank_schedule",
+    "rank_multiple",
+    "matrix_ranks",
+    "factor_act",
+)
 COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
-LEARNING = {"embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "subspace_lr", "weight_decay", "grad_clip"}  # the other way round
+LEARNING = {
+    "embedding_lr",
+    "unembedding_lr",
+    "matrix_lr",
+    "scalar_lr",
+    "subspace_lr",
+    "weight_decay",
+    "grad_clip",
+}  # the other way round
 NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, "vocab_size", "stop_at_ppl"}
 MOST = 100  # more seeds than that are no advice
 
@@ -47,6 +76,7 @@ def ended(run) -> bool:
 
 # ---- one value a seed -----------------------------------------------------------------------------------------------
 
+
 def by_seed(configs: list[Configuration], quantity, usable=finished) -> dict[int, float]:
     """{seed: mean logarithm} of a positive quantity (a summary key, or a function of a run) over all usable runs of that seed."""
     found = {}
@@ -60,9 +90,10 @@ def by_seed(configs: list[Configuration], quantity, usable=finished) -> dict[int
 @dataclass(frozen=True)
 class Tuned:
     """One side of a comparison, each seed at its best setting."""
-    fair: dict[int, float]    # {seed: value}: the setting was chosen without this seed
+
+    fair: dict[int, float]  # {seed: value}: the setting was chosen without this seed
     peeked: dict[int, float]  # it could only be chosen on this very seed, which flatters it
-    tried: int                # settings with a value
+    tried: int  # settings with a value
 
 
 def tuned(points: list[dict[int, float]]) -> Tuned:
@@ -84,6 +115,7 @@ def tuned(points: list[dict[int, float]]) -> Tuned:
 
 
 # ---- pairs to an interval -------------------------------------------------------------------------------------------
+
 
 def differences(low: dict[int, float], full: dict[int, float]) -> dict[int, float]:
     """{seed: low − full} of the seeds in both."""
@@ -116,10 +148,15 @@ def seeds_to_settle(values: list[float], limit: float, confidence: float) -> int
 
 # ---- why not --------------------------------------------------------------------------------------------------------
 
+
 def unlike(config: Configuration, others: list[Configuration], names) -> str:
     """How the nearest of the others differs, in words."""
     if not others:
         return "there is no finished full-rank run"
     near = min(others, key=lambda other: sum(a != b for a, b in zip(key(config, names), key(other, names))))
-    differing = [f"{n.replace('_', ' ')} ({a} here, {b} there)" for n, a, b in zip(names, key(config, names), key(near, names)) if a != b]
+    differing = [
+        f"{n.replace('_', ' ')} ({a} here, {b} there)"
+        for n, a, b in zip(names, key(config, names), key(near, names))
+        if a != b
+    ]
     return f"no full-rank run is like it; the nearest, {near.name}, differs in {', '.join(differing)}"

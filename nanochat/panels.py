@@ -1,4 +1,5 @@
 """What the pictures of a study are drawn with: a point over its seeds, the baseline's band, axes, labels, hover places."""
+
 from itertools import product
 from statistics import fmean
 
@@ -14,7 +15,7 @@ from nanochat.summaries import depth, factored, mean_rank, pairs, rank_words, ra
 
 BLACK, GREY = "#000000", "#8a8a8a"
 FEW_RANKS = len(COLOURS) - 1  # colours without black
-FEW = 10                      # configurations that can all be named in full in a picture
+FEW = 10  # configurations that can all be named in full in a picture
 
 
 def looks(configs: list[Configuration]) -> dict[str, dict]:
@@ -26,7 +27,9 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
     ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
     kinds, depths = list(dict.fromkeys(ranks.values())), sorted({depth(c) for c in configs})
     full = sorted({rank_words(c) for c in configs if c.full_rank} - {"full rank"})
-    colours = {words: matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3) for i, words in enumerate(full)}
+    colours = {
+        words: matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3) for i, words in enumerate(full)
+    }
     for i, (words, kind) in enumerate(ranks.items()):
         alike = [other for other in ranks if ranks[other] == kind]
         if len(ranks) <= FEW_RANKS:
@@ -39,7 +42,13 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
             colours[words] = matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * i / len(ranks)))
     found = {}
     for c in configs:
-        marker = depths.index(depth(c)) if len(depths) > 1 else 0 if c.full_rank else 1 + list(ranks).index(rank_words(c))
+        marker = (
+            depths.index(depth(c))
+            if len(depths) > 1
+            else 0
+            if c.full_rank
+            else 1 + list(ranks).index(rank_words(c))
+        )
         found[c.name] = {"color": colours.get(rank_words(c), BLACK), "marker": MARKERS[marker % len(MARKERS)]}
     return found
 
@@ -52,8 +61,15 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
     for c in configs:
         known = rank_name(c.settings).split(", ") + [f"{depth(c)} layers"]
         rest = [part for part in c.name.split(", ") if part not in known]
-        rest = [part for part in rest if not many or sum(part in other.name.split(", ") for other in configs) < len(configs) / 2]
-        told = [*([rank_words(c)] if not many or len(ranks) > FEW_RANKS else []), *([known[-1]] if not many and len(depths) > 1 else [])]
+        rest = [
+            part
+            for part in rest
+            if not many or sum(part in other.name.split(", ") for other in configs) < len(configs) / 2
+        ]
+        told = [
+            *([rank_words(c)] if not many or len(ranks) > FEW_RANKS else []),
+            *([known[-1]] if not many and len(depths) > 1 else []),
+        ]
         found[c.name] = ", ".join(told + rest)
         if len(rates) == 1:
             found[c.name] = found[c.name].replace(rates.copy().pop().replace("_", " "), "lr")
@@ -62,12 +78,27 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
 
 # ---- points and bands -----------------------------------------------------------------------------------------------
 
-def draw_point(panel, config: Configuration, x_key: str, y_key: str, size: float, look: dict, opacity: float = 0.3) -> tuple[float, float]:
+
+def draw_point(
+    panel, config: Configuration, x_key: str, y_key: str, size: float, look: dict, opacity: float = 0.3
+) -> tuple[float, float]:
     """The means over the seeds with error bars, and the seeds as smaller points of that opacity. Returns the means, x in units of `size`."""
     points = pairs(config, x_key, y_key)
     xs, ys = [x / size for x, _ in points], [y for _, y in points]
-    panel.errorbar([fmean(xs)], [fmean(ys)], xerr=whiskers(xs), yerr=whiskers(ys), **look, linestyle="none", markersize=7, elinewidth=1,
-                   capsize=2.5, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+    panel.errorbar(
+        [fmean(xs)],
+        [fmean(ys)],
+        xerr=whiskers(xs),
+        yerr=whiskers(ys),
+        **look,
+        linestyle="none",
+        markersize=7,
+        elinewidth=1,
+        capsize=2.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        zorder=3,
+    )
     if len(points) > 1:
         panel.plot(xs, ys, **look, linestyle="none", alpha=opacity, markersize=4, markeredgewidth=0, zorder=2)
     return fmean(xs), fmean(ys)
@@ -75,14 +106,36 @@ def draw_point(panel, config: Configuration, x_key: str, y_key: str, size: float
 
 def draw_line(panel, points: list[tuple[float, list[float]]], **look):
     """A line through the means of (x, values), with error bars."""
-    bars = [[end for low_high in (whiskers(values) for _, values in points) for end in low_high[side]] for side in (0, 1)]
-    panel.errorbar([x for x, _ in points], [fmean(values) for _, values in points], yerr=bars, **look, markersize=6, linewidth=1.4, elinewidth=1,
-                   capsize=2.5, markeredgecolor="white", markeredgewidth=0.6, zorder=3)
+    bars = [
+        [end for low_high in (whiskers(values) for _, values in points) for end in low_high[side]]
+        for side in (0, 1)
+    ]
+    panel.errorbar(
+        [x for x, _ in points],
+        [fmean(values) for _, values in points],
+        yerr=bars,
+        **look,
+        markersize=6,
+        linewidth=1.4,
+        elinewidth=1,
+        capsize=2.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        zorder=3,
+    )
 
 
 def mark_at_top(panel, xs: list[float], color: str):
     """A × at the upper edge for what has no value."""
-    panel.plot(xs, [0.97] * len(xs), linestyle="none", marker="x", color=color, transform=panel.get_xaxis_transform(), zorder=4)
+    panel.plot(
+        xs,
+        [0.97] * len(xs),
+        linestyle="none",
+        marker="x",
+        color=color,
+        transform=panel.get_xaxis_transform(),
+        zorder=4,
+    )
 
 
 def draw_band(panel, values: list[float], color: str = BLACK):
@@ -105,11 +158,15 @@ def draw_stairs(panel, front: list[tuple[float, float]]) -> list[tuple[float, fl
 
 def along(corners: list[tuple[float, float]], pieces: int = 12) -> list[tuple[float, float]]:
     """Points along the segments between the corners."""
-    return [(x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces)
-            for (x0, y0), (x1, y1) in zip(corners, corners[1:]) for i in range(pieces + 1)]
+    return [
+        (x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces)
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:])
+        for i in range(pieces + 1)
+    ]
 
 
 # ---- axes -----------------------------------------------------------------------------------------------------------
+
 
 def log_if_wide(axis, values: list[float]):
     """A logarithmic axis where the values span more than a factor of ten; below that linear ticks read better."""
@@ -135,7 +192,16 @@ def cut_above(panel, series: list[list[float]], needed: list[float] = ()):
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     panel.set_ylim(low - margin, high + margin)
     if above := sum(mean > high + margin for mean in means):
-        panel.text(0.99, 0.985, f"{above} above the frame", transform=panel.transAxes, ha="right", va="top", fontsize=8.5, color="#555555")
+        panel.text(
+            0.99,
+            0.985,
+            f"{above} above the frame",
+            transform=panel.transAxes,
+            ha="right",
+            va="top",
+            fontsize=8.5,
+            color="#555555",
+        )
 
 
 def fences(config: Configuration, x_key: str, y_key: str, size: float) -> list[tuple[float, float]]:
@@ -151,6 +217,7 @@ def across(panel, level: float | None) -> list[tuple[float, float]]:
 
 # ---- words ----------------------------------------------------------------------------------------------------------
 
+
 def label_points(fig, panel, points: list, obstacles: list):
     """Write each (x, y, text) beside its point, where it covers the least of `obstacles` [(x, y)] and of what is already written.
 
@@ -163,28 +230,54 @@ def label_points(fig, panel, points: list, obstacles: list):
         spot = panel.transData.transform((x, y))
         if not text or not frame.contains(*spot):
             continue
-        note = panel.annotate(plain(text, 60), (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=6,
-                              arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkB": 3})
+        note = panel.annotate(
+            plain(text, 60),
+            (x, y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=8.5,
+            zorder=6,
+            arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkB": 3},
+        )
         note.set_in_layout(False)
-        size = Text.get_window_extent(note, fig.canvas.get_renderer())  # the annotation's own extent would include its leader line
+        size = Text.get_window_extent(
+            note, fig.canvas.get_renderer()
+        )  # the annotation's own extent would include its leader line
         best = None
         for distance, (dx, dy, ha, va) in product((8, 18, 30, 44, 60, 80), LABEL_SIDES):
-            left = spot[0] + dx * distance * pixels - {"left": 0, "center": size.width / 2, "right": size.width}[ha]
-            bottom = spot[1] + dy * distance * pixels - {"bottom": 0, "center": size.height / 2, "top": size.height}[va]
+            left = (
+                spot[0]
+                + dx * distance * pixels
+                - {"left": 0, "center": size.width / 2, "right": size.width}[ha]
+            )
+            bottom = (
+                spot[1]
+                + dy * distance * pixels
+                - {"bottom": 0, "center": size.height / 2, "top": size.height}[va]
+            )
             area = Bbox.from_bounds(left, bottom, size.width, size.height)
             near = area.padded(3)
             faults = 4 * sum(near.overlaps(other) for other in placed) + distance / 40
             faults += ((dots > near.min) & (dots < near.max)).all(axis=1).sum()
-            faults += 12 * (frame.x0 > area.x0 or area.x1 > frame.x1 or frame.y0 > area.y0 or area.y1 > frame.y1)
+            faults += 12 * (
+                frame.x0 > area.x0 or area.x1 > frame.x1 or frame.y0 > area.y0 or area.y1 > frame.y1
+            )
             if best is None or faults < best[0]:
-                best = faults, area, {"position": (dx * distance, dy * distance), "ha": ha, "va": va}, distance
+                best = (
+                    faults,
+                    area,
+                    {"position": (dx * distance, dy * distance), "ha": ha, "va": va},
+                    distance,
+                )
         _, area, where, distance = best
         note.set(**where)
         note.arrow_patch.set_visible(distance > 8)
         placed.append(area)
 
 
-def legend_below(fig, configs: list[Configuration], style: dict, base: Configuration | None = None, more: list = ()):
+def legend_below(
+    fig, configs: list[Configuration], style: dict, base: Configuration | None = None, more: list = ()
+):
     """Below the panels: ranks by colour, depths by marker, `more` handles, and the band if there is a baseline."""
     depths = sorted({depth(c) for c in configs})
     panel, handles = fig.axes[0], []
@@ -193,8 +286,19 @@ def legend_below(fig, configs: list[Configuration], style: dict, base: Configura
         look = look if len(depths) == 1 else {**look, "marker": "o"}
         handles += panel.plot([], [], linestyle="none", **look, markersize=7, label=plain(words))
     for i, layers in enumerate(depths if len(depths) > 1 else []):
-        handles += panel.plot([], [], linestyle="none", color=GREY, marker=MARKERS[i % len(MARKERS)], markersize=7, label=f"{layers} layers")
-    handles += [*more, *([Patch(color=BLACK, alpha=0.15, linewidth=0, label="baseline, with its spread")] if base else [])]
+        handles += panel.plot(
+            [],
+            [],
+            linestyle="none",
+            color=GREY,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=7,
+            label=f"{layers} layers",
+        )
+    handles += [
+        *more,
+        *([Patch(color=BLACK, alpha=0.15, linewidth=0, label="baseline, with its spread")] if base else []),
+    ]
     key_below(fig, handles)
 
 
@@ -202,7 +306,9 @@ def key_below(fig, handles: list, **options):
     """A legend below the panels, in as many columns as the figure is wide enough for."""
     widest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), int(12 * fig.get_figwidth() / (widest + 8))))
-    fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, **options)
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, **options
+    )
 
 
 def finish(fig, spots: list) -> tuple[bytes, list]:

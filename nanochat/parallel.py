@@ -6,6 +6,7 @@ after the first step it sees, so a resumed run would sum in another order than a
 ZeroRedundancyOptimizer deals out whole parameters, and half of a small model is one table; FSDP2 would cut the matrices that
 Muon orthogonalises whole. All collectives here are waited for.
 """
+
 import contextlib
 import threading
 from itertools import chain
@@ -54,14 +55,19 @@ def differing_parameters(model) -> list[str]:
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return [name for (name, _), differs in zip(model.named_parameters(), (lowest != highest).tolist()) if differs]
+    return [
+        name for (name, _), differs in zip(model.named_parameters(), (lowest != highest).tolist()) if differs
+    ]
 
 
 def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
     """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same for any number of
     processes, so a run may continue on another.
     """
-    mine = {name: {key: value.cpu() for key, value in state.items()} for name, state in optimizer_state(optimizers).items()}
+    mine = {
+        name: {key: value.cpu() for key, value in state.items()}
+        for name, state in optimizer_state(optimizers).items()
+    }
     if world_size == 1:
         return mine
     everyone = [None] * world_size if rank == 0 else None
@@ -74,8 +80,12 @@ def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
         if len(parts) == 1:
             whole[name] = parts[0]
         elif parts:  # slices, in the order of the processes
-            whole[name] = {key: value if value.ndim == 0 else torch.cat([part[key] for part in parts]).view(parameter.shape)
-                           for key, value in parts[0].items()}
+            whole[name] = {
+                key: value
+                if value.ndim == 0
+                else torch.cat([part[key] for part in parts]).view(parameter.shape)
+                for key, value in parts[0].items()
+            }
     return whole
 
 

@@ -1,23 +1,52 @@
 """From flags to a plan: the flags of base_train, the model they describe, the steps to train it, and every check of both."""
+
 import math
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import (LARGEST_INTEGER, InputError, as_whole_number, first_line, memory_bytes, print0,
-                             quoted, shortened)
-from nanochat.flags import (DEEPEST, DEFAULTS_BEFORE, add_rank_flags, add_shape_flags, build_parser,
-                            group_defaults)
+from nanochat.common import (
+    LARGEST_INTEGER,
+    InputError,
+    as_whole_number,
+    first_line,
+    memory_bytes,
+    print0,
+    quoted,
+    shortened,
+)
+from nanochat.flags import (
+    DEEPEST,
+    DEFAULTS_BEFORE,
+    add_rank_flags,
+    add_shape_flags,
+    build_parser,
+    group_defaults,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
-from nanochat.layer_ranks import (check_ranks, layer_ranks, list_that_fixes_depth, named_in_short,
-                                  named_ranks, rank_lines, ranks_in_short)
+from nanochat.layer_ranks import (
+    check_ranks,
+    layer_ranks,
+    list_that_fixes_depth,
+    named_in_short,
+    named_ranks,
+    rank_lines,
+    ranks_in_short,
+)
 from nanochat.methods import with_size
 from nanochat.naming import is_tag, no_such_run, run_folder
 from nanochat.optim import default_matrix_lr
-from nanochat.rank import (account, count_parameters, matrix_parameters, on_meta, predict_peak, solve_depth,
-                           solve_rank)
+from nanochat.rank import (
+    account,
+    count_parameters,
+    matrix_parameters,
+    on_meta,
+    predict_peak,
+    solve_depth,
+    solve_rank,
+)
 from nanochat.run_files import read_config, saved_steps
 from nanochat.whole_ranks import AUTOMATIC
 
@@ -36,7 +65,9 @@ def parse_flags(argv=None) -> Namespace:
     if args.init_from is not None:
         folder, step = starting_point(args.init_from)
         if both := [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]:
-            raise InputError(f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out")
+            raise InputError(
+                f"{', '.join(both)}: not with --init-from, whose checkpoint has its shape and ranks; leave {'it' if len(both) == 1 else 'them'} out"
+            )
         flags = {**DEFAULTS_BEFORE, **read_config(folder)["flags"]}
         args.take({name: flags[name] for name in SHAPE_FLAGS if name in flags}, folder / "config.json")
         args.init_from = f"{folder.name}:{step}"
@@ -48,8 +79,9 @@ def starting_point(init_from: str) -> tuple[Path, int]:
     tag, _, step = init_from.partition(":")
     folder = run_folder("--init-from", tag)
     if not (steps := saved_steps(folder)):
-        raise InputError(f"--init-from {init_from}: "
-                         f"the run {tag} has no checkpoint in {folder / 'checkpoints'} yet")
+        raise InputError(
+            f"--init-from {init_from}: the run {tag} has no checkpoint in {folder / 'checkpoints'} yet"
+        )
     if step and as_whole_number(step) not in steps:
         raise InputError(f"--init-from {init_from}: no checkpoint of step {step}; there are: {steps}")
     return folder, int(step or steps[-1])
@@ -57,15 +89,21 @@ def starting_point(init_from: str) -> tuple[Path, int]:
 
 # ---- from flags to a model ------------------------------------------------------------------------------------------
 
+
 def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
     """The shape that the flags describe (at another depth, for --solve depth). InputError names the flag at fault."""
     depth = depth or args.depth
-    width = args.model_dim if args.model_dim > 0 else math.ceil(depth * args.aspect_ratio / args.head_dim) * args.head_dim
+    width = (
+        args.model_dim
+        if args.model_dim > 0
+        else math.ceil(depth * args.aspect_ratio / args.head_dim) * args.head_dim
+    )
     if width % args.head_dim or args.head_dim % 2:
         heads = {max(1, width // args.head_dim), width // args.head_dim + 1}
         near = " or ".join(str(number * args.head_dim) for number in sorted(heads))
-        raise InputError(f"--head-dim {args.head_dim}: must be even and divide the width {width}; "
-                         f"e.g. --model-dim {near}")
+        raise InputError(
+            f"--head-dim {args.head_dim}: must be even and divide the width {width}; e.g. --model-dim {near}"
+        )
     heads = width // args.head_dim
     kv_heads = args.n_kv_head if args.n_kv_head > 0 else heads
     if heads % kv_heads:
@@ -74,15 +112,34 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
         raise InputError(f"--window-pattern {args.window_pattern!r}: use the letters S and L only")
     if args.tie_embeddings and args.lm_head_rank:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
-    config = GPTConfig(args.max_seq_len, vocab_size, depth, heads, kv_heads, width, args.mlp_ratio, args.window_pattern,
-                       lm_head_rank=args.lm_head_rank, tie_embeddings=args.tie_embeddings, value_embeddings=args.value_embeddings,
-                       factor_act=args.factor_act, recompute=args.recompute, rank_multiple=args.rank_multiple)
+    config = GPTConfig(
+        args.max_seq_len,
+        vocab_size,
+        depth,
+        heads,
+        kv_heads,
+        width,
+        args.mlp_ratio,
+        args.window_pattern,
+        lm_head_rank=args.lm_head_rank,
+        tie_embeddings=args.tie_embeddings,
+        value_embeddings=args.value_embeddings,
+        factor_act=args.factor_act,
+        recompute=args.recompute,
+        rank_multiple=args.rank_multiple,
+    )
     if not config.n_hidden:
-        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4")
+        raise InputError(
+            f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; give more, e.g. 4"
+        )
     check_size(config)
-    config = replace(config, layer_map=tied_map(args.layer_map, depth),
-                     attn_ranks=layer_ranks(args, "attn", depth), mlp_ranks=layer_ranks(args, "mlp", depth),
-                     matrix_ranks=named_ranks(args.matrix_ranks, depth))
+    config = replace(
+        config,
+        layer_map=tied_map(args.layer_map, depth),
+        attn_ranks=layer_ranks(args, "attn", depth),
+        mlp_ranks=layer_ranks(args, "mlp", depth),
+        matrix_ranks=named_ranks(args.matrix_ranks, depth),
+    )
     check_ranks(config)
     return config
 
@@ -92,10 +149,12 @@ def check_size(config: GPTConfig):
     C, N = config.n_embd, config.n_hidden
     entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
     if entries > MOST_PARAMETERS:
-        raise InputError("--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: "
-                         f"{config.n_layer} layers of width {C:,}, with MLPs of {N:,} and a vocabulary of "
-                         f"{config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; "
-                         "give less of one of them")
+        raise InputError(
+            "--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: "
+            f"{config.n_layer} layers of width {C:,}, with MLPs of {N:,} and a vocabulary of "
+            f"{config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; "
+            "give less of one of them"
+        )
 
 
 def check_memory(args, accounting: dict, device_type: str):
@@ -108,18 +167,24 @@ def check_memory(args, accounting: dict, device_type: str):
     if needed > there:
         flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size"
         flags += ", --subspace-dim" if args.subspace else ""
-        raise InputError(f"{flags}: weights, gradients and activations need at least {needed / 2**30:,.1f} "
-                         f"GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them")
+        raise InputError(
+            f"{flags}: weights, gradients and activations need at least {needed / 2**30:,.1f} "
+            f"GiB, and there are {there / 2**30:,.1f} GiB; give less of one of them"
+        )
 
 
 def tied_map(text: str, depth: int) -> tuple[int, ...]:
     """--layer-map for a model of so many layers; () without it."""
     if of_two(text):
-        raise InputError(f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
-                         "give the numbers of its layers, solar or mobilellm")
+        raise InputError(
+            f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
+            "give the numbers of its layers, solar or mobilellm"
+        )
     layers = parse_map(text, depth) if text else ()
     if layers and (left_out := set(range(depth)) - set(layers)):
-        raise InputError(f"--layer-map {text}: leaves out layer {min(left_out)} of --depth {depth}, which would never learn")
+        raise InputError(
+            f"--layer-map {text}: leaves out layer {min(left_out)} of --depth {depth}, which would never learn"
+        )
     return layers
 
 
@@ -130,20 +195,27 @@ def full_rank(config: GPTConfig) -> GPTConfig:
 
 # ---- under a budget -------------------------------------------------------------------------------------------------
 
+
 def parameter_budget(args) -> int:
     """--budget-params as a number; of a run, what it has."""
     if (budget := as_whole_number(args.budget_params)) is not None:
         if not 0 < budget <= LARGEST_INTEGER:
-            raise InputError(f"--budget-params {quoted(args.budget_params)}: "
-                             "give a number of parameters such as 10_000_000, or the tag of a run")
+            raise InputError(
+                f"--budget-params {quoted(args.budget_params)}: "
+                "give a number of parameters such as 10_000_000, or the tag of a run"
+            )
         return budget
     folder = metrics.runs_dir() / args.budget_params
     if not is_tag(args.budget_params) or not (folder / "config.json").is_file():
-        raise InputError(f"--budget-params {shortened(args.budget_params)}: neither a whole number such as "
-                         f"10_000_000 nor a run's tag: {no_such_run(args.budget_params)}")
+        raise InputError(
+            f"--budget-params {shortened(args.budget_params)}: neither a whole number such as "
+            f"10_000_000 nor a run's tag: {no_such_run(args.budget_params)}"
+        )
     found = metrics.load_run(folder).summary.get("params/total")
     if found is None:
-        raise InputError(f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet")
+        raise InputError(
+            f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet"
+        )
     return found
 
 
@@ -162,17 +234,23 @@ def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
 
 def checked_depth(args, depth: int) -> int:
     if depth > DEEPEST:
-        raise InputError(f"--budget-params {args.budget_params}: "
-                         f"leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim")
+        raise InputError(
+            f"--budget-params {args.budget_params}: "
+            f"leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim"
+        )
     return depth
 
 
 def check_depth_is_free(args, flag: str):
     if args.layer_map[:1].isdigit():
-        raise InputError(f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm")
+        raise InputError(
+            f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; use --solve rank, or --layer-map mobilellm"
+        )
     if given := list_that_fixes_depth(args):
-        raise InputError(f"{flag}: {given} has one rank a layer and so fixes the depth; "
-                         "use --solve rank, or a named schedule")
+        raise InputError(
+            f"{flag}: {given} has one rank a layer and so fixes the depth; "
+            "use --solve rank, or a named schedule"
+        )
 
 
 def recorded_model(folder: Path) -> GPTConfig:
@@ -190,12 +268,16 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
         folder, _ = starting_point(args.init_from)
         config = recorded_model(folder)
         if config.vocab_size != vocab_size:
-            raise InputError(f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place")
+            raise InputError(
+                f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place"
+            )
         return replace(config, recompute=args.recompute)
     if not args.budget_params and not args.solve:
         return model_config(args, vocab_size)
     if not (args.budget_params and args.solve):
-        raise InputError("--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank")
+        raise InputError(
+            "--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank"
+        )
     budget = parameter_budget(args)
     try:
         if args.solve == "rank":
@@ -209,11 +291,14 @@ def solve_budget(args, vocab_size: int) -> GPTConfig:
 def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
     """For each depth from 1 to 4 × --depth, as far as rank 1 fits: the model of the largest ranks within --budget-params."""
     if not args.budget_params or args.solve:
-        raise InputError("--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth")
+        raise InputError(
+            "--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth"
+        )
     check_depth_is_free(args, "--plan")
     if args.depth > 256:
-        raise InputError(f"--depth {args.depth}: --plan goes through every depth up to 4 times that; "
-                         "give at most 256")
+        raise InputError(
+            f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256"
+        )
     budget, found = parameter_budget(args), []
     for depth in range(1, 4 * args.depth + 1):
         config = nearest_config(args, vocab_size, depth)
@@ -230,6 +315,7 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
 
 def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
     """What --plan shows: depth by depth the largest ranks within the budget, and what they cost beside the full-rank model of the flags."""
+
     def costs(config):  # parameters, MFLOP, MiB
         plan = training_plan(args, config, world_size)
         memory = predict_peak(config, plan["device_batch_size"], dtype_bytes, plan["grad_accum_steps"] > 1)
@@ -237,15 +323,22 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
         return cost["params/total"], cost["flops/per_token"] / 1e6, memory["mem/predicted_peak_bytes"] / 2**20
 
     def line(config, note=""):
-        cells = [f"{value:15,.{digits}f}{value / whole:6.2f}" for value, whole, digits in zip(costs(config), of_full, (0, 1, 0))]
+        cells = [
+            f"{value:15,.{digits}f}{value / whole:6.2f}"
+            for value, whole, digits in zip(costs(config), of_full, (0, 1, 0))
+        ]
         ranks = f"{ranks_in_short(config.attn_ranks):>16}{ranks_in_short(config.mlp_ranks):>16}"
         own = f"  ({named_in_short(config)})" if config.matrix_ranks else ""
         print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{own}{note}")
 
     full = model_config(Namespace(**{**vars(args), **group_defaults(add_rank_flags)}), vocab_size)
     configs, of_full, budget = budget_frontier(args, vocab_size), costs(full), parameter_budget(args)
-    print0(f"the largest ranks within {budget:,} parameters at each depth; beside each figure its ratio to the full-rank model:")
-    print0(f"{'depth':>5}{'width':>7}{'attention rank':>16}{'MLP rank':>16}{'parameters':>15}{'':6}{'MFLOP/token':>15}{'':6}{'peak MiB':>15}")
+    print0(
+        f"the largest ranks within {budget:,} parameters at each depth; beside each figure its ratio to the full-rank model:"
+    )
+    print0(
+        f"{'depth':>5}{'width':>7}{'attention rank':>16}{'MLP rank':>16}{'parameters':>15}{'':6}{'MFLOP/token':>15}{'':6}{'peak MiB':>15}"
+    )
     line(full)
     for config in configs:
         fits = count_parameters(full_rank(config)) <= budget
@@ -258,7 +351,9 @@ def training_plan(args, config: GPTConfig, world_size: int) -> dict:
     """Tokens a step, steps, gradient accumulation, matrix learning rate. InputError where they do not divide."""
     plan = batch_and_horizon(args, on_meta(config), world_size)
     check_schedule(args, plan["num_iterations"])
-    return plan | {"matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])}
+    return plan | {
+        "matrix_lr": args.matrix_lr if args.matrix_lr >= 0 else default_matrix_lr(plan["num_iterations"])
+    }
 
 
 def batch_and_horizon(args, model: GPT, world_size: int, shape: GPTConfig | None = None) -> dict:
@@ -284,10 +379,17 @@ def batch_and_horizon(args, model: GPT, world_size: int, shape: GPTConfig | None
     elif args.target_param_data_ratio > 0:
         steps = max(1, round(args.target_param_data_ratio * counted / total))
     else:
-        raise InputError("--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0")
+        raise InputError(
+            "--num-iterations, --target-flops, --target-param-data-ratio: give one of them above 0"
+        )
     micro_steps = total // (rows * args.max_seq_len * world_size)
-    return {"num_iterations": steps, "total_batch_size": total, "grad_accum_steps": micro_steps,
-            "device_batch_size": rows, "tokens": steps * total}
+    return {
+        "num_iterations": steps,
+        "total_batch_size": total,
+        "grad_accum_steps": micro_steps,
+        "device_batch_size": rows,
+        "tokens": steps * total,
+    }
 
 
 def device_batch(args, total: int, world_size: int) -> int:
@@ -299,8 +401,10 @@ def device_batch(args, total: int, world_size: int) -> int:
     smallest = args.max_seq_len * world_size  # tokens of one row in each process
     if total % smallest:
         near = [n for n in (total // smallest * smallest, (total // smallest + 1) * smallest) if n]
-        raise InputError(f"--total-batch-size {total}: not a multiple of --max-seq-len {args.max_seq_len} × "
-                         f"{world_size} process(es) = {smallest}; nearest: {' or '.join(map(str, near))}")
+        raise InputError(
+            f"--total-batch-size {total}: not a multiple of --max-seq-len {args.max_seq_len} × "
+            f"{world_size} process(es) = {smallest}; nearest: {' or '.join(map(str, near))}"
+        )
     rows = total // smallest
     return next(n for n in range(min(args.device_batch_size, rows), 0, -1) if rows % n == 0)
 
@@ -309,15 +413,19 @@ def take_device_batch(args, plan: dict, world_size: int):
     """Go on with the plan's device batch; said where it is less than was given."""
     rows = plan["device_batch_size"]
     if rows < args.device_batch_size:
-        print0(f"--device-batch-size {args.device_batch_size}: taking {rows}, the largest that divides "
-               f"{plan['total_batch_size']:,} tokens a step of {args.max_seq_len} × {world_size} process(es)")
+        print0(
+            f"--device-batch-size {args.device_batch_size}: taking {rows}, the largest that divides "
+            f"{plan['total_batch_size']:,} tokens a step of {args.max_seq_len} × {world_size} process(es)"
+        )
     args.device_batch_size = rows
 
 
 def check_schedule(args, steps: int):
     if args.warmup_steps > steps:
-        raise InputError(f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, "
-                         f"which would never reach its learning rates; give at most {steps}")
+        raise InputError(
+            f"--warmup-steps {args.warmup_steps}: more than the {steps:,} steps of the run, "
+            f"which would never reach its learning rates; give at most {steps}"
+        )
 
 
 def horizon_words(args) -> str:
@@ -334,7 +442,11 @@ def horizon_words(args) -> str:
 
 
 def default_tag(args, config: GPTConfig) -> str:
-    tag = f"d{config.n_layer}" + (f"_w{config.n_embd}" if args.model_dim > 0 else "") + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != GPTConfig.mlp_ratio else "")
+    tag = (
+        f"d{config.n_layer}"
+        + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
+        + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != GPTConfig.mlp_ratio else "")
+    )
     groups = {"attn": config.attn_ranks, "mlp": config.mlp_ranks, "head": (config.lm_head_rank,)}
     for name, ranks in (groups | config.matrix_ranks).items():
         if any(ranks) or name in config.matrix_ranks:
@@ -349,23 +461,38 @@ def default_tag(args, config: GPTConfig) -> str:
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict, args):
     """What --dry-run shows."""
-    print0(f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), MLP {config.n_hidden}, "
-           f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in config.positions]}")
+    print0(
+        f"model: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads ({config.n_kv_head} key/value), MLP {config.n_hidden}, "
+        f"vocabulary {config.vocab_size}, context {config.sequence_len}, windows {[config.window(i) for i in config.positions]}"
+    )
     if config.layer_map:
         print0(f"layer at each of {len(config.layer_map)} positions: {', '.join(map(str, config.layer_map))}")
     for line in rank_lines(config):
         print0(line)
     rate = f"matrix lr {plan['matrix_lr']:.4g}" if "matrix_lr" in plan else f"lr {plan['lr']:.4g}"
-    print0(f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
-           f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs")
+    print0(
+        f"training: {plan['num_iterations']:,} steps × {plan['total_batch_size']:,} tokens = {plan['tokens']:,} tokens, "
+        f"{plan['grad_accum_steps']} micro-step(s), {rate}, {plan['tokens'] * accounting['flops/per_token']:.3g} FLOPs"
+    )
     if words := horizon_words(args):
         print0(f"horizon: {words}")
     if within := plan.get("subspace"):
-        flags = {"subspace": within["kind"], **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")}, **within}
+        flags = {
+            "subspace": within["kind"],
+            **{f"subspace_{key}": within[key] for key in ("dim", "scope", "rank", "scales")},
+            **within,
+        }
         print0(f"subspace: {with_size(flags)}")
     if accounting["params/trained"] < accounting["params/total"]:
-        print0(f"trained: {accounting['params/trained']:,} of its numbers" + (", the rest follows from them and a seed" if within else ""))
+        print0(
+            f"trained: {accounting['params/trained']:,} of its numbers"
+            + (", the rest follows from them and a seed" if within else "")
+        )
     for key, value in accounting.items():
-        share = f"{value / accounting['params/total']:8.1%}" if key.startswith("params/") and key != "params/stored_bits" else ""
+        share = (
+            f"{value / accounting['params/total']:8.1%}"
+            if key.startswith("params/") and key != "params/stored_bits"
+            else ""
+        )
         unit = f"{value / 2**20:10,.1f} MiB" if key.startswith("mem/") else ""
         print0(f"  {key:26}{value:>18,}{share}{unit}")

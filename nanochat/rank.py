@@ -1,4 +1,5 @@
 """Ranks over depth, budgets, and the accounting of what a model costs: parameters, FLOPs, bytes."""
+
 from collections import Counter
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
@@ -8,7 +9,7 @@ import torch
 
 from nanochat.attention import by_blocks
 from nanochat.functional import hidden_rows_at_once, rows_at_once
-from nanochat.gpt import MATRICES, GPT, GPTConfig, LowRankLinear
+from nanochat.gpt import GPT, MATRICES, GPTConfig, LowRankLinear
 from nanochat.optim import uses_muon
 from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank
 
@@ -16,6 +17,7 @@ SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
+
 
 def ranks_over_depth(schedule: str, start: float, end: float, depth: int) -> tuple[float, ...]:
     """The rank of each layer, first to last. With t from 0 at the first layer to 1 at the last:
@@ -28,15 +30,22 @@ def ranks_over_depth(schedule: str, start: float, end: float, depth: int) -> tup
 
     Integer ranks are rounded; if start and end are fractions (of min(in, out)) so are the results.
     """
+
     def at(t, layer):
-        return {"constant": start, "linear": start + (end - start) * t, "step": start if layer < depth / 2 else end,
-                "exponential": start * (end / start) ** t if start > 0 < end else 0,
-                "quadratic": start - (start - end) * (2 * t - 1) ** 2}[schedule]
+        return {
+            "constant": start,
+            "linear": start + (end - start) * t,
+            "step": start if layer < depth / 2 else end,
+            "exponential": start * (end / start) ** t if start > 0 < end else 0,
+            "quadratic": start - (start - end) * (2 * t - 1) ** 2,
+        }[schedule]
+
     ranks = [at(layer / max(1, depth - 1), layer) for layer in range(depth)]
     return tuple(ranks) if 0 < start < 1 else tuple(round(r) for r in ranks)
 
 
 # ---- budgets --------------------------------------------------------------------------------------------------------
+
 
 def count_parameters(config: GPTConfig) -> int:
     return account(config)["params/total"]
@@ -65,13 +74,14 @@ class Level:
     Ranks are counted in steps from 1 to `largest`. A step is `unit` ranks; where fractions mean another rank
     for each matrix, it is the fraction 1 / (largest + 1), which is one rank of the largest.
     """
+
     group: str
     places: list[tuple[str, int]]  # (field that gives the rank, layer)
-    shapes: Counter                # (in, out) of its matrices, counted
-    wanted: float                  # steps, before scaling
+    shapes: Counter  # (in, out) of its matrices, counted
+    wanted: float  # steps, before scaling
     largest: int
-    unit: int                      # 0 where a step is a fraction
-    multiple: int                  # of fractions: see `resolve_rank`
+    unit: int  # 0 where a step is a fraction
+    multiple: int  # of fractions: see `resolve_rank`
 
     def rank(self, steps: int) -> float:
         return self.unit * steps if self.unit else steps / (self.largest + 1)
@@ -166,7 +176,9 @@ def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
         smallest = max(1, *(level.unit for level in levels))
         raise ValueError(f"even rank {smallest} in every layer has {least:,} parameters")
     spare = budget - least
-    queue = [(1.5 / level.wanted, i) for i, level in enumerate(levels)]  # the common factor at which a level rounds to its next rank
+    queue = [
+        (1.5 / level.wanted, i) for i, level in enumerate(levels)
+    ]  # the common factor at which a level rounds to its next rank
     heapify(queue)
     while queue:
         _, i = heappop(queue)
@@ -207,6 +219,7 @@ def solve_depth(config_at, budget: int) -> GPTConfig:
 
 # ---- accounting -----------------------------------------------------------------------------------------------------
 
+
 def account(model: GPT | GPTConfig) -> dict:
     """What a model costs, known before training. Used by --dry-run, the run record and the report.
 
@@ -228,12 +241,22 @@ def account(model: GPT | GPTConfig) -> dict:
         params[parameter_group(name)] += parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()
-            moments += parameter.numel() + max(parameter.shape) if uses_muon(name, parameter) else 2 * parameter.numel()
+            moments += (
+                parameter.numel() + max(parameter.shape)
+                if uses_muon(name, parameter)
+                else 2 * parameter.numel()
+            )
     total = sum(params.values())
-    return {"params/total": total, **{f"params/{group}": n for group, n in params.items()},
-            "params/trained": trained, "params/stored_bits": 32 * total,
-            "flops/per_token": flops_per_token(model),
-            "mem/weights_bytes": 4 * total, "mem/grads_bytes": 4 * trained, "mem/optimizer_bytes": 4 * moments}
+    return {
+        "params/total": total,
+        **{f"params/{group}": n for group, n in params.items()},
+        "params/trained": trained,
+        "params/stored_bits": 32 * total,
+        "flops/per_token": flops_per_token(model),
+        "mem/weights_bytes": 4 * total,
+        "mem/grads_bytes": 4 * trained,
+        "mem/optimizer_bytes": 4 * moments,
+    }
 
 
 def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
@@ -244,22 +267,44 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     chunks of a CPU's size.
     """
     model, costs = on_meta(config), account(config)
-    C, K, V, T = config.n_embd, config.n_kv_head * config.n_embd // config.n_head, config.vocab_size, config.sequence_len
+    C, K, V, T = (
+        config.n_embd,
+        config.n_kv_head * config.n_embd // config.n_head,
+        config.vocab_size,
+        config.sequence_len,
+    )
     token = rows * T * dtype_bytes  # bytes of one number for each token
-    kept = [kept_by_block(model.blocks[layer], C, K, config.n_hidden, by_blocks(T, config.window(layer)), token, dtype_bytes) for layer in config.positions]
-    activations = sum(kept) + token * 2 * C                    # the embeddings: previous token's share, input of the norm
+    kept = [
+        kept_by_block(
+            model.blocks[layer], C, K, config.n_hidden, by_blocks(T, config.window(layer)), token, dtype_bytes
+        )
+        for layer in config.positions
+    ]
+    activations = sum(kept) + token * 2 * C  # the embeddings: previous token's share, input of the norm
     width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
     head_grad = 4 * V * width
     at_once = rows_at_once(torch.empty(0), V)
-    chunks = 4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)  # float32, one of them left from the chunk before
+    chunks = (
+        4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)
+    )  # float32, one of them left from the chunk before
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
-    at_head = activations + token * (2 * C + width) + head_grad + chunks + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
+    at_head = (
+        activations
+        + token * (2 * C + width)
+        + head_grad
+        + chunks
+        + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
+    )
     # in the MLP: the gradient that goes on, and of a part of the rows two tensors as wide as the hidden layer, three if that was not kept
     last, hidden = model.blocks[config.positions[-1]].mlp, config.n_hidden
-    part = hidden_rows_at_once(torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden)
+    part = hidden_rows_at_once(
+        torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden
+    )
     in_mlp = token * C + (2 + last.recompute) * part * hidden * dtype_bytes
     grads = costs["mem/grads_bytes"]
-    at_backward = max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp  # at its first block; at its last
+    at_backward = (
+        max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp
+    )  # at its first block; at its last
     if accumulated:
         at_head, at_backward = at_head + grads, at_backward + grads
     groups = {}  # Muon works on all matrices of one shape at a time, in about six copies
@@ -268,23 +313,35 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
             key = (name.rsplit(".", 1)[1], *p.shape)
             groups[key] = groups.get(key, 0) + 4 * p.numel()
     at_update = grads + 6 * max(groups.values())
-    return {"mem/activations_bytes": activations,
-            "mem/predicted_peak_bytes": costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"] + max(at_head, at_backward, at_update)}
+    return {
+        "mem/activations_bytes": activations,
+        "mem/predicted_peak_bytes": costs["mem/weights_bytes"]
+        + costs["mem/optimizer_bytes"]
+        + max(at_head, at_backward, at_update),
+    }
 
 
 def kept_by_block(block, C: int, K: int, N: int, by_blocks: bool, token: int, dtype_bytes: int) -> int:
     """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K, N: widths of keys and values, and of the MLP."""
-    kept, copies = C, 0                                        # the residual stream as it comes in
+    kept, copies = C, 0  # the residual stream as it comes in
     y = C if by_blocks else 2 * C  # by token, and by torch's kernel also by head
-    for part, first, last, wide in ((block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o, C + 2 * K + y),
-                                    (block.mlp, (block.mlp.up,), block.mlp.down, N)):  # relu
+    for part, first, last, wide in (
+        (block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o, C + 2 * K + y),
+        (block.mlp, (block.mlp.up,), block.mlp.down, N),
+    ):  # relu
         factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
-        kept += C + sum(m.rank for m in factored)              # C: the norm's output or, recomputing, its input
-        kept += sum(m.rank for m in factored if m.act != "none" and (m is last or part is block.mlp or not part.recompute))
+        kept += C + sum(m.rank for m in factored)  # C: the norm's output or, recomputing, its input
+        kept += sum(
+            m.rank
+            for m in factored
+            if m.act != "none" and (m is last or part is block.mlp or not part.recompute)
+        )
         if not part.recompute:
             kept += wide
-            copies += sum(m.first_factor().numel() for m in first) if part is block.attn else 0  # q, k, v in one matrix
-    if dtype_bytes < 4:                                        # a copy of every matrix in the compute dtype
+            copies += (
+                sum(m.first_factor().numel() for m in first) if part is block.attn else 0
+            )  # q, k, v in one matrix
+    if dtype_bytes < 4:  # a copy of every matrix in the compute dtype
         copies = sum(p.numel() for p in block.parameters())
     return token * kept + dtype_bytes * copies
 
@@ -296,8 +353,13 @@ def on_meta(config: GPTConfig) -> GPT:
 
 
 def parameter_group(name: str) -> str:
-    for part, group in (("wte.", "embedding"), ("value_embeds.", "embedding"), ("lm_head.", "lm_head"),
-                        (".attn.", "attention"), (".mlp.", "mlp")):
+    for part, group in (
+        ("wte.", "embedding"),
+        ("value_embeds.", "embedding"),
+        ("lm_head.", "lm_head"),
+        (".attn.", "attention"),
+        (".mlp.", "mlp"),
+    ):
         if part in name:
             return group
     return "other"
@@ -319,11 +381,15 @@ def matrix_parameters(model: GPT) -> int:
 
 def flops_per_token(model: GPT) -> int:
     config, flops = model.config, 0
-    reached = model.wte.weight.requires_grad or model.smear.requires_grad  # by the backward pass: something before is trained
+    reached = (
+        model.wte.weight.requires_grad or model.smear.requires_grad
+    )  # by the backward pass: something before is trained
     for layer in config.positions:
         block = model.blocks[layer]
         reached = reached or trains(block)
-        flops += multiplications(block, reached) + (12 if reached else 4) * config.n_embd * config.window(layer)  # H·D = n_embd
+        flops += multiplications(block, reached) + (12 if reached else 4) * config.n_embd * config.window(
+            layer
+        )  # H·D = n_embd
     return flops + multiplications(head_of(model), reached)
 
 
@@ -333,4 +399,6 @@ def trains(module) -> bool:
 
 def multiplications(module, reached: bool) -> int:
     """FLOPs of its matrices: forward 2 an entry, backward 2 for the input's gradient, where that is asked for, and 2 for its own."""
-    return sum((2 + 2 * reached + 2 * p.requires_grad) * p.numel() for p in module.parameters() if p.ndim == 2)
+    return sum(
+        (2 + 2 * reached + 2 * p.requires_grad) * p.numel() for p in module.parameters() if p.ndim == 2
+    )

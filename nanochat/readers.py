@@ -3,6 +3,7 @@
 In all formats a row whose text is null or empty is an empty document, which training skips and counts. A
 row without a field `text`, or with one that is no string, is refused with its place and the reason.
 """
+
 import codecs
 import contextlib
 import gzip
@@ -43,7 +44,7 @@ def stem(path: Path) -> str:
     name = path.name
     for suffix in (*COMPRESSIONS, text_format(path)):
         if suffix and name.lower().endswith(suffix):
-            name = name[:-len(suffix)]
+            name = name[: -len(suffix)]
     return name
 
 
@@ -74,6 +75,7 @@ def reader_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 # ---- parquet -----------------------------------------------------------------------------------------------
+
 
 def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
     import pyarrow as pa  # here, because the embedded corpus needs none of it
@@ -106,6 +108,7 @@ def check_text_column(path: Path, schema):
 def as_bytes(column):
     """As bytes, because pyarrow does not check that strings are UTF-8."""
     import pyarrow as pa
+
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if str(column.type) == "string_view":  # there is no direct way
@@ -114,6 +117,7 @@ def as_bytes(column):
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
+
 
 def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
     with opened(path) as f:
@@ -169,14 +173,14 @@ class CharacterStream:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text = ""
         self.position = 0  # in the text
-        self.items = 0     # read so far
+        self.items = 0  # read so far
         self.block = BLOCK
 
     def read_on(self) -> bool:
         """False at the end of the file. Blocks grow, so that a long item is not tried too often."""
         data = self.file.read(self.block)
         try:
-            self.text = self.text[self.position:] + self.decoder.decode(data, final=not data)
+            self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: invalid UTF-8 after item {self.items}; convert the file to UTF-8")
         self.position, self.block = 0, 2 * self.block
@@ -260,6 +264,7 @@ def holds_no_text(path: Path) -> bool:
 
 # ---- plain text, compressed files --------------------------------------------------------------------------
 
+
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix.lower() not in COMPRESSIONS and path.stat().st_size > max_bytes():
         raise too_long(path)
@@ -287,6 +292,7 @@ def opened(path: Path):
             raise InputError(f"{path}: not a readable gzip file ({first_line(e)})")
     elif suffix == ".zst":
         import pyarrow as pa
+
         try:
             with io.BufferedReader(pa.input_stream(str(path), compression="zstd")) as f:
                 yield f

@@ -1,4 +1,5 @@
 """The values of a run's config.json and summary.json that the report uses: an odd one is one line."""
+
 import dataclasses
 import math
 
@@ -71,11 +72,13 @@ def table(run: Run, parent: dict, name: str) -> dict:
 
 def require(run: Run, key: str, value, is_right):
     if value is not None and not is_right(value):
-        raise InputError(f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, "
-                         f"which no run writes; {REMEDY}")
+        raise InputError(
+            f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, which no run writes; {REMEDY}"
+        )
 
 
 # ---- kinds of values ---------------------------------------------------------------------------------------
+
 
 def is_text(value) -> bool:
     return isinstance(value, str)
@@ -134,14 +137,39 @@ def is_table_of_integers(value) -> bool:
     return isinstance(value, dict) and all(map(is_integer, value.values()))
 
 
-FLAGS = {**dict.fromkeys(("adapter", "layer_map", "subspace", "subspace_scope", "init_from",
-                          "model_tag", "run_tag", "solve", "factor_act"), is_text),
-         **dict.fromkeys(("rank", "subspace_dim", "subspace_rank", "mlp_ratio", "stop_at_ppl"), is_number),
-         "seed": is_integer, "matrix_ranks": are_parts}
-MODEL = {**dict.fromkeys(("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "sequence_len"), is_size),
-         "rank_multiple": is_integer, "mlp_ratio": is_positive, "factor_act": is_text,
-         "attn_ranks": are_amounts, "mlp_ranks": are_amounts, "lm_head_rank": is_amount,
-         "matrix_ranks": are_amounts_by_name,
-         "layer_map": are_amounts, "layer_kinds": is_list}
-DERIVED = {**dict.fromkeys(("num_iterations", "total_batch_size", "tokens", "val_tokens"), is_integer),
-           "matrix_lr": is_number, "tokenizer_hash": is_text}
+FLAGS = {
+    **dict.fromkeys(
+        (
+            "adapter",
+            "layer_map",
+            "subspace",
+            "subspace_scope",
+            "init_from",
+            "model_tag",
+            "run_tag",
+            "solve",
+            "factor_act",
+        ),
+        is_text,
+    ),
+    **dict.fromkeys(("rank", "subspace_dim", "subspace_rank", "mlp_ratio", "stop_at_ppl"), is_number),
+    "seed": is_integer,
+    "matrix_ranks": are_parts,
+}
+MODEL = {
+    **dict.fromkeys(("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "sequence_len"), is_size),
+    "rank_multiple": is_integer,
+    "mlp_ratio": is_positive,
+    "factor_act": is_text,
+    "attn_ranks": are_amounts,
+    "mlp_ranks": are_amounts,
+    "lm_head_rank": is_amount,
+    "matrix_ranks": are_amounts_by_name,
+    "layer_map": are_amounts,
+    "layer_kinds": is_list,
+}
+DERIVED = {
+    **dict.fromkeys(("num_iterations", "total_batch_size", "tokens", "val_tokens"), is_integer),
+    "matrix_lr": is_number,
+    "tokenizer_hash": is_text,
+}

@@ -4,6 +4,7 @@ A checkpoint is the one commit of a run. It appears whole, by one rename, after 
 tensors, the rows of metrics.jsonl up to its step, the summary at that step, and whether the run ends with it.
 summary.json repeats that for readers. After a kill it may be older.
 """
+
 import contextlib
 import hashlib
 import json
@@ -16,26 +17,65 @@ from nanochat.common import InputError, shortened
 from nanochat.files import Schema, read_json, write_json
 
 REMEDY = "restore it, or remove the folder"
-CONFIG = Schema("run's config.json", {"flags": dict},
-                {"derived": dict, "given": list, "git": dict, "versions": dict, "device": dict, "seed": int,
-                 "text": dict, "tokenizer": dict, "reference_losses": dict}, remedy=REMEDY)
+CONFIG = Schema(
+    "run's config.json",
+    {"flags": dict},
+    {
+        "derived": dict,
+        "given": list,
+        "git": dict,
+        "versions": dict,
+        "device": dict,
+        "seed": int,
+        "text": dict,
+        "tokenizer": dict,
+        "reference_losses": dict,
+    },
+    remedy=REMEDY,
+)
 SUMMARY = Schema("run's summary.json", {"status": str}, {"step": int}, remedy=REMEDY)
-META = Schema("checkpoint's meta.json", {"step": int, "sha256": str},
-              {"meta_sha256": str, "total_training_time": float, "bad_steps": int, "bad_steps_in_a_row": int,
-               "tokenizer_hash": str, "model": dict, "adapter": dict, "subspace": dict,
-               "evaluation_owed": bool, "last": bool, "summary": dict, "record": dict, "flags": dict},
-              format=2, remedy="use another step")
+META = Schema(
+    "checkpoint's meta.json",
+    {"step": int, "sha256": str},
+    {
+        "meta_sha256": str,
+        "total_training_time": float,
+        "bad_steps": int,
+        "bad_steps_in_a_row": int,
+        "tokenizer_hash": str,
+        "model": dict,
+        "adapter": dict,
+        "subspace": dict,
+        "evaluation_owed": bool,
+        "last": bool,
+        "summary": dict,
+        "record": dict,
+        "flags": dict,
+    },
+    format=2,
+    remedy="use another step",
+)
 
 
 RECORD = Schema(f"{META.name}: record", {"bytes": int, "sha256": str}, remedy=META.remedy)
 PARTS = {
-    "flags": Schema(f"{CONFIG.name}: flags", {}, {"data": str, "eval_tokens": int, "seed": int},
-                    remedy=REMEDY),
-    "derived": Schema(f"{CONFIG.name}: derived", {},
-                      {"model": dict, "corpus": dict, "tokenizer_hash": str, "source": dict}, remedy=REMEDY)}
+    "flags": Schema(
+        f"{CONFIG.name}: flags", {}, {"data": str, "eval_tokens": int, "seed": int}, remedy=REMEDY
+    ),
+    "derived": Schema(
+        f"{CONFIG.name}: derived",
+        {},
+        {"model": dict, "corpus": dict, "tokenizer_hash": str, "source": dict},
+        remedy=REMEDY,
+    ),
+}
 HASH = (str, type(None))  # none: the text is not known
-CORPUS = Schema(f"{CONFIG.name}: derived.corpus", {},
-                {"name": str, "path": str, "train_fingerprint": HASH, "val_fingerprint": HASH}, remedy=REMEDY)
+CORPUS = Schema(
+    f"{CONFIG.name}: derived.corpus",
+    {},
+    {"name": str, "path": str, "train_fingerprint": HASH, "val_fingerprint": HASH},
+    remedy=REMEDY,
+)
 
 
 class Part(dict):
@@ -62,6 +102,7 @@ def read_config(folder: Path) -> dict:
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
+
 
 def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:06d}"
@@ -112,9 +153,11 @@ def check_owner(run_folder: Path, meta: dict):
     for name, value in meta["flags"].items():
         if name in flags and flags[name] != value:
             there = shortened(repr(flags[name]))
-            raise InputError(f"{step_folder(run_folder, meta['step'])}: was made with {name} "
-                             f"{shortened(repr(value))}, config.json has {there}: one of them is of another "
-                             "run, or damaged; restore it, or use another step")
+            raise InputError(
+                f"{step_folder(run_folder, meta['step'])}: was made with {name} "
+                f"{shortened(repr(value))}, config.json has {there}: one of them is of another "
+                "run, or damaged; restore it, or use another step"
+            )
 
 
 def write_meta(folder: Path, meta: dict):
@@ -130,6 +173,7 @@ def own_sum(meta: dict) -> str:
 
 
 # ---- how far a run is --------------------------------------------------------------------------------------
+
 
 def read_summary(folder: Path) -> dict:
     """The last values of a run and its status: running (or killed), stopped, diverged, finished.
@@ -176,8 +220,10 @@ def check_ending(folder: Path):
         meta = read_meta(folder, steps[-1]) if steps else {}
     check_owner(folder, meta)
     if meta.get("last") is False:
-        raise InputError(f"{folder / 'summary.json'}: says finished, and the checkpoint of step {steps[-1]} "
-                         "that it is not the last; restore the last one, or remove summary.json to go on")
+        raise InputError(
+            f"{folder / 'summary.json'}: says finished, and the checkpoint of step {steps[-1]} "
+            "that it is not the last; restore the last one, or remove summary.json to go on"
+        )
 
 
 def newest_commit(folder: Path) -> dict:

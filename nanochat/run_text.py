@@ -1,4 +1,5 @@
 """The text of a run, wherever it is now: its folder may have been moved, or hold other text than it did."""
+
 from pathlib import Path
 
 from nanochat.common import InputError
@@ -15,8 +16,10 @@ def open_run_text(run: Run, data: str = "") -> Corpus:
     if not Path(place).is_dir() and Path(given).expanduser().is_dir():
         place = given
     if place not in ("stdlib", *HUB_SETS) and not Path(place).expanduser().is_dir():
-        raise InputError(f"--data: needed, since the text of the run {run.name} is no longer in {place}; "
-                         "give the folder where it is")
+        raise InputError(
+            f"--data: needed, since the text of the run {run.name} is no longer in {place}; "
+            "give the folder where it is"
+        )
     return open_corpus(place)
 
 

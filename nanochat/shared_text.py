@@ -1,4 +1,5 @@
 """The text of a run of several processes: process 0 lists it, and all have the same tokens of it."""
+
 from nanochat.agreement import from_first
 from nanochat.common import InputError, get_base_dir
 from nanochat.dataset import Corpus
@@ -29,9 +30,11 @@ def confirm_caches(place, tokenizer, shards):
         here = caches[fingerprint]
         keys = [key for key in ("slots", "sha256") if here[key] and there[key] and here[key] != there[key]]
         if keys:
-            raise InputError(f"{root / fingerprint}: other tokens than process 0 has "
-                             f"({keys[0]}: {here[keys[0]]}, there {there[keys[0]]}); "
-                             "remove that folder, and start again")
+            raise InputError(
+                f"{root / fingerprint}: other tokens than process 0 has "
+                f"({keys[0]}: {here[keys[0]]}, there {there[keys[0]]}); "
+                "remove that folder, and start again"
+            )
 
 
 def cache_content(folder) -> dict:

@@ -6,6 +6,7 @@ Python runs a signal handler between two instructions of the main thread. That t
 product, one collective or one compilation for minutes. So a second thread, the listener, reads the same
 signals from a pipe. It ends the process when the main thread does not, and when the user insists.
 """
+
 import contextlib
 import os
 import select
@@ -15,8 +16,8 @@ import time
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE = 75  # exit code of a process that was asked to end and can start again: EX_TEMPFAIL of sysexits.h
-GRACE = 5     # seconds in which the main thread cleans up
-ECHO = 0.1    # seconds: a wrapper may repeat the Ctrl-C that the terminal has sent; these two are one
+GRACE = 5  # seconds in which the main thread cleans up
+ECHO = 0.1  # seconds: a wrapper may repeat the Ctrl-C that the terminal has sent; these two are one
 
 
 class Stopped(KeyboardInterrupt):
@@ -29,6 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 class StopRequest(threading.Event):
     """Set once this process, or another one of its group, is asked to stop."""
+
     number = signal.SIGTERM
 
     def hear(self, number: int):
@@ -72,16 +74,17 @@ def leave(number: int, line: str = ""):
 
 # ---- the listener ------------------------------------------------------------------------------------------
 
+
 class Listener(threading.Thread):
     """Reads the numbers of the signals that come, while the main thread works."""
 
     def __init__(self):
         super().__init__(daemon=True, name="signals")
-        self.request = None      # the StopRequest that a signal sets; None: a signal ends the process
-        self.raised = False      # whether the main thread was told to end
+        self.request = None  # the StopRequest that a signal sets; None: a signal ends the process
+        self.raised = False  # whether the main thread was told to end
         self.main_ended = False  # only Python's own shutdown is left to do
-        self.first = None        # number of the first signal that came
-        self.orphaned = False    # whether the launcher is gone: see launcher_gone
+        self.first = None  # number of the first signal that came
+        self.orphaned = False  # whether the launcher is gone: see launcher_gone
         self.last_interrupt = 0.0
         self.interrupts = 0
         self.pipe, write_end = os.pipe()

@@ -4,6 +4,7 @@ Runs that start from other runs are a second array, which waits until all tasks 
 or comes near its time limit, gets a signal, lets its run save its state, and puts itself back into the queue, where it goes on from
 there. A run that is finished or still in the queue is not submitted again.
 """
+
 import os
 import shlex
 import shutil
@@ -53,16 +54,24 @@ def submit(sweep: Sweep, args):
     check_log_folder(log_folder(sweep))
     create_folder(log_folder(sweep))
     with common.claimed(lock_path(sweep.name, "slurm"), f"--launcher slurm: {sweep.name}"):
-        jobs = jobs_in_queue(sweep)  # first: a run that leaves the queue meanwhile is then seen to be finished
+        jobs = jobs_in_queue(
+            sweep
+        )  # first: a run that leaves the queue meanwhile is then seen to be finished
         queued = {tag for tasks in jobs.values() for tag in tasks.values()}
         finished = {p.tag for p in sweep.points if p.status() == "finished"}
         points = [p for p in sweep.points if p.tag not in finished | queued]
-        print(f"{sweep.name}: {len(finished)} of {len(sweep.points)} runs finished, {len(queued)} in the queue"
-              + (f" as job {', '.join(jobs)}" if jobs else "") + f", {len(points)} to submit")
+        print(
+            f"{sweep.name}: {len(finished)} of {len(sweep.points)} runs finished, {len(queued)} in the queue"
+            + (f" as job {', '.join(jobs)}" if jobs else "")
+            + f", {len(points)} to submit"
+        )
         if not points:
             return
         submitted = []
-        for name, stage in (("slurm.sh", [p for p in points if not p.base]), ("slurm_adapters.sh", [p for p in points if p.base])):
+        for name, stage in (
+            ("slurm.sh", [p for p in points if not p.base]),
+            ("slurm_adapters.sh", [p for p in points if p.base]),
+        ):
             if stage:
                 bases = {p.base for p in stage}
                 awaited = [job for job, tasks in jobs.items() if bases & set(tasks.values())]
@@ -71,14 +80,17 @@ def submit(sweep: Sweep, args):
                 write_json(record_of(sweep), jobs)
         report = sbatch(sweep.folder / "slurm_report.sh", report_script(sweep, list(jobs), args))
     print(f"submitted as job {', '.join(submitted)}, the report as job {report}")
-    for what, command in (("what waits and runs", ["squeue", f"--jobs={','.join([*jobs, report])}"]),
-                          ("one run", ["tail", "-f", f"{log_folder(sweep) / points[0].tag}.log"]),
-                          ("save, and go on later", ["scontrol", "requeue", submitted[0]]),
-                          ("save and stop; submitting again goes on", ["scancel", *jobs, report])):
+    for what, command in (
+        ("what waits and runs", ["squeue", f"--jobs={','.join([*jobs, report])}"]),
+        ("one run", ["tail", "-f", f"{log_folder(sweep) / points[0].tag}.log"]),
+        ("save, and go on later", ["scontrol", "requeue", submitted[0]]),
+        ("save and stop; submitting again goes on", ["scancel", *jobs, report]),
+    ):
         print(f"  {what + ':':40} {shell_command(*command)}")
 
 
 # ---- the queue ------------------------------------------------------------------------------------------------------
+
 
 def record_of(sweep: Sweep) -> Path:
     return sweep.folder / "slurm_jobs.json"
@@ -102,7 +114,9 @@ def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
     """Those of `read_jobs` that wait or run."""
     jobs = read_jobs(record_of(sweep))
     alive = {job: {} for job in jobs}
-    for line in slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines() if jobs else ():
+    for line in (
+        slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines() if jobs else ()
+    ):
         job, task, name = (*line.split(maxsplit=2), "", "", "")[:3]
         # a cluster that was set up anew counts jobs from 1 again
         if name.strip() == sweep.name and task in jobs.get(job, ()):
@@ -113,7 +127,9 @@ def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
 def check(text: str):
     """InputError where there is no Slurm, or the user's options of sbatch are none, or would take the array apart."""
     if not all(map(shutil.which, ("sbatch", "squeue"))):
-        raise InputError("--launcher slurm: there is no sbatch here; use it on a login node of the cluster, or --launcher local")
+        raise InputError(
+            "--launcher slurm: there is no sbatch here; use it on a login node of the cluster, or --launcher local"
+        )
     if not " ".join(text.splitlines()).isprintable():
         raise InputError(f"--sbatch {quoted(text)}: give options of sbatch, without control characters")
     try:
@@ -121,10 +137,14 @@ def check(text: str):
     except ValueError as e:
         raise InputError(f"--sbatch {text}: {str(e).lower()}") from None
     if words and not words[0].startswith("-"):
-        raise InputError(f"--sbatch {text}: give options of sbatch, such as --sbatch=\"--partition=gpu --time=4:00:00\"")
+        raise InputError(
+            f'--sbatch {text}: give options of sbatch, such as --sbatch="--partition=gpu --time=4:00:00"'
+        )
     for word in words:
         if word.split("=")[0] in ("--array", "--job-name", "--wrap") or word[:2] in ("-a", "-J"):
-            raise InputError(f"--sbatch: {word} is not to be given: the sweep makes and names its own array; -j N limits how many run at once")
+            raise InputError(
+                f"--sbatch: {word} is not to be given: the sweep makes and names its own array; -j N limits how many run at once"
+            )
 
 
 def slurm(*command: str) -> str:
@@ -153,34 +173,52 @@ def log_folder(sweep: Sweep) -> Path:
 def check_log_folder(folder: Path):
     """InputError where Slurm cannot write the name: it drops backslashes, and a line ends an option."""
     if "\\" in str(folder) or not str(folder).isprintable():
-        raise InputError(f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a "
-                         "backslash or a control character in its name; give another NANOCHAT_BASE_DIR")
+        raise InputError(
+            f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a "
+            "backslash or a control character in its name; give another NANOCHAT_BASE_DIR"
+        )
 
 
 # ---- batch scripts --------------------------------------------------------------------------------------------------
 
+
 def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()) -> str:
     """The job array over `points`: task k runs points[k], once the jobs `awaited` have ended well; where one has not, never."""
     after = {"dependency": f"afterok:{':'.join(awaited)}", "kill-on-invalid-dep": "yes"} if awaited else {}
-    defaults = {"job-name": sweep.name, "output": log_name(sweep, "slurm-%A_%a.log"),
-                "signal": f"B:USR1@{SAVING_SECONDS}"}
-    return "\n".join([
-        *head(sweep, args.sbatch, defaults,
-              {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else ""), **after}),
-        f"LOGS={shlex.quote(str(log_folder(sweep)))}",
-        f"PROCESSES={sweep.processes}",
-        f"SWEEP=({shlex.join(sweep_command(sweep, args))})",
-        "TAGS=(", *(f"  {shlex.quote(p.tag)}" for p in points), ")",
-        RUN_ONE])
+    defaults = {
+        "job-name": sweep.name,
+        "output": log_name(sweep, "slurm-%A_%a.log"),
+        "signal": f"B:USR1@{SAVING_SECONDS}",
+    }
+    return "\n".join(
+        [
+            *head(
+                sweep,
+                args.sbatch,
+                defaults,
+                {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else ""), **after},
+            ),
+            f"LOGS={shlex.quote(str(log_folder(sweep)))}",
+            f"PROCESSES={sweep.processes}",
+            f"SWEEP=({shlex.join(sweep_command(sweep, args))})",
+            "TAGS=(",
+            *(f"  {shlex.quote(p.tag)}" for p in points),
+            ")",
+            RUN_ONE,
+        ]
+    )
 
 
 def report_script(sweep: Sweep, jobs: list[str], args) -> str:
     """The report once no task of `jobs` waits or runs. The job names the unfinished runs, and then fails."""
     defaults = {"job-name": f"{sweep.name}-report", "output": log_name(sweep, "slurm-report.log")}
-    return "\n".join([
-        *head(sweep, args.sbatch, defaults,
-              {"dependency": f"afterany:{':'.join(jobs)}"}),
-        f"exec {shlex.join([*sweep_command(sweep, args), '--report'])}", ""])
+    return "\n".join(
+        [
+            *head(sweep, args.sbatch, defaults, {"dependency": f"afterany:{':'.join(jobs)}"}),
+            f"exec {shlex.join([*sweep_command(sweep, args), '--report'])}",
+            "",
+        ]
+    )
 
 
 def log_name(sweep: Sweep, pattern: str) -> str:
@@ -190,14 +228,22 @@ def log_name(sweep: Sweep, pattern: str) -> str:
 
 def head(sweep: Sweep, given: str, defaults: dict, fixed: dict) -> list[str]:
     """What both scripts begin with. Of two equal options sbatch takes the later: the user's, given as they are, win over our defaults."""
+
     def lines(options):
         return [printable(f"#SBATCH --{name}={in_double_quotes(value)}") for name, value in options.items()]
-    return ["#!/usr/bin/env bash", printable(f"# {sweep.name}: written by scripts.sweep --launcher slurm"),
-            *lines(defaults), "#SBATCH --open-mode=append", "#SBATCH --requeue",
-            *([printable(f"#SBATCH {given}")] if given else []),
-            *lines(fixed), "",
-            f"cd {shlex.quote(os.getcwd())} || exit",
-            f"export NANOCHAT_BASE_DIR={shlex.quote(str(common.get_base_dir().absolute()))}"]
+
+    return [
+        "#!/usr/bin/env bash",
+        printable(f"# {sweep.name}: written by scripts.sweep --launcher slurm"),
+        *lines(defaults),
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        *([printable(f"#SBATCH {given}")] if given else []),
+        *lines(fixed),
+        "",
+        f"cd {shlex.quote(os.getcwd())} || exit",
+        f"export NANOCHAT_BASE_DIR={shlex.quote(str(common.get_base_dir().absolute()))}",
+    ]
 
 
 def in_double_quotes(value: str) -> str:
@@ -207,6 +253,13 @@ def in_double_quotes(value: str) -> str:
 
 def sweep_command(sweep: Sweep, args) -> list[str]:
     """This sweep's command line, as another machine with the same files would run it; --task or --report is to be added."""
-    return [sys.executable, "-m", "scripts.sweep", str(sweep.file.absolute()), *(["--preset", sweep.preset] if sweep.preset else []),
-            *sweep.data_flags(), *option("--run", args.run),
-            *(["--out", os.path.abspath(args.out)] if args.out else [])]
+    return [
+        sys.executable,
+        "-m",
+        "scripts.sweep",
+        str(sweep.file.absolute()),
+        *(["--preset", sweep.preset] if sweep.preset else []),
+        *sweep.data_flags(),
+        *option("--run", args.run),
+        *(["--out", os.path.abspath(args.out)] if args.out else []),
+    ]

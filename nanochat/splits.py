@@ -10,6 +10,7 @@ wiki.train.txt is a test split. A subfolder tells the split by its whole name: t
 Test splits are never trained or validated on. Files whose names tell nothing are training text. Where there
 is no validation text, it is the last training file.
 """
+
 import os
 import re
 from collections.abc import Iterator
@@ -19,8 +20,16 @@ from pathlib import Path
 from nanochat.common import InputError
 from nanochat.readers import READ, holds_no_text, stem, text_format
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-               "dev": "val", "eval": "val", "test": "test"}
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+}
 NO_FILE = "no .parquet, .jsonl, .txt file (or .json, .gz, .zst) directly in this folder"
 TEST = "a test split"
 NO_TEXT = "no text"
@@ -28,13 +37,16 @@ UNREAD = f"not read: give {READ}"
 SUBFOLDER = "a folder that is not read: give it as --data"
 DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|notice|changelog|citation|checksums?|(sha|md5)\d*sums?|_success)(\..*)?"
-    r"|.*\.(json|md|sha\d*|md5|crc|lock|py|sh|png|jpe?g|svg)(\.gz|\.zst)?", re.IGNORECASE)
+    r"|.*\.(json|md|sha\d*|md5|crc|lock|py|sh|png|jpe?g|svg)(\.gz|\.zst)?",
+    re.IGNORECASE,
+)
 NO_WORDS = re.compile(r"\d+|of|[0-9a-f]{12,}|")
 
 
 @dataclass
 class FolderText:
     """The files of a folder, in order. left_out: reason -> names."""
+
     train: list[Path] = field(default_factory=list)
     val: list[Path] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -131,4 +143,4 @@ def in_words(left_out: dict[str, list[str]]) -> str:
 def shortened(names, most: int = 6) -> list[str]:
     """The first and last of many names."""
     names = list(names)
-    return names if len(names) <= most else [*names[:most - 1], f"… {len(names) - most} more …", names[-1]]
+    return names if len(names) <= most else [*names[: most - 1], f"… {len(names) - most} more …", names[-1]]

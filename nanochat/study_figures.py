@@ -1,40 +1,96 @@
 """The pictures of a study, runs over several axes and seeds: configurations in, PNG bytes and hover texts out."""
+
 import math
 import re
 from dataclasses import replace
 from statistics import fmean
 
-from nanochat.figures import (COLOURS, COUNT, LINES, MARKERS, TIME, draw_memory, draw_parameters, human, is_finite, loss_limits,
-                              new_figure, plain, png, say_empty, three_digits, tidy, unit_of)
+from nanochat.figures import (
+    COLOURS,
+    COUNT,
+    LINES,
+    MARKERS,
+    TIME,
+    draw_memory,
+    draw_parameters,
+    human,
+    is_finite,
+    loss_limits,
+    new_figure,
+    plain,
+    png,
+    say_empty,
+    three_digits,
+    tidy,
+    unit_of,
+)
 from nanochat.history import series
-from nanochat.panels import (BLACK, FEW, GREY, across, cut_above, draw_band, draw_line, draw_point, draw_stairs, fences, finish, key_below,
-                             label_points, legend_below, log_axis, log_if_wide, looks, mark_at_top, short_labels)
+from nanochat.panels import (
+    BLACK,
+    FEW,
+    GREY,
+    across,
+    cut_above,
+    draw_band,
+    draw_line,
+    draw_point,
+    draw_stairs,
+    fences,
+    finish,
+    key_below,
+    label_points,
+    legend_below,
+    log_axis,
+    log_if_wide,
+    looks,
+    mark_at_top,
+    short_labels,
+)
 from nanochat.study import Configuration, finished, rank_name, seed, value
-from nanochat.summaries import (COSTS, MEASURES, baseline, best_of, depth, describe, diverged, error_bars, factored, frontier, mean_rank,
-                                memory_key, one_machine, outcome, pairs, rank_words, ranks_in_order, representatives, times_to)
+from nanochat.summaries import (
+    COSTS,
+    MEASURES,
+    baseline,
+    best_of,
+    depth,
+    describe,
+    diverged,
+    error_bars,
+    factored,
+    frontier,
+    mean_rank,
+    memory_key,
+    one_machine,
+    outcome,
+    pairs,
+    rank_words,
+    ranks_in_order,
+    representatives,
+    times_to,
+)
 
-BARS = 24    # shapes that bars are drawn for
-CURVES = 6   # loss curves in colour; the others are faint
+BARS = 24  # shapes that bars are drawn for
+CURVES = 6  # loss curves in colour; the others are faint
 CAPTIONS = {
     "frontier.png": "Where each configuration ends against what it costs: down and to the left is better. A point is a configuration's mean over "
-                    "its seeds, the faint ones are the seeds. The grey line is the Pareto frontier of the means: no configuration below it costs "
-                    "as little. The band is the full-rank baseline and its spread over seeds, or of several full-rank configurations the best. "
-                    "“Rank 64” means both attention and MLP.",
+    "its seeds, the faint ones are the seeds. The grey line is the Pareto frontier of the means: no configuration below it costs "
+    "as little. The band is the full-rank baseline and its spread over seeds, or of several full-rank configurations the best. "
+    "“Rank 64” means both attention and MLP.",
     "loss_parameters.png": "Evaluation loss against parameters: a point a configuration, its seeds as a cluster. The band is the full-rank "
-                           "baseline and its spread over seeds.",
+    "baseline and its spread over seeds.",
     "depth_rank.png": "Depth × rank; darker is better. Of several configurations in one cell the one that ended best is shown, which flatters "
-                      "cells where more were tried.",
+    "cells where more were tried.",
     "learning_rate.png": "Learning rates: a line a rank and depth. The ring marks the best rate tried, a × at the top a rate at which a run "
-                         "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one "
-                         "rank and depth the one with most rates is shown.",
+    "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one "
+    "rank and depth the one with most rates is shown.",
     "threshold_rank.png": "Training time to a perplexity, interpolated between the evaluations around it. Dashed: full rank at the same depth, with "
-                          "its spread. A × at the top: not every seed got there. Of several configurations at one rank the one that ended "
-                          "best is shown.",
+    "its spread. A × at the top: not every seed got there. Of several configurations at one rank the one that ended "
+    "best is shown.",
     "loss_time.png": "Validation loss against training time, means over seeds: in colour the baseline and the frontier of loss against "
-                     "time. The reading compares the baseline with the fastest of all low-rank configurations, chosen after the fact.",
+    "time. The reading compares the baseline with the fastest of all low-rank configurations, chosen after the fact.",
     "parameters.png": "Parameters by group.",
     "memory.png": "Memory by part, of one run of each shape. The diamond is the measured peak: on CUDA what torch allocated; on CPU the whole "
-                  "process, Python and libraries included.",
+    "process, Python and libraries included.",
 }
 
 
@@ -48,30 +104,50 @@ def study_figures(configs: list[Configuration], measure: str) -> dict:
     configs = [c for c in done if c.values(MEASURES[measure][0])]  # of the others all seeds diverged
     drawn = {}
     if len(configs) > 1:
-        drawn = {"frontier.png": draw_frontier(configs, measure), "loss_parameters.png": draw_clusters(configs, measure),
-                 "depth_rank.png": draw_depth_rank(configs, measure), "learning_rate.png": draw_learning_rates(done, measure),
-                 "threshold_rank.png": draw_thresholds(configs, measure), "loss_time.png": draw_loss_time(configs, measure)}
+        drawn = {
+            "frontier.png": draw_frontier(configs, measure),
+            "loss_parameters.png": draw_clusters(configs, measure),
+            "depth_rank.png": draw_depth_rank(configs, measure),
+            "learning_rate.png": draw_learning_rates(done, measure),
+            "threshold_rank.png": draw_thresholds(configs, measure),
+            "loss_time.png": draw_loss_time(configs, measure),
+        }
     found = {name: finish(*figure) for name, figure in drawn.items() if figure}
     shapes = representatives(configs)
     if 1 < len(shapes) <= BARS:
-        found |= {"parameters.png": (png(draw_parameters(shapes)), []), "memory.png": (png(draw_memory(shapes)), [])}
+        found |= {
+            "parameters.png": (png(draw_parameters(shapes)), []),
+            "memory.png": (png(draw_memory(shapes)), []),
+        }
     return found
 
 
 def caption(name: str, configs: list[Configuration]) -> str:
     """What a figure shows, and what its error bars are."""
-    return CAPTIONS[name] + ("" if name in ("loss_time.png", "parameters.png", "memory.png") else " " + error_bars(configs))
+    return CAPTIONS[name] + (
+        "" if name in ("loss_time.png", "parameters.png", "memory.png") else " " + error_bars(configs)
+    )
 
 
 # ---- quality against cost -------------------------------------------------------------------------------------------
 
+
 def draw_frontier(configs: list[Configuration], measure: str):
     """Four panels, one a cost: points with error bars, the Pareto frontier of the means, the baseline's band."""
     y_key, y_words = MEASURES[measure]
-    style, names, base, memory = looks(configs), short_labels(configs), baseline(configs, y_key), memory_key(configs)
+    style, names, base, memory = (
+        looks(configs),
+        short_labels(configs),
+        baseline(configs, y_key),
+        memory_key(configs),
+    )
     fig, spots, labels = new_figure(11.5, 9), [], []
     panels = fig.subplots(2, 2, sharey=True)
-    costs = [cost for cost in COSTS if cost[0] in ("params/total", memory, "total_training_time", "total_training_flops")]
+    costs = [
+        cost
+        for cost in COSTS
+        if cost[0] in ("params/total", memory, "total_training_time", "total_training_flops")
+    ]
     for panel, (x_key, words, ladder) in zip(panels.flat, costs):
         shown = [c for c in configs if pairs(c, x_key, y_key)]
         size, unit = unit_of(max((c.mean(x_key) for c in shown), default=0), ladder)
@@ -87,7 +163,11 @@ def draw_frontier(configs: list[Configuration], measure: str):
         panel.margins(x=0.1)
         front = [c.name for c in frontier(shown, x_key, y_key)]
         stairs = draw_stairs(panel, [points[name] for name in front]) if front else []
-        chosen = points if len(shown) <= FEW else [*front, *([base.name] if base and base.name not in front else [])]
+        chosen = (
+            points
+            if len(shown) <= FEW
+            else [*front, *([base.name] if base and base.name not in front else [])]
+        )
         bars = [dot for c in shown for dot in fences(c, x_key, y_key, size)]
         obstacles = [*points.values(), *stairs, *bars, *across(panel, base and base.mean(y_key))]
         labels.append((panel, [(*points[name], names[name]) for name in chosen], obstacles))
@@ -112,12 +192,21 @@ def draw_clusters(configs: list[Configuration], measure: str):
     fig, spots, obstacles = new_figure(9.5, 6.4), [], []
     panel = fig.subplots()
     size, unit = unit_of(max(c.mean("params/total") for c in shown), COUNT)
-    points = {c.name: draw_point(panel, c, "params/total", y_key, size, style[c.name], opacity=0.55) for c in shown}
+    points = {
+        c.name: draw_point(panel, c, "params/total", y_key, size, style[c.name], opacity=0.55) for c in shown
+    }
     for c in shown:
-        seeds = [(run, value(run, "params/total") / size, value(run, y_key)) for run in c.runs if finished(run) and value(run, y_key) is not None]
+        seeds = [
+            (run, value(run, "params/total") / size, value(run, y_key))
+            for run in c.runs
+            if finished(run) and value(run, y_key) is not None
+        ]
         obstacles += [(x, y) for _, x, y in seeds] + fences(c, "params/total", y_key, size)
         if len(seeds) > 1:
-            spots += [(panel, x, y, f"{run.name}\n{c.name}, seed {seed(run)}\n{y_words} {y:.4f}") for run, x, y in seeds]
+            spots += [
+                (panel, x, y, f"{run.name}\n{c.name}, seed {seed(run)}\n{y_words} {y:.4f}")
+                for run, x, y in seeds
+            ]
         spots.append((panel, *points[c.name], describe(c, measure)))
     draw_band(panel, base.values(y_key) if base else [])
     panel.set_xlabel(f"parameters ({unit})" if unit else "parameters")
@@ -136,6 +225,7 @@ def draw_clusters(configs: list[Configuration], measure: str):
 
 # ---- one axis at a time ---------------------------------------------------------------------------------------------
 
+
 def draw_depth_rank(configs: list[Configuration], measure: str):
     """Rows: depth, columns: rank; the mean and its spread in each cell."""
     y_key, y_words = MEASURES[measure]
@@ -146,19 +236,37 @@ def draw_depth_rank(configs: list[Configuration], measure: str):
         return None  # not a grid: at most one depth at which the rank varies
     fig, spots = new_figure(2.6 + 1.15 * len(columns), 1.9 + 0.62 * len(rows)), []
     panel = fig.subplots()
-    grid = [[cells[row, column].mean(y_key) if (row, column) in cells else math.nan for column in columns] for row in rows]
+    grid = [
+        [cells[row, column].mean(y_key) if (row, column) in cells else math.nan for column in columns]
+        for row in rows
+    ]
     means = sorted(c.mean(y_key) for c in cells.values())
     top = min(means[-1], means[0] + 3 * (means[len(means) // 2] - means[0])) if len(means) > 2 else means[-1]
-    image = panel.imshow(grid, cmap="cividis", vmin=means[0], vmax=max(top, means[0] * 1.0001), aspect="auto", origin="lower")
+    image = panel.imshow(
+        grid, cmap="cividis", vmin=means[0], vmax=max(top, means[0] * 1.0001), aspect="auto", origin="lower"
+    )
     for (row, column), c in cells.items():
         x, y = columns.index(column), rows.index(row)
         shade = image.norm(c.mean(y_key))
-        panel.text(x, y, outcome(c, y_key).replace(" ± ", "\n± ").replace(" to ", "\nto ") + (" †" if diverged(c, y_key) else ""), ha="center",
-                   va="center", fontsize=8.5, color="white" if shade < 0.55 else "black")
+        panel.text(
+            x,
+            y,
+            outcome(c, y_key).replace(" ± ", "\n± ").replace(" to ", "\nto ")
+            + (" †" if diverged(c, y_key) else ""),
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color="white" if shade < 0.55 else "black",
+        )
         spots.append((panel, x, y, describe(c, measure)))
-    panel.set_xticks(range(len(columns)), [plain(column.removeprefix("rank ")).replace(", ", "\n") for column in columns])
+    panel.set_xticks(
+        range(len(columns)), [plain(column.removeprefix("rank ")).replace(", ", "\n") for column in columns]
+    )
     panel.set_yticks(range(len(rows)), rows)
-    panel.set_xlabel("rank" + (" († a seed diverged and is left out)" if any(diverged(c, y_key) for c in cells.values()) else ""))
+    panel.set_xlabel(
+        "rank"
+        + (" († a seed diverged and is left out)" if any(diverged(c, y_key) for c in cells.values()) else "")
+    )
     panel.set_ylabel("layers")
     panel.spines[:].set_visible(False)
     fig.colorbar(image, ax=panel, label=y_words, extend="max" if means[-1] > top else "neither")
@@ -180,9 +288,23 @@ def draw_learning_rates(configs: list[Configuration], measure: str):
             look = {**style[line[0].name], "linestyle": LINES[depths.index(depth(line[0])) % len(LINES)]}
             draw_line(panel, [(c.settings[flag], c.values(y_key)) for c in line if c.values(y_key)], **look)
             mark_at_top(panel, [c.settings[flag] for c in line if diverged(c, y_key)], look["color"])
-            if best := min((c for c in line if not diverged(c, y_key)), key=lambda c: c.mean(y_key), default=None):
-                panel.plot(best.settings[flag], best.mean(y_key), marker="o", markersize=13, markerfacecolor="none", color=look["color"], zorder=4)
-            spots += [(panel, c.settings[flag], c.mean(y_key), describe(c, measure)) for c in line if c.values(y_key)]
+            if best := min(
+                (c for c in line if not diverged(c, y_key)), key=lambda c: c.mean(y_key), default=None
+            ):
+                panel.plot(
+                    best.settings[flag],
+                    best.mean(y_key),
+                    marker="o",
+                    markersize=13,
+                    markerfacecolor="none",
+                    color=look["color"],
+                    zorder=4,
+                )
+            spots += [
+                (panel, c.settings[flag], c.mean(y_key), describe(c, measure))
+                for c in line
+                if c.values(y_key)
+            ]
         log_axis(panel.xaxis)
         rates = sorted({c.settings[flag] for line in lines for c in line})
         if len(rates) <= 8:
@@ -216,7 +338,11 @@ def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list
 def over_common_seeds(line: list[Configuration]) -> list[Configuration]:
     """The same over the seeds that all of them finished, if there are any: where a rate tuned on one seed is run on others, rates would else compare seeds."""
     common = set.intersection(*({seed(run) for run in c.runs if finished(run)} for c in line))
-    return [replace(c, runs=tuple(run for run in c.runs if seed(run) in common)) for c in line] if common else line
+    return (
+        [replace(c, runs=tuple(run for run in c.runs if seed(run) in common)) for c in line]
+        if common
+        else line
+    )
 
 
 def draw_thresholds(configs: list[Configuration], measure: str):
@@ -224,10 +350,20 @@ def draw_thresholds(configs: list[Configuration], measure: str):
 
     Without models in which matrices have ranks of their own, which have no one rank, or an activation between the factors.
     """
-    configs = [c for c in configs if not c.settings.get("matrix_ranks") and c.settings.get("factor_act", "none") == "none"]
-    chosen = list(best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values())
+    configs = [
+        c
+        for c in configs
+        if not c.settings.get("matrix_ranks") and c.settings.get("factor_act", "none") == "none"
+    ]
+    chosen = list(
+        best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values()
+    )
     low, full = [c for c in chosen if c.low_rank], {depth(c): c for c in chosen if c.full_rank}
-    asked = [p for p in thresholds_of(chosen) if sum(bool(times_to(c, p)) for c in chosen) > 1 and any(times_to(c, p) for c in low)][-3:]
+    asked = [
+        p
+        for p in thresholds_of(chosen)
+        if sum(bool(times_to(c, p)) for c in chosen) > 1 and any(times_to(c, p) for c in low)
+    ][-3:]
     if measure != "loss" or not asked or len({mean_rank(c) for c in low}) < 2 or not one_machine(configs):
         return None
     series = {}
@@ -243,9 +379,16 @@ def draw_thresholds(configs: list[Configuration], measure: str):
             color = COLOURS[i % len(COLOURS)]
             colours.setdefault(layers, color if len(references) > 1 else BLACK)
             reached = [c for c in line if times_to(c, p)]
-            draw_line(panel, [(mean_rank(c), [t / size for t in times_to(c, p)]) for c in reached], color=color, marker=MARKERS[i % len(MARKERS)])
+            draw_line(
+                panel,
+                [(mean_rank(c), [t / size for t in times_to(c, p)]) for c in reached],
+                color=color,
+                marker=MARKERS[i % len(MARKERS)],
+            )
             mark_at_top(panel, [mean_rank(c) for c in line if c not in reached], color)
-            spots += [(panel, mean_rank(c), fmean(times_to(c, p)) / size, describe_time(c, p)) for c in reached]
+            spots += [
+                (panel, mean_rank(c), fmean(times_to(c, p)) / size, describe_time(c, p)) for c in reached
+            ]
         for layers in references:
             draw_band(panel, [t / size for t in times_to(full[layers], p)], colours[layers])
         panel.set_title(f"to perplexity {p:g}", fontsize=10.5)
@@ -254,10 +397,20 @@ def draw_thresholds(configs: list[Configuration], measure: str):
         panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
         tidy(panel)
     panels[0].set_ylabel(f"training time ({unit})")
-    handles = [panels[0].plot([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=series_name(*of, series))[0]
-               for i, of in enumerate(series)]
+    handles = [
+        panels[0].plot(
+            [],
+            [],
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            label=series_name(*of, series),
+        )[0]
+        for i, of in enumerate(series)
+    ]
     if references:
-        handles += panels[0].plot([], [], color=GREY, linestyle="--", linewidth=1, label="full rank, same depth")
+        handles += panels[0].plot(
+            [], [], color=GREY, linestyle="--", linewidth=1, label="full rank, same depth"
+        )
     key_below(fig, handles)
     return fig, spots
 
@@ -270,7 +423,13 @@ def describe_time(config: Configuration, threshold: float) -> str:
 
 def thresholds_of(configs: list[Configuration]) -> list[float]:
     """Perplexities that some run reached, easiest first."""
-    found = {match[1] for c in configs for run in c.runs for key in run.summary if (match := re.fullmatch(r"time_to_ppl/([\d.]+)/seconds", key))}
+    found = {
+        match[1]
+        for c in configs
+        for run in c.runs
+        for key in run.summary
+        if (match := re.fullmatch(r"time_to_ppl/([\d.]+)/seconds", key))
+    }
     return sorted(map(float, found), reverse=True)
 
 
@@ -288,6 +447,7 @@ def series_name(parts: tuple, layers: int, series: dict) -> str:
 
 # ---- loss against time ----------------------------------------------------------------------------------------------
 
+
 def draw_loss_time(configs: list[Configuration], measure: str):
     """Curves of the baseline and the frontier of time, the others faint; how much sooner the fastest low-rank one reaches a perplexity."""
     y_key, base = MEASURES[measure][0], baseline(configs, MEASURES[measure][0])
@@ -298,7 +458,12 @@ def draw_loss_time(configs: list[Configuration], measure: str):
         return None
     base = base if base and base.name in curves else None
     reading = sooner(configs, base) if base and measure == "loss" else None
-    wanted = [base, reading and reading[1], *reversed(frontier(configs, "total_training_time", y_key)), *configs[:CURVES]]
+    wanted = [
+        base,
+        reading and reading[1],
+        *reversed(frontier(configs, "total_training_time", y_key)),
+        *configs[:CURVES],
+    ]
     chosen = list({c.name: c for c in wanted if c}.values())[:CURVES]
     size, unit = unit_of(max(curves[c.name][-1][0] for c in chosen), TIME)
     fig, spots, handles = new_figure(9, 5.6), [], []
@@ -306,12 +471,25 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     panel = fig.subplots()
     for c in configs:
         if c.name not in [other.name for other in chosen]:
-            panel.plot([t / size for t, _ in curves[c.name]], [loss for _, loss in curves[c.name]], color="#bbbbbb", linewidth=0.7, zorder=1)
+            panel.plot(
+                [t / size for t, _ in curves[c.name]],
+                [loss for _, loss in curves[c.name]],
+                color="#bbbbbb",
+                linewidth=0.7,
+                zorder=1,
+            )
     for i, c in enumerate(chosen):
         times, losses = [t / size for t, _ in curves[c.name]], [loss for _, loss in curves[c.name]]
-        handles += panel.plot(times, losses, color=BLACK if c is base else COLOURS[i % (len(COLOURS) - 1)], linestyle=LINES[i % len(LINES)],
-                              marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.6,
-                              label=plain(names[c.name], 60) + (" (baseline)" if c is base else ""))
+        handles += panel.plot(
+            times,
+            losses,
+            color=BLACK if c is base else COLOURS[i % (len(COLOURS) - 1)],
+            linestyle=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.6,
+            label=plain(names[c.name], 60) + (" (baseline)" if c is base else ""),
+        )
         for t, loss in zip(times, losses):
             reached = f"perplexity {math.exp(loss):.2f}" if measure == "loss" else f"{loss:.4f} bits per byte"
             spots.append((panel, t, loss, f"{c.name}\nafter {human(t * size, TIME)}: {reached}"))
@@ -323,13 +501,28 @@ def draw_loss_time(configs: list[Configuration], measure: str):
         p, fastest, ours, theirs = reading
         level, ratio = math.log(p), theirs / ours
         panel.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
-        panel.annotate("", (ours / size, level), (theirs / size, level), arrowprops={"arrowstyle": "->", "color": BLACK, "linewidth": 1.4})
+        panel.annotate(
+            "",
+            (ours / size, level),
+            (theirs / size, level),
+            arrowprops={"arrowstyle": "->", "color": BLACK, "linewidth": 1.4},
+        )
         words = f"{three_digits(ratio)}× sooner" if ratio >= 1 else f"{three_digits(1 / ratio)}× later"
-        panel.annotate(f"{plain(names[fastest.name], 60)}\nreaches perplexity {p:g}\n{words} than the baseline", (1, level), (-4, 8),
-                       xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9.5, ha="right", va="bottom",
-                       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})
+        panel.annotate(
+            f"{plain(names[fastest.name], 60)}\nreaches perplexity {p:g}\n{words} than the baseline",
+            (1, level),
+            (-4, 8),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=9.5,
+            ha="right",
+            va="bottom",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+        )
     if len(configs) > len(chosen):
-        handles += panel.plot([], [], color="#bbbbbb", linewidth=0.7, label=f"{len(configs) - len(chosen)} others")
+        handles += panel.plot(
+            [], [], color="#bbbbbb", linewidth=0.7, label=f"{len(configs) - len(chosen)} others"
+        )
     panel.set_xlabel(f"training time ({unit})")
     panel.set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
     tidy(panel)

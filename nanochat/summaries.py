@@ -1,15 +1,32 @@
 """What a configuration comes to over its seeds, in numbers and in words; and which of many configurations stands for the others."""
+
 import dataclasses
 import math
 from statistics import fmean, stdev
 
 from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.metrics import Run
-from nanochat.study import MACHINE, RANKS, Configuration, finished, pareto, rank_name, seed, value, whole_ranks
+from nanochat.study import (
+    MACHINE,
+    RANKS,
+    Configuration,
+    finished,
+    pareto,
+    rank_name,
+    seed,
+    value,
+    whole_ranks,
+)
 
 PEAK, PREDICTED = "mem/peak_bytes", "mem/predicted_peak_bytes"
-COSTS = [("params/total", "parameters", COUNT), (PEAK, "peak memory", BYTES), (PREDICTED, "predicted peak memory", BYTES),
-         ("total_training_time", "training time", TIME), ("step_time", "time per step", TIME), ("total_training_flops", "training compute", FLOP)]
+COSTS = [
+    ("params/total", "parameters", COUNT),
+    (PEAK, "peak memory", BYTES),
+    (PREDICTED, "predicted peak memory", BYTES),
+    ("total_training_time", "training time", TIME),
+    ("step_time", "time per step", TIME),
+    ("total_training_flops", "training compute", FLOP),
+]
 MEASURES = {"loss": ("val/ppl", "validation perplexity"), "bpb": ("val/bpb", "validation bits per byte")}
 
 
@@ -27,23 +44,34 @@ def whiskers(values: list[float]) -> list[list[float]]:
 
 
 def outcome(config: Configuration, y_key: str) -> str:
-    """"23.11 ± 0.20"; "22.9 to 23.3" of two seeds."""
+    """ "23.11 ± 0.20"; "22.9 to 23.3" of two seeds."""
     values = config.values(y_key)
     form = ".2f" if y_key == "val/ppl" else ".4f"
     if len(values) == 1:
         return format(values[0], form)
-    return f"{fmean(values):{form}} ± {stdev(values):{form}}" if len(values) > 2 else f"{min(values):{form}} to {max(values):{form}}"
+    return (
+        f"{fmean(values):{form}} ± {stdev(values):{form}}"
+        if len(values) > 2
+        else f"{min(values):{form}} to {max(values):{form}}"
+    )
 
 
 def describe(config: Configuration, measure: str) -> str:
     """The hover text of a configuration."""
     y_key, what = MEASURES[measure]
     runs = [run for run in config.runs if finished(run)]
-    lines = [config.name, f"{what} {outcome(config, y_key)}",
-             f"{len(runs)} run{'s' * (len(runs) > 1)}, seed {', '.join(str(seed(run)) for run in runs)}"]
+    lines = [
+        config.name,
+        f"{what} {outcome(config, y_key)}",
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, seed {', '.join(str(seed(run)) for run in runs)}",
+    ]
     if len(config.values(y_key)) < len(runs):
         lines.append(f"{len(runs) - len(config.values(y_key))} of them not finite: left out")
-    lines += [f"{words} {human(mean, ladder)}" for key, words, ladder in COSTS if (mean := config.mean(key)) is not None]
+    lines += [
+        f"{words} {human(mean, ladder)}"
+        for key, words, ladder in COSTS
+        if (mean := config.mean(key)) is not None
+    ]
     return "\n".join(lines)
 
 
@@ -99,19 +127,32 @@ def mean_rank(config: Configuration) -> float:
     if config.method:
         return math.inf
     model = config.runs[0].config.get("derived", {}).get("model", {})
-    ranks = [r for group in ("attn_rank", "mlp_rank") for r in whole_ranks(model.get(f"{group}s") or [], model, group) if r]
+    ranks = [
+        r
+        for group in ("attn_rank", "mlp_rank")
+        for r in whole_ranks(model.get(f"{group}s") or [], model, group)
+        if r
+    ]
     return fmean(ranks) if ranks else math.inf
 
 
 def rank_words(config: Configuration) -> str:
     """As in the configuration's name, but "rank 64" where attention and MLP have the same."""
     s = config.settings
-    same = not config.method and s.get("attn_rank") and s.get("attn_rank") == s.get("mlp_rank") and not s.get("lm_head_rank")
+    same = (
+        not config.method
+        and s.get("attn_rank")
+        and s.get("attn_rank") == s.get("mlp_rank")
+        and not s.get("lm_head_rank")
+    )
     return rank_name({**s, "mlp_rank": 0}).replace("attn", "rank") if same else rank_name(s)
 
 
 def factored(config: Configuration) -> tuple:
-    return (*(not config.method and bool(config.settings.get(key)) for key in RANKS), *filter(None, [config.method]))
+    return (
+        *(not config.method and bool(config.settings.get(key)) for key in RANKS),
+        *filter(None, [config.method]),
+    )
 
 
 def best_of(configs: list[Configuration], key, y_key: str) -> dict:
@@ -125,7 +166,9 @@ def best_of(configs: list[Configuration], key, y_key: str) -> dict:
 
 def ranks_in_order(configs: list[Configuration]) -> list[str]:
     """The distinct rank descriptions, what is factored together, from low to high, full rank last."""
-    order = {rank_words(c): (not c.low_rank, factored(c), mean_rank(c)) for c in configs}  # other methods come after full rank
+    order = {
+        rank_words(c): (not c.low_rank, factored(c), mean_rank(c)) for c in configs
+    }  # other methods come after full rank
     return sorted(order, key=order.get)
 
 
@@ -141,13 +184,22 @@ def representatives(configs: list[Configuration]) -> list[Run]:
         shapes.setdefault(repr(model), c)
     depths = len({depth(c) for c in configs}) > 1
     names = [rank_words(c) + (f", {depth(c)} layers" if depths else "") for c in shapes.values()]
-    return [dataclasses.replace(c.runs[0], name=name if names.count(name) == 1 else c.name) for c, name in zip(shapes.values(), names)]
+    return [
+        dataclasses.replace(c.runs[0], name=name if names.count(name) == 1 else c.name)
+        for c, name in zip(shapes.values(), names)
+    ]
 
 
 def error_bars(configs: list[Configuration]) -> str:
     counts = sorted({len([run for run in c.runs if finished(run)]) for c in configs} - {0})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
-    meaning = [words for holds, words in ((counts and counts[-1] > 2, "± one standard deviation over seeds"),
-                                          (2 in counts, "from one to the other where there are two seeds"),
-                                          (1 in counts, "none where there is one seed")) if holds]
+    meaning = [
+        words
+        for holds, words in (
+            (counts and counts[-1] > 2, "± one standard deviation over seeds"),
+            (2 in counts, "from one to the other where there are two seeds"),
+            (1 in counts, "none where there is one seed"),
+        )
+        if holds
+    ]
     return f"Error bars and spreads: {', '.join(meaning)}; n = {n} seeds a configuration." if counts else ""

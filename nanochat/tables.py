@@ -1,4 +1,5 @@
 """The tables of the report, and the same as CSV: runs in, blocks of nanochat/page.py out."""
+
 import csv
 import io
 import re
@@ -15,36 +16,54 @@ WIDE = 4  # up to so many runs stand side by side as columns; more become rows
 
 # (section, [(key in summary.json, label, unit ladder or number of decimals, what its ratio needs; None: no ratio shown)])
 SECTIONS = [
-    ("Outcome", [
-        ("val/ppl", "validation perplexity", 2, (TEXT, TOKENIZER, END)),
-        ("val/bpb", "validation bits per byte", 4, (TEXT, END)),
-        ("val/loss", "validation loss, nats/token", 4, None)]),
-    ("Parameters", [
-        ("params/total", "total", COUNT, ()),
-        ("params/attention", "attention", COUNT, ()),
-        ("params/mlp", "MLP", COUNT, ()),
-        ("params/embedding", "embedding", COUNT, ()),
-        ("params/lm_head", "lm_head", COUNT, ()),
-        ("params/other", "other", COUNT, None)]),
-    ("Memory of a process", [
-        ("mem/peak_bytes", "peak", BYTES, (MACHINE,)),
-        ("mem/weights_bytes", "weights", BYTES, (MACHINE,)),
-        ("mem/grads_bytes", "gradients", BYTES, (MACHINE,)),
-        ("mem/optimizer_bytes", "optimizer state", BYTES, (MACHINE,)),
-        ("mem/rest_bytes", "activations and other", BYTES, (MACHINE,))]),
-    ("Training", [
-        ("total_training_time", "time", TIME, (MACHINE, END)),
-        ("mean_tok_per_sec", "tokens/s", 0, (MACHINE,)),
-        ("total_tokens", "tokens", COUNT, (END,)),
-        ("flops/per_token", "FLOPs per token", FLOP, ()),
-        ("total_training_flops", "FLOPs", FLOP, (END,))]),
+    (
+        "Outcome",
+        [
+            ("val/ppl", "validation perplexity", 2, (TEXT, TOKENIZER, END)),
+            ("val/bpb", "validation bits per byte", 4, (TEXT, END)),
+            ("val/loss", "validation loss, nats/token", 4, None),
+        ],
+    ),
+    (
+        "Parameters",
+        [
+            ("params/total", "total", COUNT, ()),
+            ("params/attention", "attention", COUNT, ()),
+            ("params/mlp", "MLP", COUNT, ()),
+            ("params/embedding", "embedding", COUNT, ()),
+            ("params/lm_head", "lm_head", COUNT, ()),
+            ("params/other", "other", COUNT, None),
+        ],
+    ),
+    (
+        "Memory of a process",
+        [
+            ("mem/peak_bytes", "peak", BYTES, (MACHINE,)),
+            ("mem/weights_bytes", "weights", BYTES, (MACHINE,)),
+            ("mem/grads_bytes", "gradients", BYTES, (MACHINE,)),
+            ("mem/optimizer_bytes", "optimizer state", BYTES, (MACHINE,)),
+            ("mem/rest_bytes", "activations and other", BYTES, (MACHINE,)),
+        ],
+    ),
+    (
+        "Training",
+        [
+            ("total_training_time", "time", TIME, (MACHINE, END)),
+            ("mean_tok_per_sec", "tokens/s", 0, (MACHINE,)),
+            ("total_tokens", "tokens", COUNT, (END,)),
+            ("flops/per_token", "FLOPs per token", FLOP, ()),
+            ("total_training_flops", "FLOPs", FLOP, (END,)),
+        ],
+    ),
 ]
-THRESHOLD_ROWS = [("seconds", "time", TIME, (TEXT, TOKENIZER, MACHINE)),
-                  ("seconds_interpolated", "time, interpolated", TIME, (TEXT, TOKENIZER, MACHINE)),
-                  ("tokens", "tokens", COUNT, (TEXT, TOKENIZER)),
-                  ("tokens_interpolated", "tokens, interpolated", COUNT, (TEXT, TOKENIZER)),
-                  ("flops", "FLOPs", FLOP, (TEXT, TOKENIZER)),
-                  ("flops_interpolated", "FLOPs, interpolated", FLOP, (TEXT, TOKENIZER))]
+THRESHOLD_ROWS = [
+    ("seconds", "time", TIME, (TEXT, TOKENIZER, MACHINE)),
+    ("seconds_interpolated", "time, interpolated", TIME, (TEXT, TOKENIZER, MACHINE)),
+    ("tokens", "tokens", COUNT, (TEXT, TOKENIZER)),
+    ("tokens_interpolated", "tokens, interpolated", COUNT, (TEXT, TOKENIZER)),
+    ("flops", "FLOPs", FLOP, (TEXT, TOKENIZER)),
+    ("flops_interpolated", "FLOPs, interpolated", FLOP, (TEXT, TOKENIZER)),
+]
 
 
 def shown(value, form) -> str:
@@ -57,17 +76,21 @@ def shown(value, form) -> str:
 
 
 def ratio(runs: list[Run], run: Run, key: str, needs, broken: dict) -> str:
-    """" ×0.53" against the first run, or nothing where the two may not be divided."""
+    """ " ×0.53" against the first run, or nothing where the two may not be divided."""
     value, base = number(run, key), number(runs[0], key)
     if run is runs[0] or needs is None or any(run.name in broken[need] for need in needs):
         return ""
     if not (is_finite(value) and is_finite(base) and base > 0):
         return ""
     share = value / base
-    return " ×" + (f"{share:.3f}" if 0.1 <= share < 10 else three_digits(share))  # mostly one width: columns line up
+    return " ×" + (
+        f"{share:.3f}" if 0.1 <= share < 10 else three_digits(share)
+    )  # mostly one width: columns line up
 
 
-def threshold_cell(runs: list[Run], run: Run, threshold: float, name: str, ladder, needs, broken: dict) -> str:
+def threshold_cell(
+    runs: list[Run], run: Run, threshold: float, name: str, ladder, needs, broken: dict
+) -> str:
     key = f"time_to_ppl/{threshold:g}/{name}"
     if number(run, key) is not None:
         return shown(number(run, key), ladder) + ratio(runs, run, key, needs, broken)
@@ -97,22 +120,36 @@ def result_tables(runs: list[Run], broken: dict) -> list[tuple]:
                 rows.append((label, cells))
         sections.append((section, rows))
     for p in thresholds(runs):
-        sections.append((f"To reach perplexity {p:g}",
-                         [(label, [threshold_cell(runs, run, p, name, ladder, needs, broken) for run in runs])
-                          for name, label, ladder, needs in THRESHOLD_ROWS
-                          if "interpolated" not in name or any(f"time_to_ppl/{p:g}/{name}" in run.summary for run in runs)]))
+        sections.append(
+            (
+                f"To reach perplexity {p:g}",
+                [
+                    (label, [threshold_cell(runs, run, p, name, ladder, needs, broken) for run in runs])
+                    for name, label, ladder, needs in THRESHOLD_ROWS
+                    if "interpolated" not in name
+                    or any(f"time_to_ppl/{p:g}/{name}" in run.summary for run in runs)
+                ],
+            )
+        )
     return grid(runs, sections, "numbers")
 
 
 def grid(runs: list[Run], sections: list, kind: str) -> list[tuple]:
     """Few runs: one table with a column a run. Many: one table a section, with a row a run."""
     if len(runs) <= WIDE:
-        rows = [row for section, lines in sections for row in ([section], *([label, *cells] for label, cells in lines))]
+        rows = [
+            row
+            for section, lines in sections
+            for row in ([section], *([label, *cells] for label, cells in lines))
+        ]
         return [("table", ["", *(run.name for run in runs)], align_ratios(rows), kind)]
     blocks = []
     for section, lines in sections:
         rows = [[run.name, *(cells[i] for _, cells in lines)] for i, run in enumerate(runs)]
-        blocks += [("subheading", section), ("table", ["", *(label for label, _ in lines)], align_ratios(rows), kind)]
+        blocks += [
+            ("subheading", section),
+            ("table", ["", *(label for label, _ in lines)], align_ratios(rows), kind),
+        ]
     return blocks
 
 
@@ -121,18 +158,50 @@ def core_tables(runs: list[Run]) -> list[tuple]:
     measured = [run for run in runs if run.core]
     if not measured:
         return []
-    tasks = list(dict.fromkeys(label for run in measured for label in run.core["tasks"])) if len(runs) <= WIDE else []
-    rows = [("CORE", [with_interval(run.core.get("core_metric"), run.core.get("core_metric_interval")) for run in runs])]
+    tasks = (
+        list(dict.fromkeys(label for run in measured for label in run.core["tasks"]))
+        if len(runs) <= WIDE
+        else []
+    )
+    rows = [
+        (
+            "CORE",
+            [
+                with_interval(run.core.get("core_metric"), run.core.get("core_metric_interval"))
+                for run in runs
+            ],
+        )
+    ]
     for label in tasks:
         of_runs = [run.core["tasks"].get(label, {}) if run.core else {} for run in runs]
         rows.append((label, [with_interval(t.get("centered"), t.get("centered_interval")) for t in of_runs]))
-    rows.append(("questions", [shown(sum(t["examples"] for t in run.core["tasks"].values()), 0) if run.core else "–" for run in runs]))
+    rows.append(
+        (
+            "questions",
+            [
+                shown(sum(t["examples"] for t in run.core["tasks"].values()), 0) if run.core else "–"
+                for run in runs
+            ],
+        )
+    )
     rows.append(("at step", [shown(run.core["settings"]["step"], 0) if run.core else "–" for run in runs]))
-    text_ = "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right; CORE is the mean over the tasks. " \
-            "In brackets 95% bootstrap intervals over the questions asked, which know nothing of the spread between seeds."
+    text_ = (
+        "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right; CORE is the mean over the tasks. "
+        "In brackets 95% bootstrap intervals over the questions asked, which know nothing of the spread between seeds."
+    )
     asked = {(run.core["settings"]["bundle"], run.core["settings"]["max_per_task"]) for run in measured}
-    warning = [("warning", "CORE: not the same questions were asked of all runs (another bundle, or another --max-per-task).")] * (len(asked) > 1)
-    return [("heading", "CORE"), *warning, ("paragraph", text_), *grid(runs, [("Centred accuracy", rows)], "numbers")]
+    warning = [
+        (
+            "warning",
+            "CORE: not the same questions were asked of all runs (another bundle, or another --max-per-task).",
+        )
+    ] * (len(asked) > 1)
+    return [
+        ("heading", "CORE"),
+        *warning,
+        ("paragraph", text_),
+        *grid(runs, [("Centred accuracy", rows)], "numbers"),
+    ]
 
 
 def with_interval(value, interval) -> str:
@@ -145,9 +214,17 @@ def glance(runs: list[Run], broken: dict) -> list[tuple]:
     perplexity = ("val/ppl", "validation perplexity", (TEXT, TOKENIZER, END))
     bpb = ("val/bpb", "validation bits per byte", (TEXT, END))
     for run in runs[1:]:
-        wanted = [("params/total", "parameters", ()), bpb if run.name in broken[TOKENIZER] else perplexity,
-                  ("total_training_time", "training time", (MACHINE, END)), ("mem/peak_bytes", "peak memory", (MACHINE,))]
-        parts = [f"{r.strip()} {what}" for key, what, needs in wanted if (r := ratio(runs, run, key, needs, broken))]
+        wanted = [
+            ("params/total", "parameters", ()),
+            bpb if run.name in broken[TOKENIZER] else perplexity,
+            ("total_training_time", "training time", (MACHINE, END)),
+            ("mem/peak_bytes", "peak memory", (MACHINE,)),
+        ]
+        parts = [
+            f"{r.strip()} {what}"
+            for key, what, needs in wanted
+            if (r := ratio(runs, run, key, needs, broken))
+        ]
         if parts:
             lines.append(f"**{run.name}** against {runs[0].name}: " + ", ".join(parts) + ".")
     return [("list", lines)] if lines and len(runs) <= WIDE else []
@@ -155,13 +232,16 @@ def glance(runs: list[Run], broken: dict) -> list[tuple]:
 
 def set_up(run: Run) -> dict[str, str]:
     """What a run was, in words, from its config.json."""
+
     def get(path):
         return text(look(run, path))
+
     def model(key):
         return get(f"derived.model.{key}")
+
     return {
         "model": f"{model('n_layer')} layers × {model('n_embd')} wide, {model('n_head')} heads, MLP × {look(run, 'derived.model.mlp_ratio') or 4:g}, "
-                 f"vocabulary {model('vocab_size')}",
+        f"vocabulary {model('vocab_size')}",
         "attention rank": describe_ranks(look(run, "derived.model.attn_ranks")),
         "MLP rank": describe_ranks(look(run, "derived.model.mlp_ranks")),
         "lm_head rank": describe_ranks([look(run, "derived.model.lm_head_rank")]),
@@ -169,7 +249,7 @@ def set_up(run: Run) -> dict[str, str]:
         "tokens": shown(look(run, "derived.tokens"), COUNT),
         "batch": f"{get('derived.total_batch_size')} tokens × {get('derived.num_iterations')} steps",
         "schedule": f"warmup {get('flags.warmup_steps')} steps, warmdown over the last {get('flags.warmdown_ratio')} of the run "
-                    f"to {get('flags.final_lr_frac')} of the peak",
+        f"to {get('flags.final_lr_frac')} of the peak",
         "device": f"{get('device.name')}, processes: {get('device.processes')}, threads: {get('device.threads')}",
         "dtype": get("device.dtype"),
         "seed": get("seed"),
@@ -187,10 +267,21 @@ def what_was_compared(runs: list[Run]) -> list[tuple]:
     shared = [f"{flag} {values[0]}" for flag, values in given if len(set(values)) == 1]
     blocks = []
     if len(runs) > WIDE:  # what all share would be a column of repetitions
-        blocks = [("list", [f"**{label}** of all runs: {cells[0]}" for label, cells in rows if len(set(cells)) == 1])]
+        blocks = [
+            (
+                "list",
+                [f"**{label}** of all runs: {cells[0]}" for label, cells in rows if len(set(cells)) == 1],
+            )
+        ]
         rows = [(label, cells) for label, cells in rows if len(set(cells)) > 1]
-    blocks += grid(runs, [section for section in (("Set-up", rows), ("Flags that differ", differing)) if section[1]], "text")
-    return blocks + ([("details", f"Flags all runs share ({len(shared)})", "\n".join(shared))] if shared else [])
+    blocks += grid(
+        runs,
+        [section for section in (("Set-up", rows), ("Flags that differ", differing)) if section[1]],
+        "text",
+    )
+    return blocks + (
+        [("details", f"Flags all runs share ({len(shared)})", "\n".join(shared))] if shared else []
+    )
 
 
 def text(value) -> str:
@@ -211,10 +302,16 @@ def samples(runs: list[Run]) -> list[tuple]:
     rows = max((len(h.get("sample", ())) for h in last), default=0)
     if not rows:
         return []
-    lines = [(f"sample {i + 1}", [clean(h["sample"][i]) if i < len(h.get("sample", ())) else "–" for h in last])
-             for i in range(rows)]
+    lines = [
+        (f"sample {i + 1}", [clean(h["sample"][i]) if i < len(h.get("sample", ())) else "–" for h in last])
+        for i in range(rows)
+    ]
     steps = names([f"{run.name} at step {h.get('step')}" for run, h in zip(runs, last) if h])
-    return [("heading", "Samples"), ("paragraph", f"Written by {steps}."), *grid(runs, [("Continuations", lines)], "samples")]
+    return [
+        ("heading", "Samples"),
+        ("paragraph", f"Written by {steps}."),
+        *grid(runs, [("Continuations", lines)], "samples"),
+    ]
 
 
 def last_sample(run: Run) -> dict:
@@ -233,21 +330,47 @@ def clean(sample) -> str:
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
+
 def to_csv(runs: list[Run], configurations: dict[str, str], pairs: dict[str, str]) -> str:
     """One row a run, numbers as recorded: what the tables show, every other summary value, the set-up, all flags.
 
     configurations, pairs: {run's name: its configuration; "group:seed", the same in runs that the verdict may pair}. step_time: seconds.
     """
-    paths = ("device.type", "device.name", "device.processes", "device.dtype", "seed", "git.commit", "git.dirty",
-             "derived.corpus.name", "derived.corpus.val_fingerprint", "derived.tokenizer_hash", "derived.num_iterations",
-             "derived.total_batch_size", "derived.model.n_layer", "derived.model.n_embd", "derived.model.attn_ranks",
-             "derived.model.mlp_ranks", "derived.model.lm_head_rank")
+    paths = (
+        "device.type",
+        "device.name",
+        "device.processes",
+        "device.dtype",
+        "seed",
+        "git.commit",
+        "git.dirty",
+        "derived.corpus.name",
+        "derived.corpus.val_fingerprint",
+        "derived.tokenizer_hash",
+        "derived.num_iterations",
+        "derived.total_batch_size",
+        "derived.model.n_layer",
+        "derived.model.n_embd",
+        "derived.model.attn_ranks",
+        "derived.model.mlp_ranks",
+        "derived.model.lm_head_rank",
+    )
     listed = ["status", "step"] + [key for _, metrics in SECTIONS for key, *_ in metrics]
-    others = sorted({k for run in runs for k, v in run.summary.items() if isinstance(v, (int, float, str))} - set(listed))
-    rows = [{"run": run.name, "configuration": configurations[run.name], "pair": pairs[run.name], "step_time": step_seconds(run),
-             **{key: run.summary.get(key) for key in listed + others},
-             **{path: look(run, path) for path in paths},
-             **{f"flags.{k}": v for k, v in (look(run, "flags") or {}).items()}} for run in runs]
+    others = sorted(
+        {k for run in runs for k, v in run.summary.items() if isinstance(v, (int, float, str))} - set(listed)
+    )
+    rows = [
+        {
+            "run": run.name,
+            "configuration": configurations[run.name],
+            "pair": pairs[run.name],
+            "step_time": step_seconds(run),
+            **{key: run.summary.get(key) for key in listed + others},
+            **{path: look(run, path) for path in paths},
+            **{f"flags.{k}": v for k, v in (look(run, "flags") or {}).items()},
+        }
+        for run in runs
+    ]
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(out, lineterminator="\n")

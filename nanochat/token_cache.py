@@ -8,6 +8,7 @@ Disks lose data without a word: a write that a full disk refused leaves zeros in
 So a cache has the sum of what was to be written. What the disk holds is compared with it when the cache is
 built, and by --verify.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -25,16 +26,36 @@ from tqdm import tqdm
 from nanochat import locks
 from nanochat.common import InputError, get_base_dir, locked, process_layout
 from nanochat.environment import number_of
-from nanochat.files import (NoOrdinaryFile, Schema, create_folder, named, read_json, remove_temporary,
-                            sha256, sync, sync_folder, write_json)
+from nanochat.files import (
+    NoOrdinaryFile,
+    Schema,
+    create_folder,
+    named,
+    read_json,
+    remove_temporary,
+    sha256,
+    sync,
+    sync_folder,
+    write_json,
+)
 from nanochat.tokenizer import EncodingError
 
 DOCUMENTS_AT_ONCE = 512
 PAGE = 4096  # bytes: a write that was lost leaves at least one page of zeros
 BLOCK = 1024 * PAGE
-META = Schema("description of a token cache", {"dtype": str, "slots": int, "vocab_size": int},
-              {"sha256": str, "tokenizer_hash": str, "shard": str, "fingerprint": str, "documents": int,
-               "characters": int, "empty": int})
+META = Schema(
+    "description of a token cache",
+    {"dtype": str, "slots": int, "vocab_size": int},
+    {
+        "sha256": str,
+        "tokenizer_hash": str,
+        "shard": str,
+        "fingerprint": str,
+        "documents": int,
+        "characters": int,
+        "empty": int,
+    },
+)
 NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 examined = set()  # folders of caches without a sum that this process found whole and could not add the sum to
@@ -106,6 +127,7 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 # ---- verifying ---------------------------------------------------------------------------------------------
 
+
 def verify_caches(shards, tokenizer):
     """Read the caches of these shards whole; build those again that differ from their sum or do not exist.
 
@@ -125,8 +147,11 @@ def remove_damaged(shards) -> tuple[int, int]:
     Returns how many there were, and how many of them are removed.
     """
     fingerprints = {shard.fingerprint for shard in shards}
-    folders = [folder for folder in sorted((get_base_dir() / "token_cache").glob("*/*"))
-               if folder.name in fingerprints and folder.is_dir()]
+    folders = [
+        folder
+        for folder in sorted((get_base_dir() / "token_cache").glob("*/*"))
+        if folder.name in fingerprints and folder.is_dir()
+    ]
     removed = 0
     for folder in folders:
         with locked(lock_path(folder)):
@@ -177,6 +202,7 @@ def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
 
 
 # ---- building ----------------------------------------------------------------------------------------------
+
 
 def make_whole(shard, tokenizer, folder: Path, verify: bool = False):
     """Build a cache unless it is whole. verify: see check_cache."""
@@ -249,9 +275,16 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
     digest = hashlib.sha256()
     counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
     documents = shard.located()
-    with open(path, "wb") as f, \
-            tqdm(desc=f"tokenising {shard.name}", unit=" chars", unit_scale=True, leave=False,
-                 disable=True if process_layout()[0] else None) as bar:
+    with (
+        open(path, "wb") as f,
+        tqdm(
+            desc=f"tokenising {shard.name}",
+            unit=" chars",
+            unit_scale=True,
+            leave=False,
+            disable=True if process_layout()[0] else None,
+        ) as bar,
+    ):
         while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
             filled = [(place, text) for place, text in batch if text]
             for ids in encode_documents(tokenizer, filled):
@@ -266,9 +299,15 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
             bar.update(characters)
         sync(f)
     check_written(path, counts["slots"] * dtype.itemsize, digest.hexdigest())
-    return {**counts, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size,
-            "tokenizer_hash": tokenizer.hash, "shard": shard.name,
-            "fingerprint": shard.fingerprint, "sha256": digest.hexdigest()}
+    return {
+        **counts,
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "shard": shard.name,
+        "fingerprint": shard.fingerprint,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def check_written(path: Path, size: int, digest: str):

@@ -1,4 +1,5 @@
 """Byte-pair encoding: trained by rustbpe, run by tiktoken, stored as one JSON file of plain data with a content hash."""
+
 import base64
 import contextlib
 import hashlib
@@ -34,8 +35,11 @@ LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 NO_LETTERS = r"\x00-@\[-`{-\x7f\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 BREAK = re.compile(rf"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[{LETTERS}])(?=[{NO_LETTERS}])")
 
-STORED = Schema("tokenizer", {"pattern": str, "tokens": list, "trained_on": dict, "hash": str},
-                {"vocab_size": int, "special_tokens": list})
+STORED = Schema(
+    "tokenizer",
+    {"pattern": str, "tokens": list, "trained_on": dict, "hash": str},
+    {"vocab_size": int, "special_tokens": list},
+)
 LARGEST_FILE = 2**30  # bytes of a tokenizer.json: several times what 2**24 tokens take
 
 
@@ -97,8 +101,12 @@ class Tokenizer:
     def __init__(self, pattern: str, tokens: list[bytes], trained_on: dict):
         self.pattern, self.tokens, self.trained_on = pattern, tokens, trained_on
         self.special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.encoding = tiktoken.Encoding("nanochat-lowrank", pat_str=pattern, special_tokens=self.special,
-                                          mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        self.encoding = tiktoken.Encoding(
+            "nanochat-lowrank",
+            pat_str=pattern,
+            special_tokens=self.special,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        )
         self.vocab_size = len(tokens) + len(self.special)
         self.bos_id = self.special[BOS]
         self.hash = hash_of(content_of(pattern, tokens))
@@ -122,8 +130,13 @@ class Tokenizer:
         return np.array([len(t) for t in self.tokens] + [0] * len(self.special), dtype=np.int64)
 
     def save(self, path: Path):
-        content = {"format": 1, "hash": self.hash, "vocab_size": self.vocab_size,
-                   "trained_on": self.trained_on, **content_of(self.pattern, self.tokens)}
+        content = {
+            "format": 1,
+            "hash": self.hash,
+            "vocab_size": self.vocab_size,
+            "trained_on": self.trained_on,
+            **content_of(self.pattern, self.tokens),
+        }
         write_atomic(path, json.dumps(content, indent=0) + "\n")
 
 
@@ -135,8 +148,10 @@ def other_text(tokenizer: Tokenizer, corpus) -> str:
     name = trained_on.get("corpus", "an unknown text")
     if name == corpus.name:
         return f"tokenizer: trained on other files of {name} than are trained on now"
-    return (f"tokenizer: trained on {name}, this text is {corpus.name}: "
-            "it takes more tokens than one trained on this text")
+    return (
+        f"tokenizer: trained on {name}, this text is {corpus.name}: "
+        "it takes more tokens than one trained on this text"
+    )
 
 
 def load_tokenizer(path: Path | None = None) -> Tokenizer:
@@ -145,8 +160,9 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
     tag = path.parent.name
     named = f" --tokenizer-tag {shlex.quote(tag)}" if path == tokenizer_path(tag) else ""
     if not path.is_file():
-        raise InputError(f"{path}: no tokenizer here yet; train one with: "
-                         f"python -m scripts.tok_train --data NAME{named}")
+        raise InputError(
+            f"{path}: no tokenizer here yet; train one with: python -m scripts.tok_train --data NAME{named}"
+        )
     remedy = f"train it again with: python -m scripts.tok_train{named}"
     if path.stat().st_size > LARGEST_FILE:
         raise InputError(f"{path}: damaged (more than {LARGEST_FILE:,} bytes); {remedy}")
@@ -184,6 +200,7 @@ def tokenizer_of(stored: dict) -> Tokenizer:
 def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> Tokenizer:
     """Train a BPE vocabulary of exactly vocab_size ids, special tokens included. InputError if the text is too small for it."""
     import rustbpe
+
     trainer = rustbpe.Tokenizer()
     parts = chain.from_iterable(map(pieces, texts))
     with reported("the tokenizer cannot be trained on this text"), signals.left_to_the_system():
@@ -191,6 +208,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)
     if tokenizer.vocab_size != vocab_size:
-        raise InputError(f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size} tokens; "
-                         f"give more text or at most --vocab-size {tokenizer.vocab_size}")
+        raise InputError(
+            f"--vocab-size {vocab_size}: the text only yields {tokenizer.vocab_size} tokens; "
+            f"give more text or at most --vocab-size {tokenizer.vocab_size}"
+        )
     return tokenizer

@@ -2,6 +2,7 @@
 
 What is trained is a `Learner`: here all of a GPT; an adapter (scripts/adapter_train.py) brings its own.
 """
+
 import contextlib
 import math
 import sys
@@ -13,8 +14,16 @@ import torch
 import torch.distributed as dist
 
 from nanochat import agreement, common, compiler, continuation, metrics, signals, writer
-from nanochat.checkpoint_manager import (OWED, amend_checkpoint, fitting_together, load_checkpoint,
-                                         load_newest, load_to_resume, not_finite, save_checkpoint)
+from nanochat.checkpoint_manager import (
+    OWED,
+    amend_checkpoint,
+    fitting_together,
+    load_checkpoint,
+    load_newest,
+    load_to_resume,
+    not_finite,
+    save_checkpoint,
+)
 from nanochat.common import InputError, as_whole_number, print0
 from nanochat.core_bundle import Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions
@@ -23,13 +32,31 @@ from nanochat.dataset import Corpus, open_corpus
 from nanochat.gpt import GPT
 from nanochat.history_file import check_history
 from nanochat.loss_eval import evaluate, reference_losses, sample_texts
-from nanochat.optim import (build_optimizers, load_optimizer_state, muon_momentum, optimizer_state,
-                            split_parameters)
-from nanochat.parallel import (any_process, average_gradients, differing_parameters, gather_state,
-                               names_anywhere, share_parameters, share_requests)
+from nanochat.optim import (
+    build_optimizers,
+    load_optimizer_state,
+    muon_momentum,
+    optimizer_state,
+    split_parameters,
+)
+from nanochat.parallel import (
+    any_process,
+    average_gradients,
+    differing_parameters,
+    gather_state,
+    names_anywhere,
+    share_parameters,
+    share_requests,
+)
 from nanochat.plan import print_plan
-from nanochat.run_files import (check_ending, complete_summary, read_config, saved_steps, step_folder,
-                                summary_says_finished)
+from nanochat.run_files import (
+    check_ending,
+    complete_summary,
+    read_config,
+    saved_steps,
+    step_folder,
+    summary_says_finished,
+)
 from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.token_cache import verify_caches
 from nanochat.tokenizer import other_text
@@ -41,7 +68,8 @@ START = {"step": 0, "total_training_time": 0.0, "bad_steps": 0, "bad_steps_in_a_
 
 class Learner:
     """What a run trains, and what of the model its checkpoints hold. This one trains every parameter that requires a gradient, and keeps them all."""
-    draws = False     # whether a forward pass draws random numbers (dropout): each step's then come from a seed of its own, so that a resumed run draws the same
+
+    draws = False  # whether a forward pass draws random numbers (dropout): each step's then come from a seed of its own, so that a resumed run draws the same
     starting = False  # whether the model is evaluated before its first step: it can do something already
 
     def __init__(self, model: GPT, rates: dict):
@@ -75,6 +103,7 @@ class Learner:
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
+
 def open_run(folder, given: str, config: dict, resume: str):
     """What to do with this run: None to start, (state, meta) of a checkpoint to go on from, or 'finished'. given: the flag that names it, and its tag.
 
@@ -83,25 +112,33 @@ def open_run(folder, given: str, config: dict, resume: str):
     steps = saved_steps(folder)
     if not (folder / "config.json").exists():
         if steps:
-            raise InputError(f"{given}: has checkpoints {steps} and no config.json, which says of what; "
-                             f"restore {folder / 'config.json'}, or choose another tag")
+            raise InputError(
+                f"{given}: has checkpoints {steps} and no config.json, which says of what; "
+                f"restore {folder / 'config.json'}, or choose another tag"
+            )
         if resume not in ("-1", "auto"):
             raise InputError(f"--resume {resume}: there is no run {folder.name}")
         return None
     if differing := continuation.differences(read_config(folder), config["flags"], config["derived"]):
-        raise InputError(f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}")
+        raise InputError(
+            f"{given}: exists with another config: {'; '.join(differing)}; choose another tag, or remove {folder}"
+        )
     if summary_says_finished(folder):
         check_ending(folder)
         return "finished"
     if resume == "-1" and steps:
-        raise InputError(f"{given}: has checkpoints {steps} and is not finished; "
-                         "continue it with --resume auto, or choose another tag")
+        raise InputError(
+            f"{given}: has checkpoints {steps} and is not finished; "
+            "continue it with --resume auto, or choose another tag"
+        )
     saved = None
     if resume != "-1":
         saved = load_newest(folder) if resume == "auto" else load_to_resume(folder, int(resume))
     if not saved and steps and resume != "-1":  # they may be unreadable for a while only
-        raise InputError(f"{given}: none of its checkpoints {steps} can be used; restore one, or remove "
-                         f"{folder / 'checkpoints'} to begin again")
+        raise InputError(
+            f"{given}: none of its checkpoints {steps} can be used; restore one, or remove "
+            f"{folder / 'checkpoints'} to begin again"
+        )
     if not saved:
         return None
     check_history(folder, saved[1])
@@ -112,6 +149,7 @@ def open_run(folder, given: str, config: dict, resume: str):
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
+
 
 def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
     """Linear warmup, constant, linear warmdown to `final`. step: updates done so far."""
@@ -185,15 +223,16 @@ class Evaluation:
     """What is measured of the model after a step, and after which steps. All processes take part; only the
     first makes samples.
     """
+
     args: object
     learner: Learner
     tokenizer: object
     val_rows: Rows
     core: tuple | None  # core_questions
-    place: tuple        # device, rank, number of processes
+    place: tuple  # device, rank, number of processes
     dtype: torch.dtype
-    steps: int          # of the run
-    val_count: int      # rows
+    steps: int  # of the run
+    val_count: int  # rows
 
     def due(self, step: int) -> bool:
         own = self.falls_on(step, "eval_every") or self.falls_on(step, "sample_every")
@@ -208,8 +247,18 @@ class Evaluation:
 
     def losses(self, stop) -> dict | None:
         device, rank, world_size = self.place
-        return evaluate(self.learner.model, self.val_rows, self.val_count, self.tokenizer.token_bytes(),
-                        self.args.device_batch_size, device, self.dtype, rank, world_size, stop)
+        return evaluate(
+            self.learner.model,
+            self.val_rows,
+            self.val_count,
+            self.tokenizer.token_bytes(),
+            self.args.device_batch_size,
+            device,
+            self.dtype,
+            rank,
+            world_size,
+            stop,
+        )
 
     def __call__(self, step: int, stop) -> tuple[dict, bool] | None:
         """(values for the record, whether the run ends with this step). None if this process broke off
@@ -230,8 +279,9 @@ class Evaluation:
             if core is None:
                 return None
             values["core_metric"] = core["core_metric"]
-            values |= {f"centered_results/{label}": score
-                       for label, score in core["centered_results"].items()}
+            values |= {
+                f"centered_results/{label}": score for label, score in core["centered_results"].items()
+            }
         if self.place[1] == 0 and (self.falls_on(step, "sample_every") or (last and args.sample_every > 0)):
             samples = sample_texts(model, self.tokenizer, self.val_rows, self.dtype, stop)
             if samples is None:
@@ -252,6 +302,7 @@ def bytes_of(tensors) -> int:
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
+
 def check_resume(resume: str):
     if resume not in ("-1", "auto") and (as_whole_number(resume) or 0) < 1:
         raise InputError(f"--resume {resume}: use auto, or the number of a saved step")
@@ -260,14 +311,26 @@ def check_resume(resume: str):
 @dataclass
 class Text:
     """What a run reads: tokenised once, then memory-mapped."""
+
     corpus: Corpus
     train_rows: Rows
     val_rows: Rows
     val_count: int  # validation rows that are evaluated
 
 
-def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, build,
-        tag_flag: str = "--model-tag", open_text=None, **derived):
+def run(
+    args,
+    tag: str,
+    config,
+    plan: dict,
+    accounting: dict,
+    tokenizer,
+    start,
+    build,
+    tag_flag: str = "--model-tag",
+    open_text=None,
+    **derived,
+):
     """Train `build(device)`, a Learner, in the folder of this tag, on --data, to the end of the plan. Exits
     with `signals.exit_code` if it was asked to stop before.
 
@@ -296,11 +359,25 @@ def run(args, tag: str, config, plan: dict, accounting: dict, tokenizer, start, 
             return print0(f"{tag}: already finished, see {folder}")
         core = core_questions(args, tokenizer, place)
         if rank == 0:
-            run_config["reference_losses"] = reference_losses(text.train_rows, text.val_rows, text.val_count,
-                                                              tokenizer.vocab_size)
+            run_config["reference_losses"] = reference_losses(
+                text.train_rows, text.val_rows, text.val_count, tokenizer.vocab_size
+            )
         agreement.meet(place)  # every process is ready before process 0 writes into the folder
-        stop = train(args, build(device), run_config, accounting, saved or start, folder, tokenizer,
-                     text.train_rows, text.val_rows, core, place, dtype, lock)
+        stop = train(
+            args,
+            build(device),
+            run_config,
+            accounting,
+            saved or start,
+            folder,
+            tokenizer,
+            text.train_rows,
+            text.val_rows,
+            core,
+            place,
+            dtype,
+            lock,
+        )
     if stop:
         common.end_process()
         sys.exit(signals.exit_code(stop.number))
@@ -315,8 +392,15 @@ def own_values(args, tag: str, config, plan: dict, tokenizer, start, derived: di
     """What each process has by itself and all must have in common. Of what flags name, the content counts."""
     named = {*continuation.PLACES, "core_dir"}
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in named}
-    return {**flags, "tag": tag, "tokenizer": tokenizer.hash, "model": asdict(config), "plan": plan,
-            "start": start[1], **derived}
+    return {
+        **flags,
+        "tag": tag,
+        "tokenizer": tokenizer.hash,
+        "model": asdict(config),
+        "plan": plan,
+        "start": start[1],
+        **derived,
+    }
 
 
 def open_rows(args, open_text, tokenizer, place) -> Text:
@@ -339,9 +423,13 @@ def open_rows(args, open_text, tokenizer, place) -> Text:
     val_count = min(val_rows.count, args.eval_tokens // args.max_seq_len)
     for split, rows in (("training", train_rows), ("validation", val_rows)):
         if not rows.count:
-            raise InputError(f"--data {args.data}: too little {split} text for one row of {args.max_seq_len} tokens; add text or lower --max-seq-len")
+            raise InputError(
+                f"--data {args.data}: too little {split} text for one row of {args.max_seq_len} tokens; add text or lower --max-seq-len"
+            )
     if not val_count:
-        raise InputError(f"--eval-tokens {args.eval_tokens}: less than one row of --max-seq-len {args.max_seq_len}")
+        raise InputError(
+            f"--eval-tokens {args.eval_tokens}: less than one row of --max-seq-len {args.max_seq_len}"
+        )
     confirm_caches(place, tokenizer, corpus.train + corpus.val)
     return Text(corpus, train_rows, val_rows, val_count)
 
@@ -353,14 +441,25 @@ def config_of(args, derived: dict, text: Text, tokenizer, place, dtype, folder) 
     return {
         "flags": vars(args),
         "given": sorted(args.given | continuation.flags_given(continuation.read_record(folder))),
-        "derived": {**derived, "val_tokens": text.val_count * args.max_seq_len,
-                    "corpus": {"name": corpus.name, "path": corpus.path, **fingerprints},
-                    "epoch_rows": text.train_rows.count, "dropped_fraction": text.train_rows.dropped},
+        "derived": {
+            **derived,
+            "val_tokens": text.val_count * args.max_seq_len,
+            "corpus": {"name": corpus.name, "path": corpus.path, **fingerprints},
+            "epoch_rows": text.train_rows.count,
+            "dropped_fraction": text.train_rows.dropped,
+        },
         "text": corpus.record(),  # names of files: a resumed run need not have them in common
         "tokenizer": {"hash": tokenizer.hash, "trained_on": tokenizer.trained_on},
-        "git": metrics.git_state(), "versions": metrics.versions(), "seed": args.seed,
-        "device": {"type": device.type, "name": common.device_name(device), "processes": world_size,
-                   "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")},
+        "git": metrics.git_state(),
+        "versions": metrics.versions(),
+        "seed": args.seed,
+        "device": {
+            "type": device.type,
+            "name": common.device_name(device),
+            "processes": world_size,
+            "threads": torch.get_num_threads(),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
     }
 
 
@@ -376,8 +475,21 @@ def follow_first(place, folder, saved):
     return agreement.load_confirmed(load, step_folder(folder, meta["step"]), meta)
 
 
-def train(args, learner: Learner, run_config, accounting, start, folder, tokenizer,
-          train_rows: Rows, val_rows: Rows, core, place, dtype, lock) -> signals.StopRequest | None:
+def train(
+    args,
+    learner: Learner,
+    run_config,
+    accounting,
+    start,
+    folder,
+    tokenizer,
+    train_rows: Rows,
+    val_rows: Rows,
+    core,
+    place,
+    dtype,
+    lock,
+) -> signals.StopRequest | None:
     """From `start`, (state, meta), to the last step. Returns the request to stop that ended it before, with
     its state saved; else None.
 
@@ -390,7 +502,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     pieces = split_parameters(model, world_size)
     optimizers = learner.optimizers(pieces[rank], dtype)
     if meta["step"] and "optimizer" not in state:
-        raise InputError(f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another tag")
+        raise InputError(
+            f"--resume: the checkpoints in {folder} are of an earlier version of this program, whose optimizer differs; choose another tag"
+        )
     with fitting_together(step_folder(folder, meta["step"])):
         if state:
             learner.load(state)
@@ -398,17 +512,22 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             load_optimizer_state(optimizers, pieces[rank], state["optimizer"])
     del state
     if world_size > 1 and (names := differing_parameters(model)):
-        raise InputError(f"{folder}: the processes begin with different values of {', '.join(names[:3])} and "
-                         f"{len(names)} parameter(s) in all; nothing was written: let all see the same files")
+        raise InputError(
+            f"{folder}: the processes begin with different values of {', '.join(names[:3])} and "
+            f"{len(names)} parameter(s) in all; nothing was written: let all see the same files"
+        )
 
     record = None
     if rank == 0:
         tokenizer.save(folder / "tokenizer.json")
-        record = metrics.RunRecord(folder, run_config, accounting, args.run, args.ppl_thresholds,
-                                   meta["step"], lock)
+        record = metrics.RunRecord(
+            folder, run_config, accounting, args.run, args.ppl_thresholds, meta["step"], lock
+        )
     print_plan(config, plan, accounting, args)
-    print0(f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
-           + (f", from step {meta['step']}" if meta["step"] else ""))
+    print0(
+        f"run: {folder} on {run_config['device']['name']}, {world_size} process(es), {run_config['device']['dtype']}"
+        + (f", from step {meta['step']}" if meta["step"] else "")
+    )
 
     def way_back():
         return f"the last good weights are in {folder / 'checkpoints'}: {saved_steps(folder) or 'none'}; lower the learning rates or set --grad-clip 1.0"
@@ -416,25 +535,38 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     def end_diverged(step):
         if record:
             record.summarize("diverged")
-        raise InputError(f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row "
-                         f"(--max-bad-steps {args.max_bad_steps}); {way_back()}")
+        raise InputError(
+            f"step {step}: loss or gradient not finite in {bad_in_a_row} steps in a row "
+            f"(--max-bad-steps {args.max_bad_steps}); {way_back()}"
+        )
 
     def save(step, last, owed=False):
         mine = {**learner.state(), "optimizer": optimizer_state(optimizers)}
         if broken := names_anywhere(place, not_finite(mine)):
-            raise InputError(f"step {step}: {broken[0]} and {len(broken)} tensor(s) in all are not finite; "
-                             f"nothing was saved; {way_back()}")
+            raise InputError(
+                f"step {step}: {broken[0]} and {len(broken)} tensor(s) in all are not finite; "
+                f"nothing was saved; {way_back()}"
+            )
         if world_size > 1 and (names := differing_parameters(model)):
-            raise InputError(f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
-                             "nothing was saved: continue from the checkpoint before with --resume auto")
+            raise InputError(
+                f"step {step}: the processes hold different values of {', '.join(names[:3])} and {len(names)} parameter(s) in all; "
+                "nothing was saved: continue from the checkpoint before with --resume auto"
+            )
         whole = gather_state(optimizers, model, rank, world_size)
         if not record:
             return
         lock.check()
         state = {**learner.state(), "optimizer": whole}
-        now = {"total_training_time": seconds, "bad_steps": bad_steps, "bad_steps_in_a_row": bad_in_a_row,
-               "tokenizer_hash": tokenizer.hash, "flags": continuation.deciding(vars(args)),
-               **learner.meta(), **record.commit(), "last": last}
+        now = {
+            "total_training_time": seconds,
+            "bad_steps": bad_steps,
+            "bad_steps_in_a_row": bad_in_a_row,
+            "tokenizer_hash": tokenizer.hash,
+            "flags": continuation.deciding(vars(args)),
+            **learner.meta(),
+            **record.commit(),
+            "last": last,
+        }
         if owed:
             now[OWED] = True
         if writer.under_launcher():
@@ -446,8 +578,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     if compiler.wanted(args.compile, device.type, plan["tokens"] * accounting["flops/per_token"]):
         # a batch of the shapes to come
         x, y = training_batch(train_rows, 0, rank, world_size, args.device_batch_size, 0, device)
-        compiler.compile_if_possible(model, args.compile, device, world_size,
-                                     lambda: model(x, y, dtype).backward())
+        compiler.compile_if_possible(
+            model, args.compile, device, world_size, lambda: model(x, y, dtype).backward()
+        )
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
     steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
@@ -455,15 +588,21 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
     bad_steps = meta["bad_steps"]  # loss or gradient not finite
     bad_in_a_row = meta.get("bad_steps_in_a_row", 0)
     peak = metrics.peak_flops(run_config["device"]["name"])
-    batches = training_batches(train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device)
+    batches = training_batches(
+        train_rows, meta["step"] * rows_per_step, rank, world_size, args.device_batch_size, device
+    )
     val_count = plan["val_tokens"] // args.max_seq_len
     evaluation = Evaluation(args, learner, tokenizer, val_rows, core, place, dtype, steps, val_count)
     metrics.reset_peak_memory(device)
 
     def entry_of(step):
         tokens = step * plan["total_batch_size"]
-        return {"step": step, "total_tokens": tokens, "total_training_time": seconds,
-                "total_training_flops": tokens * accounting["flops/per_token"]}
+        return {
+            "step": step,
+            "total_tokens": tokens,
+            "total_training_time": seconds,
+            "total_training_flops": tokens * accounting["flops/per_token"],
+        }
 
     def measure(step, entry, line, stopping):
         """Add to the entry what is to be measured after this step, and record it. Returns whether
@@ -535,8 +674,12 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             dt = time.perf_counter() - started
             seconds += dt
             speed = plan["total_batch_size"] / dt
-            entry = entry_of(step) | {"train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": speed,
-                                      "train/epoch": step * rows_per_step / train_rows.count}
+            entry = entry_of(step) | {
+                "train/lrm": lrm,
+                "train/dt": dt,
+                "train/tok_per_sec": speed,
+                "train/epoch": step * rows_per_step / train_rows.count,
+            }
             if finite:
                 entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
                 bad_in_a_row = 0
@@ -546,11 +689,16 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             if peak:
                 entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)
             if step == meta["step"] + 1:  # what is really held, measured once every tensor exists
-                entry |= {"mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
-                          "mem/optimizer_bytes": bytes_of(t for o in optimizers for s in o.state.values() for t in s.values())}
+                entry |= {
+                    "mem/weights_bytes": bytes_of((*model.parameters(), *model.buffers())),
+                    "mem/optimizer_bytes": bytes_of(
+                        t for o in optimizers for s in o.state.values() for t in s.values()
+                    ),
+                }
             minutes = (steps - step) * seconds / step / 60
-            line = (f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | "
-                    f"ETA {minutes:.1f} min")
+            line = (
+                f"step {step:05d}/{steps:05d} | loss {loss:.4f} | {speed:,.0f} tok/s | ETA {minutes:.1f} min"
+            )
             line += "" if finite else f" | not finite (gradient norm {grad_norm}): not applied"
 
             last, stopping, owed = measure(step, entry, line, stopping)
@@ -560,7 +708,7 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
             if last or stopping or (args.save_every > 0 and step % args.save_every == 0):
                 save(step, last, owed)
                 saved = step
-                stopping, = any_process(place, stopping or stop.is_set())  # heard while it was written
+                (stopping,) = any_process(place, stopping or stop.is_set())  # heard while it was written
                 if record and not (last or stopping):
                     record.summarize("running")
             show_samples(entry)
@@ -577,6 +725,9 @@ def train(args, learner: Learner, run_config, accounting, start, folder, tokeniz
         unapplied = ""
         if bad_steps:
             unapplied = f"; {bad_steps} of {step} steps were not applied, loss or gradient not finite"
-        print0(f"finished: {folder}{unapplied}" if last
-               else f"stopped after step {step} as asked; continue with --resume auto")
+        print0(
+            f"finished: {folder}{unapplied}"
+            if last
+            else f"stopped after step {step} as asked; continue with --resume auto"
+        )
     return None if last else stop

@@ -1,4 +1,5 @@
 """A point of an experiment before its seeds are dealt out, and what the scripts make of its flags: a model, a horizon, an identity."""
+
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -14,22 +15,27 @@ from nanochat.plan import solve_budget, training_plan
 @dataclass
 class Variant:
     """A point before its seeds are dealt out."""
-    table: dict                                         # the point, as it stands in the file
-    label: str                                          # with what varies in it
-    flags: dict                                         # flag -> value, as in the file
+
+    table: dict  # the point, as it stands in the file
+    label: str  # with what varies in it
+    flags: dict  # flag -> value, as in the file
     seeds: list[int]
     processes: int
-    own: set[str] = field(default_factory=set)          # flags that are its own: not the same in all points
-    paired_with: str = ""                               # the point that its full-rank partner is a case of; "": made from its own flags
+    own: set[str] = field(default_factory=set)  # flags that are its own: not the same in all points
+    paired_with: str = ""  # the point that its full-rank partner is a case of; "": made from its own flags
     partner: "Variant | None" = None
     script: str = "base_train"
-    base: "Variant | None" = None                       # the point that it starts from
+    base: "Variant | None" = None  # the point that it starts from
 
 
 def to_argv(flags: dict) -> tuple[str, ...]:
     """Flags as base_train takes them: a switch stands alone, or not at all."""
-    return tuple(word for flag, value in flags.items() if value is not False
-                 for word in ((f"--{flag}",) if value is True else option(f"--{flag}", str(value))))
+    return tuple(
+        word
+        for flag, value in flags.items()
+        if value is not False
+        for word in ((f"--{flag}",) if value is True else option(f"--{flag}", str(value)))
+    )
 
 
 def known(flags: dict, v: Variant) -> dict:
@@ -62,20 +68,29 @@ def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
 def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
     args = flags_of("base_train", argv)
     if args.vocab_size < 1:
-        raise InputError(f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258")
+        raise InputError(
+            f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258"
+        )
     config = solve_budget(args, args.vocab_size)
     return args, config, training_plan(args, config, processes)
 
 
 @cache
-def resolve_adapted(script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
+def resolve_adapted(
+    script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int
+) -> tuple[Namespace, GPTConfig, dict]:
     """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
     args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
     if args.layer_map:  # layers of a second run cost what those of the first do
-        config = replace(config, layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)))
+        config = replace(
+            config,
+            layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)),
+        )
     return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)
 
 
 def low_rank(v: Variant) -> bool:
     config = resolved(v)[1]
-    return any(map(any, (config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values())))
+    return any(
+        map(any, (config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values()))
+    )

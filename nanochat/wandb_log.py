@@ -8,6 +8,7 @@ Two variables of wandb itself limit the waiting, in seconds: WANDB_INIT_TIMEOUT 
 while the run trains, and WANDB_FINISH_TIMEOUT for what is left to send when the run has ended. Both are 60
 where they are not set.
 """
+
 import atexit
 import contextlib
 import json
@@ -28,12 +29,12 @@ from nanochat.common import first_line
 from nanochat.files import write_atomic
 from nanochat.wandb_worker import MARK, Sent, saved_sent
 
-SECONDS = 60.0          # what the two variables are where they are not set
+SECONDS = 60.0  # what the two variables are where they are not set
 SECONDS_STOPPED = 10.0  # for what is left of a run that was asked to stop: its machine may soon be gone
 SECONDS_OFFLINE = 30.0  # for an offline folder to begin, and to end
-SECONDS_LATER = 10.0    # wandb says why W&B did not answer a little after its own limit
-SECONDS_QUIET = 5.0     # of waiting at the end, before a line says so
-POLL = 0.2              # seconds between two looks at the worker
+SECONDS_LATER = 10.0  # wandb says why W&B did not answer a little after its own limit
+SECONDS_QUIET = 5.0  # of waiting at the end, before a line says so
+POLL = 0.2  # seconds between two looks at the worker
 PROJECT = "nanochat-lowrank"
 
 # what WandbLog itself tells wandb, and what another program may have left in the environment
@@ -62,10 +63,16 @@ class WandbLog:
         self.pid = os.getpid()
         self.environment = dict(os.environ)  # of now: the thread may look later
         self.job = {
-            "folder": str(self.folder), "name": name[:128], "accounting": accounting,
-            "offset": offset, "resumed_step": resumed_step,
-            "pid": self.pid, "argv": sys.argv, "program": program(),
-            "start_seconds": seconds("INIT"), "finish_seconds": seconds("FINISH"),
+            "folder": str(self.folder),
+            "name": name[:128],
+            "accounting": accounting,
+            "offset": offset,
+            "resumed_step": resumed_step,
+            "pid": self.pid,
+            "argv": sys.argv,
+            "program": program(),
+            "start_seconds": seconds("INIT"),
+            "finish_seconds": seconds("FINISH"),
         }
         self.status = ""  # how the run ended; "" while it goes on
         self.thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
@@ -162,10 +169,13 @@ class Worker:
             [sys.executable, "-m", "nanochat.wandb_worker"],
             env=worker_environment(environment, offline),
             cwd=job["folder"] if offline else None,  # another folder may have settings of W&B
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True)  # a Ctrl-C in the terminal is for the run
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # a Ctrl-C in the terminal is for the run
         self.said_end = False
-        self.text = b""    # of the line that is being read
+        self.text = b""  # of the line that is being read
         self.last_line = ""
         self._order(json.dumps({**job, "mode": mode}))
 
@@ -213,6 +223,7 @@ class Worker:
 
 # ---- what the environment says -----------------------------------------------------------------------------
 
+
 def seconds(what: str) -> float:
     """WANDB_INIT_TIMEOUT or WANDB_FINISH_TIMEOUT; SECONDS where it is not set, or no number above 0."""
     try:
@@ -256,8 +267,10 @@ def project(environment: dict) -> str:
     given = environment.get("WANDB_PROJECT", "").strip()
     allowed = re.sub(r"[/\\#?%:]+", "-", given)[:128] or PROJECT
     if given and allowed != given:
-        say(f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; "
-            f"the project is {allowed}")
+        say(
+            f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; "
+            f"the project is {allowed}"
+        )
     return allowed
 
 

@@ -6,6 +6,7 @@ it has, with --resume auto). A W&B grid over the flags themselves would be every
 it cannot say "these points, each once", nor pair a low-rank run with its baseline, nor name the run folders.
 The flags of every run are in its W&B config, where columns, filters and parameter importance find them.
 """
+
 import json
 import os
 import re
@@ -38,11 +39,14 @@ def register(sweep: Sweep, args):
     if sweep_id and not re.fullmatch(r"[\w/-]+", sweep_id):
         raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")
     if not sweep_id:
-        raise InputError(f"--launcher wandb: {trouble}; run `wandb login`, "
-                         f"or register {path} later with: wandb sweep")
+        raise InputError(
+            f"--launcher wandb: {trouble}; run `wandb login`, or register {path} later with: wandb sweep"
+        )
     command = shell_command("wandb", "agent", *option("--project", project), sweep_id)
-    print(f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
-          f"  CUDA_VISIBLE_DEVICES=0 {command}")
+    print(
+        f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
+        f"  CUDA_VISIBLE_DEVICES=0 {command}"
+    )
 
 
 def ask(config: dict, project: str) -> tuple[str, str]:
@@ -52,9 +56,11 @@ def ask(config: dict, project: str) -> tuple[str, str]:
     def call():
         try:
             import wandb
+
             answer.append((str(wandb.sweep(config, project=project) or ""), "W&B gave the sweep no name"))
         except Exception as e:  # of wandb, of the libraries below it, or a setting that it refuses
             answer.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
+
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(wandb_log.seconds("INIT"))
@@ -67,22 +73,43 @@ def check(sweep: Sweep, run: str = ""):
     """
     for word in (path_word(sweep.file), *sweep.data_flags(), run):
         if "${" in word or not word.isprintable():  # ${args} and its like are an agent's own
-            raise InputError(f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control "
-                             "characters in a command; rename it")
+            raise InputError(
+                f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control "
+                "characters in a command; rename it"
+            )
     if later := next((p for p in sweep.points if p.base), None):
-        raise InputError(f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm")
+        raise InputError(
+            f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm"
+        )
 
 
 def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
     """The W&B sweep over `points`, each once. run: the wandb name to log under."""
     return {
         "name": sweep.name,
-        "description": "\n".join(filter(None, [sweep.question, sweep.cost, *(f"{p.tag}: {' '.join(p.varying)}".rstrip(": ") for p in points)])),
+        "description": "\n".join(
+            filter(
+                None,
+                [
+                    sweep.question,
+                    sweep.cost,
+                    *(f"{p.tag}: {' '.join(p.varying)}".rstrip(": ") for p in points),
+                ],
+            )
+        ),
         "program": "scripts/sweep.py",
         "method": "grid",
         "metric": {"name": "val/ppl", "goal": "minimize"},
         "parameters": {"task": {"values": [p.tag for p in points]}},
-        "command": ["${env}", "${interpreter}", "-m", "scripts.sweep", path_word(sweep.file),
-                    *(["--preset", sweep.preset] if sweep.preset else []),
-                    *sweep.data_flags(), *option("--run", sweep.name if run == "dummy" else run), "${args}"],
+        "command": [
+            "${env}",
+            "${interpreter}",
+            "-m",
+            "scripts.sweep",
+            path_word(sweep.file),
+            *(["--preset", sweep.preset] if sweep.preset else []),
+            *sweep.data_flags(),
+            *option("--run", sweep.name if run == "dummy" else run),
+            "${args}",
+        ],
     }

@@ -7,6 +7,7 @@ each start of a run writes a folder of its own; `wandb sync` makes the whole his
 On standard input come the job, one line of JSON, and at the end of the run its status: finished, stopped,
 diverged or failed. On standard output go messages, lines of JSON behind a mark, and whatever wandb prints.
 """
+
 import contextlib
 import itertools
 import json
@@ -26,9 +27,9 @@ from nanochat.history import CLOCKS, Rows, parsed
 from nanochat.run_files import SUMMARY, read_config
 from nanochat.signals import ENDING
 
-MARK = "\0"       # begins the lines that are messages
-POLL = 1.0        # seconds between two looks at the record
-FLUSHED = 60.0    # seconds after which a row that was logged offline is on disk: wandb writes every 15 s
+MARK = "\0"  # begins the lines that are messages
+POLL = 1.0  # seconds between two looks at the record
+FLUSHED = 60.0  # seconds after which a row that was logged offline is on disk: wandb writes every 15 s
 SENT = Schema("record of what was sent", {"id": str, "step": int})
 EXIT_CODES = {"finished": 0, "stopped": REQUEUE, "diverged": 1, "failed": 1}
 
@@ -57,6 +58,7 @@ def reason(e: BaseException) -> str:
 
 
 # ---- the run on W&B ----------------------------------------------------------------------------------------
+
 
 def send(job: dict):
     """The whole life of a run on W&B: begin or resume it, send what comes, end it."""
@@ -99,17 +101,28 @@ def start(job: dict):
 
     def interrupt():  # the button on the dashboard that stops a run is like Ctrl-C
         os.kill(job["pid"], signal.SIGINT)
-    settings = {"console": "off", "init_timeout": job["start_seconds"], "program": job["program"],
-                "x_stats_pid": job["pid"], "stop_fn": interrupt}
+
+    settings = {
+        "console": "off",
+        "init_timeout": job["start_seconds"],
+        "program": job["program"],
+        "x_stats_pid": job["pid"],
+        "stop_fn": interrupt,
+    }
     known = getattr(wandb.Settings, "model_fields", {})  # other versions of wandb have other settings
     sys.argv = job["argv"]  # W&B shows it as the run's command
     folder = Path(job["folder"])
     config = read_config(folder)
     run = wandb.init(
-        project=job["project"], name=job["name"], id=job["id"], dir=folder, mode=job["mode"],
+        project=job["project"],
+        name=job["name"],
+        id=job["id"],
+        dir=folder,
+        mode=job["mode"],
         resume=None if job["mode"] == "offline" else "allow",
         config={**config, "tag": folder.name, "accounting": job["accounting"]},
-        settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}))
+        settings=wandb.Settings(**{key: value for key, value in settings.items() if key in known}),
+    )
     for key, _ in CLOCKS:
         run.define_metric(key)
     run.define_metric("*", step_metric="step")
@@ -136,6 +149,7 @@ def write_logs(run, row: dict):
 
 
 # ---- the run on disk ---------------------------------------------------------------------------------------
+
 
 def ended(job: dict) -> str | None:
     """The status of a run that has ended, "failed" if its process died; None while it goes on. Waits POLL."""
@@ -227,7 +241,7 @@ class Sent:
         """Called now and then while a run is written offline."""
         if self.rows and time.monotonic() - self.rows[0][1] > 2 * FLUSHED:
             flushed = [step for step, when in self.rows if time.monotonic() - when > FLUSHED]
-            self.rows = self.rows[len(flushed):]
+            self.rows = self.rows[len(flushed) :]
             self.save(flushed[-1])
 
     def save(self, step: int):

@@ -5,6 +5,7 @@ as it is. A fraction becomes a multiple of --rank-multiple: the matrix units of 
 16 bytes, which are 8 numbers in bfloat16, and compute in blocks of 64 numbers or so. For example, 0.297 of
 1280 is 380.16. A row of 380 numbers ends inside a piece, a row of 384 numbers at the end of one.
 """
+
 AUTOMATIC = -1  # --rank-multiple: from 1024 rows and columns on 64, from 256 on 8, below as given
 
 
@@ -28,8 +29,10 @@ def resolve_rank(rank: float, in_features: int, out_features: int, multiple: int
         nearest = max(1, round(rank * smaller / step))
         return step * min(nearest, smaller // step)
     if rank < 0 or rank > smaller or rank != int(rank):
-        raise ValueError(f"rank {rank:g} does not fit a {out_features} x {in_features} matrix: "
-                         f"give 0 (full), 1 to {smaller}, or a fraction between 0 and 1")
+        raise ValueError(
+            f"rank {rank:g} does not fit a {out_features} x {in_features} matrix: "
+            f"give 0 (full), 1 to {smaller}, or a fraction between 0 and 1"
+        )
     return int(rank)
 
 

@@ -4,6 +4,7 @@ torchrun gives its workers sessions of their own and makes a 1 of every exit cod
 neither reach them all nor learn how they ended. A sweep has to, so it starts them itself, with the variables
 that torchrun would set.
 """
+
 import os
 import signal
 import socket
@@ -13,9 +14,9 @@ import time
 
 from nanochat.common import REQUEUE
 
-POLL = 0.2        # seconds between two looks at the workers
-TO_SAVE = 600     # seconds from a request to stop: to finish a step or an evaluation, and write a checkpoint
-TO_FOLLOW = 30    # seconds from when one has failed: without it the others can do nothing
+POLL = 0.2  # seconds between two looks at the workers
+TO_SAVE = 600  # seconds from a request to stop: to finish a step or an evaluation, and write a checkpoint
+TO_FOLLOW = 30  # seconds from when one has failed: without it the others can do nothing
 
 
 def run_workers(command: list[str], count: int, stop) -> int:
@@ -40,8 +41,13 @@ def start_workers(workers: list[subprocess.Popen], command: list[str], count: in
     """Append the started processes to `workers`, one by one. They inherit the locks
     that this one was given.
     """
-    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(free_port()), "NANOCHAT_LAUNCHER": str(os.getpid())}
+    group = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NANOCHAT_LAUNCHER": str(os.getpid()),
+    }
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         environment = {"OMP_NUM_THREADS": "1", **os.environ, **group, **place}

@@ -4,6 +4,7 @@ torchrun kills its processes half a minute after it was asked to stop, and a che
 write. So a process of its own writes it, in a session that the launcher does not know, and goes on when the
 training process is killed. Without a launcher nothing kills the training process alone: it writes itself.
 """
+
 import contextlib
 import os
 import pickle
@@ -22,8 +23,7 @@ def under_launcher() -> bool:
 
 
 def on_cpu(state, copies: dict | None = None):
-    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and copies of all others.
-    """
+    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and copies of all others."""
     copies = {} if copies is None else copies
     if isinstance(state, dict):
         return {key: on_cpu(value, copies) for key, value in state.items()}
@@ -59,8 +59,10 @@ def write_apart(write, lock, if_orphaned):
     status = os.waitpid(pid, 0)[1]
     lock.sign()
     if not answer:
-        raise InputError(f"the process that writes the checkpoint was ended by {how_it_ended(status)}; "
-                         "continue with --resume auto")
+        raise InputError(
+            f"the process that writes the checkpoint was ended by {how_it_ended(status)}; "
+            "continue with --resume auto"
+        )
     if error := pickle.loads(answer):
         raise error
 

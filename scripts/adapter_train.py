@@ -6,6 +6,7 @@
 A run as those of base_train, evaluated also before its first step. Its checkpoints hold the adapter alone: the base has to stay where it
 is. scripts.base_eval, generate and infer_bench take the run as it is; scripts.materialize makes a plain model of it.
 """
+
 from argparse import ArgumentTypeError
 from dataclasses import replace
 
@@ -17,9 +18,19 @@ from nanochat.checkpoint_manager import ADAPTER, fitting_together, load_bases, s
 from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
 from nanochat.factorize import check_same_shape, stacked, with_layer_map
-from nanochat.flags import (DEFAULTS_BEFORE, add_checkpoint_flags, add_core_flags, add_evaluation_flags,
-                            add_horizon_flags, add_machine_flags, add_rate_flags, add_schedule_flags,
-                            add_verify, layer_map_flag, number)
+from nanochat.flags import (
+    DEFAULTS_BEFORE,
+    add_checkpoint_flags,
+    add_core_flags,
+    add_evaluation_flags,
+    add_horizon_flags,
+    add_machine_flags,
+    add_rate_flags,
+    add_schedule_flags,
+    add_verify,
+    layer_map_flag,
+    number,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
@@ -38,8 +49,10 @@ LR = {"lora": 1e-2, "adalora": 3e-2, "ia3": 1e-1, "none": 0.3}
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
+
 def by_pattern(value_of):
     """argparse type: 'attn=4,mlp=16' -> the same text, if each value can be read."""
+
     def parse(text):
         for part in text.split(",") if text else ():
             pattern, equals, value = part.rpartition("=")
@@ -47,12 +60,16 @@ def by_pattern(value_of):
                 raise ArgumentTypeError(f"{quoted(text)}: write PATTERN=N,… such as attn=4,mlp=16")
             value_of(value)
         return text
+
     return parse
 
 
 def patterns(text: str, value_of) -> dict:
     """'attn=4,mlp=16' -> {'attn': 4, 'mlp': 16}"""
-    return {pattern: value_of(value) for pattern, _, value in (part.rpartition("=") for part in text.split(",") if part)}
+    return {
+        pattern: value_of(value)
+        for pattern, _, value in (part.rpartition("=") for part in text.split(",") if part)
+    }
 
 
 def parse(argv=None):
@@ -63,38 +80,85 @@ def parse(argv=None):
     add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
     add("--run-tag", type=tag, required=True, help="name of the new run folder")
     add("--data", default="", help="text to train on, as of base_train; '' = what the base was trained on")
-    add("--seed", type=whole_number(0), default=42, help="of the adapter's first numbers, dropout and the order of the data")
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=42,
+        help="of the adapter's first numbers, dropout and the order of the data",
+    )
     add_machine_flags(add)
     # what is trained
-    add("--adapter", choices=["lora", "adalora", "ia3", "none"], default="lora", help="none = every parameter of the model, with no adapter")
-    add("--targets", default="", metavar="REGEX",
-        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down")
+    add(
+        "--adapter",
+        choices=["lora", "adalora", "ia3", "none"],
+        default="lora",
+        help="none = every parameter of the model, with no adapter",
+    )
+    add(
+        "--targets",
+        default="",
+        metavar="REGEX",
+        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down",
+    )
     add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
     add("--alpha", type=number(), default=16.0, help="the update is scaled by alpha / rank")
     add("--rslora", action="store_true", help="by alpha / √rank instead (arXiv 2312.03732)")
-    add("--ranks", type=by_pattern(whole_number(1)), default="", metavar="REGEX=N,…",
-        help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank")
+    add(
+        "--ranks",
+        type=by_pattern(whole_number(1)),
+        default="",
+        metavar="REGEX=N,…",
+        help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank",
+    )
     add("--alphas", type=by_pattern(number()), default="", metavar="REGEX=X,…", help="likewise")
     add("--dropout", type=number(0, 1), default=0.0, help="of the adapter's input, in training")
     add("--adalora-initial", type=number(), default=1.5, help="ranks at the start, over those at the end")
     add("--adalora-warmup", type=number(0, 1), default=0.1, help="share of the steps before the budget falls")
-    add("--adalora-final", type=number(0, 1), default=0.3, help="share of the steps at the end, in which the choice is fixed")
+    add(
+        "--adalora-final",
+        type=number(0, 1),
+        default=0.3,
+        help="share of the steps at the end, in which the choice is fixed",
+    )
     add("--adalora-every", type=whole_number(1), default=10, help="steps from one choice to the next")
-    add("--adalora-orthogonality", type=number(0), default=0.1, help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss")
+    add(
+        "--adalora-orthogonality",
+        type=number(0),
+        default=0.1,
+        help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss",
+    )
     add("--adalora-per-parameter", action="store_true", help="the budget counts parameters, not triplets")
     # on which model
-    add("--layer-map", type=layer_map_flag, default="",
-        help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them")
-    add("--second-tag", type=optional_tag, default="", metavar="TAG",
-        help="the run whose newest checkpoint is B in such a map")
+    add(
+        "--layer-map",
+        type=layer_map_flag,
+        default="",
+        help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them",
+    )
+    add(
+        "--second-tag",
+        type=optional_tag,
+        default="",
+        metavar="TAG",
+        help="the run whose newest checkpoint is B in such a map",
+    )
     tying = parser.add_mutually_exclusive_group()
-    tying.add_argument("--tied", dest="tied", action="store_true", default=True,
-                       help="positions of one layer share its weights; each has an adapter of its own")
+    tying.add_argument(
+        "--tied",
+        dest="tied",
+        action="store_true",
+        default=True,
+        help="positions of one layer share its weights; each has an adapter of its own",
+    )
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
     # how
-    add("--lr", type=number(0, off=-1), default=-1,
+    add(
+        "--lr",
+        type=number(0, off=-1),
+        default=-1,
         help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
-        + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()))
+        + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()),
+    )
     add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
     add_horizon_flags(add)
     add_schedule_flags(add)
@@ -111,12 +175,18 @@ def parse(argv=None):
     if args.adapter != "none":
         adapter_config(args)
     if args.adalora_warmup + args.adalora_final >= 1:
-        raise InputError(f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together have to be below 1, "
-                         "so that the budget can fall in between")
+        raise InputError(
+            f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together have to be below 1, "
+            "so that the budget can fall in between"
+        )
     if of_two(args.layer_map) and not args.second_tag:
-        raise InputError(f"--layer-map {args.layer_map}: takes layers of a second run; name it with --second-tag")
+        raise InputError(
+            f"--layer-map {args.layer_map}: takes layers of a second run; name it with --second-tag"
+        )
     if args.second_tag and not of_two(args.layer_map):
-        raise InputError(f"--second-tag {args.second_tag}: no map takes its layers; give --layer-map with B:0, B:1, …, or goliath")
+        raise InputError(
+            f"--second-tag {args.second_tag}: no map takes its layers; give --layer-map with B:0, B:1, …, or goliath"
+        )
     if args.second_tag and args.tied:
         raise InputError(f"--layer-map {args.layer_map}: layers of two runs are copied; give --copied")
     if args.lr < 0:
@@ -125,33 +195,51 @@ def parse(argv=None):
 
 
 def adapter_config(args) -> AdapterConfig:
-    return AdapterConfig(args.adapter, args.targets, args.rank, args.alpha, args.dropout, args.rslora, patterns(args.ranks, int),
-                         patterns(args.alphas, float), args.adalora_initial, args.seed)
+    return AdapterConfig(
+        args.adapter,
+        args.targets,
+        args.rank,
+        args.alpha,
+        args.dropout,
+        args.rslora,
+        patterns(args.ranks, int),
+        patterns(args.alphas, float),
+        args.adalora_initial,
+        args.seed,
+    )
 
 
 # ---- the base -------------------------------------------------------------------------------------------------------
+
 
 def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, GPTConfig]:
     """(run, {"tag", "step", "sha256"} of its checkpoint, its config). InputError unless it is there, finished and a model of its own."""
     folder = run_folder(flag, base)
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
-        raise InputError(f"{flag} {base}: is not finished; "
-                         f"continue it with scripts.base_train … {shell_command('--model-tag', base)} "
-                         "--resume auto")
+        raise InputError(
+            f"{flag} {base}: is not finished; "
+            f"continue it with scripts.base_train … {shell_command('--model-tag', base)} "
+            "--resume auto"
+        )
     step = step_or_newest(folder, step, flag)
     if not step_folder(folder, step).is_dir():
         raise InputError(f"{flag} {base}: no checkpoint of step {step}")
     meta = read_meta(folder, step)
     if "adapter" in meta:
-        command = shell_command("python", "-m", "scripts.materialize", "--model-tag", base,
-                                "--out-tag", f"{base}_merged")
-        raise InputError(f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
-                         f"make a plain model of it first: {command}")
+        command = shell_command(
+            "python", "-m", "scripts.materialize", "--model-tag", base, "--out-tag", f"{base}_merged"
+        )
+        raise InputError(
+            f"{flag} {base}: is an adapter on {meta['adapter']['origin']['bases'][0]['tag']}; "
+            f"make a plain model of it first: {command}"
+        )
     if "subspace" in meta:
-        raise InputError(f"{flag} {base}: its matrices are made of a few numbers (--subspace "
-                         f"{meta['subspace']['kind']}), there is nothing beside which an adapter could "
-                         "stand; give a run trained without --subspace")
+        raise InputError(
+            f"{flag} {base}: its matrices are made of a few numbers (--subspace "
+            f"{meta['subspace']['kind']}), there is nothing beside which an adapter could "
+            "stand; give a run trained without --subspace"
+        )
     with fitting_together(step_folder(folder, step)):
         config = GPTConfig(**meta["model"])
     return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, config
@@ -159,8 +247,10 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
 
 def check_map(args, layers: tuple[int, ...], depth: int):
     if args.adapter == "none" and args.tied and layers and (left_out := set(range(depth)) - set(layers)):
-        raise InputError(f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the model and never learn; "
-                         "give --copied")
+        raise InputError(
+            f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the model and never learn; "
+            "give --copied"
+        )
 
 
 def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
@@ -178,7 +268,14 @@ def budget_over(args, model: GPT, steps: int) -> Allocator | None:
     if args.adapter != "adalora":
         return None
     warmup, final = round(args.adalora_warmup * steps), round(args.adalora_final * steps)
-    return Allocator(adapters_of(model, ADAPTER), steps, warmup, final, args.adalora_every, per_parameter=args.adalora_per_parameter)
+    return Allocator(
+        adapters_of(model, ADAPTER),
+        steps,
+        warmup,
+        final,
+        args.adalora_every,
+        per_parameter=args.adalora_per_parameter,
+    )
 
 
 def rates(args, steps: int) -> dict:
@@ -191,10 +288,12 @@ def rates(args, steps: int) -> dict:
 
 class WholeModel(Learner):
     """Every parameter of a finished model."""
+
     starting = True
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
+
 
 def main(argv=None):
     args = parse(argv)
@@ -230,8 +329,14 @@ def main(argv=None):
     costs = account(shape)
     if args.adapter != "none":
         costs["params/stored_bits"] = 32 * costs["params/trained"]
-    print0(f"base: {args.model_tag}, step {args.step}; adapter: {args.adapter}" + (f", {costs['params/trained']:,} numbers beside "
-           f"{len(adapters_of(shape, ADAPTER))} matrices" if args.adapter != "none" else ", all of the model is trained"))
+    print0(
+        f"base: {args.model_tag}, step {args.step}; adapter: {args.adapter}"
+        + (
+            f", {costs['params/trained']:,} numbers beside {len(adapters_of(shape, ADAPTER))} matrices"
+            if args.adapter != "none"
+            else ", all of the model is trained"
+        )
+    )
     if args.dry_run:
         return print_plan(shape.config, plan, costs, args)
 
@@ -242,12 +347,33 @@ def main(argv=None):
         return corpus
 
     def build(device) -> Learner:
-        model = put_together(args, layers, *load_bases(metrics.runs_dir(), origin["bases"], device, recompute=args.recompute))
+        model = put_together(
+            args, layers, *load_bases(metrics.runs_dir(), origin["bases"], device, recompute=args.recompute)
+        )
         if args.adapter == "none":
             return WholeModel(model, rates(args, plan["num_iterations"]))
-        return AdapterLearner(model, origin, args.lr, args.weight_decay, budget_over(args, model, plan["num_iterations"]), args.adalora_orthogonality)
-    run(args, args.run_tag, shape.config, plan, costs, tokenizer, (None, dict(START)), build,
-        tag_flag="--run-tag", open_text=open_text, origin=origin)
+        return AdapterLearner(
+            model,
+            origin,
+            args.lr,
+            args.weight_decay,
+            budget_over(args, model, plan["num_iterations"]),
+            args.adalora_orthogonality,
+        )
+
+    run(
+        args,
+        args.run_tag,
+        shape.config,
+        plan,
+        costs,
+        tokenizer,
+        (None, dict(START)),
+        build,
+        tag_flag="--run-tag",
+        open_text=open_text,
+        origin=origin,
+    )
 
 
 if __name__ == "__main__":

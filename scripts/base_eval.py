@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --model-tag d20 --eval core,bpb,sample
 Writes runs/<model-tag>/eval_<step>.json (bpb, sample) and core_<step>.json (core), and prints them. The same evaluation again: only printed.
 """
+
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
@@ -28,7 +29,11 @@ from nanochat.run_files import step_folder
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
 from nanochat.shared_text import confirm_caches
 
-PARTS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # what --eval may ask for: the key by which its result is known
+PARTS = {
+    "core": "core_metric",
+    "bpb": "val/bpb",
+    "sample": "sample",
+}  # what --eval may ask for: the key by which its result is known
 
 
 def parts(text: str) -> list[str]:
@@ -50,15 +55,25 @@ def store(path, results: dict) -> list[str]:
 def main(argv=None):
     parser = common.ArgumentParser("Evaluate a trained model.")
     parser.add_argument("--model-tag", type=tag, required=True, help="the run")
-    parser.add_argument("--step", type=whole_number(0, off=-1), default=-1,
-                        help="checkpoint; -1 = the newest")
+    parser.add_argument(
+        "--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest"
+    )
     parser.add_argument("--eval", type=parts, default="bpb,sample", help="one or more of core,bpb,sample")
-    parser.add_argument("--data", default="",
-                        help="text to evaluate on, or where that of the run is now; '' = that of the run")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="text to evaluate on, or where that of the run is now; '' = that of the run",
+    )
     parser.add_argument("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
-    parser.add_argument("--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once")
-    parser.add_argument("--max-per-task", type=whole_number(1, off=-1), default=-1,
-                        help="examples asked in each task of CORE; -1 = all")
+    parser.add_argument(
+        "--core-dir", default="", help="folder of the evaluation bundle of CORE; '' = downloaded once"
+    )
+    parser.add_argument(
+        "--max-per-task",
+        type=whole_number(1, off=-1),
+        default=-1,
+        help="examples asked in each task of CORE; -1 = all",
+    )
     parser.add_argument("--device-batch-size", type=whole_number(1), default=32)
     common.device_flags(parser.add_argument, "of the computation; weights are float32")
     args = parser.parse_args(argv)
@@ -98,7 +113,10 @@ def main(argv=None):
         results |= on_text(missing, model, tokenizer, corpus, args, place, dtype)
         unwritten += store(out, results) if rank == 0 else []
     if core_missing:
-        core_results |= {"bundle_sha256": bundle.sha256, **with_intervals(evaluate_core(model, bundle, asked, dtype, args.device_batch_size * T))}
+        core_results |= {
+            "bundle_sha256": bundle.sha256,
+            **with_intervals(evaluate_core(model, bundle, asked, dtype, args.device_batch_size * T)),
+        }
         unwritten += store(core_out, core_results) if rank == 0 else []
 
     if world_size > 1:
@@ -150,8 +168,19 @@ def on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) ->
         if not count:
             raise InputError(f"--data or --eval-tokens: less than one row of {T} {split} tokens")
         if "bpb" in missing:
-            values = evaluate(model, rows, count, tokenizer.token_bytes(), args.device_batch_size, place[0], dtype, *place[1:])
-            results |= {f"{split}/{key.split('/')[1]}": value for key, value in values.items()} | {f"{split}/tokens": count * T}
+            values = evaluate(
+                model,
+                rows,
+                count,
+                tokenizer.token_bytes(),
+                args.device_batch_size,
+                place[0],
+                dtype,
+                *place[1:],
+            )
+            results |= {f"{split}/{key.split('/')[1]}": value for key, value in values.items()} | {
+                f"{split}/tokens": count * T
+            }
     if "sample" in missing and place[1] == 0:
         results["sample"] = sample_texts(model, tokenizer, rows, dtype)
     return results
@@ -161,8 +190,10 @@ def show(results: dict, asked: list[str]):
     print0(f"{results['settings']['model_tag']}, step {results['settings']['step']}")
     if "bpb" in asked:
         for split in ("train", "val"):
-            print0(f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
-                   f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}")
+            print0(
+                f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
+                f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}"
+            )
     if "sample" in asked:
         print0("\n".join(f"sample: {text!r}" for text in results.get("sample", ())))
 
@@ -171,9 +202,13 @@ def show_core(results: dict):
     print0(f"{'CORE task':36}{'examples':>9}{'accuracy':>10}{'centered':>10}   95% interval")
     for label, task in results["tasks"].items():
         low, high = task["centered_interval"]
-        print0(f"{label:36}{task['examples']:9,}{task['accuracy']:10.4f}{task['centered']:10.4f}   {low:.4f} to {high:.4f}")
+        print0(
+            f"{label:36}{task['examples']:9,}{task['accuracy']:10.4f}{task['centered']:10.4f}   {low:.4f} to {high:.4f}"
+        )
     low, high = results["core_metric_interval"]
-    print0(f"{'CORE':36}{sum(t['examples'] for t in results['tasks'].values()):9,}{'':10}{results['core_metric']:10.4f}   {low:.4f} to {high:.4f}")
+    print0(
+        f"{'CORE':36}{sum(t['examples'] for t in results['tasks'].values()):9,}{'':10}{results['core_metric']:10.4f}   {low:.4f} to {high:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ r"""Pretrain a GPT, full rank or low rank.
 One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
 checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 """
+
 from dataclasses import asdict
 
 import torch
@@ -17,8 +18,17 @@ from nanochat.common import InputError, print0
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.gpt import GPT
 from nanochat.naming import check_tag, shell_command
-from nanochat.plan import (check_memory, default_tag, parse_flags, print_frontier, print_plan, solve_budget,
-                           starting_point, take_device_batch, training_plan)
+from nanochat.plan import (
+    check_memory,
+    default_tag,
+    parse_flags,
+    print_frontier,
+    print_plan,
+    solve_budget,
+    starting_point,
+    take_device_batch,
+    training_plan,
+)
 from nanochat.rank import account, predict_peak
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.training import START, Learner, check_resume, run
@@ -39,16 +49,24 @@ def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
     folder, step = starting_point(args.init_from)
     state, theirs = load_checkpoint(folder, step)
     if "adapter" in theirs:
-        raise InputError(f"--init-from {args.init_from}: is an adapter; make a plain model of it with "
-                         f"scripts.materialize {shell_command('--model-tag', folder.name)} --out-tag NEW, "
-                         "and begin with that")
+        raise InputError(
+            f"--init-from {args.init_from}: is an adapter; make a plain model of it with "
+            f"scripts.materialize {shell_command('--model-tag', folder.name)} --out-tag NEW, "
+            "and begin with that"
+        )
     if tokenizer and tokenizer.hash != theirs.get("tokenizer_hash"):
-        raise InputError(f"--init-from {args.init_from}: learned with tokenizer "
-                         f"{theirs.get('tokenizer_hash')}, {tokenizer_file(args)} is {tokenizer.hash}; "
-                         f"put {folder / 'tokenizer.json'} in its place")
+        raise InputError(
+            f"--init-from {args.init_from}: learned with tokenizer "
+            f"{theirs.get('tokenizer_hash')}, {tokenizer_file(args)} is {tokenizer.hash}; "
+            f"put {folder / 'tokenizer.json'} in its place"
+        )
     if "subspace" in theirs:
-        raise InputError(f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it")
-    return {"model": state["model"]}, meta | {"source": {"tag": folder.name, "step": step, "sha256": theirs["sha256"]}}
+        raise InputError(
+            f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it"
+        )
+    return {"model": state["model"]}, meta | {
+        "source": {"tag": folder.name, "step": step, "sha256": theirs["sha256"]}
+    }
 
 
 class SubspaceLearner(Learner):
@@ -71,9 +89,11 @@ def main(argv=None):
         print0("no tokenizer yet: counting with --vocab-size 32768")
     tokenizer = None if counting and args.vocab_size > 0 else load_tokenizer(file)
     if tokenizer and args.vocab_size > 0 and args.vocab_size != tokenizer.vocab_size:
-        raise InputError(f"--vocab-size {args.vocab_size}: {file} has {tokenizer.vocab_size}; "
-                         f"train another with: python -m scripts.tok_train --vocab-size {args.vocab_size} "
-                         "--tokenizer-tag NAME, and give its --tokenizer-tag")
+        raise InputError(
+            f"--vocab-size {args.vocab_size}: {file} has {tokenizer.vocab_size}; "
+            f"train another with: python -m scripts.tok_train --vocab-size {args.vocab_size} "
+            "--tokenizer-tag NAME, and give its --tokenizer-tag"
+        )
     vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
     device_type = common.pick_device_type(args.device_type)
     dtype = common.compute_dtype(args.dtype, device_type, training=True)
@@ -88,8 +108,12 @@ def main(argv=None):
     start = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     take_device_batch(args, plan, world_size)
-    accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1)
-    derived = ({"source": start[1]["source"]} if args.init_from else {}) | ({"subspace": asdict(within)} if within else {})
+    accounting = account(config) | predict_peak(
+        config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1
+    )
+    derived = ({"source": start[1]["source"]} if args.init_from else {}) | (
+        {"subspace": asdict(within)} if within else {}
+    )
     if within:
         accounting = subspace.costs(within, config, accounting)
         subspace.check_memory(within, config, dtype.itemsize, device_type)
@@ -104,12 +128,20 @@ def main(argv=None):
         with torch.device(device):
             model = GPT(config)
             model.init_weights()
-        rates = dict(embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=plan["matrix_lr"],
-                     scalar_lr=args.scalar_lr, weight_decay=args.weight_decay)
+        rates = dict(
+            embedding_lr=args.embedding_lr,
+            unembedding_lr=args.unembedding_lr,
+            matrix_lr=plan["matrix_lr"],
+            scalar_lr=args.scalar_lr,
+            weight_decay=args.weight_decay,
+        )
         if not within:
             return Learner(model, rates)
         subspace.attach(model, within)
-        return SubspaceLearner(model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)})
+        return SubspaceLearner(
+            model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)}
+        )
+
     run(args, tag, config, plan, accounting, tokenizer, start, build, **derived)
 
 

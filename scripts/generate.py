@@ -5,6 +5,7 @@
 
 Text goes to stdout as it comes, all else to stderr. It ends at --max-tokens or where the model ends its document.
 """
+
 import codecs
 import contextlib
 import sys
@@ -31,8 +32,10 @@ def newest_finished_run() -> str:
             if saved_steps(config.parent) and read_summary(config.parent)["status"] == "finished":
                 finished.append((last_change(config.parent), config.parent.name))
     if not finished:
-        raise InputError(f"{metrics.runs_dir()}: no finished run with a checkpoint; "
-                         "train one with scripts.base_train, or name a run with --model-tag")
+        raise InputError(
+            f"{metrics.runs_dir()}: no finished run with a checkpoint; "
+            "train one with scripts.base_train, or name a run with --model-tag"
+        )
     return max(finished)[1]
 
 
@@ -70,12 +73,24 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
     context = model.config.sequence_len
     kept = what_fits(tokens, context)
     if len(kept) < len(tokens):
-        say(f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: the model reads its last {len(kept) - 1}")
+        say(
+            f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: the model reads its last {len(kept) - 1}"
+        )
     texts, count = [Text(tokenizer) for _ in range(args.num_samples)], 0
     print(prompt, end="", flush=True)
     started = first = time.perf_counter()
-    for step in generate(model, [tokens], args.max_tokens, args.num_samples, args.temperature, args.top_k, args.top_p, args.seed,
-                         stop=(tokenizer.bos_id,), dtype=dtype):
+    for step in generate(
+        model,
+        [tokens],
+        args.max_tokens,
+        args.num_samples,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        stop=(tokenizer.bos_id,),
+        dtype=dtype,
+    ):
         first = first if count else time.perf_counter()
         new = [text.add(token) if token is not None else "" for text, token in zip(texts, step)]
         print(new[0], end="", flush=True)
@@ -85,21 +100,38 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
     for text in texts[1:]:
         text.add(None)
         print(f"\n{prompt}{text.text}", flush=True)
-    say(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; "
-            f"{1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}")
+    say(
+        f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; "
+        f"{1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}"
+    )
 
 
 def main(argv=None):
     parser = common.ArgumentParser("Continue a text with a trained model.")
     add = parser.add_argument
-    add("-p", "--prompt", default=None, help="text to continue; without it, one prompt a line from standard input, until an empty one")
+    add(
+        "-p",
+        "--prompt",
+        default=None,
+        help="text to continue; without it, one prompt a line from standard input, until an empty one",
+    )
     add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest that is finished")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--num-samples", type=whole_number(1, 2**16), default=1, help="continuations of a prompt")
-    add("--max-tokens", type=whole_number(1), default=256, help="the longest continuation; beyond the context the model rereads the last half of it")
+    add(
+        "--max-tokens",
+        type=whole_number(1),
+        default=256,
+        help="the longest continuation; beyond the context the model rereads the last half of it",
+    )
     add("--temperature", type=number(0), default=0.8, help="0 = always the likeliest token")
     add("--top-k", type=whole_number(0), default=0, help="draw from the k likeliest tokens; 0 = from all")
-    add("--top-p", type=number(0, 1), default=1.0, help="draw from the likeliest tokens that together have this probability")
+    add(
+        "--top-p",
+        type=number(0, 1),
+        default=1.0,
+        help="draw from the likeliest tokens that together have this probability",
+    )
     add("--seed", type=whole_number(0), default=0)
     common.device_flags(add, "of the computation; weights are float32")
     args = parser.parse_args(argv)
@@ -117,8 +149,9 @@ def main(argv=None):
     if args.prompt is not None:
         return continue_prompt(model, tokenizer, args.prompt, args, dtype)
     if sys.stdin is None:
-        raise InputError("-p: no prompt, and standard input is closed; "
-                         "give a prompt, or one a line on standard input")
+        raise InputError(
+            "-p: no prompt, and standard input is closed; give a prompt, or one a line on standard input"
+        )
     if sys.stdin.isatty():
         say("a line to continue, an empty one to end:")
     while (line := sys.stdin.readline()).strip():

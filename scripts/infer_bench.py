@@ -12,6 +12,7 @@ that prefill and a step hold at one time, the cache included.
 In each repeat every form takes its turn, each first in turn. Ratios to dense are taken within a repeat, and are medians with
 quartiles: they hold on a machine that does other work too, milliseconds do not.
 """
+
 import itertools
 import json
 from argparse import Namespace
@@ -42,6 +43,7 @@ SAMPLE_SECONDS = 0.05
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
+
 def random_model(config: GPTConfig, device) -> GPT:
     """Weights of random numbers: their values do not change the time, and orthogonal ones would take long to make."""
     with torch.device(device):
@@ -71,8 +73,13 @@ def passes_of(model: GPT, batch: int, prompt_tokens: int, dtype) -> dict:
     def step():
         cache.length = prompt_tokens  # always the same one
         return sample(next_logits(model, first, dtype, cache), 0, 0, 1, None).tolist()
+
     idx = torch.tensor(prompts, device=first.device)
-    return {"prefill": lambda: read(model, prompts, dtype)[0], "step": step, "forward": lambda: model(idx, compute_dtype=dtype)}
+    return {
+        "prefill": lambda: read(model, prompts, dtype)[0],
+        "step": step,
+        "forward": lambda: model(idx, compute_dtype=dtype),
+    }
 
 
 def read(model: GPT, prompts, dtype):
@@ -86,37 +93,64 @@ def peak_bytes(function, device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     return max(itertools.accumulate((e.nbytes() for e in events)), default=0)
 
 
 def cache_bytes(config: GPTConfig, rows: int, positions: int, dtype) -> int:
-    return 2 * len(config.positions) * rows * positions * config.n_kv_head * (config.n_embd // config.n_head) * dtype.itemsize
+    return (
+        2
+        * len(config.positions)
+        * rows
+        * positions
+        * config.n_kv_head
+        * (config.n_embd // config.n_head)
+        * dtype.itemsize
+    )
 
 
 def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, dtype, device, repeats: int) -> dict:
     """All about one batch size: {"batch", "forms": {form: times, ratios to dense, bytes}}."""
-    seconds = take_turns({name: passes_of(form, batch, prompt_tokens, dtype) for name, form in forms.items()}, repeats, device, SAMPLE_SECONDS)
+    seconds = take_turns(
+        {name: passes_of(form, batch, prompt_tokens, dtype) for name, form in forms.items()},
+        repeats,
+        device,
+        SAMPLE_SECONDS,
+    )
     case = {"batch": batch, "forms": {}}
     for name, form in forms.items():
-        times, dense = ({key: np.array(values) for key, values in seconds[which].items()} for which in (name, "dense"))
+        times, dense = (
+            {key: np.array(values) for key, values in seconds[which].items()} for which in (name, "dense")
+        )
 
         def once():
             logits, cache = read(form, [[0] * prompt_tokens] * batch, dtype)
             next_logits(form, sample(logits, 0, 0, 1, None)[:, None], dtype, cache)
+
         weights = bytes_of(form.parameters())
         case["forms"][name] = {
-            "prefill seconds": spread(times["prefill"]), "step seconds": spread(times["step"]), "tokens/s": spread(batch / times["step"]),
-            "prefill time / dense": spread(times["prefill"] / dense["prefill"]), "tokens/s / dense": spread(dense["step"] / times["step"]),
+            "prefill seconds": spread(times["prefill"]),
+            "step seconds": spread(times["step"]),
+            "tokens/s": spread(batch / times["step"]),
+            "prefill time / dense": spread(times["prefill"] / dense["prefill"]),
+            "tokens/s / dense": spread(dense["step"] / times["step"]),
             "forward / step": spread(times["forward"] / times["step"]),
-            "cache_bytes": cache_bytes(form.config, batch, prompt_tokens + 1, dtype), "peak_bytes": weights + peak_bytes(once, device),
-            "seconds by repeat": seconds[name]}
+            "cache_bytes": cache_bytes(form.config, batch, prompt_tokens + 1, dtype),
+            "peak_bytes": weights + peak_bytes(once, device),
+            "seconds by repeat": seconds[name],
+        }
     return case
 
 
 # ---- what follows from it -------------------------------------------------------------------------------------------
+
 
 def verdict(ratio: dict, what: str) -> str:
     """ratio: spread of factored over dense, above 1 where factored is faster. A difference counts where both quartiles show it."""
@@ -136,31 +170,91 @@ def verdicts(case: dict) -> str:
 
 
 def sizes(forms: dict[str, GPT], dtype) -> dict:
-    return {name: {"parameters": sum(p.numel() for p in form.parameters()), "weights_bytes": bytes_of(form.parameters()),
-                   "blocks_bytes": bytes_of(form.blocks.parameters()),
-                   "cache_bytes_of_a_full_context": cache_bytes(form.config, 1, form.config.sequence_len, dtype)} for name, form in forms.items()}
+    return {
+        name: {
+            "parameters": sum(p.numel() for p in form.parameters()),
+            "weights_bytes": bytes_of(form.parameters()),
+            "blocks_bytes": bytes_of(form.blocks.parameters()),
+            "cache_bytes_of_a_full_context": cache_bytes(form.config, 1, form.config.sequence_len, dtype),
+        }
+        for name, form in forms.items()
+    }
 
 
 def tables(result: dict) -> list[tuple]:
     """Blocks of nanochat/page.py: weights, which is faster, then a line for each batch size and form."""
     MiB = lambda n: digits(n / 2**20)
     dense = result["forms"]["dense"]
-    weights = [[name, f"{form['parameters']:,}", MiB(form["weights_bytes"]), MiB(form["blocks_bytes"]),
-                f"{form['weights_bytes'] / dense['weights_bytes']:.2f}", f"{form['blocks_bytes'] / dense['blocks_bytes']:.2f}",
-                MiB(form["cache_bytes_of_a_full_context"])] for name, form in result["forms"].items()]
-    rows = [[str(case["batch"]), name, digits(1e3 * f["prefill seconds"]["median"]), with_quartiles(f["prefill time / dense"]),
-             digits(1e3 * f["step seconds"]["median"]), digits(f["tokens/s"]["median"]), with_quartiles(f["tokens/s / dense"]),
-             with_quartiles(f["forward / step"]), MiB(f["cache_bytes"]), MiB(f["peak_bytes"])]
-            for case in result["cases"] for name, f in case["forms"].items()]
+    weights = [
+        [
+            name,
+            f"{form['parameters']:,}",
+            MiB(form["weights_bytes"]),
+            MiB(form["blocks_bytes"]),
+            f"{form['weights_bytes'] / dense['weights_bytes']:.2f}",
+            f"{form['blocks_bytes'] / dense['blocks_bytes']:.2f}",
+            MiB(form["cache_bytes_of_a_full_context"]),
+        ]
+        for name, form in result["forms"].items()
+    ]
+    rows = [
+        [
+            str(case["batch"]),
+            name,
+            digits(1e3 * f["prefill seconds"]["median"]),
+            with_quartiles(f["prefill time / dense"]),
+            digits(1e3 * f["step seconds"]["median"]),
+            digits(f["tokens/s"]["median"]),
+            with_quartiles(f["tokens/s / dense"]),
+            with_quartiles(f["forward / step"]),
+            MiB(f["cache_bytes"]),
+            MiB(f["peak_bytes"]),
+        ]
+        for case in result["cases"]
+        for name, f in case["forms"].items()
+    ]
     said = [("paragraph", verdicts(case)) for case in result["cases"] if "factored" in case["forms"]]
-    return [("subheading", "Weights"),
-            ("table", ["form", "parameters", "MiB", "in the blocks, MiB", "/ dense", "blocks / dense",
-                       "cache of one full context, MiB"], weights, "numbers"),
-            ("subheading", "Which is faster"), *(said or [("paragraph", "The model has no low-rank layer: there is nothing to compare.")]),
-            ("subheading", "Time and memory"),
-            ("paragraph", "Forward over step: how many times as long a token takes if what was computed for the prompt is not kept."),
-            ("table", ["batch", "form", "prefill, ms", "prefill / dense (quartiles)", "step, ms", "tokens/s", "tokens/s / dense (quartiles)",
-                       "forward / step (quartiles)", "cache, MiB", "peak, MiB"], rows, "numbers")]
+    return [
+        ("subheading", "Weights"),
+        (
+            "table",
+            [
+                "form",
+                "parameters",
+                "MiB",
+                "in the blocks, MiB",
+                "/ dense",
+                "blocks / dense",
+                "cache of one full context, MiB",
+            ],
+            weights,
+            "numbers",
+        ),
+        ("subheading", "Which is faster"),
+        *(said or [("paragraph", "The model has no low-rank layer: there is nothing to compare.")]),
+        ("subheading", "Time and memory"),
+        (
+            "paragraph",
+            "Forward over step: how many times as long a token takes if what was computed for the prompt is not kept.",
+        ),
+        (
+            "table",
+            [
+                "batch",
+                "form",
+                "prefill, ms",
+                "prefill / dense (quartiles)",
+                "step, ms",
+                "tokens/s",
+                "tokens/s / dense (quartiles)",
+                "forward / step (quartiles)",
+                "cache, MiB",
+                "peak, MiB",
+            ],
+            rows,
+            "numbers",
+        ),
+    ]
 
 
 def draw(result: dict):
@@ -169,12 +263,26 @@ def draw(result: dict):
     batches = [case["batch"] for case in cases]
     fig = new_figure(13, 4.2)
     speed, latency, memory = fig.subplots(1, 3)
-    for panel, key, scale, title in ((speed, "tokens/s", 1, "decoding: tokens/s of the batch"), (latency, "prefill seconds", 1e3, "prefill: ms")):
+    for panel, key, scale, title in (
+        (speed, "tokens/s", 1, "decoding: tokens/s of the batch"),
+        (latency, "prefill seconds", 1e3, "prefill: ms"),
+    ):
         for i, name in enumerate(names):
             found = [case["forms"][name][key] for case in cases]
-            errors = [[scale * (f["median"] - f["low"]) for f in found], [scale * (f["high"] - f["median"]) for f in found]]
-            panel.errorbar(batches, [scale * f["median"] for f in found], errors, **colour_and_marker(i),
-                           linewidth=1.5, markersize=5, elinewidth=1, label=name)
+            errors = [
+                [scale * (f["median"] - f["low"]) for f in found],
+                [scale * (f["high"] - f["median"]) for f in found],
+            ]
+            panel.errorbar(
+                batches,
+                [scale * f["median"] for f in found],
+                errors,
+                **colour_and_marker(i),
+                linewidth=1.5,
+                markersize=5,
+                elinewidth=1,
+                label=name,
+            )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -191,12 +299,17 @@ def draw(result: dict):
     for part, colour in parts:
         heights = []
         for batch, name in bars:
-            f, weights = next(case for case in cases if case["batch"] == batch)["forms"][name], result["forms"][name]["weights_bytes"]
+            f, weights = (
+                next(case for case in cases if case["batch"] == batch)["forms"][name],
+                result["forms"][name]["weights_bytes"],
+            )
             rest = max(0, f["peak_bytes"] - weights - f["cache_bytes"])
             heights.append({"weights": weights, "cache": f["cache_bytes"], "activations": rest}[part] / 2**20)
         memory.bar(range(len(bars)), heights, bottom=below, color=colour, label=part, width=0.75)
         below += heights
-    memory.set_xticks(range(len(bars)), [f"{name}, {batch}" for batch, name in bars], rotation=40, ha="right", fontsize=8.5)
+    memory.set_xticks(
+        range(len(bars)), [f"{name}, {batch}" for batch, name in bars], rotation=40, ha="right", fontsize=8.5
+    )
     memory.set_title("memory at the peak: MiB, by form and batch size", fontsize=10.5)
     memory.legend(frameon=False, fontsize=9.5)
     tidy(memory)
@@ -205,32 +318,78 @@ def draw(result: dict):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHAPE = {"depth": 8, "model_dim": 512, "head_dim": 64, "n_kv_head": -1, "mlp_ratio": 4.0, "vocab_size": 4096, "max_seq_len": 1024, "window_pattern": "SSSL",
-         "attn_rank": 0.25, "mlp_rank": 0.25, "lm_head_rank": 0, "rank_multiple": AUTOMATIC,
-         "factor_act": "none"}  # of a model with random weights
+SHAPE = {
+    "depth": 8,
+    "model_dim": 512,
+    "head_dim": 64,
+    "n_kv_head": -1,
+    "mlp_ratio": 4.0,
+    "vocab_size": 4096,
+    "max_seq_len": 1024,
+    "window_pattern": "SSSL",
+    "attn_rank": 0.25,
+    "mlp_rank": 0.25,
+    "lm_head_rank": 0,
+    "rank_multiple": AUTOMATIC,
+    "factor_act": "none",
+}  # of a model with random weights
 
 
 def build_parser():
     parser = ArgumentParser("Prefill, decoding and memory of a model's forms: dense, factored, materialised.")
     add = parser.add_argument
-    add("--model-tag", type=optional_tag, default="",
-        help="a run, for its checkpoint; '' = random weights of the shape below")
+    add(
+        "--model-tag",
+        type=optional_tag,
+        default="",
+        help="a run, for its checkpoint; '' = random weights of the shape below",
+    )
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    for flag, most in (("--depth", flags.DEEPEST), ("--model-dim", flags.WIDEST),
-                       ("--head-dim", flags.WIDEST), ("--max-seq-len", flags.LONGEST)):
-        add(flag, type=whole_number(1, most), default=None,
-            help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run")
-    add("--vocab-size", type=whole_number(2, flags.LONGEST), default=None,
-        help=f"{SHAPE['vocab_size']} without a run")
-    add("--n-kv-head", type=whole_number(1, off=-1), default=None,
-        help="key/value heads, a divisor of the heads; -1 = as many as heads")
-    add("--mlp-ratio", type=flags.number(above=0), default=None,
-        help="hidden width of the MLP / width; 4 without a run")
+    for flag, most in (
+        ("--depth", flags.DEEPEST),
+        ("--model-dim", flags.WIDEST),
+        ("--head-dim", flags.WIDEST),
+        ("--max-seq-len", flags.LONGEST),
+    ):
+        add(
+            flag,
+            type=whole_number(1, most),
+            default=None,
+            help=f"{SHAPE[flag[2:].replace('-', '_')]} without a run",
+        )
+    add(
+        "--vocab-size",
+        type=whole_number(2, flags.LONGEST),
+        default=None,
+        help=f"{SHAPE['vocab_size']} without a run",
+    )
+    add(
+        "--n-kv-head",
+        type=whole_number(1, off=-1),
+        default=None,
+        help="key/value heads, a divisor of the heads; -1 = as many as heads",
+    )
+    add(
+        "--mlp-ratio",
+        type=flags.number(above=0),
+        default=None,
+        help="hidden width of the MLP / width; 4 without a run",
+    )
     add("--window-pattern", default=None, help=f"{SHAPE['window_pattern']} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
-        add(flag, type=rank_flag, default=None, help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run")
+        add(
+            flag,
+            type=rank_flag,
+            default=None,
+            help=f"as of scripts.base_train; {SHAPE[flag[2:].replace('-', '_')]} without a run",
+        )
     add("--rank-multiple", type=rank_multiple_flag, default=None, help="as of scripts.base_train")
-    add("--factor-act", choices=["none", "silu"], default=None, help="between the factors; silu cannot be materialised")
+    add(
+        "--factor-act",
+        choices=["none", "silu"],
+        default=None,
+        help="between the factors; silu cannot be materialised",
+    )
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
     add("--repeats", type=whole_number(1), default=8, help="turns of each form")
@@ -249,7 +408,9 @@ def shape_of(args) -> GPTConfig:
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.model_tag and (given := [key for key in SHAPE if getattr(args, key) is not None]):
-        raise InputError(f"--{given[0].replace('_', '-')}: the run of --model-tag {args.model_tag} has its own; leave one of the two out")
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: the run of --model-tag {args.model_tag} has its own; leave one of the two out"
+        )
     if args.step >= 0 and not args.model_tag:
         raise InputError(f"--step {args.step}: of which run? name it with --model-tag")
     if args.out:
@@ -257,17 +418,27 @@ def main(argv=None):
     config = None if args.model_tag else shape_of(args)
     device = common.init_process(args.device_type, alone=True)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
-    model, step = (random_model(config, device), None) if config else open_model(args.model_tag, args.step, device)[::2]
+    model, step = (
+        (random_model(config, device), None) if config else open_model(args.model_tag, args.step, device)[::2]
+    )
     if args.prompt_tokens >= model.config.sequence_len:
-        raise InputError(f"--prompt-tokens {args.prompt_tokens}: leaves no room in the model's context of {model.config.sequence_len}; "
-                         f"give at most {model.config.sequence_len - 1}")
+        raise InputError(
+            f"--prompt-tokens {args.prompt_tokens}: leaves no room in the model's context of {model.config.sequence_len}; "
+            f"give at most {model.config.sequence_len - 1}"
+        )
 
-    machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "dtype": str(dtype).removeprefix("torch.")}
+    machine = {
+        "device": common.device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     what = f"run {args.model_tag}, step {step}" if args.model_tag else "random weights"
-    about = (f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; "
-             f"{what}: width {model.config.n_embd}, "
-             f"{model.config.n_layer} layers, vocabulary {model.config.vocab_size}; prompts of {args.prompt_tokens} tokens, {args.repeats} repeats")
+    about = (
+        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; "
+        f"{what}: width {model.config.n_embd}, "
+        f"{model.config.n_layer} layers, vocabulary {model.config.vocab_size}; prompts of {args.prompt_tokens} tokens, {args.repeats} repeats"
+    )
     print(about, flush=True)
     forms, cases = forms_of(model, dtype), []
     for batch in args.batch_sizes:
@@ -277,18 +448,34 @@ def main(argv=None):
         except RuntimeError as e:  # as torch says it of a GPU's memory and of a processor's
             if "memory" not in str(e):
                 raise
-            raise InputError(f"--batch-sizes {batch}: does not fit into memory; give smaller batches, or fewer --prompt-tokens") from None
+            raise InputError(
+                f"--batch-sizes {batch}: does not fit into memory; give smaller batches, or fewer --prompt-tokens"
+            ) from None
         print(f"measured batch size {batch}", flush=True)
 
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = {"machine": machine, "flags": flags, "model": asdict(model.config), "forms": sizes(forms, dtype), "cases": cases}
+    result = {
+        "machine": machine,
+        "flags": flags,
+        "model": asdict(model.config),
+        "forms": sizes(forms, dtype),
+        "cases": cases,
+    }
     blocks = tables(result)
     print("\n" + to_markdown(blocks))
     if args.out:
         write_atomic(args.out / "infer_bench.json", json.dumps(result, indent=1) + "\n")
         write_atomic(args.out / "infer_bench.png", png(draw(result)))
-        page = [("heading", "Inference bench"), ("paragraph", about),
-                ("figure", "infer_bench.png", "Speed over batch sizes, and memory at the peak; bars are quartiles"), *blocks]
+        page = [
+            ("heading", "Inference bench"),
+            ("paragraph", about),
+            (
+                "figure",
+                "infer_bench.png",
+                "Speed over batch sizes, and memory at the peak; bars are quartiles",
+            ),
+            *blocks,
+        ]
         write_atomic(args.out / "infer_bench.md", to_markdown(page))
         print(f"written: {args.out / 'infer_bench.md'}, .json, .png")
 

@@ -12,6 +12,7 @@ model saves by doing the first factors of q, k and v in one product, and what co
 In each repeat every variant of a layer takes its turn, each first in turn. Ratios to dense are taken within a repeat, and are
 medians with quartiles: they hold on a machine that does other work too, milliseconds do not.
 """
+
 import json
 import math
 import time
@@ -35,20 +36,30 @@ from nanochat.rank import on_meta
 from nanochat.whole_ranks import resolve_rank
 
 SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long: far more than the clock's grain and a kernel's launch
-COLD_BYTES = 2**27      # decoding: the copies of a layer hold this much together, more than most caches,
-MOST_COPIES = 64        # or are as many as the layers of a deep model
+COLD_BYTES = 2**27  # decoding: the copies of a layer hold this much together, more than most caches,
+MOST_COPIES = 64  # or are as many as the layers of a deep model
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
+
 
 def layer_shapes(config: GPTConfig) -> list[tuple[str, int, int]]:
     """(names, in, out) of the linear layers, those of one shape together; the lm_head, last, by itself."""
     model = on_meta(config)
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
     names = {}
-    for name, layer in (("q", attn.q), ("k", attn.k), ("v", attn.v), ("o", attn.o), ("MLP up", mlp.up), ("MLP down", mlp.down)):
+    for name, layer in (
+        ("q", attn.q),
+        ("k", attn.k),
+        ("v", attn.v),
+        ("o", attn.o),
+        ("MLP up", mlp.up),
+        ("MLP down", mlp.down),
+    ):
         names.setdefault((layer.in_features, layer.out_features), []).append(name)
-    return [(", ".join(group), *shape) for shape, group in names.items()] + [("lm_head", config.n_embd, config.vocab_size)]
+    return [(", ".join(group), *shape) for shape, group in names.items()] + [
+        ("lm_head", config.n_embd, config.vocab_size)
+    ]
 
 
 def make_layer(in_features: int, out_features: int, rank: int, device):
@@ -87,20 +98,29 @@ def training(in_features: int, out_features: int, rank: int, rows: int, dtype, d
     x = torch.randn(rows, in_features, device=device).to(dtype).requires_grad_()
     y = layer(x)
     grad, wanted = torch.randn_like(y), (x, *layer.parameters())
-    return {"layer": layer, "kept_bytes": kept_bytes(layer, x),
-            "passes": {"forward": lambda: layer(x), "backward": lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)}}
+    return {
+        "layer": layer,
+        "kept_bytes": kept_bytes(layer, x),
+        "passes": {
+            "forward": lambda: layer(x),
+            "backward": lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True),
+        },
+    }
 
 
 def decoding(in_features: int, out_features: int, rank: int, dtype, device) -> dict:
     """The same for the forward pass of one token, without a gradient."""
     layers = [make_layer(in_features, out_features, rank, device).requires_grad_(False)]
     copies = min(MOST_COPIES, math.ceil(COLD_BYTES / bytes_of(layers[0].parameters())))
-    layers += [make_layer(in_features, out_features, rank, device).requires_grad_(False) for _ in range(copies - 1)]
+    layers += [
+        make_layer(in_features, out_features, rank, device).requires_grad_(False) for _ in range(copies - 1)
+    ]
     x, turns = torch.randn(1, in_features, device=device).to(dtype), cycle(layers)
     return {"layer": layers[0], "kept_bytes": 0, "passes": {"forward": lambda: next(turns)(x)}}
 
 
 # ---- the clock ------------------------------------------------------------------------------------------------------
+
 
 def seconds_a_call(run: Callable, calls: int, device) -> float:
     if device.type == "cuda":
@@ -119,7 +139,9 @@ def take_turns(runs: dict, repeats: int, device, sample_seconds: float) -> dict:
     for variant, passes in runs.items():
         for name, run in passes.items():
             seconds_a_call(run, 2, device)  # the first may still choose its kernel
-            fastest = min(seconds_a_call(run, 1, device) for _ in range(3))  # an interrupted one would make every sample short
+            fastest = min(
+                seconds_a_call(run, 1, device) for _ in range(3)
+            )  # an interrupted one would make every sample short
             calls[variant, name] = max(1, math.ceil(sample_seconds / fastest))
     seconds = {variant: {name: [] for name in passes} for variant, passes in runs.items()}
     order = list(runs)
@@ -132,6 +154,7 @@ def take_turns(runs: dict, repeats: int, device, sample_seconds: float) -> dict:
 
 
 # ---- what follows from it -------------------------------------------------------------------------------------------
+
 
 def spread(values) -> dict:
     low, median, high = np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75)).tolist()
@@ -152,35 +175,76 @@ def break_even(ranks: list[int], ratios: list[float]) -> dict:
 
 def summary(subjects: dict, seconds: dict, flops_an_entry: int) -> list[dict]:
     """One entry a rank, dense (rank 0) first. seconds: of `take_turns`; "total" is the sum of the passes."""
-    seconds = {rank: passes | {"total": np.sum(list(passes.values()), axis=0).tolist()} for rank, passes in seconds.items()}
-    entries = {rank: sum(p.numel() for p in subject["layer"].parameters()) for rank, subject in subjects.items()}
+    seconds = {
+        rank: passes | {"total": np.sum(list(passes.values()), axis=0).tolist()}
+        for rank, passes in seconds.items()
+    }
+    entries = {
+        rank: sum(p.numel() for p in subject["layer"].parameters()) for rank, subject in subjects.items()
+    }
     found = []
     for rank, subject in subjects.items():
         ratio = {name: spread(np.divide(values, seconds[0][name])) for name, values in seconds[rank].items()}
         of_flops = entries[rank] / entries[0]
-        found.append({"rank": rank, "parameters": entries[rank], "weights_bytes": bytes_of(subject["layer"].parameters()),
-                      "kept_bytes": subject["kept_bytes"], "flops": flops_an_entry * entries[rank],
-                      "seconds": {name: spread(values) for name, values in seconds[rank].items()},
-                      "ratio": ratio | {"flops": of_flops, "total over flops": ratio["total"]["median"] / of_flops},
-                      "seconds by repeat": seconds[rank]})
+        found.append(
+            {
+                "rank": rank,
+                "parameters": entries[rank],
+                "weights_bytes": bytes_of(subject["layer"].parameters()),
+                "kept_bytes": subject["kept_bytes"],
+                "flops": flops_an_entry * entries[rank],
+                "seconds": {name: spread(values) for name, values in seconds[rank].items()},
+                "ratio": ratio | {"flops": of_flops, "total over flops": ratio["total"]["median"] / of_flops},
+                "seconds by repeat": seconds[rank],
+            }
+        )
     return found
 
 
-def measure(names: str, in_features: int, out_features: int, ranks: list[int], rows: int, decodes: bool, dtype, device, repeats: int) -> dict:
+def measure(
+    names: str,
+    in_features: int,
+    out_features: int,
+    ranks: list[int],
+    rows: int,
+    decodes: bool,
+    dtype,
+    device,
+    repeats: int,
+) -> dict:
     """All about the layers of one shape at one batch size."""
-    subjects = {rank: decoding(in_features, out_features, rank, dtype, device) if decodes else
-                training(in_features, out_features, rank, rows, dtype, device) for rank in (0, *ranks)}
-    seconds = take_turns({rank: subject["passes"] for rank, subject in subjects.items()}, repeats, device, SAMPLE_SECONDS)
+    subjects = {
+        rank: decoding(in_features, out_features, rank, dtype, device)
+        if decodes
+        else training(in_features, out_features, rank, rows, dtype, device)
+        for rank in (0, *ranks)
+    }
+    seconds = take_turns(
+        {rank: subject["passes"] for rank, subject in subjects.items()}, repeats, device, SAMPLE_SECONDS
+    )
     variants = summary(subjects, seconds, (2 if decodes else 6) * rows)
     ratios = [variant["ratio"]["total"] for variant in variants[1:]]
-    return {"layers": names, "in": in_features, "out": out_features, "mode": "decoding" if decodes else "training", "rows": rows,
-            "variants": variants,
-            "break-even rank": {**{key: break_even(ranks, [ratio[of] for ratio in ratios])  # a slower quartile breaks even sooner
-                                   for key, of in (("median", "median"), ("low", "high"), ("high", "low"))},
-                                "flops": in_features * out_features / (in_features + out_features)}}
+    return {
+        "layers": names,
+        "in": in_features,
+        "out": out_features,
+        "mode": "decoding" if decodes else "training",
+        "rows": rows,
+        "variants": variants,
+        "break-even rank": {
+            **{
+                key: break_even(
+                    ranks, [ratio[of] for ratio in ratios]
+                )  # a slower quartile breaks even sooner
+                for key, of in (("median", "median"), ("low", "high"), ("high", "low"))
+            },
+            "flops": in_features * out_features / (in_features + out_features),
+        },
+    }
 
 
 # ---- table and figure -----------------------------------------------------------------------------------------------
+
 
 def digits(value: float) -> str:
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
@@ -192,8 +256,10 @@ def with_quartiles(found: dict) -> str:
 
 def rank_in_words(found: dict) -> str:
     """'97 (90 to 105)', 'above 243', '230 (201 to above 243)'."""
+
     def one(bound):
         return {"=": "", "<": "below ", ">": "above "}[bound["is"]] + f"{bound['rank']:.0f}"
+
     low, middle, high = (one(found[key]) for key in ("low", "median", "high"))
     return middle if low == high else f"{middle} ({low} to {high})"
 
@@ -206,16 +272,22 @@ def cells(case: dict, v: dict) -> dict[str, str]:
     """{column: text} for one rank of one case."""
     seconds, ratio = v["seconds"], v["ratio"]
     pieces = f", {case['rows']:,} at once" if case["rows"] < case["tokens"] else ""
-    found = {"layer": f"{case['layers']} ({case['in']} → {case['out']}){pieces}",
-             "rank": str(v["rank"] or "dense"), "weights, MiB": digits(v["weights_bytes"] / 2**20)}
+    found = {
+        "layer": f"{case['layers']} ({case['in']} → {case['out']}){pieces}",
+        "rank": str(v["rank"] or "dense"),
+        "weights, MiB": digits(v["weights_bytes"] / 2**20),
+    }
     if case["mode"] == "training":
         found["kept for backward, MiB"] = digits(v["kept_bytes"] / 2**20)
     found["MFLOP"] = digits(v["flops"] / 1e6)
     found |= {f"{name}, ms": digits(1e3 * seconds[name]["median"]) for name in seconds if name != "total"}
     if len(seconds) > 2:  # more passes than the total
         found |= {f"{name} / dense": f"{ratio[name]['median']:.2f}" for name in seconds if name != "total"}
-    found |= {"time / dense (quartiles)": with_quartiles(ratio["total"]), "FLOPs / dense": f"{ratio['flops']:.2f}",
-              "time ratio / FLOP ratio": f"{ratio['total over flops']:.2f}"}
+    found |= {
+        "time / dense (quartiles)": with_quartiles(ratio["total"]),
+        "FLOPs / dense": f"{ratio['flops']:.2f}",
+        "time ratio / FLOP ratio": f"{ratio['total over flops']:.2f}",
+    }
     return found if v["rank"] else {column: "" if "/" in column else text for column, text in found.items()}
 
 
@@ -225,15 +297,30 @@ def tables(result: dict) -> list[tuple]:
     for case in result["cases"]:
         by_title.setdefault(title_of(case), []).append(case)
         by_layer.setdefault(case["layers"], []).append(case)
-    even = [[layer, f"{cases[0]['in']} → {cases[0]['out']}", *(rank_in_words(case["break-even rank"]) for case in cases),
-             f"{cases[0]['break-even rank']['flops']:.0f}"] for layer, cases in by_layer.items()]
-    blocks = [("subheading", "Break-even rank"),
-              ("paragraph", "Below it low rank takes less time than dense; interpolated between the ranks measured, in brackets for the "
-                            "quartiles of the time ratio. Above and below: outside of those ranks."),
-              ("table", ["layer", "in → out", *by_title, "by FLOPs"], even, "numbers")]
+    even = [
+        [
+            layer,
+            f"{cases[0]['in']} → {cases[0]['out']}",
+            *(rank_in_words(case["break-even rank"]) for case in cases),
+            f"{cases[0]['break-even rank']['flops']:.0f}",
+        ]
+        for layer, cases in by_layer.items()
+    ]
+    blocks = [
+        ("subheading", "Break-even rank"),
+        (
+            "paragraph",
+            "Below it low rank takes less time than dense; interpolated between the ranks measured, in brackets for the "
+            "quartiles of the time ratio. Above and below: outside of those ranks.",
+        ),
+        ("table", ["layer", "in → out", *by_title, "by FLOPs"], even, "numbers"),
+    ]
     for title, cases in by_title.items():
         rows = [cells(case, variant) for case in cases for variant in case["variants"]]
-        blocks += [("subheading", title[0].upper() + title[1:]), ("table", list(rows[0]), [list(row.values()) for row in rows], "numbers")]
+        blocks += [
+            ("subheading", title[0].upper() + title[1:]),
+            ("table", list(rows[0]), [list(row.values()) for row in rows], "numbers"),
+        ]
     return blocks
 
 
@@ -251,38 +338,64 @@ def draw(result: dict):
             i, low_rank = layers.index(case["layers"]), case["variants"][1:]
             ranks, ratios = [v["rank"] for v in low_rank], [v["ratio"]["total"] for v in low_rank]
             errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
-            panel.plot([0, *ranks], [0, *(v["ratio"]["flops"] for v in low_rank)], color=COLOURS[i % len(COLOURS)], linestyle=":", linewidth=1.3)
-            panel.errorbar(ranks, [r["median"] for r in ratios], errors, **colour_and_marker(i), linewidth=1.5, markersize=5, elinewidth=1,
-                           label=f"{case['layers']} ({case['in']} → {case['out']})")
+            panel.plot(
+                [0, *ranks],
+                [0, *(v["ratio"]["flops"] for v in low_rank)],
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=":",
+                linewidth=1.3,
+            )
+            panel.errorbar(
+                ranks,
+                [r["median"] for r in ratios],
+                errors,
+                **colour_and_marker(i),
+                linewidth=1.5,
+                markersize=5,
+                elinewidth=1,
+                label=f"{case['layers']} ({case['in']} → {case['out']})",
+            )
         panel.set_title(title, fontsize=10.5)
         tidy(panel)
     panels[0].set_xlim(left=0)  # of all panels; only now, since it ends the scaling to what is drawn
     panels[0].set_ylim(bottom=0)
-    for panel in panels[len(titles):]:
+    for panel in panels[len(titles) :]:
         panel.set_visible(False)
-    for panel in panels[:len(titles)]:
+    for panel in panels[: len(titles)]:
         panel.tick_params(labelbottom=True)
         panel.set_xlabel("rank")
     for panel in panels[::columns]:
         panel.set_ylabel("time, ratio to dense")
     handles, names = panels[0].get_legend_handles_labels()
     handles += panels[0].plot([], [], color="#666666", linestyle=":", linewidth=1.3)
-    fig.legend(handles, [*names, "dotted: ratio of FLOPs"], loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
+    fig.legend(
+        handles,
+        [*names, "dotted: ratio of FLOPs"],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9.5,
+    )
     return fig
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+
 def list_of(parse: Callable):
     """argparse type: values that `parse` takes, separated by commas, ascending and each once."""
+
     def parse_all(text):
         return sorted({parse(part.strip()) for part in text.split(",") if part.strip()}) or parse("")
+
     return parse_all
 
 
 def low_rank(text: str) -> float:
     if not (rank := rank_flag(text)):
-        raise ArgumentTypeError("0: full rank is measured anyway; give ranks from 1, or fractions between 0 and 1")
+        raise ArgumentTypeError(
+            "0: full rank is measured anyway; give ranks from 1, or fractions between 0 and 1"
+        )
     return rank
 
 
@@ -291,13 +404,26 @@ def build_parser():
     add = parser.add_argument
     add("--model-dim", type=whole_number(1, WIDEST), default=256, help="width")
     add("--head-dim", type=whole_number(1, WIDEST), default=64)
-    add("--n-kv-head", type=whole_number(1, off=-1), default=-1,
-        help="key/value heads, a divisor of the heads; -1 = as many as heads")
+    add(
+        "--n-kv-head",
+        type=whole_number(1, off=-1),
+        default=-1,
+        help="key/value heads, a divisor of the heads; -1 = as many as heads",
+    )
     add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
-    add("--ranks", type=list_of(low_rank), default="0.125,0.25,0.33,0.5,0.75,0.95",
-        help="whole numbers, or fractions of min(in, out) of each matrix")
+    add(
+        "--ranks",
+        type=list_of(low_rank),
+        default="0.125,0.25,0.33,0.5,0.75,0.95",
+        help="whole numbers, or fractions of min(in, out) of each matrix",
+    )
     add_rank_multiple(add)
-    add("--tokens", type=list_of(whole_number(1)), default="1024,4096", help="tokens in a batch; one token by itself is always measured")
+    add(
+        "--tokens",
+        type=list_of(whole_number(1)),
+        default="1024,4096",
+        help="tokens in a batch; one token by itself is always measured",
+    )
     common.device_flags(add, "of the activations; weights are float32")
     add("--repeats", type=whole_number(1), default=20, help="turns of each variant")
     add("--out", type=Path, default=None, metavar="DIR", help="folder for layer_bench.md, .json and .png")
@@ -311,7 +437,9 @@ def model_of(args) -> GPTConfig:
     kv_heads = args.n_kv_head if args.n_kv_head > 0 else heads
     if heads % kv_heads:
         raise InputError(f"--n-kv-head {kv_heads}: must divide the {heads} heads")
-    return GPTConfig(vocab_size=args.vocab_size, n_layer=1, n_head=heads, n_kv_head=kv_heads, n_embd=args.model_dim)
+    return GPTConfig(
+        vocab_size=args.vocab_size, n_layer=1, n_head=heads, n_kv_head=kv_heads, n_embd=args.model_dim
+    )
 
 
 def ranks_of(args, names: str, in_features: int, out_features: int) -> list[int]:
@@ -329,27 +457,44 @@ def main(argv=None):
         check_out("--out", args.out)
     device = common.init_process(args.device_type, alone=True)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
-    machine = {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "dtype": str(dtype).removeprefix("torch.")}
-    about = (f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; width {args.model_dim}, "
-             f"vocabulary {args.vocab_size}; {args.repeats} repeats")
+    machine = {
+        "device": common.device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    about = (
+        f"{machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}, {machine['dtype']}; width {args.model_dim}, "
+        f"vocabulary {args.vocab_size}; {args.repeats} repeats"
+    )
     print(about, flush=True)
 
     cases, measured = [], {}
     batches = [*((tokens, False) for tokens in args.tokens), (1, True)]
     for tokens, decodes in batches:
         for names, in_features, out_features, ranks in shapes:
-            rows = min(tokens, rows_at_once(torch.empty(0, device=device), out_features)) if names == "lm_head" else tokens
+            rows = (
+                min(tokens, rows_at_once(torch.empty(0, device=device), out_features))
+                if names == "lm_head"
+                else tokens
+            )
             key = names, rows, decodes  # two batches may be the same to the head
             try:
-                measured[key] = measured.get(key) or measure(names, in_features, out_features, ranks, rows, decodes, dtype, device, args.repeats)
+                measured[key] = measured.get(key) or measure(
+                    names, in_features, out_features, ranks, rows, decodes, dtype, device, args.repeats
+                )
             except RuntimeError as e:  # as torch says it of a GPU's memory and of a processor's
                 if "memory" not in str(e):
                     raise
-                raise InputError(f"--tokens {tokens}: {names} ({in_features} → {out_features}) does not fit into memory; "
-                                 "give fewer tokens, or smaller layers") from None
+                raise InputError(
+                    f"--tokens {tokens}: {names} ({in_features} → {out_features}) does not fit into memory; "
+                    "give fewer tokens, or smaller layers"
+                ) from None
             cases.append({**measured[key], "tokens": tokens})
-            print(f"measured {len(cases)} of {len(batches) * len(shapes)}: {names}, {title_of(cases[-1])}", flush=True)
+            print(
+                f"measured {len(cases)} of {len(batches) * len(shapes)}: {names}, {title_of(cases[-1])}",
+                flush=True,
+            )
 
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result = {"machine": machine, "flags": flags, "cases": cases}
@@ -359,7 +504,12 @@ def main(argv=None):
         write_atomic(args.out / "layer_bench.json", json.dumps(result, indent=1) + "\n")
         write_atomic(args.out / "layer_bench.png", png(draw(result)))
         caption = "Time of a layer as a ratio to dense, against its rank; bars are quartiles, dotted lines the ratio of FLOPs"
-        page = [("heading", "Layer bench"), ("paragraph", about), ("figure", "layer_bench.png", caption), *blocks]
+        page = [
+            ("heading", "Layer bench"),
+            ("paragraph", about),
+            ("figure", "layer_bench.png", caption),
+            *blocks,
+        ]
         write_atomic(args.out / "layer_bench.md", to_markdown(page))
         print(f"written: {args.out / 'layer_bench.md'}, .json, .png")
 

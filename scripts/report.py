@@ -5,6 +5,7 @@
 
 Run it where the tags are folders (cd runs), or give paths, for the shell to fill in the *.
 """
+
 import dataclasses
 import os
 import sys
@@ -30,36 +31,68 @@ from nanochat.tables import WIDE, core_tables, glance, result_tables, samples, t
 from nanochat.verdict import verdict, verdict_blocks
 
 FIGURES = [
-    ("loss.png", "Loss against tokens, training time and compute. The first fifth of each run, where loss falls from "
-                 "ln(vocabulary), may leave the frame at the top."),
+    (
+        "loss.png",
+        "Loss against tokens, training time and compute. The first fifth of each run, where loss falls from "
+        "ln(vocabulary), may leave the frame at the top.",
+    ),
     ("parameters.png", "Parameters by group."),
-    ("memory.png", "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU the whole "
-                   "process, Python and libraries included."),
+    (
+        "memory.png",
+        "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU the whole "
+        "process, Python and libraries included.",
+    ),
     ("perplexity.png", "Final quality against model size: down and to the left is better."),
 ]
 
 DEFINITIONS = [
     ("×0.53", "the value divided by the first run's. Shown only where the two may be divided."),
-    ("validation loss", "mean negative log likelihood in nats per token on fixed validation rows. Lower is better."),
-    ("perplexity (ppl)", "exp(validation loss). It depends on the tokenizer: comparable only under the same one."),
-    ("bits per byte (bpb)", "the same loss in bits, per byte of the text instead of per token: comparable across "
-                            "tokenizers on the same validation text."),
-    ("parameters", "scalars of the model, embeddings included. A matrix of rank r counts its two factors, r × (in + out)."),
-    ("FLOPs", "counted from what is executed: 6 FLOPs per matrix parameter and token executed, factors included, "
-              "plus attention."),
+    (
+        "validation loss",
+        "mean negative log likelihood in nats per token on fixed validation rows. Lower is better.",
+    ),
+    (
+        "perplexity (ppl)",
+        "exp(validation loss). It depends on the tokenizer: comparable only under the same one.",
+    ),
+    (
+        "bits per byte (bpb)",
+        "the same loss in bits, per byte of the text instead of per token: comparable across "
+        "tokenizers on the same validation text.",
+    ),
+    (
+        "parameters",
+        "scalars of the model, embeddings included. A matrix of rank r counts its two factors, r × (in + out).",
+    ),
+    (
+        "FLOPs",
+        "counted from what is executed: 6 FLOPs per matrix parameter and token executed, factors included, "
+        "plus attention.",
+    ),
     ("time", "training steps only: the clock excludes evaluation, checkpointing and compilation."),
     ("tokens/s", "training tokens per second of that clock, over the whole run and all processes."),
-    ("time, tokens, FLOPs to perplexity P", "at the first evaluation at or below P. Interpolated: an estimate between "
-     "the two evaluations around P, linear in log perplexity, which depends less on how often the run was evaluated."),
-    ("peak memory", "of one process. CUDA: the most bytes torch had allocated; what weights, gradients and optimizer "
-                    "state leave of it is “activations and other”. CPU: the peak resident set of the whole process."),
+    (
+        "time, tokens, FLOPs to perplexity P",
+        "at the first evaluation at or below P. Interpolated: an estimate between "
+        "the two evaluations around P, linear in log perplexity, which depends less on how often the run was evaluated.",
+    ),
+    (
+        "peak memory",
+        "of one process. CUDA: the most bytes torch had allocated; what weights, gradients and optimizer "
+        "state leave of it is “activations and other”. CPU: the peak resident set of the whole process.",
+    ),
 ]
 
 
 def main(argv=None):
     args = parse(argv)
-    margins = {"margin_time": args.margin_time, "margin_memory": args.margin_memory, "margin_ppl": args.margin_ppl,
-               "confidence": args.confidence, "equal_params": args.equal_params}
+    margins = {
+        "margin_time": args.margin_time,
+        "margin_memory": args.margin_memory,
+        "margin_ppl": args.margin_ppl,
+        "confidence": args.confidence,
+        "equal_params": args.equal_params,
+    }
     verdict([], **margins)  # refuses a margin that is out of range
     check_out("--out", args.out)
 
@@ -67,32 +100,66 @@ def main(argv=None):
     configs = configurations(runs)
     is_study = len(configs) > WIDE or any(len(c.runs) > 1 for c in configs)
     title, blocks, figures, said = (study if is_study else few)(runs, configs, margins)
-    blocks += [("heading", "How to read this"), ("list", [f"**{term}**: {meaning}" for term, meaning in DEFINITIONS])]
+    blocks += [
+        ("heading", "How to read this"),
+        ("list", [f"**{term}**: {meaning}" for term, meaning in DEFINITIONS]),
+    ]
 
     sys.stdout.reconfigure(errors="replace")  # a terminal without "×" must not cost the user the table
     print(to_markdown(said), flush=True)  # before anything is written: it is shown also where that fails
     for name, figure in figures.items():
         write_atomic(args.out / name, figure[0] if isinstance(figure, tuple) else figure)
-    write_atomic(args.out / "report.csv", encode(to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, pair_keys(configs))))
+    write_atomic(
+        args.out / "report.csv",
+        encode(to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, pair_keys(configs))),
+    )
     write_atomic(args.out / "report.md", encode(f"# {in_markdown(title)}\n\n" + to_markdown(blocks)))
     write_atomic(args.out / "report.html", encode(to_page(title, blocks, figures)))
     print(f"report: {args.out / 'report.html'}")
 
 
 def parse(argv):
-    parser = ArgumentParser("Compare runs: tables, figures, a verdict and one self-contained page, from the run folders alone.")
+    parser = ArgumentParser(
+        "Compare runs: tables, figures, a verdict and one self-contained page, from the run folders alone."
+    )
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run tag, or path to a run folder; of a few runs, ratios are to the first")
-    add("--from-wandb", default="", metavar="ENTITY/PROJECT[/GROUP]", help="runs that are on W&B, instead of folders or beside them")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="run tag, or path to a run folder; of a few runs, ratios are to the first",
+    )
+    add(
+        "--from-wandb",
+        default="",
+        metavar="ENTITY/PROJECT[/GROUP]",
+        help="runs that are on W&B, instead of folders or beside them",
+    )
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the report (created if needed)")
-    add("--margin-time", type=common.number(), default=0.0,
-        help="H1: the share by which time per step must be below full rank's")
-    add("--margin-memory", type=common.number(), default=0.0,
-        help="H1: the share by which memory must be below full rank's")
-    add("--margin-ppl", type=common.number(), default=0.05,
-        help="H2: the share of perplexity that counts as little")
-    add("--equal-params", type=common.number(), default=0.02,
-        help="H3: the share by which equal numbers of parameters may differ")
+    add(
+        "--margin-time",
+        type=common.number(),
+        default=0.0,
+        help="H1: the share by which time per step must be below full rank's",
+    )
+    add(
+        "--margin-memory",
+        type=common.number(),
+        default=0.0,
+        help="H1: the share by which memory must be below full rank's",
+    )
+    add(
+        "--margin-ppl",
+        type=common.number(),
+        default=0.05,
+        help="H2: the share of perplexity that counts as little",
+    )
+    add(
+        "--equal-params",
+        type=common.number(),
+        default=0.02,
+        help="H3: the share by which equal numbers of parameters may differ",
+    )
     add("--confidence", type=common.number(), default=0.95, help="of all intervals of a hypothesis together")
     args = parser.parse_args(argv)
     if not args.runs and not args.from_wandb:
@@ -101,6 +168,7 @@ def parse(argv):
 
 
 # ---- the two reports: (title, blocks of the page, figures, blocks for the terminal) ---------------------------------
+
 
 def few(runs: list[Run], configs: list[Configuration], margins: dict):
     """Some runs side by side."""
@@ -111,46 +179,83 @@ def few(runs: list[Run], configs: list[Configuration], margins: dict):
     measure = "bpb" if broken[TEXT] or broken[TOKENIZER] else "loss"
     section, more = method_section(configs, measure)
     blocks = [
-        ("heading", "Results"), *(("warning", w) for w in warnings), *glance(runs, broken), *tables,
+        ("heading", "Results"),
+        *(("warning", w) for w in warnings),
+        *glance(runs, broken),
+        *tables,
         *([("list", notes)] if notes else []),
-        *core_tables(runs), *(judge(configs, margins) if both else []),
-        ("heading", "Figures"), *(("figure", name, caption_) for name, caption_ in FIGURES), *section,
-        ("heading", "What was compared"), *what_was_compared(runs),
+        *core_tables(runs),
+        *(judge(configs, margins) if both else []),
+        ("heading", "Figures"),
+        *(("figure", name, caption_) for name, caption_ in FIGURES),
+        *section,
+        ("heading", "What was compared"),
+        *what_was_compared(runs),
         *samples(runs),
     ]
     figures = draw_all(runs, measure) | more
-    return "Training report: " + names([run.name for run in runs]), blocks, figures, [*(("warning", w) for w in warnings), *tables]
+    return (
+        "Training report: " + names([run.name for run in runs]),
+        blocks,
+        figures,
+        [*(("warning", w) for w in warnings), *tables],
+    )
 
 
 def study(runs: list[Run], configs: list[Configuration], margins: dict):
     """Many runs, by configuration: the verdict first."""
     done = [run for run in runs if finished(run)]
     if not done:
-        raise InputError(f"none of the {len(runs)} runs is finished: {names([run.name for run in runs])}; finish them, or report a few at a time")
+        raise InputError(
+            f"none of the {len(runs)} runs is finished: {names([run.name for run in runs])}; finish them, or report a few at a time"
+        )
     broken, warnings, notes = check_comparable(done)
     if broken[TEXT]:
-        raise InputError(f"{names(broken[TEXT])}: not evaluated, on record, on the validation text of {done[0].name}, so neither perplexity nor "
-                         "bits per byte compares; report each text by itself")
+        raise InputError(
+            f"{names(broken[TEXT])}: not evaluated, on record, on the validation text of {done[0].name}, so neither perplexity nor "
+            "bits per byte compares; report each text by itself"
+        )
     measure = "bpb" if broken[TOKENIZER] else "loss"
-    notes = [note for note in notes if not note.startswith("Different seed")]  # seeds are what a study repeats
+    notes = [
+        note for note in notes if not note.startswith("Different seed")
+    ]  # seeds are what a study repeats
     notes += divergence_notes(runs)
     if len(done) < len(runs):
-        notes.append(f"Unfinished, and left out of the verdict, the means and the figures: {names([run.name for run in runs if run not in done])}.")
+        notes.append(
+            f"Unfinished, and left out of the verdict, the means and the figures: {names([run.name for run in runs if run not in done])}."
+        )
     if wild := [c.name for c in configs if any(map(finished, c.runs)) and not c.values(MEASURES[measure][0])]:
         notes.append(f"Diverged on every seed, so without a mean: {names(wild)}.")
-    ordinary = not any(c.method for c in configs) or any(c.low_rank for c in configs)  # else there is no low rank to judge, and nobody asked
+    ordinary = not any(c.method for c in configs) or any(
+        c.low_rank for c in configs
+    )  # else there is no low rank to judge, and nobody asked
     conclusions = judge(configs, margins) if ordinary else []
-    scratch = [c for c in configs if not c.settings.get("adapter")] or configs  # what an adapter costs leaves out the model that it starts from
-    means, front = configurations_table(configs, measure) + equal_cost_table(scratch), frontier_table(scratch, measure)
+    scratch = [
+        c for c in configs if not c.settings.get("adapter")
+    ] or configs  # what an adapter costs leaves out the model that it starts from
+    means, front = (
+        configurations_table(configs, measure) + equal_cost_table(scratch),
+        frontier_table(scratch, measure),
+    )
     figures = study_figures(scratch, measure)
     section, more = method_section(configs, measure)
     one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]
     blocks = [
-        *(("warning", w) for w in warnings), *conclusions,
-        ("heading", "Figures"), *(("figure", name, caption(name, scratch)) for name in figures), *section,
-        ("heading", "Results"), *means, ("subheading", "Runs"), runs_table(configs, measure), *front, *([("list", notes)] if notes else []),
+        *(("warning", w) for w in warnings),
+        *conclusions,
+        ("heading", "Figures"),
+        *(("figure", name, caption(name, scratch)) for name in figures),
+        *section,
+        ("heading", "Results"),
+        *means,
+        ("subheading", "Runs"),
+        runs_table(configs, measure),
+        *front,
+        *([("list", notes)] if notes else []),
         *core_tables(done),
-        ("heading", "What was compared"), ("paragraph", "One run of each configuration."), *what_was_compared(one_each),
+        ("heading", "What was compared"),
+        ("paragraph", "One run of each configuration."),
+        *what_was_compared(one_each),
         *samples(two_ends(configs, measure)),
     ]
     brief = [block for block in conclusions if block[0] in ("warning", "paragraph")]
@@ -179,6 +284,7 @@ def two_ends(configs: list[Configuration], measure: str) -> list[Run]:
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
+
 def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
     """The runs in the order given, with names that tell them apart; then those of W&B."""
     folders = [find_run(text) for text in given]
@@ -187,12 +293,18 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
             raise InputError(f"{given[i]}: this run is given twice")
     runs = [dataclasses.replace(load_run(folder), core=newest_core(folder)) for folder in folders]
     tags = [run.name for run in runs]
-    runs = [run if tags.count(run.name) == 1 else dataclasses.replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
+    runs = [
+        run if tags.count(run.name) == 1 else dataclasses.replace(run, name=str(folder))
+        for run, folder in zip(runs, folders)
+    ]
     if wandb_spec:
         from nanochat.from_wandb import runs_from_wandb
+
         fetched = runs_from_wandb(wandb_spec)
         if twice := [run.name for run in fetched if run.name in tags]:
-            raise InputError(f"--from-wandb {wandb_spec}: {names(twice)} is given as a folder too; leave one of them out")
+            raise InputError(
+                f"--from-wandb {wandb_spec}: {names(twice)} is given as a folder too; leave one of them out"
+            )
         runs += fetched
     return [with_newest_values(checked(run)) for run in runs]
 
@@ -222,7 +334,9 @@ def derived(run: Run) -> dict:
     values = {}
     tokens, seconds = number(run, "total_tokens"), number(run, "total_training_time")
     if tokens and seconds:
-        values["mean_tok_per_sec"] = tokens / seconds  # train/tok_per_sec is the last step's alone: too noisy to compare
+        values["mean_tok_per_sec"] = (
+            tokens / seconds
+        )  # train/tok_per_sec is the last step's alone: too noisy to compare
     peak, *parts = (number(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer"))
     if look(run, "device.type") == "cuda" and None not in (peak, *parts) and sum(parts) <= peak:
         values["mem/rest_bytes"] = peak - sum(parts)

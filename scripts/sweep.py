@@ -8,6 +8,7 @@ of them comes out.
 The same command again, after whatever ended it: finished runs are skipped, interrupted ones go on, failed ones are tried again.
 The format of the file is in nanochat/experiment.py; logs and report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
 """
+
 import contextlib
 import importlib
 import os
@@ -40,19 +41,52 @@ def build_parser():
     add = parser.add_argument
     add("experiment", type=Path, help="the file: see dev/experiments/")
     add("--preset", default="", help="which of the file's presets; needed where it has some")
-    add("--data", action="append", default=[], metavar="[NAME=]TEXT",
-        help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so")
-    add("-j", type=whole_number(1), default=None, metavar="N", help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)")
-    add("--run", type=run_name, default="dummy",
-        help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off")
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[NAME=]TEXT",
+        help="the text, in place of the file's: stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder; with NAME= in place of the text that points call so",
+    )
+    add(
+        "-j",
+        type=whole_number(1),
+        default=None,
+        metavar="N",
+        help="runs at once (default: one on a CPU, with all cores; as many as fit on the GPUs)",
+    )
+    add(
+        "--run",
+        type=run_name,
+        default="dummy",
+        help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off",
+    )
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
-    add("--sbatch", default="", help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"')
+    add(
+        "--sbatch",
+        default="",
+        help='with --launcher slurm: further options of sbatch, as in --sbatch="--partition=gpu --time=4:00:00"',
+    )
     add("--plan", action="store_true", help="print all points and what they cost, and exit")
-    add("--report", action="store_true",
-        help="only make the report, over what is finished; exit code 1: some runs are not")
-    add("--task", default="", metavar="TAG", help="run this one point in the foreground; exit code 75: stopped by a signal, state saved")
-    add("--launched", type=whole_number(1), default=None, metavar="PID", help="with --task, from the local launcher: it holds the run's lock, and once this process is gone the run saves and stops")
+    add(
+        "--report",
+        action="store_true",
+        help="only make the report, over what is finished; exit code 1: some runs are not",
+    )
+    add(
+        "--task",
+        default="",
+        metavar="TAG",
+        help="run this one point in the foreground; exit code 75: stopped by a signal, state saved",
+    )
+    add(
+        "--launched",
+        type=whole_number(1),
+        default=None,
+        metavar="PID",
+        help="with --task, from the local launcher: it holds the run's lock, and once this process is gone the run saves and stops",
+    )
     return parser
 
 
@@ -63,8 +97,12 @@ def main(argv=None):
     if args.plan:
         return print_plan(sweep, args)
     if args.report:
-        return conclude(sweep, args, unfinished(sweep),
-                        "did not finish; the same command without --report tries them again")
+        return conclude(
+            sweep,
+            args,
+            unfinished(sweep),
+            "did not finish; the same command without --report tries them again",
+        )
     if args.task:
         return run_task(sweep, sweep.point(args.task), args)
 
@@ -74,9 +112,11 @@ def main(argv=None):
         places(sweep, args.j)  # that there are any is known before anything is tokenised
     if args.launcher == "slurm":
         from nanochat import slurm
+
         slurm.check(args.sbatch)
     if args.launcher == "wandb":
         from nanochat import wandb_sweep
+
         wandb_sweep.check(sweep, args.run)
     prepare(sweep)
     if args.launcher == "slurm":
@@ -94,7 +134,9 @@ def load(args) -> Sweep:
     named = [NAMED_TEXT.fullmatch(word) for word in args.data]
     main = [word for word, match in zip(args.data, named) if not match]
     if len(main) > 1:
-        raise InputError(f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is")
+        raise InputError(
+            f"--data {main[0]} and {main[1]}: give the text once; --data NAME=TEXT says where another text of the file is"
+        )
     texts = dict(match.groups() for match in named if match)
     sweep = read_experiment(args.experiment, args.preset, *(main or [""]), texts=texts)
     values = sweep_inheritance(sweep)
@@ -112,8 +154,9 @@ def sweep_inheritance(sweep: Sweep) -> dict:
     values = {}
     for run in runs:
         values |= {name: value for name, value in run.items() if isinstance(value, (int, float, str))}
-    return {name: value for name, value in values.items()
-            if all(run.get(name) in (None, value) for run in runs)}
+    return {
+        name: value for name, value in values.items() if all(run.get(name) in (None, value) for run in runs)
+    }
 
 
 def without_inheritance(point: Point, values: dict) -> Point:
@@ -126,18 +169,24 @@ def without_inheritance(point: Point, values: dict) -> Point:
         words = to_argv({name.replace("_", "-"): values[name]})
         if words and words[0] in argv and getattr(point.args, name) == values[name]:
             start = argv.index(words[0])
-            del argv[start:start + len(words)]
+            del argv[start : start + len(words)]
     return replace(point, argv=tuple(argv))
 
 
 # ---- what all runs share --------------------------------------------------------------------------------------------
 
+
 def prepare(sweep: Sweep):
     """Tokenizer and token cache, once, before the runs that need them. InputError if a run of this name is another run."""
     for name, text in sweep.texts:
         if os.path.isabs(text) and not os.path.exists(text):
-            raise InputError(f"{sweep.file}: there is no {text}; say where the text {name} is: --data {name}=FOLDER")
-    tokenizer, corpora = prepare_tokenizer(sweep), {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)}
+            raise InputError(
+                f"{sweep.file}: there is no {text}; say where the text {name} is: --data {name}=FOLDER"
+            )
+    tokenizer, corpora = (
+        prepare_tokenizer(sweep),
+        {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)},
+    )
     if line := other_text(tokenizer, corpora[sweep.data]):
         print(line)
     check_existing(sweep, tokenizer, corpora)
@@ -152,14 +201,17 @@ def prepare_tokenizer(sweep: Sweep):
     with common.locked(lock_path("tokenizer", "all")):  # two tasks of a cluster may come here at once
         if not path.exists():
             from scripts import tok_train
+
             vocab_size = str(sweep.vocab_size)
             flags = ["--data", sweep.data, "--vocab-size", vocab_size, "--tokenizer-tag", tag]
             tok_train.train(tok_train.parse(flags))
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != sweep.vocab_size:
-        raise InputError(f"{path}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size "
-                         f"{sweep.vocab_size}; give this experiment a tokenizer of its own, "
-                         'tokenizer-tag = "NAME" in [flags], or a base directory: NANOCHAT_BASE_DIR=…')
+        raise InputError(
+            f"{path}: has {tokenizer.vocab_size} tokens, {sweep.file} asks for vocab-size "
+            f"{sweep.vocab_size}; give this experiment a tokenizer of its own, "
+            'tokenizer-tag = "NAME" in [flags], or a base directory: NANOCHAT_BASE_DIR=…'
+        )
     return tokenizer
 
 
@@ -173,30 +225,45 @@ def check_existing(sweep: Sweep, tokenizer, corpora: dict):
         flags = vars(point.args) | inheritance(point.args, record)
         if point.base:  # it took the shape and the number of the checkpoint from its base when it ran
             flags = record.get("flags", {}) | flags | {"step": record.get("flags", {}).get("step")}
-        differing = [key.removeprefix("flags.").removeprefix("derived.")
-                     for key in differences(record, flags, derived)]
+        differing = [
+            key.removeprefix("flags.").removeprefix("derived.") for key in differences(record, flags, derived)
+        ]
         if differing:
             wrong[point.tag] = differing
     if wrong:
         tag, differing = next(iter(wrong.items()))
-        raise InputError(f"{tag}: {metrics.runs_dir() / tag} is another run: {'; '.join(differing)}"
-                         + (f" (and {len(wrong) - 1} more such runs)" if len(wrong) > 1 else "")
-                         + "; rename the experiment file, or move these runs away")
+        raise InputError(
+            f"{tag}: {metrics.runs_dir() / tag} is another run: {'; '.join(differing)}"
+            + (f" (and {len(wrong) - 1} more such runs)" if len(wrong) > 1 else "")
+            + "; rename the experiment file, or move these runs away"
+        )
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
+
 def task_command(sweep: Sweep, point: Point, args) -> list[str]:
     """A command that runs this point in the foreground."""
     preset = ["--preset", sweep.preset] if sweep.preset else []
-    return [sys.executable, "-m", "scripts.sweep", path_word(sweep.file), *preset, *sweep.data_flags(),
-            *option("--run", args.run), "--task", point.tag]
+    return [
+        sys.executable,
+        "-m",
+        "scripts.sweep",
+        path_word(sweep.file),
+        *preset,
+        *sweep.data_flags(),
+        *option("--run", args.run),
+        "--task",
+        point.tag,
+    ]
 
 
 def run_task(sweep: Sweep, point: Point, args):
     """Run one point here, to its end or until it is told to stop; exits with its script's code."""
     if point.base and (status := sweep.point(point.base).status()) != "finished":
-        raise InputError(f"--task {point.tag}: starts from {point.base}, which is not finished ({status}); run --task {point.base} first")
+        raise InputError(
+            f"--task {point.tag}: starts from {point.base}, which is not finished ({status}); run --task {point.base} first"
+        )
     cache = str(common.get_base_dir().absolute() / "inductor_cache")
     if re.fullmatch(r"[\w./+@-]+", cache, re.ASCII):  # torch's compiler puts its path into commands as it is
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)  # compiled once for all runs of a shape
@@ -233,6 +300,7 @@ def name_for_wandb(sweep: Sweep, point: Point):
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
+
 def print_plan(sweep: Sweep, args):
     """A line a run, and what all of them cost together."""
     device_type = common.pick_device_type(sweep.points[0].args.device_type)
@@ -248,23 +316,49 @@ def print_plan(sweep: Sweep, args):
         peak = predicted_peak(p, itemsize)
         flops = p.plan["tokens"] * cost["flops/per_token"]
         total, left = total + flops, left + flops * (status != "finished")
-        rows.append([p.tag, status, human(cost["params/total"], COUNT), human(cost["flops/per_token"], FLOP), human(p.plan["tokens"], COUNT),
-                     human(flops, FLOP), human(peak, BYTES) if peak else "–", human(flops / rate, TIME)])
+        rows.append(
+            [
+                p.tag,
+                status,
+                human(cost["params/total"], COUNT),
+                human(cost["flops/per_token"], FLOP),
+                human(p.plan["tokens"], COUNT),
+                human(flops, FLOP),
+                human(peak, BYTES) if peak else "–",
+                human(flops / rate, TIME),
+            ]
+        )
     header = ["run", "status", "parameters", "FLOPs/token", "tokens", "FLOPs", "peak memory", "time"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    print(*filter(None, [sweep.question, sweep.cost and f"cost, as the file has it: {sweep.cost}", ""]), sep="\n")
+    print(
+        *filter(None, [sweep.question, sweep.cost and f"cost, as the file has it: {sweep.cost}", ""]),
+        sep="\n",
+    )
     for row in [header, *rows]:
-        print(row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:])), sep="  ")
+        print(
+            row[0].ljust(widths[0]),
+            row[1].ljust(widths[1]),
+            *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:])),
+            sep="  ",
+        )
     at_once = min(places_here(sweep, args.j), len(sweep.points)) if device_type == "cuda" else 1
-    print(f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(left, FLOP)}, an estimated {human(left / rate / at_once, TIME)} of training "
-          f"on this machine, {at_once} at a time; starts, evaluations and checkpoints come on top")
-    print(f"rate: {human(rate, FLOP)}/s a run, {source}; memory: the tensors of one process of a run, {itemsize * 8}-bit")
+    print(
+        f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(left, FLOP)}, an estimated {human(left / rate / at_once, TIME)} of training "
+        f"on this machine, {at_once} at a time; starts, evaluations and checkpoints come on top"
+    )
+    print(
+        f"rate: {human(rate, FLOP)}/s a run, {source}; memory: the tensors of one process of a run, {itemsize * 8}-bit"
+    )
     if any(p.base for p in sweep.points):
-        print("note: of a run that starts from another, parameters and FLOPs are those of its base with every weight trained: an upper bound")
+        print(
+            "note: of a run that starts from another, parameters and FLOPs are those of its base with every weight trained: an upper bound"
+        )
     for label, kept in sweep.same:
         print(f"note: {label} is the same run as {kept}: it runs once")
     if len({p.plan["tokens"] for p in sweep.points}) > 1:
-        print("note: not all runs see the same number of tokens; fix it with num-iterations and total-batch-size if it is not what varies")
+        print(
+            "note: not all runs see the same number of tokens; fix it with num-iterations and total-batch-size if it is not what varies"
+        )
 
 
 def predicted_peak(point: Point, itemsize: int) -> int | None:
@@ -288,9 +382,16 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
     import torch
 
     from nanochat.gpt import GPT
+
     layers = min(2, point.config.n_layer)
-    config = replace(point.config, n_layer=layers, layer_map=(), attn_ranks=point.config.attn_ranks[:layers], mlp_ranks=point.config.mlp_ranks[:layers],
-                     matrix_ranks={name: ranks[:layers] for name, ranks in point.config.matrix_ranks.items()})
+    config = replace(
+        point.config,
+        n_layer=layers,
+        layer_map=(),
+        attn_ranks=point.config.attn_ranks[:layers],
+        mlp_ranks=point.config.mlp_ranks[:layers],
+        matrix_ranks={name: ranks[:layers] for name, ranks in point.config.matrix_ranks.items()},
+    )
     per_token, T = account(config)["flops/per_token"], config.sequence_len
     rows = point.plan["device_batch_size"]
     if device_type == "cpu":  # a part of a batch: a pass of half a second on an ordinary core
@@ -310,11 +411,14 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[1:])
     threads = f", {torch.get_num_threads()} thread(s)" if device_type == "cpu" else ""
-    return (x.numel() * per_token / seconds,
-            f"measured on {layers} layers of width {config.n_embd}, forward and backward of {x.numel():,} tokens, without the optimizer{threads}: an estimate")
+    return (
+        x.numel() * per_token / seconds,
+        f"measured on {layers} layers of width {config.n_embd}, forward and backward of {x.numel():,} tokens, without the optimizer{threads}: an estimate",
+    )
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
+
 
 def conclude(sweep: Sweep, args, missing: dict, what: str):
     """The report, then the runs that are not in it, on the terminal and beside the report, with exit code 1.
@@ -342,8 +446,11 @@ def conclude(sweep: Sweep, args, missing: dict, what: str):
 
 def unfinished(sweep: Sweep) -> dict:
     """{tag: (what became of it, log file, its last lines)} of unfinished runs; {} where no run has begun."""
-    words = {"new": "has not begun", "running": "began, and has not ended",
-             "stopped": "was stopped, its state is saved"}
+    words = {
+        "new": "has not begun",
+        "running": "began, and has not ended",
+        "stopped": "was stopped, its state is saved",
+    }
     missing = {}
     for point in sweep.points:
         status = point.status()
@@ -362,13 +469,16 @@ def report_folder(sweep: Sweep, args) -> Path:
 def make_report(sweep: Sweep, args):
     """scripts.report over the finished runs, a full-rank one first; of several texts, which do not compare, each by itself. Then the evals."""
     from scripts import report
+
     out = report_folder(sweep, args)
     finished = [p for p in sweep.points if p.status() == "finished"]
     if not finished:
         raise InputError(f"{sweep.name}: no run is finished, so there is nothing to report on")
     texts = text_folders(sweep)
     for text, name in texts.items():
-        tags = [p.tag for p in sorted(finished, key=lambda p: (bool(p.base), bool(p.pair))) if p.args.data == text]
+        tags = [
+            p.tag for p in sorted(finished, key=lambda p: (bool(p.base), bool(p.pair))) if p.args.data == text
+        ]
         if tags:
             report.main([*tags, *option("--out", str(out / name if len(texts) > 1 else out))])
     for measured in sweep.evals:

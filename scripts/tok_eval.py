@@ -1,7 +1,8 @@
 """How well the tokenizer compresses: bytes per token on training and validation text, beside GPT-2's encoding.
 
-    python -m scripts.tok_eval --data stdlib
+python -m scripts.tok_eval --data stdlib
 """
+
 import os
 from pathlib import Path
 
@@ -16,9 +17,15 @@ def gpt2_encoding():
     """tiktoken's gpt2 where its files are already on this machine, else None: nothing is fetched for a comparison."""
     import hashlib
     import tempfile
+
     import tiktoken
+
     # tiktoken keeps a download under the SHA-1 of its address, in this folder
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = (
+        os.environ.get("TIKTOKEN_CACHE_DIR")
+        or os.environ.get("DATA_GYM_CACHE_DIR")
+        or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    )
     for name in ("vocab.bpe", "encoder.json"):
         address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         if not (Path(cache) / hashlib.sha1(address.encode()).hexdigest()).exists():
@@ -28,15 +35,25 @@ def gpt2_encoding():
 
 def main(argv=None):
     parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
-    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
-    parser.add_argument("--tokenizer-tag", type=optional_tag, default="",
-                        help="name of the tokenizer; '' = the one without a name")
-    parser.add_argument("--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on")
+    parser.add_argument(
+        "--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder"
+    )
+    parser.add_argument(
+        "--tokenizer-tag",
+        type=optional_tag,
+        default="",
+        help="name of the tokenizer; '' = the one without a name",
+    )
+    parser.add_argument(
+        "--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on"
+    )
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(tokenizer_path(args.tokenizer_tag))
     corpus = open_corpus(args.data)
     gpt2 = gpt2_encoding()
-    print(f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {tokenizer.trained_on.get('corpus')}")
+    print(
+        f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {tokenizer.trained_on.get('corpus')}"
+    )
     print(f"{'split':8}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}{'gpt2 (50257)':>16}")
     for split in ("train", "val"):
         texts = list(capped(corpus.documents(split), args.max_chars, args.max_chars))

@@ -3,6 +3,7 @@
 Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json, or with --tokenizer-tag NAME
 tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do.
 """
+
 import time
 
 from nanochat.common import ArgumentParser, InputError, locked, run_script, whole_number
@@ -18,7 +19,7 @@ def capped(documents, doc_cap: int, max_chars: int):
     for text in documents:
         if left <= 0:
             return
-        text = text[:min(doc_cap, left)]
+        text = text[: min(doc_cap, left)]
         left -= len(text)
         yield text
 
@@ -47,12 +48,24 @@ def previous_tokenizer(path):
 
 def parse(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
-    parser.add_argument("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
-    parser.add_argument("--tokenizer-tag", type=optional_tag, default="",
-                        help="its name, for base_train; '' = the one that is used where none is named")
-    parser.add_argument("--vocab-size", type=whole_number(258, 2**31 - 1), default=32768,
-                        help="ids in all, the BOS token included")
-    parser.add_argument("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
+    parser.add_argument(
+        "--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder"
+    )
+    parser.add_argument(
+        "--tokenizer-tag",
+        type=optional_tag,
+        default="",
+        help="its name, for base_train; '' = the one that is used where none is named",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=whole_number(258, 2**31 - 1),
+        default=32768,
+        help="ids in all, the BOS token included",
+    )
+    parser.add_argument(
+        "--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on"
+    )
     parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
     return parser.parse_args(argv)
 
@@ -67,12 +80,19 @@ def main(argv=None):
 def train(args):
     path = tokenizer_path(args.tokenizer_tag)
     corpus = open_corpus(args.data)
-    source = {"corpus": corpus.name, "fingerprint": corpus.fingerprint("train"), "vocab_size": args.vocab_size,
-              "max_chars": args.max_chars, "doc_cap": args.doc_cap}
+    source = {
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint("train"),
+        "vocab_size": args.vocab_size,
+        "max_chars": args.max_chars,
+        "doc_cap": args.doc_cap,
+    }
     previous = previous_tokenizer(path)
     if previous and previous.trained_on == source:
-        return print(f"tokenizer: {path} is already trained on this text "
-                     f"({previous.vocab_size} tokens, hash {previous.hash})")
+        return print(
+            f"tokenizer: {path} is already trained on this text "
+            f"({previous.vocab_size} tokens, hash {previous.hash})"
+        )
     check_out("NANOCHAT_BASE_DIR", path, is_file=True)
     remove_temporary(path.parent, path.name)
     print(corpus.line())
@@ -87,8 +107,10 @@ def train(args):
     line = f"tokenizer: {path}, {tokenizer.vocab_size} tokens, hash {tokenizer.hash}, {seconds:.1f} s"
     if previous and previous.hash != tokenizer.hash:
         text = previous.trained_on.get("corpus")
-        line += (f"; it replaces one of {previous.vocab_size} tokens trained on {text}, "
-                 f"hash {previous.hash} (--tokenizer-tag NAME keeps both)")
+        line += (
+            f"; it replaces one of {previous.vocab_size} tokens trained on {text}, "
+            f"hash {previous.hash} (--tokenizer-tag NAME keeps both)"
+        )
     print(line)
 
 

@@ -1,4 +1,5 @@
 """A headless Chromium driven over its DevTools pipe, with the standard library alone."""
+
 import base64
 import fcntl
 import json
@@ -7,12 +8,24 @@ import shutil
 import subprocess
 import tempfile
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
 
 
 def find_chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+    )
 
 
 class Browser:
@@ -27,8 +40,15 @@ class Browser:
             for fd, number in zip(ends, (3, 4)):
                 os.dup2(fd, number)
                 os.close(fd)
-        self.process = subprocess.Popen([find_chromium(), *FLAGS, f"--user-data-dir={self.profile.name}"], preexec_fn=connect,
-                                        close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+        self.process = subprocess.Popen(
+            [find_chromium(), *FLAGS, f"--user-data-dir={self.profile.name}"],
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(to_it)
         os.close(from_it)
         self.reads, self.writes = os.fdopen(to_us, "rb"), os.fdopen(from_us, "wb")
@@ -41,7 +61,12 @@ class Browser:
 
     def send(self, method: str, **params) -> dict:
         self.count += 1
-        message = {"id": self.count, "method": method, "params": params, **({"sessionId": self.session} if self.session else {})}
+        message = {
+            "id": self.count,
+            "method": method,
+            "params": params,
+            **({"sessionId": self.session} if self.session else {}),
+        }
         self.writes.write(json.dumps(message).encode() + b"\0")
         self.writes.flush()
         while True:
@@ -78,7 +103,13 @@ class Browser:
         return answer["result"].get("value")
 
     def resize(self, width: int, height: int, mobile=False):
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
+        )
 
     def mouse(self, x: float, y: float, kind="mouseMoved", **more):
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
@@ -94,9 +125,24 @@ class Browser:
 
     def key(self, name: str):
         """Tab, Enter, Escape, ArrowRight, …, or a letter."""
-        code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}.get(name, 0)
+        code = {
+            "Tab": 9,
+            "Enter": 13,
+            "Escape": 27,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }.get(name, 0)
         text = {"Enter": "\r"}.get(name, name if len(name) == 1 else "")
-        self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", key=name, code=name, windowsVirtualKeyCode=code, text=text)
+        self.send(
+            "Input.dispatchKeyEvent",
+            type="keyDown" if text else "rawKeyDown",
+            key=name,
+            code=name,
+            windowsVirtualKeyCode=code,
+            text=text,
+        )
         self.send("Input.dispatchKeyEvent", type="keyUp", key=name, code=name, windowsVirtualKeyCode=code)
 
     def screenshot(self) -> bytes:

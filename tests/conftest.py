@@ -1,4 +1,5 @@
 """A tiny world for the tests: a corpus of simple sentences, its tokenizer, and a function that trains a tiny model."""
+
 import json
 import random
 import runpy
@@ -24,12 +25,15 @@ def story(seed: int) -> str:
 
 
 # tests of several seconds, each with many processes
-LONGEST = ("test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
-           "test_every_command_runs_in_the_order_of_the_readme", "test_the_experiment_of_the_readme",
-           "test_gpu_bench_on_the_cpu",
-           "test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience",
-           "test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved",
-           "test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind")
+LONGEST = (
+    "test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
+    "test_every_command_runs_in_the_order_of_the_readme",
+    "test_the_experiment_of_the_readme",
+    "test_gpu_bench_on_the_cpu",
+    "test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience",
+    "test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved",
+    "test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,8 +48,8 @@ def pytest_collection_modifyitems(config, items):
     for part in range(parts):
         begin = longest[part::parts]
         count = size - len(begin) if part < parts - 1 else len(others)
-        items += begin + others[:max(0, count)]
-        others = others[max(0, count):]
+        items += begin + others[: max(0, count)]
+        others = others[max(0, count) :]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,13 +73,34 @@ def corpus_dir(tmp_path_factory):
 def base_dir(tmp_path, monkeypatch, corpus_dir):
     """A fresh NANOCHAT_BASE_DIR with a tokenizer of 300 tokens."""
     from scripts import tok_train
+
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "300"])
     return tmp_path / "base"
 
 
-TINY = ["--depth", "2", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32", "--device-batch-size", "4",
-        "--total-batch-size", "256", "--num-iterations", "6", "--eval-every", "3", "--eval-tokens", "1024", "--sample-every", "-1"]
+TINY = [
+    "--depth",
+    "2",
+    "--model-dim",
+    "32",
+    "--head-dim",
+    "16",
+    "--max-seq-len",
+    "32",
+    "--device-batch-size",
+    "4",
+    "--total-batch-size",
+    "256",
+    "--num-iterations",
+    "6",
+    "--eval-every",
+    "3",
+    "--eval-tokens",
+    "1024",
+    "--sample-every",
+    "-1",
+]
 
 
 @pytest.fixture
@@ -86,12 +111,14 @@ def train(base_dir, corpus_dir):
     def run(*flags, tag="tiny"):
         base_train.main([*TINY, "--data", str(corpus_dir), "--model-tag", tag, *map(str, flags)])
         return metrics.load_run(metrics.runs_dir() / tag)
+
     return run
 
 
 @pytest.fixture
 def command(monkeypatch, capfd):
     """command('scripts/x.py', '--flag', value, …) -> (exit code, stdout, stderr) of `python scripts/x.py --flag value …`, run in this process."""
+
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         for stream in ("stdout", "stderr"):
@@ -117,6 +144,7 @@ class Killed(Exception):
 def kill_after(monkeypatch):
     """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
     from nanochat import training
+
     original = training.forward_backward
 
     def arm(n):
@@ -127,7 +155,9 @@ def kill_after(monkeypatch):
                 raise Killed
             left[0] -= 1
             return original(*args)
+
         monkeypatch.setattr(training, "forward_backward", original if n is None else step)
+
     return arm
 
 
@@ -137,6 +167,14 @@ def losses(run) -> list[float]:
 
 def tiny_experiment(path, text: str, seeds, data: str = ""):
     """Write an experiment file of runs with TINY's flags and these points, on a text if it names one; returns its path."""
-    flags = {"vocab-size": 300, **({"data": f"'{data}'"} if data else {}), **{name[2:]: value for name, value in zip(TINY[::2], TINY[1::2])}}
-    path.write_text(f"seeds = {list(seeds)}\n[flags]\n" + "".join(f"{name} = {value}\n" for name, value in flags.items()) + text)
+    flags = {
+        "vocab-size": 300,
+        **({"data": f"'{data}'"} if data else {}),
+        **{name[2:]: value for name, value in zip(TINY[::2], TINY[1::2])},
+    }
+    path.write_text(
+        f"seeds = {list(seeds)}\n[flags]\n"
+        + "".join(f"{name} = {value}\n" for name, value in flags.items())
+        + text
+    )
     return path

@@ -1,4 +1,5 @@
 """One process, or those of one run as torchrun starts them, forked from one that has torch loaded already: that saves each of them seconds."""
+
 import glob
 import os
 import socket
@@ -19,7 +20,10 @@ class Launched:
         self.output = output
         group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         places = [{"RANK": rank, "LOCAL_RANK": rank, **group} for rank in range(count)] if count > 1 else [{}]
-        self.processes = [fork_server.Process(target=as_script, args=(output, environment(**place), function, arguments)) for place in places]
+        self.processes = [
+            fork_server.Process(target=as_script, args=(output, environment(**place), function, arguments))
+            for place in places
+        ]
         for process in self.processes:
             process.start()
 
@@ -67,6 +71,7 @@ def wait_for(condition, seconds=20):
 
 
 # ---- in the forked process
+
 
 def as_script(output, environment, function, arguments):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

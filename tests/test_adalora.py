@@ -1,4 +1,5 @@
 """AdaLoRA: scores and steps against plain numpy, the budget kept exactly, pruned triplets that come back, export, resume."""
+
 import copy
 
 import numpy as np
@@ -8,7 +9,16 @@ from test_gpt import tiny, tokens
 
 from nanochat.adalora import Allocator, budget, choose, export_compact, orthogonality
 from nanochat.adapter_layers import Triplets
-from nanochat.adapters import AdapterConfig, adapter_state, adapters_of, attach, base_hash, load_adapter_state, optimizer_groups, use
+from nanochat.adapters import (
+    AdapterConfig,
+    adapter_state,
+    adapters_of,
+    attach,
+    base_hash,
+    load_adapter_state,
+    optimizer_groups,
+    use,
+)
 from nanochat.common import InputError
 from nanochat.optim import AdamW, optimizer_state
 
@@ -34,7 +44,10 @@ def test_orthogonality_is_the_formula_and_drives_the_factors_to_it():
     _, adapters = adapted(targets="blocks.0.attn.[qv]")
     expected = 0.0
     for a in adapters.values():
-        for G in (a.P.detach().numpy().T @ a.P.detach().numpy(), a.Q.detach().numpy() @ a.Q.detach().numpy().T):
+        for G in (
+            a.P.detach().numpy().T @ a.P.detach().numpy(),
+            a.Q.detach().numpy() @ a.Q.detach().numpy().T,
+        ):
             expected += np.linalg.norm(G - np.eye(6)) ** 2
     assert orthogonality(adapters).item() == pytest.approx(expected, rel=1e-5)
     optimizer = torch.optim.Adam([p for a in adapters.values() for p in (a.P, a.Q)], lr=0.02)
@@ -47,11 +60,16 @@ def test_orthogonality_is_the_formula_and_drives_the_factors_to_it():
 
 # ---- three steps by hand
 
+
 class ByHand:
     """One matrix with triplets, y = s·P diag(λ) Q x, trained by plain gradient descent, in numpy; every derivative is written out."""
 
     def __init__(self, a: Triplets):
-        self.w = {"P": a.P.detach().numpy().copy(), "lam": a.lam.detach().numpy().copy(), "Q": a.Q.detach().numpy().copy()}
+        self.w = {
+            "P": a.P.detach().numpy().copy(),
+            "lam": a.lam.detach().numpy().copy(),
+            "Q": a.Q.detach().numpy().copy(),
+        }
         self.mean = {key: np.zeros_like(w) for key, w in self.w.items()}
         self.deviation = {key: np.zeros_like(w) for key, w in self.w.items()}
         self.s = a.scale
@@ -60,19 +78,24 @@ class ByHand:
         """Gradient of ½‖y - target‖² / n + γR, the scores before the update, the update."""
         P, lam, Q = (self.w[key] for key in ("P", "lam", "Q"))
         n = len(x)
-        error = (self.s * x @ Q.T * lam @ P.T - target) / n        # (n, out)
-        G = error.T @ x                                            # (out, in), of the whole matrix
+        error = (self.s * x @ Q.T * lam @ P.T - target) / n  # (n, out)
+        G = error.T @ x  # (out, in), of the whole matrix
         I = np.eye(len(lam))
-        grads = {"P": self.s * G @ Q.T * lam + gamma * 4 * P @ (P.T @ P - I),
-                 "lam": self.s * np.array([P[:, i] @ G @ Q[i] for i in range(len(lam))]),
-                 "Q": self.s * lam[:, None] * (P.T @ G) + gamma * 4 * (Q @ Q.T - I) @ Q}
+        grads = {
+            "P": self.s * G @ Q.T * lam + gamma * 4 * P @ (P.T @ P - I),
+            "lam": self.s * np.array([P[:, i] @ G @ Q[i] for i in range(len(lam))]),
+            "Q": self.s * lam[:, None] * (P.T @ G) + gamma * 4 * (Q @ Q.T - I) @ Q,
+        }
         for key, w in self.w.items():
             now = abs(w * grads[key])
             self.mean[key] = beta * self.mean[key] + (1 - beta) * now
             self.deviation[key] = beta * self.deviation[key] + (1 - beta) * abs(now - self.mean[key])
             self.w[key] = w - lr * grads[key]
         s = {key: self.mean[key] * self.deviation[key] for key in self.w}
-        return [s["lam"][i] + s["P"][:, i].sum() / P.shape[0] + s["Q"][i].sum() / Q.shape[1] for i in range(len(lam))]
+        return [
+            s["lam"][i] + s["P"][:, i].sum() / P.shape[0] + s["Q"][i].sum() / Q.shape[1]
+            for i in range(len(lam))
+        ]
 
 
 def test_the_first_three_steps_equal_a_computation_by_hand():
@@ -83,7 +106,9 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
         a.init(rng)
         for p in (a.P, a.Q):
             p.data.mul_(20)
-        data[name] = [torch.randn(9, n, generator=rng, dtype=torch.float64) for n in (a.Q.size(1), a.P.size(0))]
+        data[name] = [
+            torch.randn(9, n, generator=rng, dtype=torch.float64) for n in (a.Q.size(1), a.P.size(0))
+        ]
     hand = {name: ByHand(a) for name, a in adapters.items()}
     allocator = Allocator(adapters, steps=4, warmup=0, final=1, every=1)
     optimizer = torch.optim.SGD([p for a in adapters.values() for p in a.parameters()], lr=0.1)
@@ -92,16 +117,22 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
         loss = 0.05 * orthogonality(adapters)
         for name, a in adapters.items():
             x, target = data[name]
-            loss = loss + 0.5 * (a.outer(torch.zeros_like(target), a.inner(x)) - target).square().sum() / len(x)
+            loss = loss + 0.5 * (a.outer(torch.zeros_like(target), a.inner(x)) - target).square().sum() / len(
+                x
+            )
         loss.backward()
         allocator.observe()
         optimizer.step()
         allocator.allocate()
 
-        expected = {name: h.step(*(d.numpy() for d in data[name]), 0.05, 0.1, 0.85) for name, h in hand.items()}
+        expected = {
+            name: h.step(*(d.numpy() for d in data[name]), 0.05, 0.1, 0.85) for name, h in hand.items()
+        }
         for name, scores in allocator.scores().items():
             np.testing.assert_allclose(scores.numpy(), expected[name], rtol=1e-12)
-        ranking = sorted((-score, name, i) for name, scores in expected.items() for i, score in enumerate(scores))
+        ranking = sorted(
+            (-score, name, i) for name, scores in expected.items() for i, score in enumerate(scores)
+        )
         kept = {(name, i) for _, name, i in ranking[:b]}
         for name, h in hand.items():
             for i in range(3):
@@ -109,21 +140,32 @@ def test_the_first_three_steps_equal_a_computation_by_hand():
                     h.w["lam"][i] = 0.0
             for key, p in adapters[name].named_parameters():
                 np.testing.assert_allclose(p.detach().numpy(), h.w[key], rtol=1e-12, atol=1e-15)
-                np.testing.assert_allclose(allocator.sensitivity[f"{name}.{key}"], h.mean[key], rtol=1e-12, atol=1e-18)
-                np.testing.assert_allclose(allocator.deviation[f"{name}.{key}"], h.deviation[key], rtol=1e-12, atol=1e-18)
+                np.testing.assert_allclose(
+                    allocator.sensitivity[f"{name}.{key}"], h.mean[key], rtol=1e-12, atol=1e-18
+                )
+                np.testing.assert_allclose(
+                    allocator.deviation[f"{name}.{key}"], h.deviation[key], rtol=1e-12, atol=1e-18
+                )
         assert {(name, i) for name, a in adapters.items() for i in range(3) if a.live[i]} == kept
     assert sum((h.w["lam"] != 0).sum() for h in hand.values()) == 4
 
 
 # ---- the budget
 
+
 @pytest.mark.parametrize("scores", ["zero", "equal", "random"])
 def test_exactly_the_budget_is_live_after_every_allocation(scores, monkeypatch):
     _, adapters = adapted()
     allocator = Allocator(adapters, steps=40, warmup=5, final=10, every=3)
     rng = torch.Generator().manual_seed(0)
-    value = {"zero": lambda n: torch.zeros(n), "equal": lambda n: torch.full((n,), 0.3), "random": lambda n: torch.rand(n, generator=rng)}[scores]
-    monkeypatch.setattr(allocator, "scores", lambda: {name: value(len(a.lam)) for name, a in adapters.items()})
+    value = {
+        "zero": lambda n: torch.zeros(n),
+        "equal": lambda n: torch.full((n,), 0.3),
+        "random": lambda n: torch.rand(n, generator=rng),
+    }[scores]
+    monkeypatch.setattr(
+        allocator, "scores", lambda: {name: value(len(a.lam)) for name, a in adapters.items()}
+    )
     counts = []
     for a in adapters.values():
         for p in a.parameters():
@@ -134,7 +176,11 @@ def test_exactly_the_budget_is_live_after_every_allocation(scores, monkeypatch):
             a.lam.data.fill_(1.0)  # as if an optimizer had moved all of them
         allocator.allocate()
         if t in (*range(8, 30, 3), 30) or t > 30:
-            assert live(adapters) == allocator.budget() == sum(int((a.lam != 0).sum()) for a in adapters.values())
+            assert (
+                live(adapters)
+                == allocator.budget()
+                == sum(int((a.lam != 0).sum()) for a in adapters.values())
+            )
             counts.append(live(adapters))
     assert counts[0] < 18 * 6 and counts[-11:] == [18 * 4] * 11
     if scores != "random":  # ties leave equal ranks
@@ -144,7 +190,15 @@ def test_exactly_the_budget_is_live_after_every_allocation(scores, monkeypatch):
 def test_a_budget_of_parameters_is_never_exceeded_and_no_triplet_more_would_fit():
     scores = {"wide": torch.tensor([9.0, 8.0, 7.0]), "small": torch.tensor([3.0, 2.0, 1.0])}
     costs = {"wide": 50, "small": 10}  # per cost: 0.18 0.16 0.14, 0.3 0.2 0.1
-    for total, expected in ((75, [1, 2]), (80, [1, 3]), (49, [0, 3]), (100, [1, 3]), (120, [2, 2]), (9, [0, 0]), (180, [3, 3])):
+    for total, expected in (
+        (75, [1, 2]),
+        (80, [1, 3]),
+        (49, [0, 3]),
+        (100, [1, 3]),
+        (120, [2, 2]),
+        (9, [0, 0]),
+        (180, [3, 3]),
+    ):
         found = choose(scores, costs, total)
         assert [int(v.sum()) for v in found.values()] == expected, total
         assert all(v.tolist() == sorted(v.tolist(), reverse=True) for v in found.values())
@@ -161,6 +215,7 @@ def test_a_pruned_triplet_may_come_back_before_the_end_phase_and_not_in_it(monke
 
     def scores():
         return {name: torch.full((6,), float((name == first) == favourite[0])) for name in adapters}
+
     monkeypatch.setattr(allocator, "scores", scores)
     history = []
     for t in range(1, 31):
@@ -180,12 +235,17 @@ def test_a_pruned_triplet_may_come_back_before_the_end_phase_and_not_in_it(monke
 
 def test_impossible_schedules_are_one_line():
     _, adapters = adapted()
-    for settings in (dict(steps=10, warmup=5, final=5), dict(steps=10, warmup=-1, final=5), dict(steps=10, warmup=1, final=5, every=0)):
+    for settings in (
+        dict(steps=10, warmup=5, final=5),
+        dict(steps=10, warmup=-1, final=5),
+        dict(steps=10, warmup=1, final=5, every=0),
+    ):
         with pytest.raises(InputError, match="do not fit into 10 steps; warmup . final must be below 10"):
             Allocator(adapters, **settings)
 
 
 # ---- training
+
 
 class Training:
     def __init__(self, steps=16):
@@ -205,13 +265,21 @@ class Training:
             self.allocator.allocate()
 
     def state(self):
-        return copy.deepcopy({"adapter": adapter_state(self.model, "a"), "optimizer": optimizer_state([self.optimizer]), "allocator": self.allocator.state_dict()})
+        return copy.deepcopy(
+            {
+                "adapter": adapter_state(self.model, "a"),
+                "optimizer": optimizer_state([self.optimizer]),
+                "allocator": self.allocator.state_dict(),
+            }
+        )
 
     def load(self, state):
         load_adapter_state(self.model, "a", state["adapter"])
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
-                self.optimizer.state[p] = {key: value.clone() for key, value in state["optimizer"][name].items()}
+                self.optimizer.state[p] = {
+                    key: value.clone() for key, value in state["optimizer"][name].items()
+                }
         self.allocator.load_state_dict(state["allocator"])
 
 
@@ -225,10 +293,14 @@ def test_resumed_in_the_middle_of_the_schedule_it_ends_the_same_to_the_bit(at, t
     after.run(16 - at)
     a, b = (t.state() for t in (whole, after))
     for part in ("adapter", "optimizer", "allocator"):
-        flat = [{str(k): v for k, v in torch.utils._pytree.tree_flatten_with_path(s[part])[0]} for s in (a, b)]
+        flat = [
+            {str(k): v for k, v in torch.utils._pytree.tree_flatten_with_path(s[part])[0]} for s in (a, b)
+        ]
         assert flat[0].keys() == flat[1].keys()
         assert all(np.array_equal(np.asarray(v), np.asarray(flat[1][k])) for k, v in flat[0].items())
-    assert live(whole.adapters) == 18 * 2 and len({int(x.live.sum()) for x in whole.adapters.values()}) > 1  # unequal ranks
+    assert (
+        live(whole.adapters) == 18 * 2 and len({int(x.live.sum()) for x in whole.adapters.values()}) > 1
+    )  # unequal ranks
     assert base_hash(whole.model) == base_hash(tiny())
 
 
@@ -239,7 +311,9 @@ def test_the_compact_export_equals_the_masked_adapter():
     before = model(idx)
     export_compact(model, "a", "compact")
     exported = adapters_of(model, "compact")
-    assert {name: len(a.A) for name, a in exported.items()} == {name: n for name, a in training.adapters.items() if (n := int(a.live.sum()))}
+    assert {name: len(a.A) for name, a in exported.items()} == {
+        name: n for name, a in training.adapters.items() if (n := int(a.live.sum()))
+    }
     torch.testing.assert_close(model(idx), before, atol=1e-6, rtol=0)
     use(model, None)
     assert (model(idx) - before).abs().max() > 1e-3

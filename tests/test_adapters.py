@@ -1,4 +1,5 @@
 """LoRA and IA3, and what all adapters share: the base to the bit, merging, switching, files. AdaLoRA's budget: test_adalora.py."""
+
 import json
 import sys
 
@@ -10,17 +11,43 @@ from processes import Launched
 from test_gpt import tiny, tokens
 
 from nanochat.adapter_layers import IA3, AdaptedLinear, LoRA
-from nanochat.adapters import (AdapterConfig, adapter_state, adapters_of, attach, base_hash, base_state, fold_in, load_adapter,
-                               load_adapter_state, make_adapter, matrices, merge, optimizer_groups, remove, save_adapter, unmerge, use)
+from nanochat.adapters import (
+    AdapterConfig,
+    adapter_state,
+    adapters_of,
+    attach,
+    base_hash,
+    base_state,
+    fold_in,
+    load_adapter,
+    load_adapter_state,
+    make_adapter,
+    matrices,
+    merge,
+    optimizer_groups,
+    remove,
+    save_adapter,
+    unmerge,
+    use,
+)
 from nanochat.common import InputError
 from nanochat.factorize import stacked, with_layer_map
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.optim import AdamW
 from nanochat.rank import account, on_meta
 
-BASES = {"full": {}, "low rank": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3), "mixed": dict(matrix_ranks={"k": (4, 0, 4), "down": (0, 5, 5)}, n_kv_head=2),
-         "recomputed": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3, recompute="bottleneck"), "tables": dict(value_embeddings=True, tie_embeddings=True)}
-KINDS = {"lora": AdapterConfig("lora", rank=4, alpha=6.0), "adalora": AdapterConfig("adalora", rank=3), "ia3": AdapterConfig("ia3")}
+BASES = {
+    "full": {},
+    "low rank": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3),
+    "mixed": dict(matrix_ranks={"k": (4, 0, 4), "down": (0, 5, 5)}, n_kv_head=2),
+    "recomputed": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3, recompute="bottleneck"),
+    "tables": dict(value_embeddings=True, tie_embeddings=True),
+}
+KINDS = {
+    "lora": AdapterConfig("lora", rank=4, alpha=6.0),
+    "adalora": AdapterConfig("adalora", rank=3),
+    "ia3": AdapterConfig("ia3"),
+}
 
 
 def awaken(model, name="a", seed=2):
@@ -48,6 +75,7 @@ def train(model, name="a", steps=3, lr=0.05):
 
 # ---- against the base
 
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, base):
@@ -66,7 +94,11 @@ def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, bas
 
 def test_trained_parameters_are_the_adapters_alone_and_as_many_as_the_formula_says():
     shapes = {"q": 64, "k": 64, "v": 64, "o": 64, "up": 160, "down": 160}  # in + out at width 32
-    expected = {"lora": 3 * 4 * sum(shapes.values()), "adalora": 3 * 5 * (sum(shapes.values()) + 6), "ia3": 3 * (32 + 32 + 128)}
+    expected = {
+        "lora": 3 * 4 * sum(shapes.values()),
+        "adalora": 3 * 5 * (sum(shapes.values()) + 6),
+        "ia3": 3 * (32 + 32 + 128),
+    }
     for kind, count in expected.items():
         model = adapted(kind)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
@@ -84,7 +116,9 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
     attach(model, "a", KINDS[kind])
     awaken(model)
     plain = tiny(n_kv_head=model.config.n_kv_head).double()
-    state = {name: t for name, t in base_state(model).items() if not any(f"{m}." in name for m in matrices(model))}
+    state = {
+        name: t for name, t in base_state(model).items() if not any(f"{m}." in name for m in matrices(model))
+    }
     for name, layer in matrices(model).items():
         W = layer.base.dense_weight()
         a = layer.adapters["a"] if "a" in layer.adapters else None
@@ -98,7 +132,9 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
             W = W @ torch.diag(a.l) if name.endswith("down") else torch.diag(a.l) @ W
         state[f"{name}.weight"] = W.detach()
     plain.load_state_dict(state)
-    torch.testing.assert_close(model(idx, compute_dtype=torch.float64), plain(idx, compute_dtype=torch.float64), atol=1e-6, rtol=0)  # logits are float32
+    torch.testing.assert_close(
+        model(idx, compute_dtype=torch.float64), plain(idx, compute_dtype=torch.float64), atol=1e-6, rtol=0
+    )  # logits are float32
     loss = [m(idx, idx, torch.float64) for m in (model, plain)]
     torch.testing.assert_close(*loss, atol=1e-10, rtol=0)
 
@@ -128,7 +164,9 @@ def test_folded_in_it_is_a_plain_model_that_its_own_config_rebuilds(kind):
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(idx), model(idx))
     if kind == "ia3":  # a scale folds into one factor, so the ranks stay
-        assert [type(layer) for layer in matrices(model).values()] == [type(layer) for layer in matrices(tiny(**BASES["mixed"])).values()]
+        assert [type(layer) for layer in matrices(model).values()] == [
+            type(layer) for layer in matrices(tiny(**BASES["mixed"])).values()
+        ]
 
 
 def test_an_update_of_a_layer_with_silu_inside_runs_but_does_not_merge():
@@ -164,11 +202,15 @@ def test_training_and_a_thousand_switches_leave_the_base_untouched():
 
 # ---- LoRA
 
+
 def test_scale_and_dropout_are_those_of_the_formula():
     layer = Linear(24, 40)
     layer.init()
     x = torch.randn(5, 24)
-    for config, s in ((AdapterConfig(rank=4, alpha=6.0), 1.5), (AdapterConfig(rank=4, alpha=6.0, rslora=True), 3.0)):
+    for config, s in (
+        (AdapterConfig(rank=4, alpha=6.0), 1.5),
+        (AdapterConfig(rank=4, alpha=6.0, rslora=True), 3.0),
+    ):
         a = make_adapter(config, "blocks.0.mlp.up", layer, torch.Generator().manual_seed(0))
         assert a.B.abs().max() == 0 and a.A.abs().max() <= 24**-0.5 and a.A.abs().max() > 0.9 * 24**-0.5
         a.B.data.normal_()
@@ -230,6 +272,7 @@ def test_bfloat16_compute_keeps_float32_adapters():
 
 # ---- IA3
 
+
 def test_scales_do_not_decay_and_start_at_one():
     model = tiny()
     attach(model, "a", KINDS["ia3"])
@@ -237,8 +280,10 @@ def test_scales_do_not_decay_and_start_at_one():
     assert {len(a.l) for a in adapters_of(model, "a").values()} == {32, 128}
     assert [g["weight_decay"] for g in optimizer_groups(model, "a", 1e-3, weight_decay=0.1)] == [0.0]
     attach(model, "b", KINDS["adalora"])
-    assert [(g["weight_decay"], {n.rsplit(".", 1)[1] for n in g["names"]}) for g in optimizer_groups(model, "b", 1e-3, weight_decay=0.1)] == [
-        (0.1, {"P", "Q"}), (0.0, {"lam"})]
+    assert [
+        (g["weight_decay"], {n.rsplit(".", 1)[1] for n in g["names"]})
+        for g in optimizer_groups(model, "b", 1e-3, weight_decay=0.1)
+    ] == [(0.1, {"P", "Q"}), (0.0, {"lam"})]
 
 
 def test_qk_norm_takes_the_length_of_a_heads_scales_and_leaves_their_direction():
@@ -254,38 +299,69 @@ def test_qk_norm_takes_the_length_of_a_heads_scales_and_leaves_their_direction()
 
 # ---- which matrices
 
+
 def test_one_expression_chooses_and_patterns_give_ranks_and_alphas():
     model = tiny()
-    attach(model, "a", AdapterConfig(targets=r"blocks\.[02]\.(attn\.[qv]|mlp)", rank=2, alpha=4, ranks={r"2\.mlp": 5, "mlp": 3}, alphas={"attn": 8}))
+    attach(
+        model,
+        "a",
+        AdapterConfig(
+            targets=r"blocks\.[02]\.(attn\.[qv]|mlp)",
+            rank=2,
+            alpha=4,
+            ranks={r"2\.mlp": 5, "mlp": 3},
+            alphas={"attn": 8},
+        ),
+    )
     assert {name: (len(a.A), a.scale) for name, a in adapters_of(model, "a").items()} == {
-        "blocks.0.attn.q": (2, 4), "blocks.0.attn.v": (2, 4), "blocks.0.mlp.up": (3, 4 / 3), "blocks.0.mlp.down": (3, 4 / 3),
-        "blocks.2.attn.q": (2, 4), "blocks.2.attn.v": (2, 4), "blocks.2.mlp.up": (5, 4 / 5), "blocks.2.mlp.down": (5, 4 / 5)}
+        "blocks.0.attn.q": (2, 4),
+        "blocks.0.attn.v": (2, 4),
+        "blocks.0.mlp.up": (3, 4 / 3),
+        "blocks.0.mlp.down": (3, 4 / 3),
+        "blocks.2.attn.q": (2, 4),
+        "blocks.2.attn.v": (2, 4),
+        "blocks.2.mlp.up": (5, 4 / 5),
+        "blocks.2.mlp.down": (5, 4 / 5),
+    }
 
 
-@pytest.mark.parametrize("config,message", [
-    (dict(targets=r"attn\.query"), r"no matrix has such a name; the nearest are blocks.0.attn.q, blocks.1.attn.q, blocks.2.attn.q"),
-    (dict(targets="blocks.7.mlp.up"), "the nearest are blocks.0.mlp.up"),
-    (dict(ranks={"attn.x": 3}), "pattern 'attn.x': no matrix"),
-    (dict(rank=33), "rank 33: blocks.0.attn.q is 32 x 32; give 1 to 32"),
-    (dict(ranks={"down": 40}), "rank 40: blocks.0.mlp.down is 32 x 128; give 1 to 32"),
-    (dict(rank=0), "rank 0: use a whole number >= 1"),
-    (dict(targets="attn.(q"), "not a regular expression"),
-    (dict(kind="dora"), "kind dora: use one of lora, adalora, ia3"),
-    (dict(dropout=1.0), "dropout 1.0: use a number from 0"),
-    (dict(alpha=0.0), "alpha 0.0: use a number above 0"),
-    (dict(kind="adalora", initial=0.5), "initial ranks 0.5: below 1 the budget would rise"),
-])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (
+            dict(targets=r"attn\.query"),
+            r"no matrix has such a name; the nearest are blocks.0.attn.q, blocks.1.attn.q, blocks.2.attn.q",
+        ),
+        (dict(targets="blocks.7.mlp.up"), "the nearest are blocks.0.mlp.up"),
+        (dict(ranks={"attn.x": 3}), "pattern 'attn.x': no matrix"),
+        (dict(rank=33), "rank 33: blocks.0.attn.q is 32 x 32; give 1 to 32"),
+        (dict(ranks={"down": 40}), "rank 40: blocks.0.mlp.down is 32 x 128; give 1 to 32"),
+        (dict(rank=0), "rank 0: use a whole number >= 1"),
+        (dict(targets="attn.(q"), "not a regular expression"),
+        (dict(kind="dora"), "kind dora: use one of lora, adalora, ia3"),
+        (dict(dropout=1.0), "dropout 1.0: use a number from 0"),
+        (dict(alpha=0.0), "alpha 0.0: use a number above 0"),
+        (dict(kind="adalora", initial=0.5), "initial ranks 0.5: below 1 the budget would rise"),
+    ],
+)
 def test_what_cannot_be_is_one_clear_line_and_changes_nothing(config, message):
     model = tiny()
     with pytest.raises(InputError, match=message) as e:
         attach(model, "a", AdapterConfig(**config))
     assert "\n" not in str(e.value)
-    assert all(isinstance(layer, (Linear, LowRankLinear)) for layer in matrices(model).values()) and all(p.requires_grad for p in model.parameters())
+    assert all(isinstance(layer, (Linear, LowRankLinear)) for layer in matrices(model).values()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_names_of_adapters():
     model = adapted()
-    for name, message in (("a", "there is one of this name"), ("x.y", "choose a word without dots"), ("", "without dots"), ("keys", "without dots")):
+    for name, message in (
+        ("a", "there is one of this name"),
+        ("x.y", "choose a word without dots"),
+        ("", "without dots"),
+        ("keys", "without dots"),
+    ):
         with pytest.raises(InputError, match=message):
             attach(model, name, AdapterConfig())
     with pytest.raises(InputError, match="adapter 'b': not attached; there are: a"):
@@ -293,6 +369,7 @@ def test_names_of_adapters():
 
 
 # ---- files
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_base(tmp_path, kind):
@@ -303,7 +380,9 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_bas
     assert torch.equal(other(idx), model(idx))
     assert json.loads(json.dumps(description)) == description and description["base"] == base_hash(tiny())
     saved = torch.load(path, weights_only=True)["tensors"]
-    assert sum(t.numel() for t in saved.values() if t.is_floating_point()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in saved.values() if t.is_floating_point()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
@@ -311,7 +390,9 @@ def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
     save_adapter(path, model, "a")
     other = tiny()
     other.smear.data[3] += 1e-6
-    with pytest.raises(InputError, match="made for another base .*; give the checkpoint that it was trained on"):
+    with pytest.raises(
+        InputError, match="made for another base .*; give the checkpoint that it was trained on"
+    ):
         load_adapter(path, other, "a")
     content = path.read_bytes()
     for damaged in (content[:300], b"no such thing", b"", content[:40] + b"\0" * 40 + content[80:]):
@@ -346,6 +427,7 @@ def test_eager_adapters_do_not_load_the_compiler(tmp_path):
 
 # ---- an independent oracle (opt-in: only where peft is installed)
 
+
 @pytest.mark.parametrize("case", ["lora", "rslora", "ia3 out", "ia3 in"])
 def test_outputs_and_gradients_equal_pefts(case):
     peft = pytest.importorskip("peft")
@@ -353,11 +435,20 @@ def test_outputs_and_gradients_equal_pefts(case):
     plain, base = nn.Sequential(nn.Linear(24, 40, bias=False)).double(), Linear(24, 40).double()
     base.weight.data.copy_(plain[0].weight)
     if "lora" in case:
-        theirs = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_rslora=case == "rslora"))
-        ours = make_adapter(AdapterConfig(rank=4, alpha=6.0, rslora=case == "rslora"), "blocks.0.mlp.up", base, torch.Generator())
+        theirs = peft.get_peft_model(
+            plain, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_rslora=case == "rslora")
+        )
+        ours = make_adapter(
+            AdapterConfig(rank=4, alpha=6.0, rslora=case == "rslora"),
+            "blocks.0.mlp.up",
+            base,
+            torch.Generator(),
+        )
         pairs = [(ours.A, ".lora_A."), (ours.B, ".lora_B.")]
     else:
-        theirs = peft.get_peft_model(plain, peft.IA3Config(target_modules=["0"], feedforward_modules=["0"] if case == "ia3 in" else []))
+        theirs = peft.get_peft_model(
+            plain, peft.IA3Config(target_modules=["0"], feedforward_modules=["0"] if case == "ia3 in" else [])
+        )
         ours = IA3(24, 40, case.split()[1])
         pairs = [(ours.l, ".ia3_l.")]
     theirs, ours = theirs.double(), ours.double()

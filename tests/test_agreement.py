@@ -1,4 +1,5 @@
 """Processes that see other files than process 0 follow it, or all end with one line. Nobody waits in vain."""
+
 import builtins
 import json
 import os
@@ -9,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import TINY, losses
+from processes import Launched
+
 from nanochat import agreement, common, metrics
 from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import InputError
@@ -18,7 +20,6 @@ from nanochat.dataset import open_corpus
 from nanochat.run_text import fingerprints
 from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.tokenizer import load_tokenizer
-from processes import Launched
 from scripts import base_eval, base_train, tok_train
 
 FLAGS = ["--save-every", "2", "--keep", "-1", "--eval-every", "-1", "--resume", "auto", "--model-tag", "tiny"]
@@ -27,11 +28,13 @@ FLAGS = ["--save-every", "2", "--keep", "-1", "--eval-every", "-1", "--resume", 
 @pytest.fixture
 def run_two(tmp_path):
     """run_two(function, *arguments) in two processes: (exit codes, the lines that they print)."""
+
     def run(function, *arguments):
         output = tmp_path / "output"
         output.unlink(missing_ok=True)
         codes = Launched(2, output, function, *arguments).codes()
         return codes, output.read_text().splitlines() if output.exists() else []
+
     return run
 
 
@@ -53,13 +56,16 @@ def killed_run(train, base_dir):
 @pytest.fixture
 def other_base(base_dir, tmp_path):
     """other_base(): a copy of the base directory as it is now, as process 1 may see it."""
+
     def copy():
         shutil.copytree(base_dir, tmp_path / "other")
         return tmp_path / "other"
+
     return copy
 
 
 # ---- in one of two processes
+
 
 def in_other_base(base, main, flags, change=None):
     if common.process_layout()[0] == 1:
@@ -77,6 +83,7 @@ def with_a_read_error(part, flags):
         if part in str(path):
             raise OSError(5, "Input/output error", str(path))
         return opened(path, *args, **kwargs)
+
     agreement.READ_PATIENCE = 0.0
     if common.process_layout()[0] == 1:
         builtins.open = fail
@@ -90,6 +97,7 @@ def show_later(base):
     def show():
         time.sleep(1.0)
         (folder / "hidden").rename(folder / "step_000004")
+
     threading.Thread(target=show).start()
 
 
@@ -98,6 +106,7 @@ def lose_patience(base):
 
 
 # ---- a run that goes on
+
 
 def test_all_stop_where_one_cannot_read_the_newest_checkpoint(killed_run, run_two, corpus_dir):
     record = (killed_run / "metrics.jsonl").read_bytes()
@@ -110,7 +119,8 @@ def test_all_stop_where_one_cannot_read_the_newest_checkpoint(killed_run, run_tw
 
 
 def test_a_checkpoint_that_appears_late_is_waited_for_and_a_finished_run_is_finished_for_all(
-        killed_run, run_two, other_base, corpus_dir):
+    killed_run, run_two, other_base, corpus_dir
+):
     straight = losses(metrics.load_run(killed_run))
     other = other_base()
     checkpoints = other / "runs/tiny/checkpoints"
@@ -165,6 +175,7 @@ def test_an_evaluation_is_of_what_process_0_sees(train, other_base, run_two, cor
 
 # ---- text, flags, caches
 
+
 def agree_step_by_step(folder, base):
     """What differs in process 1 is refused there, and named."""
     place = common.init_process("cpu")
@@ -177,6 +188,7 @@ def agree_step_by_step(folder, base):
             assert rank == 0, part
         except InputError as e:
             assert rank == 1 and part in str(e), (rank, str(e))
+
     agreement.confirm(place, {"--seed": 1, "plan": {"lr": float("nan")}})
     own = {"--seed": 1 + rank, "plan": {"lr": 0.5, **({"steps": 3} if rank else {})}}
     refused("--seed (2, there 1), plan.steps (3, there None); start all", agreement.confirm, place, own)
@@ -214,6 +226,7 @@ def test_what_differs_is_named(base_dir, other_base, run_two, tmp_path):
 
 # ---- one that fails
 
+
 def fail(ranks, joined):
     rank = common.process_layout()[0]
     place = common.init_process("cpu") if joined else None
@@ -224,12 +237,16 @@ def fail(ranks, joined):
         time.sleep(60)  # in no collective
 
 
-@pytest.mark.parametrize("ranks, joined, said", [
-    ([0], True, "error: broken"),
-    ([1], True, "error: process 1 of 2: broken"),
-    ([1], False, "error: process 1 of 2: broken"),
-    ([0, 1], True, "error: broken"),
-    ([0, 1], False, "error: broken")])
+@pytest.mark.parametrize(
+    "ranks, joined, said",
+    [
+        ([0], True, "error: broken"),
+        ([1], True, "error: process 1 of 2: broken"),
+        ([1], False, "error: process 1 of 2: broken"),
+        ([0, 1], True, "error: broken"),
+        ([0, 1], False, "error: broken"),
+    ],
+)
 def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
     started = time.monotonic()
     codes, lines = run_two(fail, ranks, joined)

@@ -1,4 +1,5 @@
 """Training end to end on a tiny model: learning, exact resume, the run folder, and every refusal."""
+
 import contextlib
 import json
 import math
@@ -12,14 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from conftest import TINY, Killed, losses
+from processes import Launched
+from test_core_eval import write_bundle
+
 from nanochat import common, metrics, training
 from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
 from nanochat.common import REQUEUE, InputError
 from nanochat.loss_eval import reference_losses
-from processes import Launched
-from test_core_eval import write_bundle
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
@@ -42,22 +43,72 @@ def same(a, b):
 
 # ---- what a run does
 
-@pytest.mark.parametrize("flags", [(), LOW, ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1), ("--lm-head-rank", 8),
-                                   (*LOW, "--layer-map", "mobilellm", "--matrix-ranks", "v=16,up=0", "--factor-act", "silu", "--recompute", "bottleneck")])
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        LOW,
+        ("--tie-embeddings", "--value-embeddings", "--n-kv-head", 1),
+        ("--lm-head-rank", 8),
+        (
+            *LOW,
+            "--layer-map",
+            "mobilellm",
+            "--matrix-ranks",
+            "v=16,up=0",
+            "--factor-act",
+            "silu",
+            "--recompute",
+            "bottleneck",
+        ),
+    ],
+)
 def test_a_model_learns_and_the_record_is_complete(train, flags):
-    run = train(*flags, "--num-iterations", 30, "--eval-every", 10, "--sample-every", 30, "--ppl-thresholds", "250,100,2")
+    run = train(
+        *flags,
+        "--num-iterations",
+        30,
+        "--eval-every",
+        10,
+        "--sample-every",
+        30,
+        "--ppl-thresholds",
+        "250,100,2",
+    )
     s = run.summary
     assert losses(run)[0] == pytest.approx(5.70, abs=0.02)  # ln 300: every token equally likely
     assert s["val/loss"] < 4.0 and s["status"] == "finished" and s["step"] == 30
     assert s["val/ppl"] == pytest.approx(2.718281828 ** s["val/loss"], rel=1e-6)
     assert s["total_tokens"] == 30 * 256 and s["total_training_flops"] == 30 * 256 * s["flops/per_token"]
-    assert s["time_to_ppl/250/step"] == 10 and s["time_to_ppl/100/tokens"] in (2560, 5120, 7680) and "time_to_ppl/2/step" not in s
-    assert s["params/total"] == sum(s[f"params/{g}"] for g in ("embedding", "lm_head", "attention", "mlp", "other"))
-    for key in ("train/lrm", "train/dt", "train/tok_per_sec", "train/grad_norm", "train/epoch", "val/bpb", "mem/peak_bytes",
-                "mem/weights_bytes", "mem/grads_bytes", "mem/optimizer_bytes", "total_training_time"):
+    assert (
+        s["time_to_ppl/250/step"] == 10
+        and s["time_to_ppl/100/tokens"] in (2560, 5120, 7680)
+        and "time_to_ppl/2/step" not in s
+    )
+    assert s["params/total"] == sum(
+        s[f"params/{g}"] for g in ("embedding", "lm_head", "attention", "mlp", "other")
+    )
+    for key in (
+        "train/lrm",
+        "train/dt",
+        "train/tok_per_sec",
+        "train/grad_norm",
+        "train/epoch",
+        "val/bpb",
+        "mem/peak_bytes",
+        "mem/weights_bytes",
+        "mem/grads_bytes",
+        "mem/optimizer_bytes",
+        "total_training_time",
+    ):
         assert key in s, key
     assert run.history[-1]["sample"] and [e["step"] for e in run.history] == list(range(1, 31))
-    assert run.config["flags"]["depth"] == 2 and run.config["versions"]["torch"] and run.config["device"]["type"] == "cpu"
+    assert (
+        run.config["flags"]["depth"] == 2
+        and run.config["versions"]["torch"]
+        and run.config["device"]["type"] == "cpu"
+    )
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_bit_and_another_seed_does_not(train):
@@ -73,24 +124,32 @@ def test_gradient_accumulation_and_device_batch_change_nothing_but_rounding(trai
 
 @pytest.mark.parametrize("flags", [(), LOW])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_stopping_after_any_step_and_resuming_is_the_uninterrupted_run_to_the_bit(train, kill_after, flags, stop):
+def test_stopping_after_any_step_and_resuming_is_the_uninterrupted_run_to_the_bit(
+    train, kill_after, flags, stop
+):
     straight = train(*flags, tag="straight")
     kill_after(stop)
     with pytest.raises(Killed):
         train(*flags, "--save-every", 1, tag="resumed")
-    assert saved_steps(metrics.runs_dir() / "resumed") == list(range(1, stop + 1))[-2:], "the newest two are kept"
+    assert saved_steps(metrics.runs_dir() / "resumed") == list(range(1, stop + 1))[-2:], (
+        "the newest two are kept"
+    )
     kill_after(None)
     resumed = train(*flags, "--save-every", 1, "--resume", "auto", tag="resumed")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
     assert resumed.summary["val/loss"] == straight.summary["val/loss"]
 
 
-def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_began_with(train, kill_after, monkeypatch):
+def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_began_with(
+    train, kill_after, monkeypatch
+):
     monkeypatch.delenv("NANOCHAT_DTYPE")
     monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
     half, single = train(tag="half"), train("--dtype", "float32", tag="single")
     assert [run.config["device"]["dtype"] for run in (half, single)] == ["bfloat16", "float32"]
-    assert losses(half) != losses(single) and half.summary["val/loss"] == pytest.approx(single.summary["val/loss"], rel=0.01)
+    assert losses(half) != losses(single) and half.summary["val/loss"] == pytest.approx(
+        single.summary["val/loss"], rel=0.01
+    )
     kill_after(4)
     with pytest.raises(Killed):
         train("--save-every", 2, tag="resumed")
@@ -142,9 +201,11 @@ def test_evaluating_what_is_not_there_is_refused(train):
 def test_bits_per_byte_by_hand(train):
     """bpb = all nats of ordinary tokens / ln 2 / the bytes they stand for, from logits of one row at a time."""
     import math
+
     from nanochat.dataloader import Rows
     from nanochat.dataset import open_corpus
     from nanochat.tokenizer import load_tokenizer
+
     run = train(tag="a")
     folder, tokenizer = metrics.runs_dir() / "a", load_tokenizer()
     model, *_ = load_model(folder, 6, "cpu")
@@ -164,7 +225,21 @@ def test_bits_per_byte_by_hand(train):
 
 def test_dry_run_prints_the_accounting_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
-    base_train.main(["--dry-run", "--depth", "20", "--model-dim", "1280", "--vocab-size", "65536", "--attn-rank", "128", "--mlp-rank", "128"])
+    base_train.main(
+        [
+            "--dry-run",
+            "--depth",
+            "20",
+            "--model-dim",
+            "1280",
+            "--vocab-size",
+            "65536",
+            "--attn-rank",
+            "128",
+            "--mlp-rank",
+            "128",
+        ]
+    )
     out = capsys.readouterr().out
     assert "226,755,880" in out and "flops/per_token" in out and "mem/optimizer_bytes" in out
     assert not (tmp_path / "nothing").exists()
@@ -173,61 +248,105 @@ def test_dry_run_prints_the_accounting_and_touches_nothing(tmp_path, monkeypatch
 def test_budget_of_another_run_is_met_from_below(train, capsys):
     full = train("--num-iterations", 1, tag="full").summary["params/total"]
     rank = train("--num-iterations", 1, "--budget-params", "full", "--solve", "rank", tag="rank")
-    assert 0.97 * full < rank.summary["params/total"] <= full and rank.config["derived"]["model"]["attn_ranks"][0] > 0
+    assert (
+        0.97 * full < rank.summary["params/total"] <= full
+        and rank.config["derived"]["model"]["attn_ranks"][0] > 0
+    )
     deep = train("--num-iterations", 1, *LOW, "--budget-params", full, "--solve", "depth", tag="deep")
     assert deep.summary["params/total"] <= full and deep.config["derived"]["model"]["n_layer"] > 2
 
 
 # ---- refusals: one line, exit 2, nothing written
 
-@pytest.mark.parametrize("flags,message", [
-    (["--attn-rank", 33], r"--attn-rank.*rank 33 does not fit a 32 x 32 matrix.*1 to 32"),
-    (["--mlp-rank", 40], r"--mlp-rank.*rank 40 does not fit"),
-    (["--attn-rank", -3], r"--attn-rank: '-3': give 0 \(full rank\)"),
-    (["--attn-rank", "1.5"], r"--attn-rank: '1.5'"),
-    (["--n-kv-head", 1, "--attn-rank", 20], r"rank 20 does not fit a 16 x 32 matrix"),
-    (["--lm-head-rank", 33], r"--lm-head-rank.*does not fit a 300 x 32"),
-    (["--attn-rank", 8, "--rank-schedule", "linear"], r"--rank-schedule linear: needs --rank-end above 0"),
-    (["--rank-schedule", "linear", "--rank-end", 4], r"--rank-schedule linear: needs --attn-rank or --mlp-rank"),
-    (["--attn-rank", 8, "--rank-schedule", "8,0"], r"--rank-schedule 8,0: give 2 ranks above 0"),
-    (["--attn-rank", 8, "--rank-schedule", "8,4,2"], r"give 2 ranks above 0, one a layer"),
-    (["--attn-rank", 8, "--rank-schedule", "wavy"], r"--rank-schedule wavy: use one of constant, linear"),
-    (["--attn-rank", 8, "--rank-schedule", "linear", "--rank-end", 0.5], r"--rank-end 0.5: .* both as ranks or both as fractions"),
-    (["--matrix-ranks", "w=3"], r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, down"),
-    (["--matrix-ranks", "v=33"], r"--matrix-ranks: v \(layer 0\): rank 33 does not fit a 32 x 32 matrix"),
-    (["--matrix-ranks", "v=8/4/2"], r"--matrix-ranks v=8/4/2: gives v 3 ranks; give one, or 2, one a layer"),
-    (["--matrix-ranks", "v=8/4", "--budget-params", "99999", "--solve", "depth"],
-     r"--solve depth: --matrix-ranks v=8/4 has one rank a layer"),
-    (["--matrix-ranks", "v=8,v=4"],
-     r"--matrix-ranks: 'v=8,v=4': gives v more than once; one rank a layer is written v=64/64/128"),
-    (["--rank-multiple", 0], r"--rank-multiple: '0': give -1 \(automatic\), 1 \(fractions as given\)"),
-    (["--layer-map", "0,1,2"], r"--layer-map 0,1,2: there is no layer 2, the layers are 0 to 1$"),
-    (["--layer-map", "1,1"], r"--layer-map 1,1: leaves out layer 0 of --depth 2, which would never learn"),
-    (["--layer-map", "thrice"], r"--layer-map: 'thrice': give the layer at each position"),
-    (["--layer-map", "goliath"], r"--layer-map goliath: takes copies from two trained checkpoints"),
-    (["--layer-map", "A:0,B:1"], r"--layer-map A:0,B:1: takes copies from two trained checkpoints"),
-    (["--layer-map", "0,1", "--budget-params", "99999", "--solve", "depth"], r"--solve depth: --layer-map 0,1 names the layers"),
-    (["--head-dim", 24], r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48"),
-    (["--mlp-ratio", 0.01], r"--mlp-ratio 0.01: leaves the MLP no hidden layer at width 32; give more, e.g. 4"),
-    (["--mlp-ratio", 0.5, "--mlp-rank", 17], r"--mlp-rank.*rank 17 does not fit a 16 x 32 matrix: give 0 \(full\), 1 to 16"),
-    (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
-    (["--window-pattern", "SX"], r"--window-pattern 'SX'"),
-    (["--total-batch-size", 300], r"--total-batch-size 300: .*= 32; nearest: 288 or 320"),
-    (["--total-batch-size", 100], r"--total-batch-size 100: .*nearest: 96 or 128$"),
-    (["--vocab-size", 4096], r"--vocab-size 4096: .*tokenizer.json has 300"),
-    (["--data", "nonesuch"], r"--data nonesuch: .*stdlib.*climbmix"),
-    (["--device-type", "cuda"], r"--device-type cuda: no CUDA device"),
-    (["--max-seq-len", 100_000, "--device-batch-size", 1, "--total-batch-size", 100_000], r"too little training text for one row of 100000"),
-    (["--eval-tokens", 8], r"--eval-tokens 8: less than one row"),
-    (["--num-iterations", "many"], r"--num-iterations: 'many' is not a whole number"),
-    (["--matrix-lr", "nan"], r"--matrix-lr: 'nan' is not a number"),
-    (["--ppl-thresholds", "100,-3"], r"--ppl-thresholds: '100,-3'"),
-    (["--resume", 4], r"--resume 4: there is no run bad"),
-    (["--resume", "latest"], r"--resume latest: use auto"),
-    (["--budget-params", "10", "--solve", "rank"], r"--budget-params 10: even rank 1"),
-    (["--budget-params", "99999999"], r"--budget-params and --solve go together"),
-    (["--dept", 4], r"unrecognized arguments: --dept 4"),
-])
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--attn-rank", 33], r"--attn-rank.*rank 33 does not fit a 32 x 32 matrix.*1 to 32"),
+        (["--mlp-rank", 40], r"--mlp-rank.*rank 40 does not fit"),
+        (["--attn-rank", -3], r"--attn-rank: '-3': give 0 \(full rank\)"),
+        (["--attn-rank", "1.5"], r"--attn-rank: '1.5'"),
+        (["--n-kv-head", 1, "--attn-rank", 20], r"rank 20 does not fit a 16 x 32 matrix"),
+        (["--lm-head-rank", 33], r"--lm-head-rank.*does not fit a 300 x 32"),
+        (
+            ["--attn-rank", 8, "--rank-schedule", "linear"],
+            r"--rank-schedule linear: needs --rank-end above 0",
+        ),
+        (
+            ["--rank-schedule", "linear", "--rank-end", 4],
+            r"--rank-schedule linear: needs --attn-rank or --mlp-rank",
+        ),
+        (["--attn-rank", 8, "--rank-schedule", "8,0"], r"--rank-schedule 8,0: give 2 ranks above 0"),
+        (["--attn-rank", 8, "--rank-schedule", "8,4,2"], r"give 2 ranks above 0, one a layer"),
+        (["--attn-rank", 8, "--rank-schedule", "wavy"], r"--rank-schedule wavy: use one of constant, linear"),
+        (
+            ["--attn-rank", 8, "--rank-schedule", "linear", "--rank-end", 0.5],
+            r"--rank-end 0.5: .* both as ranks or both as fractions",
+        ),
+        (
+            ["--matrix-ranks", "w=3"],
+            r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, down",
+        ),
+        (["--matrix-ranks", "v=33"], r"--matrix-ranks: v \(layer 0\): rank 33 does not fit a 32 x 32 matrix"),
+        (
+            ["--matrix-ranks", "v=8/4/2"],
+            r"--matrix-ranks v=8/4/2: gives v 3 ranks; give one, or 2, one a layer",
+        ),
+        (
+            ["--matrix-ranks", "v=8/4", "--budget-params", "99999", "--solve", "depth"],
+            r"--solve depth: --matrix-ranks v=8/4 has one rank a layer",
+        ),
+        (
+            ["--matrix-ranks", "v=8,v=4"],
+            r"--matrix-ranks: 'v=8,v=4': gives v more than once; one rank a layer is written v=64/64/128",
+        ),
+        (["--rank-multiple", 0], r"--rank-multiple: '0': give -1 \(automatic\), 1 \(fractions as given\)"),
+        (["--layer-map", "0,1,2"], r"--layer-map 0,1,2: there is no layer 2, the layers are 0 to 1$"),
+        (
+            ["--layer-map", "1,1"],
+            r"--layer-map 1,1: leaves out layer 0 of --depth 2, which would never learn",
+        ),
+        (["--layer-map", "thrice"], r"--layer-map: 'thrice': give the layer at each position"),
+        (["--layer-map", "goliath"], r"--layer-map goliath: takes copies from two trained checkpoints"),
+        (["--layer-map", "A:0,B:1"], r"--layer-map A:0,B:1: takes copies from two trained checkpoints"),
+        (
+            ["--layer-map", "0,1", "--budget-params", "99999", "--solve", "depth"],
+            r"--solve depth: --layer-map 0,1 names the layers",
+        ),
+        (
+            ["--head-dim", 24],
+            r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48",
+        ),
+        (
+            ["--mlp-ratio", 0.01],
+            r"--mlp-ratio 0.01: leaves the MLP no hidden layer at width 32; give more, e.g. 4",
+        ),
+        (
+            ["--mlp-ratio", 0.5, "--mlp-rank", 17],
+            r"--mlp-rank.*rank 17 does not fit a 16 x 32 matrix: give 0 \(full\), 1 to 16",
+        ),
+        (["--n-kv-head", 3], r"--n-kv-head 3: must divide the 2 heads"),
+        (["--window-pattern", "SX"], r"--window-pattern 'SX'"),
+        (["--total-batch-size", 300], r"--total-batch-size 300: .*= 32; nearest: 288 or 320"),
+        (["--total-batch-size", 100], r"--total-batch-size 100: .*nearest: 96 or 128$"),
+        (["--vocab-size", 4096], r"--vocab-size 4096: .*tokenizer.json has 300"),
+        (["--data", "nonesuch"], r"--data nonesuch: .*stdlib.*climbmix"),
+        (["--device-type", "cuda"], r"--device-type cuda: no CUDA device"),
+        (
+            ["--max-seq-len", 100_000, "--device-batch-size", 1, "--total-batch-size", 100_000],
+            r"too little training text for one row of 100000",
+        ),
+        (["--eval-tokens", 8], r"--eval-tokens 8: less than one row"),
+        (["--num-iterations", "many"], r"--num-iterations: 'many' is not a whole number"),
+        (["--matrix-lr", "nan"], r"--matrix-lr: 'nan' is not a number"),
+        (["--ppl-thresholds", "100,-3"], r"--ppl-thresholds: '100,-3'"),
+        (["--resume", 4], r"--resume 4: there is no run bad"),
+        (["--resume", "latest"], r"--resume latest: use auto"),
+        (["--budget-params", "10", "--solve", "rank"], r"--budget-params 10: even rank 1"),
+        (["--budget-params", "99999999"], r"--budget-params and --solve go together"),
+        (["--dept", 4], r"unrecognized arguments: --dept 4"),
+    ],
+)
 def test_bad_flags_are_refused_in_one_line(train, base_dir, flags, message):
     if flags[0] == "--device-type" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -247,7 +366,10 @@ def test_text_too_short_for_validation_is_refused(train, tmp_path):
 
 def test_a_tag_with_another_config_is_refused_naming_what_differs(train):
     train(tag="a")
-    with pytest.raises(InputError, match=r"--model-tag a: exists with another config: .*flags.matrix_lr \(-1 there, 0.03 now\)"):
+    with pytest.raises(
+        InputError,
+        match=r"--model-tag a: exists with another config: .*flags.matrix_lr \(-1 there, 0.03 now\)",
+    ):
         train("--matrix-lr", 0.03, tag="a")
 
 
@@ -264,7 +386,9 @@ def test_an_unfinished_run_with_checkpoints_is_refused_with_the_way_on(train, ki
     with pytest.raises(Killed):
         train("--save-every", 2)
     kill_after(None)
-    with pytest.raises(InputError, match=r"has checkpoints \[2, 4\] and is not finished; continue it with --resume auto"):
+    with pytest.raises(
+        InputError, match=r"has checkpoints \[2, 4\] and is not finished; continue it with --resume auto"
+    ):
         train("--save-every", 2)
 
 
@@ -277,6 +401,7 @@ def spoiled(monkeypatch, bad_calls, spoil):
         if calls[0] in bad_calls:
             spoil(model)
         return original(model, clip)
+
     monkeypatch.setattr(training, "gradient_norm", gradient_norm)
 
 
@@ -285,24 +410,41 @@ def test_a_step_that_is_not_finite_is_not_applied_and_counted(train, monkeypatch
     spoiled(monkeypatch, {2, 5}, lambda model: model.resid_lambdas.grad.fill_(value))
     run = train("--max-bad-steps", 1)
     assert [("train/loss" in e, e.get("train/bad_steps")) for e in run.history] == [
-        (True, None), (False, 1), (True, None), (True, None), (False, 2), (True, None)]
-    assert run.summary["status"] == "finished" and run.summary["train/bad_steps"] == 2 and run.summary["val/loss"] < 5.7
+        (True, None),
+        (False, 1),
+        (True, None),
+        (True, None),
+        (False, 2),
+        (True, None),
+    ]
+    assert (
+        run.summary["status"] == "finished"
+        and run.summary["train/bad_steps"] == 2
+        and run.summary["val/loss"] < 5.7
+    )
     state = final_state(run)
     assert all(torch.isfinite(t).all() for t in state["model"].values())
     assert state["optimizer"]["smear"]["step"] == 4
 
 
-def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_good_weights(train, monkeypatch):
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_good_weights(
+    train, monkeypatch
+):
     good = train("--num-iterations", 3, "--warmdown-ratio", 0, "--matrix-lr", 0.04, tag="good")
     spoiled(monkeypatch, {4, 5, 6}, lambda model: model.wte.weight.grad.fill_(float("nan")))
-    with pytest.raises(InputError, match=r"step 6: loss or gradient not finite in 3 steps in a row .*runs/tiny/checkpoints: \[6\]; lower the learning rates"):
+    with pytest.raises(
+        InputError,
+        match=r"step 6: loss or gradient not finite in 3 steps in a row .*runs/tiny/checkpoints: \[6\]; lower the learning rates",
+    ):
         train("--max-bad-steps", 2, "--num-iterations", 9, "--warmdown-ratio", 0, "--matrix-lr", 0.04)
     state, meta = load_checkpoint(metrics.runs_dir() / "tiny", 6)
     assert same(state["model"], final_state(good)["model"]) and meta["bad_steps"] == 3
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("flags,step,saved", [(["--save-every", 2, "--keep", 1], 4, r"\[2\]"), (["--max-bad-steps", 1], 5, "none")])
+@pytest.mark.parametrize(
+    "flags,step,saved", [(["--save-every", 2, "--keep", 1], 4, r"\[2\]"), (["--max-bad-steps", 1], 5, "none")]
+)
 def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatch, flags, step, saved):
     """An update may overflow that came of a finite gradient: here the third."""
     original, calls = training.update, [0]
@@ -312,16 +454,21 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatc
         calls[0] += 1
         if calls[0] == 3:
             optimizers[-1].param_groups[0]["params"][0].data[0] = float("inf")
+
     monkeypatch.setattr(training, "update", overflowing)
-    with pytest.raises(InputError, match=rf"step {step}: model\.blocks.* not finite; nothing was saved; "
-                       rf"the last good weights are in .*checkpoints: {saved}; lower"):
+    with pytest.raises(
+        InputError,
+        match=rf"step {step}: model\.blocks.* not finite; nothing was saved; "
+        rf"the last good weights are in .*checkpoints: {saved}; lower",
+    ):
         train("--num-iterations", 9, *flags)
     assert saved_steps(metrics.runs_dir() / "tiny") == [2] * (saved != "none")
 
 
 @pytest.mark.parametrize("in_step,saved", [(2, 3), (3, 3), (6, 6)])
-def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(train, monkeypatch, in_step,
-                                                                                  saved):
+def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weights(
+    train, monkeypatch, in_step, saved
+):
     """A request during step 2 is agreed on with the losses of step 3. The evaluation of steps 3 and 6
     hears it, and is put off.
     """
@@ -333,6 +480,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
         if len(steps) == in_step:
             signal.raise_signal(signal.SIGUSR1)
         return original(model, clip)
+
     monkeypatch.setattr(training, "gradient_norm", signalled)
     folder = metrics.runs_dir() / "stopped"
     with pytest.raises(SystemExit) as e:
@@ -344,12 +492,15 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
     resumed = train("--resume", "auto", tag="stopped")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
     assert evaluations(resumed) == evaluations(straight) and resumed.summary["status"] == "finished"
-    assert (resumed.summary["val/loss"] == straight.summary["val/loss"]
-            and "evaluation_owed" not in load_checkpoint(folder, 6)[1])
+    assert (
+        resumed.summary["val/loss"] == straight.summary["val/loss"]
+        and "evaluation_owed" not in load_checkpoint(folder, 6)[1]
+    )
 
 
 class Once(threading.Event):
     """A request to stop that comes with the n-th look at it."""
+
     number = signal.SIGTERM
 
     def __init__(self, n):
@@ -365,25 +516,44 @@ def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train
     """In micro-steps, evaluation, CORE, samples and saves: stopped again and again, each time after more
     looks at the request.
     """
-    flags = ["--sample-every", 2, "--save-every", 2, "--eval-every", 2, "--stop-at-ppl", 20,
-             "--core-metric-every", 3, "--core-dir", write_bundle(tmp_path / "bundle")]
+    flags = [
+        "--sample-every",
+        2,
+        "--save-every",
+        2,
+        "--eval-every",
+        2,
+        "--stop-at-ppl",
+        20,
+        "--core-metric-every",
+        3,
+        "--core-dir",
+        write_bundle(tmp_path / "bundle"),
+    ]
     straight = train(*flags, tag="straight")
     monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
     stops, ended = 0, False
     while not ended:
-        monkeypatch.setattr(training.signals, "stop_signals",
-                            lambda: contextlib.nullcontext(Once(13 * stops)))
+        monkeypatch.setattr(
+            training.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops))
+        )
         try:
             resumed = train(*flags, "--resume", "auto", tag="stopped")
             ended = True
         except SystemExit as e:
-            assert (e.code == REQUEUE
-                    and metrics.load_run(metrics.runs_dir() / "stopped").summary["status"] == "stopped")
+            assert (
+                e.code == REQUEUE
+                and metrics.load_run(metrics.runs_dir() / "stopped").summary["status"] == "stopped"
+            )
             stops += 1
-    assert (stops > 5 and losses(resumed) == losses(straight)
-            and same(final_state(resumed), final_state(straight)))
-    assert (evaluations(resumed) == evaluations(straight)
-            and resumed.summary["step"] == straight.summary["step"])
+    assert (
+        stops > 5
+        and losses(resumed) == losses(straight)
+        and same(final_state(resumed), final_state(straight))
+    )
+    assert (
+        evaluations(resumed) == evaluations(straight) and resumed.summary["step"] == straight.summary["step"]
+    )
 
 
 def evaluations(run) -> list[dict]:
@@ -394,11 +564,16 @@ def evaluations(run) -> list[dict]:
 
 def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):
     lock = metrics.runs_dir().parent / "locks/tiny.lock"
-    code = ("import time; from nanochat.common import claimed; from pathlib import Path\n"
-            f"with claimed(Path({str(lock)!r}), 'x'): print('held', flush=True); time.sleep(60)")
+    code = (
+        "import time; from nanochat.common import claimed; from pathlib import Path\n"
+        f"with claimed(Path({str(lock)!r}), 'x'): print('held', flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match=f"--model-tag tiny: .*/runs/tiny is in use by process {holder.pid} on {socket.gethostname()}"):
+    with pytest.raises(
+        InputError,
+        match=f"--model-tag tiny: .*/runs/tiny is in use by process {holder.pid} on {socket.gethostname()}",
+    ):
         train()
     holder.kill()
     holder.wait()
@@ -431,12 +606,19 @@ def trained_without_the_compiler(*flags):
 def test_a_run_that_is_not_compiled_does_not_load_the_compiler(base_dir, corpus_dir, tmp_path):
     """It would take 1.4 s of the start and 71 MB of every process."""
     flags = [*TINY, "--data", str(corpus_dir), "--sample-every", "3", "--grad-clip", "1.0", "--mlp-rank", "4"]
-    assert Launched(1, tmp_path / "output", trained_without_the_compiler, *flags).codes() == [0], (tmp_path / "output").read_text()[-2000:]
+    assert Launched(1, tmp_path / "output", trained_without_the_compiler, *flags).codes() == [0], (
+        tmp_path / "output"
+    ).read_text()[-2000:]
 
 
 def test_reference_losses_are_those_of_the_uniform_and_the_unigram_guess():
     def rows(*slots):
-        return SimpleNamespace(T=2, count=len(slots), row=lambda i: np.array((0, *slots[i])))  # row 0 begins with BOS, which is not asked
+        return SimpleNamespace(
+            T=2, count=len(slots), row=lambda i: np.array((0, *slots[i]))
+        )  # row 0 begins with BOS, which is not asked
+
     found = reference_losses(rows((1, 1), (1, 2)), rows((1, 2), (2, 3), (0, 0)), 2, vocab_size=4)
     # seen 0, 3, 1, 0 times and once more each, of 8; asked 1, 2, 2, 3
-    assert found == pytest.approx({"uniform": math.log(4), "unigram": -(math.log(4 / 8) + 2 * math.log(2 / 8) + math.log(1 / 8)) / 4})
+    assert found == pytest.approx(
+        {"uniform": math.log(4), "unigram": -(math.log(4 / 8) + 2 * math.log(2 / 8) + math.log(1 / 8)) / 4}
+    )

@@ -1,4 +1,5 @@
 """The page in a real headless Chromium, from the file, as a colleague opens it: python -m pytest tests -m browser"""
+
 import io
 import random
 
@@ -7,7 +8,10 @@ from browser import Browser, find_chromium
 
 from nanochat.page import encode, to_page
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium; on Debian: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium; on Debian: apt-get install chromium"),
+]
 
 EVIL = "</script><script>document.title='evil'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='evil'\">"
 HEADER = ["run", "depth", "attn rank", "perplexity", "training time", "note"]
@@ -22,8 +26,16 @@ def runs_block():
         for rank in (0, 16, 64, 128):
             for seed in (1, 2):
                 seconds = depth * (20 + rank / 8) + rng.random()
-                rows.append([f"d{depth} r{rank} seed {seed}", depth, ("full", 0) if rank == 0 else rank, 30 - depth / 2 + 40 / (rank or 200) + rng.random(),
-                             (f"{seconds / 60:.2f} min", seconds), "baseline" if rank == 0 else ""])
+                rows.append(
+                    [
+                        f"d{depth} r{rank} seed {seed}",
+                        depth,
+                        ("full", 0) if rank == 0 else rank,
+                        30 - depth / 2 + 40 / (rank or 200) + rng.random(),
+                        (f"{seconds / 60:.2f} min", seconds),
+                        "baseline" if rank == 0 else "",
+                    ]
+                )
     rows[3][3], rows[5][4], rows[7][0] = float("nan"), None, EVIL
     return ("runs", HEADER, rows, FILTERS)
 
@@ -31,6 +43,7 @@ def runs_block():
 def figure():
     """A picture with three points: near the left top, the middle, the right bottom corner."""
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(9, 5), layout="constrained")
     panel = fig.subplots()
     panel.plot([1, 2, 3], [3, 2, 1], "o")
@@ -39,7 +52,11 @@ def figure():
     fig.canvas.draw()
     width, height = fig.canvas.get_width_height()
     spots = [panel.transData.transform((x, 4 - x)) for x in (1, 2, 3)]
-    texts = ["d4 full\nperplexity 28.31\nparameters 5.24 M", EVIL + "\nperplexity 20", "d12 r128 with a long name " + "and_more_" * 60]
+    texts = [
+        "d4 full\nperplexity 28.31\nparameters 5.24 M",
+        EVIL + "\nperplexity 20",
+        "d12 r128 with a long name " + "and_more_" * 60,
+    ]
     return out.getvalue(), [(x / width, 1 - y / height, text) for (x, y), text in zip(spots, texts)]
 
 
@@ -53,8 +70,13 @@ def browser():
 @pytest.fixture
 def opened(browser, tmp_path):
     """The browser with a page of a table and two pictures, from disk, pointer away; afterwards: no error and no request but for the file."""
-    blocks = [("heading", "Runs"), runs_block(), ("heading", "Figures"), ("figure", "a.png", "Perplexity against parameters."),
-              ("figure", "b.png", "The same without points.")]
+    blocks = [
+        ("heading", "Runs"),
+        runs_block(),
+        ("heading", "Figures"),
+        ("figure", "a.png", "Perplexity against parameters."),
+        ("figure", "b.png", "The same without points."),
+    ]
     picture, hotspots = figure()
     path = tmp_path / "report.html"
     path.write_bytes(encode(to_page("A study", blocks, {"a.png": (picture, hotspots), "b.png": picture})))
@@ -62,22 +84,32 @@ def opened(browser, tmp_path):
     browser.mouse(0, 0)
     browser.open(path.as_uri())
     yield browser
-    assert [e["params"] for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")] == []
-    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert [
+        e["params"]
+        for e in browser.events
+        if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    ] == []
+    asked = [
+        e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     assert browser.run("document.title") == "A study"
 
 
 def column(browser, name: str) -> list[str]:
     """The texts of a column, of the rows that are shown, from top to bottom."""
-    return browser.run(f"[...document.querySelectorAll('.runs tbody tr')].filter(row => row.offsetHeight)"
-                       f".map(row => row.cells[{HEADER.index(name)}].textContent)")
+    return browser.run(
+        f"[...document.querySelectorAll('.runs tbody tr')].filter(row => row.offsetHeight)"
+        f".map(row => row.cells[{HEADER.index(name)}].textContent)"
+    )
 
 
 def middle(browser, selector: str) -> tuple[float, float]:
     """Where to point at an element, after it was scrolled to."""
-    box = browser.run(f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
-                      "const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()")
+    box = browser.run(
+        f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+        "const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
+    )
     return tuple(box)
 
 
@@ -86,7 +118,9 @@ def header(name: str) -> str:
 
 
 def sorted_by(browser) -> list:
-    return browser.run("[...document.querySelectorAll('.runs thead th')].map(h => h.getAttribute('aria-sort'))")
+    return browser.run(
+        "[...document.querySelectorAll('.runs thead th')].map(h => h.getAttribute('aria-sort'))"
+    )
 
 
 def caption(browser) -> str:
@@ -97,29 +131,44 @@ def test_a_click_sorts_numbers_by_value_and_missing_ones_last(opened):
     before = column(opened, "run")
     opened.click(*middle(opened, header("perplexity")))
     up = column(opened, "perplexity")
-    assert [float(x) for x in up[:-1]] == sorted(float(x) for x in up[:-1]) and up[-1] == "nan" and len(up) == 24
+    assert (
+        [float(x) for x in up[:-1]] == sorted(float(x) for x in up[:-1]) and up[-1] == "nan" and len(up) == 24
+    )
     assert sorted_by(opened) == [None, None, None, "ascending", None, None]
     opened.click(*middle(opened, header("perplexity")))
     down = column(opened, "perplexity")
     assert down == up[-2::-1] + ["nan"] and sorted_by(opened)[3] == "descending"
     opened.click(*middle(opened, header("training time")))  # shown in minutes, sorted by seconds
     times = column(opened, "training time")
-    assert [float(x.split()[0]) for x in times[:-1]] == sorted(float(x.split()[0]) for x in times[:-1]) and times[-1] == "–"
-    assert sorted_by(opened) == [None, None, None, None, "ascending", None] and sorted(column(opened, "run")) == sorted(before)
+    assert [float(x.split()[0]) for x in times[:-1]] == sorted(
+        float(x.split()[0]) for x in times[:-1]
+    ) and times[-1] == "–"
+    assert sorted_by(opened) == [None, None, None, None, "ascending", None] and sorted(
+        column(opened, "run")
+    ) == sorted(before)
 
 
 def test_a_second_column_sorts_within_the_first_and_text_in_natural_order(opened):
     opened.click(*middle(opened, header("run")))
     names = column(opened, "run")
-    assert names.index("d4 r64 seed 1") < names.index("d8 r16 seed 1") < names.index("d8 r128 seed 1") < names.index("d12 r0 seed 1")
+    assert (
+        names.index("d4 r64 seed 1")
+        < names.index("d8 r16 seed 1")
+        < names.index("d8 r128 seed 1")
+        < names.index("d12 r0 seed 1")
+    )
     opened.click(*middle(opened, header("attn rank")))
     assert column(opened, "attn rank") == [text for text in ("full", "16", "64", "128") for _ in range(6)]
-    assert [name for name in column(opened, "run") if "r16 " in name] == [name for name in names if "r16 " in name]
+    assert [name for name in column(opened, "run") if "r16 " in name] == [
+        name for name in names if "r16 " in name
+    ]
 
 
 def test_the_keyboard_sorts(opened):
     opened.run("document.querySelector('.runs input').focus()")
-    for _ in range(2 + 1 + 1 + 3):  # the menus, the table, which may scroll, the headers up to the third: one more
+    for _ in range(
+        2 + 1 + 1 + 3
+    ):  # the menus, the table, which may scroll, the headers up to the third: one more
         opened.key("Tab")
         if opened.run("document.activeElement.textContent") == "perplexity":
             break
@@ -131,8 +180,10 @@ def test_the_keyboard_sorts(opened):
 
 def choose(browser, name: str, text: str):
     at = HEADER.index(name)
-    browser.run(f"(() => {{ const s = document.querySelector('select[data-column=\"{at}\"]'); s.value = {text!r};"
-                "s.dispatchEvent(new Event('input', {bubbles: true})); })()")
+    browser.run(
+        f"(() => {{ const s = document.querySelector('select[data-column=\"{at}\"]'); s.value = {text!r};"
+        "s.dispatchEvent(new Event('input', {bubbles: true})); })()"
+    )
 
 
 def test_menus_and_free_text_filter_together(opened):
@@ -153,8 +204,10 @@ def test_menus_and_free_text_filter_together(opened):
 
 def tip(browser):
     """(text, whether it lies inside the window), or None where no text is shown."""
-    return browser.run("(() => { const t = document.querySelector('.tip'), b = t.getBoundingClientRect(); return b.height && !t.hidden"
-                       " ? [t.textContent, b.left >= 0 && b.top >= 0 && b.right <= innerWidth && b.bottom <= innerHeight] : null; })()")
+    return browser.run(
+        "(() => { const t = document.querySelector('.tip'), b = t.getBoundingClientRect(); return b.height && !t.hidden"
+        " ? [t.textContent, b.left >= 0 && b.top >= 0 && b.right <= innerWidth && b.bottom <= innerHeight] : null; })()"
+    )
 
 
 def test_pointing_at_a_mark_names_it_and_pointing_away_does_not(opened):
@@ -167,7 +220,9 @@ def test_pointing_at_a_mark_names_it_and_pointing_away_does_not(opened):
     assert opened.run("document.querySelectorAll('circle.on').length") == 1
     opened.mouse(x - 60, y - 60)
     assert tip(opened) is None
-    assert opened.run("document.querySelectorAll('.picture title').length") == 0  # the browser shows none of its own beside
+    assert (
+        opened.run("document.querySelectorAll('.picture title').length") == 0
+    )  # the browser shows none of its own beside
 
 
 @pytest.mark.parametrize("width, height", [(320, 300), (700, 400), (1600, 1000)])
@@ -211,6 +266,9 @@ def test_without_javascript_it_is_a_plain_table_and_on_paper_too(opened):
     opened.send("Emulation.setScriptExecutionDisabled", value=True)
     opened.open(opened.run("location.href"))
     opened.send("Emulation.setScriptExecutionDisabled", value=False)
-    assert len(column(opened, "run")) == 24 and opened.run("document.querySelectorAll('.runs button').length") == 0
+    assert (
+        len(column(opened, "run")) == 24
+        and opened.run("document.querySelectorAll('.runs button').length") == 0
+    )
     assert opened.run("document.querySelector('.runs form').offsetHeight") == 0
     assert opened.run("document.querySelector('.runs caption').textContent") == "24 rows"

@@ -1,4 +1,5 @@
 """Models under a budget of parameters: the largest ranks, the deepest model, and the plan of both."""
+
 import itertools
 import random
 import re
@@ -7,14 +8,23 @@ from dataclasses import replace
 import pytest
 
 from nanochat.common import InputError
-from nanochat.gpt import MATRICES, GPTConfig
 from nanochat.flags import build_parser
+from nanochat.gpt import MATRICES, GPTConfig
 from nanochat.layer_ranks import ranks_in_short
 from nanochat.plan import budget_frontier, full_rank, model_config, solve_budget
-from nanochat.rank import (GROUPS, account, count_parameters, rank_levels, ranks_over_depth, solve_depth,
-                           solve_rank, with_ranks)
+from nanochat.rank import (
+    GROUPS,
+    account,
+    count_parameters,
+    rank_levels,
+    ranks_over_depth,
+    solve_depth,
+    solve_rank,
+    with_ranks,
+)
 from nanochat.whole_ranks import rank_step, resolve_rank
 from scripts import base_train
+
 
 def random_config(rng: random.Random) -> GPTConfig:
     """A small model with random ranks: any schedule or a list, whole or fractions, one group or both or none, grouped queries or not."""
@@ -26,20 +36,36 @@ def random_config(rng: random.Random) -> GPTConfig:
         return rng.uniform(0.01, 0.99) if fraction else rng.randint(1, largest[group])
 
     def some_ranks(group):
-        schedule, fraction = rng.choice(["full", "list", "constant", "linear", "step", "exponential", "quadratic"]), rng.random() < 0.4
+        schedule, fraction = (
+            rng.choice(["full", "list", "constant", "linear", "step", "exponential", "quadratic"]),
+            rng.random() < 0.4,
+        )
         if schedule == "full":
             return ()
         if schedule == "list":
             return tuple(some_rank(group, fraction) for _ in range(depth))
         return ranks_over_depth(schedule, some_rank(group, fraction), some_rank(group, fraction), depth)
 
-    return GPTConfig(16, rng.randint(10, 200), depth, heads, kv_heads, heads * head_dim, tie_embeddings=rng.random() < 0.3,
-                     value_embeddings=rng.random() < 0.3, **{group: some_ranks(group) for group in GROUPS})
+    return GPTConfig(
+        16,
+        rng.randint(10, 200),
+        depth,
+        heads,
+        kv_heads,
+        heads * head_dim,
+        tie_embeddings=rng.random() < 0.3,
+        value_embeddings=rng.random() < 0.3,
+        **{group: some_ranks(group) for group in GROUPS},
+    )
 
 
 def same_order(before, after) -> bool:
     """Equal stays equal, and none passes one that was given more."""
-    return all(a <= b if x < y else a == b if x == y else True for x, a in zip(before, after) for y, b in zip(before, after))
+    return all(
+        a <= b if x < y else a == b if x == y else True
+        for x, a in zip(before, after)
+        for y, b in zip(before, after)
+    )
 
 
 def next_larger(config: GPTConfig, given: GPTConfig):
@@ -47,7 +73,10 @@ def next_larger(config: GPTConfig, given: GPTConfig):
     for group in GROUPS:
         ranks, before = getattr(config, group), getattr(given, group) or (0,) * given.n_layer
         for value in set(before) if ranks else ():
-            grown = tuple(r + (1 / config.n_embd if 0 < r < 1 else 1) if b == value else r for r, b in zip(ranks, before))
+            grown = tuple(
+                r + (1 / config.n_embd if 0 < r < 1 else 1) if b == value else r
+                for r, b in zip(ranks, before)
+            )
             yield group, before, grown
 
 
@@ -55,7 +84,9 @@ def next_larger(config: GPTConfig, given: GPTConfig):
 def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
     rng = random.Random(seed)
     given = random_config(rng)
-    smallest = replace(given, **{g: tuple((1 / given.n_embd if r < 1 else 1) for r in getattr(given, g)) for g in GROUPS})
+    smallest = replace(
+        given, **{g: tuple((1 / given.n_embd if r < 1 else 1) for r in getattr(given, g)) for g in GROUPS}
+    )
     if not any(given.attn_ranks + given.mlp_ranks):
         smallest = replace(given, **{g: (1,) * given.n_layer for g in GROUPS})
     low, high = count_parameters(smallest), count_parameters(solve_rank(given, 10**12))
@@ -69,7 +100,10 @@ def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
         assert bool(after) == bool(before) or not any(given.attn_ranks + given.mlp_ranks)
         assert same_order(before, after)
         for r in after:  # within [1, min(in, out)] of each matrix: resolve_rank raises if not
-            assert all(1 <= resolve_rank(r, *shape) for shape in ((C, C), (C, kv_dim if group == "attn_ranks" else C)))
+            assert all(
+                1 <= resolve_rank(r, *shape)
+                for shape in ((C, C), (C, kv_dim if group == "attn_ranks" else C))
+            )
     for group, before, grown in next_larger(config, given):  # nothing that keeps the shape is affordable
         limit = kv_dim if group == "attn_ranks" else C
         possible = all(r < 1 - 1e-9 if s < 1 else r <= limit for r, s in zip(grown, getattr(config, group)))
@@ -89,6 +123,7 @@ def named_config(rng: random.Random) -> GPTConfig:
         choices = range(smallest + 1) if whole else [0, 0.2, 0.5, 0.7]
         ranks = rng.choices(choices, k=given.n_layer)
         return tuple(ranks) if rng.random() < 0.5 else (ranks[0],) * given.n_layer
+
     matrices = rng.sample(MATRICES, rng.randint(1, 4))
     named = {matrix: some_ranks() for matrix in matrices}
     return replace(given, matrix_ranks=named, rank_multiple=rng.choice([-1, 1, 4]))
@@ -137,8 +172,16 @@ def test_matrices_with_ranks_of_their_own_keep_their_ratio_and_none_can_grow(see
 def test_ranks_keep_their_proportions():
     given = GPTConfig(16, 100, 4, 4, 4, 256, attn_ranks=(80, 60, 40, 20), mlp_ranks=(16, 16, 8, 8))
     for factor in (0.25, 1.6, 3):
-        config = solve_rank(given, count_parameters(replace(given, attn_ranks=tuple(round(factor * r) for r in given.attn_ranks),
-                                                            mlp_ranks=tuple(round(factor * r) for r in given.mlp_ranks))))
+        config = solve_rank(
+            given,
+            count_parameters(
+                replace(
+                    given,
+                    attn_ranks=tuple(round(factor * r) for r in given.attn_ranks),
+                    mlp_ranks=tuple(round(factor * r) for r in given.mlp_ranks),
+                )
+            ),
+        )
         assert config.attn_ranks == tuple(round(factor * r) for r in given.attn_ranks)
         assert config.mlp_ranks == tuple(round(factor * r) for r in given.mlp_ranks)
 
@@ -163,16 +206,42 @@ def test_a_fraction_under_grouped_queries_stays_another_rank_for_each_matrix():
 @pytest.mark.parametrize("schedule", ["constant", "linear", "step", "exponential", "quadratic"])
 def test_deepest_model_of_every_schedule(schedule):
     """Beside a search through all depths."""
+
     def at(depth):
-        return GPTConfig(16, 50, depth, 2, 2, 16, attn_ranks=ranks_over_depth(schedule, 12, 3, depth), mlp_ranks=(0.3,) * depth)
+        return GPTConfig(
+            16,
+            50,
+            depth,
+            2,
+            2,
+            16,
+            attn_ranks=ranks_over_depth(schedule, 12, 3, depth),
+            mlp_ranks=(0.3,) * depth,
+        )
+
     counts = [count_parameters(at(depth)) for depth in range(1, 20)]
     for budget in (n + more for n in counts[:9:2] for more in (-1, 0) if n + more >= counts[0]):
-        assert solve_depth(at, budget).n_layer == max(depth for depth, n in enumerate(counts, 1) if n <= budget)
+        assert solve_depth(at, budget).n_layer == max(
+            depth for depth, n in enumerate(counts, 1) if n <= budget
+        )
 
 
 # ---- flags
 
-SMALL = ["--depth", "3", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32", "--device-batch-size", "4", "--vocab-size", "300"]
+SMALL = [
+    "--depth",
+    "3",
+    "--model-dim",
+    "32",
+    "--head-dim",
+    "16",
+    "--max-seq-len",
+    "32",
+    "--device-batch-size",
+    "4",
+    "--vocab-size",
+    "300",
+]
 
 
 def flags(*more):
@@ -181,14 +250,31 @@ def flags(*more):
 
 def test_depths_at_which_the_flags_do_not_fit_together_are_passed_over():
     """Width 16 × depth: 2 key/value heads need an even number of heads, rank 40 a width of 40."""
-    def at(budget, *more):
-        return flags("--model-dim", -1, "--aspect-ratio", 16, "--n-kv-head", 2, "--mlp-rank", 40, "--budget-params", budget, *more)
 
-    counts = {depth: count_parameters(model_config(at(1, "--depth", depth), 300)) for depth in (4, 6, 8, 10, 12)}
+    def at(budget, *more):
+        return flags(
+            "--model-dim",
+            -1,
+            "--aspect-ratio",
+            16,
+            "--n-kv-head",
+            2,
+            "--mlp-rank",
+            40,
+            "--budget-params",
+            budget,
+            *more,
+        )
+
+    counts = {
+        depth: count_parameters(model_config(at(1, "--depth", depth), 300)) for depth in (4, 6, 8, 10, 12)
+    }
     for budget in (200_000, 400_000, 10**6):
-        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == max(depth for depth, n in counts.items() if n <= budget)
+        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == max(
+            depth for depth, n in counts.items() if n <= budget
+        )
     frontier = budget_frontier(at(400_000), 300)
-    assert len(frontier) > 1 and [config.n_layer for config in frontier] == [4, 6, 8, 10, 12][:len(frontier)]
+    assert len(frontier) > 1 and [config.n_layer for config in frontier] == [4, 6, 8, 10, 12][: len(frontier)]
     with pytest.raises(InputError, match=r"--budget-params 10000: even 4 layer\(s\) have"):
         solve_budget(at(10_000, "--solve", "depth"), 300)
 
@@ -212,9 +298,17 @@ def test_the_recipe_fills_the_budget_of_full_rank_in_twice_the_layers():
 
 def test_a_wide_model_is_solved_in_eights():
     """Steps of 64 would leave 2% of d20's budget, which no report calls equal."""
-    d40 = GPTConfig(vocab_size=65536, n_layer=40, n_head=10, n_kv_head=10, n_embd=1280,
-                    attn_ranks=(0.25,) * 40, mlp_ranks=(0.297,) * 40,
-                    matrix_ranks={"v": (0,) * 40, "o": (0,) * 40}, rank_multiple=-1)
+    d40 = GPTConfig(
+        vocab_size=65536,
+        n_layer=40,
+        n_head=10,
+        n_kv_head=10,
+        n_embd=1280,
+        attn_ranks=(0.25,) * 40,
+        mlp_ranks=(0.297,) * 40,
+        matrix_ranks={"v": (0,) * 40, "o": (0,) * 40},
+        rank_multiple=-1,
+    )
     budget = 560_989_480  # of d20 at full rank
     config = solve_rank(d40, budget)
     assert (set(config.attn_ranks), set(config.mlp_ranks)) == ({336}, {376})
@@ -253,13 +347,18 @@ def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch
     assert not (tmp_path / "nothing").exists()
     assert lines[2].split()[:6] == ["3", "32", "full", "full", f"{full['params/total']:,}", "1.00"]
     rows = [line.split() for line in lines[3:] if re.match(r" *\d", line)]
-    assert [int(row[0]) for row in rows] == list(range(1, 13)) and lines[-1].startswith("deeper models may fit too")
+    assert [int(row[0]) for row in rows] == list(range(1, 13)) and lines[-1].startswith(
+        "deeper models may fit too"
+    )
     for row in rows:
         config = solve_budget(flags("--depth", row[0], *more, "--solve", "rank"), 300)
         cost = account(config)
         assert row[2:4] == [str(config.attn_ranks[0]), str(config.mlp_ranks[0])]
         assert row[4:6] == [f"{cost['params/total']:,}", f"{cost['params/total'] / full['params/total']:.2f}"]
-        assert row[6:8] == [f"{cost['flops/per_token'] / 1e6:,.1f}", f"{cost['flops/per_token'] / full['flops/per_token']:.2f}"]
+        assert row[6:8] == [
+            f"{cost['flops/per_token'] / 1e6:,.1f}",
+            f"{cost['flops/per_token'] / full['flops/per_token']:.2f}",
+        ]
         dense = count_parameters(solve_budget(flags("--depth", row[0]), 300))
         assert (row[-1] == "too") == (dense <= 40_000)
 
@@ -270,7 +369,9 @@ def test_plan_predicts_the_memory_that_a_dry_run_predicts(capsys):
     row = [line.split() for line in capsys.readouterr().out.splitlines()][5]
     assert row[0] == "3"
     base_train.main([*SMALL, *more, "--solve", "rank", "--dry-run"])
-    predicted = int(re.search(r"mem/predicted_peak_bytes +([\d,]+)", capsys.readouterr().out)[1].replace(",", ""))
+    predicted = int(
+        re.search(r"mem/predicted_peak_bytes +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")
+    )
     assert row[8] == f"{predicted / 2**20:,.0f}"
 
 
@@ -282,19 +383,35 @@ def test_plan_stops_where_rank_1_no_longer_fits():
         solve_budget(flags("--depth", last + 1, "--budget-params", 24_000, "--solve", "rank"), 300)
 
 
-@pytest.mark.parametrize("more,message", [
-    (("--budget-params", 40_000, "--matrix-ranks", "v=8/4/2"),
-     r"--plan: --matrix-ranks v=8/4/2 has one rank a layer"),
-    (("--budget-params", 40_000, "--mlp-rank-schedule", "8,4,2"),
-     r"--plan: --mlp-rank-schedule 8,4,2 has one rank a layer"),
-    ((), r"--plan: needs --budget-params"),
-    (("--budget-params", 40_000, "--solve", "rank"), r"--plan: .* without --solve"),
-    (("--budget-params", 5_000), r"--budget-params 5000: at depth 1 even rank 1 in every layer has 19,\d+ parameters"),
-    (("--budget-params", 40_000, "--mlp-rank", 8, "--rank-schedule", "8,4,2"), r"--plan: --rank-schedule 8,4,2 has one rank a layer"),
-    (("--budget-params", "40k"),
-     r"--budget-params 40k: neither a whole number such as 10_000_000 nor a run's tag: no such run in"),
-    (("--budget-params", 40_000, "--mlp-rank", 99), r"--mlp-rank.*rank 99 does not fit"),
-    (("--budget-params", 40_000, "--total-batch-size", 100), r"--total-batch-size 100: not a multiple")])
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (
+            ("--budget-params", 40_000, "--matrix-ranks", "v=8/4/2"),
+            r"--plan: --matrix-ranks v=8/4/2 has one rank a layer",
+        ),
+        (
+            ("--budget-params", 40_000, "--mlp-rank-schedule", "8,4,2"),
+            r"--plan: --mlp-rank-schedule 8,4,2 has one rank a layer",
+        ),
+        ((), r"--plan: needs --budget-params"),
+        (("--budget-params", 40_000, "--solve", "rank"), r"--plan: .* without --solve"),
+        (
+            ("--budget-params", 5_000),
+            r"--budget-params 5000: at depth 1 even rank 1 in every layer has 19,\d+ parameters",
+        ),
+        (
+            ("--budget-params", 40_000, "--mlp-rank", 8, "--rank-schedule", "8,4,2"),
+            r"--plan: --rank-schedule 8,4,2 has one rank a layer",
+        ),
+        (
+            ("--budget-params", "40k"),
+            r"--budget-params 40k: neither a whole number such as 10_000_000 nor a run's tag: no such run in",
+        ),
+        (("--budget-params", 40_000, "--mlp-rank", 99), r"--mlp-rank.*rank 99 does not fit"),
+        (("--budget-params", 40_000, "--total-batch-size", 100), r"--total-batch-size 100: not a multiple"),
+    ],
+)
 def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(InputError, match=message) as e:
@@ -304,8 +421,16 @@ def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):
 
 def test_a_list_of_ranks_leaves_no_depth_to_solve_for():
     with pytest.raises(InputError, match=r"--solve depth: --rank-schedule 8,4,2 .* use --solve rank"):
-        solve_budget(flags("--budget-params", 40_000, "--solve", "depth", "--mlp-rank", 8, "--rank-schedule", "8,4,2"), 300)
+        solve_budget(
+            flags("--budget-params", 40_000, "--solve", "depth", "--mlp-rank", 8, "--rank-schedule", "8,4,2"),
+            300,
+        )
 
 
 def test_ranks_in_short():
-    assert [ranks_in_short(r) for r in ((), (8, 8, 8), (10, 90, 10), (100, 46, 22, 10))] == ["full", "8", "10…90…10", "100…22…10"]
+    assert [ranks_in_short(r) for r in ((), (8, 8, 8), (10, 90, 10), (100, 46, 22, 10))] == [
+        "full",
+        "8",
+        "10…90…10",
+        "100…22…10",
+    ]

@@ -1,4 +1,5 @@
 """dev/candidates.py: every candidate's formula against an explicit computation of it, and a run of one of each kind."""
+
 import importlib.util
 import runpy
 import sys
@@ -6,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT, TINY
 from processes import Launched
 
@@ -41,7 +41,9 @@ def explicit(layer):
     return candidates.SelfGuided.share * p["weight"] + (1 - candidates.SelfGuided.share) * BA
 
 
-@pytest.mark.parametrize("cls", [candidates.Diagonal, candidates.Repeat, candidates.Abba, candidates.SelfGuided])
+@pytest.mark.parametrize(
+    "cls", [candidates.Diagonal, candidates.Repeat, candidates.Abba, candidates.SelfGuided]
+)
 @pytest.mark.parametrize("out_features", [12, 21])
 def test_paths(cls, out_features, monkeypatch):
     monkeypatch.setattr(candidates.SelfGuided, "share", 0.3)
@@ -49,7 +51,9 @@ def test_paths(cls, out_features, monkeypatch):
     x = torch.randn(5, 12, dtype=torch.float64)
     expected = x.numpy() @ explicit(layer).T
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-12)
-    together = torch.nn.functional.linear(x, torch.cat((torch.ones(3, 12).double(), layer.first_factor())))  # as attention does for q, k and v
+    together = torch.nn.functional.linear(
+        x, torch.cat((torch.ones(3, 12).double(), layer.first_factor()))
+    )  # as attention does for q, k and v
     np.testing.assert_allclose(layer.widen(together[:, 3:]).detach().numpy(), expected, atol=1e-12)
 
 
@@ -59,7 +63,9 @@ def test_size_of_outputs_at_first(cls):
     layer = cls(96, 96, 24)
     layer.init()
     size = layer(torch.randn(512, 96)).std().item()
-    expected = {candidates.Gaussian: 0.5, candidates.Cola: 0.5**0.5, candidates.Repeat: 1.25**0.5}.get(cls, 1.0)  # by their formulas
+    expected = {candidates.Gaussian: 0.5, candidates.Cola: 0.5**0.5, candidates.Repeat: 1.25**0.5}.get(
+        cls, 1.0
+    )  # by their formulas
     assert abs(size - expected) < 0.12
     layer.init(zero=True)
     silent = layer(torch.randn(8, 96))
@@ -117,6 +123,7 @@ def test_lora_muon(exact):
     def root(G):
         values, vectors = np.linalg.eigh(G + candidates.DAMPING * np.eye(5))
         return vectors @ np.diag(values**-0.5) @ vectors.T
+
     R_A, R_B, size = root(A @ A.T), root(B.T @ B), 0.05 * (18 / 12) ** 0.5
     np.testing.assert_allclose(A - A_, size * R_B @ msign(R_B @ M_A), atol=1e-10)
     np.testing.assert_allclose(B - B_, size * msign(M_B @ R_A) @ R_A, atol=1e-10)

@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, verified, never the reason something is lost."""
+
 import errno
 
 import pytest
@@ -8,7 +9,10 @@ from nanochat import checkpoint_manager as cm
 from nanochat.common import InputError
 from nanochat.files import write_atomic
 
-STATE = {"model": {"w": torch.arange(6.0)}, "optimizers": [{"state": {0: {"momentum": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}]}
+STATE = {
+    "model": {"w": torch.arange(6.0)},
+    "optimizers": [{"state": {0: {"momentum": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}],
+}
 
 
 def test_saved_state_comes_back_to_the_bit(tmp_path):
@@ -43,13 +47,20 @@ def test_a_missing_step_names_those_there_are(tmp_path):
     assert cm.load_newest(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file"),
+    ],
+)
 def test_no_space_left_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, monkeypatch, failure):
     cm.save_checkpoint(tmp_path, 5, STATE, {})
 
     def full_disk(state, f):
         f.write(b"partial")
         raise failure
+
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(InputError, match="step_000010: cannot write .* --resume auto"):
         cm.save_checkpoint(tmp_path, 10, STATE, {})
@@ -61,6 +72,7 @@ def test_loading_executes_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return print, ("executed",)
+
     cm.save_checkpoint(tmp_path, 5, {"model": Evil()}, {})
     with pytest.raises(Exception, match="(?i)weights.only"):
         cm.load_checkpoint(tmp_path, 5)
@@ -69,7 +81,9 @@ def test_loading_executes_no_code(tmp_path):
 def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, "old")
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        "os.fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError) as e:
         write_atomic(path, "new")
     assert path.read_text() == "old" and e.value.filename == str(path) and list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 Only what makes it big is replaced: DIR becomes a folder of tiny stories, and flags that make a model small
 are added at the end.
 """
+
 import os
 import re
 import shlex
@@ -11,29 +12,61 @@ import subprocess
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, losses
-from nanochat import metrics
 from processes import free_port
 from test_core_eval import write_bundle
 from test_speedrun import SMALL
 
+from nanochat import metrics
+
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL_BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 
-STEPS = ["--max-seq-len", "32", "--device-batch-size", "4", "--total-batch-size", "256",
-         "--num-iterations", "4", "--eval-tokens", "512", "--sample-every", "-1"]
+STEPS = [
+    "--max-seq-len",
+    "32",
+    "--device-batch-size",
+    "4",
+    "--total-batch-size",
+    "256",
+    "--num-iterations",
+    "4",
+    "--eval-tokens",
+    "512",
+    "--sample-every",
+    "-1",
+]
 SMALLER = {
     "tok_train": ["--vocab-size", "300"],
     "base_train": ["--depth", "4", "--model-dim", "128", "--head-dim", "32", *STEPS],
     "base_train --init-from": [flag for flag in STEPS if flag not in ("--max-seq-len", "32")],
-    "adapter_train": ["--num-iterations", "4", "--device-batch-size", "4", "--total-batch-size", "256",
-                      "--eval-tokens", "512", "--sample-every", "-1"],
+    "adapter_train": [
+        "--num-iterations",
+        "4",
+        "--device-batch-size",
+        "4",
+        "--total-batch-size",
+        "256",
+        "--eval-tokens",
+        "512",
+        "--sample-every",
+        "-1",
+    ],
     "base_eval": ["--eval-tokens", "512"],
     "generate": ["--max-tokens", "8"],
     "infer_bench": ["--batch-sizes", "1", "--prompt-tokens", "8", "--repeats", "1"],
-    "layer_bench": ["--model-dim", "64", "--vocab-size", "300", "--ranks", "0.25", "--tokens", "64",
-                    "--repeats", "1"],
+    "layer_bench": [
+        "--model-dim",
+        "64",
+        "--vocab-size",
+        "300",
+        "--ranks",
+        "0.25",
+        "--tokens",
+        "64",
+        "--repeats",
+        "1",
+    ],
     "layer_map_eval": ["--eval-tokens", "64"],
 }
 ELSEWHERE = {  # commands that another test runs, or that no test can
@@ -77,16 +110,26 @@ def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp
             shutil.copytree(metrics.runs_dir() / "full", metrics.runs_dir() / "tuned")
         if words[1] == "-m":
             core = ["--core-dir", str(bundle)] if "core,bpb,sample" in words else []
-            code, stdout, stderr = command(f"scripts/{words[2].removeprefix('scripts.')}.py", *words[3:],
-                                           *smaller(words), *core)
+            code, stdout, stderr = command(
+                f"scripts/{words[2].removeprefix('scripts.')}.py", *words[3:], *smaller(words), *core
+            )
         else:
             code, stdout, stderr = command(words[1], *words[2:])
         assert not code, f"{text}\n{stdout[-2000:]}\n{stderr[-2000:]}"
         ran.append(words[2])
-    assert len(ran) >= 22 and {"scripts.base_train", "scripts.adapter_train", "scripts.materialize",
-                               "scripts.report"} <= set(ran)
-    for picture in ("report/report.html", "infer/infer_bench.png", "maps/layer_maps.png",
-                    "both/layer_maps.png", "low.json"):
+    assert len(ran) >= 22 and {
+        "scripts.base_train",
+        "scripts.adapter_train",
+        "scripts.materialize",
+        "scripts.report",
+    } <= set(ran)
+    for picture in (
+        "report/report.html",
+        "infer/infer_bench.png",
+        "maps/layer_maps.png",
+        "both/layer_maps.png",
+        "low.json",
+    ):
         assert (tmp_path / picture).stat().st_size > 500, picture
 
 
@@ -95,10 +138,15 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch, command
     text = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
     flags = dict(zip(STEPS[::2], STEPS[1::2]))
     small = "\n".join(f"{flag[2:]} = {value}" for flag, value in flags.items())
-    for given, instead in (('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"),
-                           ("vocab-size = 4096", "vocab-size = 300"), ("depth = 4", "depth = 1"),
-                           ("depth = 8", "depth = 2"), ("model-dim = 384", "model-dim = 32"),
-                           ("[1, 2, 3]", "[1]"), ("[0.25, 0.333]", "[0.25]")):
+    for given, instead in (
+        ('data = "tinystories"', f"data = '{corpus_dir}'\nhead-dim = 16\n{small}"),
+        ("vocab-size = 4096", "vocab-size = 300"),
+        ("depth = 4", "depth = 1"),
+        ("depth = 8", "depth = 2"),
+        ("model-dim = 384", "model-dim = 32"),
+        ("[1, 2, 3]", "[1]"),
+        ("[0.25, 0.333]", "[0.25]"),
+    ):
         assert given in text
         text = text.replace(given, instead)
     (tmp_path / "experiment.toml").write_text(text)
@@ -106,8 +154,12 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch, command
     lines = [line for line in commands() if "low_rank_substitution.toml" in line]
     assert len(lines) == 2
     for line in lines:
-        words = words_of(line.replace("dev/experiments/low_rank_substitution.toml --preset small",
-                                      str(tmp_path / "experiment.toml")), "")
+        words = words_of(
+            line.replace(
+                "dev/experiments/low_rank_substitution.toml --preset small", str(tmp_path / "experiment.toml")
+            ),
+            "",
+        )
         assert words[:3] == ["python", "-m", "scripts.sweep"], line
         code, stdout, stderr = command("scripts/sweep.py", *words[3:])
         assert code == 0, stdout[-2000:] + stderr[-2000:]
@@ -121,10 +173,17 @@ def readme_speedrun(command: str, folder, corpus_dir, **variables):
     home = folder / "home"
     shutil.copytree(corpus_dir, home / "my_texts", dirs_exist_ok=True)
     small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
-    env = {**os.environ, **small, **variables, "HOME": str(home), "NANOCHAT_BASE_DIR": "~/../base",
-           "WANDB_MODE": "offline"}
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=280)
+    env = {
+        **os.environ,
+        **small,
+        **variables,
+        "HOME": str(home),
+        "NANOCHAT_BASE_DIR": "~/../base",
+        "WANDB_MODE": "offline",
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -148,7 +207,8 @@ def test_speedrun_with_variables_and_again_on_two_nodes_under_slurm(tmp_path, co
     it does what is missing. (Two processes of one node: test_speedrun.py.)
     """
     command = next(line for line in commands() if line.startswith("DATA=")).replace(
-        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6")
+        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6"
+    )
     code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1")
     assert code == 0, output[-3000:]
     assert "validation perplexity" in output
@@ -170,8 +230,15 @@ def test_speedrun_with_variables_and_again_on_two_nodes_under_slurm(tmp_path, co
         (programs / name).chmod(0o755)
     variables = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
     command = next(line for line in commands() if line.startswith("srun"))
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, **variables, NPROC="1",
-                                   MASTER_PORT=str(free_port()), PATH=f"{programs}:{os.environ['PATH']}")
+    code, output = readme_speedrun(
+        command,
+        tmp_path,
+        corpus_dir,
+        **variables,
+        NPROC="1",
+        MASTER_PORT=str(free_port()),
+        PATH=f"{programs}:{os.environ['PATH']}",
+    )
     assert code == 0 and output.count("already finished") == 1 and "already trained" in output, output[-3000:]
     assert (full / "metrics.jsonl").stat().st_mtime_ns == written
     assert sorted((tmp_path / "base/runs").iterdir()) == sorted((full, low))
@@ -182,6 +249,13 @@ def test_speedrun_with_variables_and_again_on_two_nodes_under_slurm(tmp_path, co
 
 
 def check_report(folder):
-    for name in ("report.md", "report.html", "report.csv",
-                 "loss.png", "parameters.png", "memory.png", "perplexity.png"):
+    for name in (
+        "report.md",
+        "report.html",
+        "report.csv",
+        "loss.png",
+        "parameters.png",
+        "memory.png",
+        "perplexity.png",
+    ):
         assert (folder / name).stat().st_size > 500, name

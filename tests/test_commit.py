@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-
 from conftest import Killed, losses
+
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics, training
 from nanochat.common import InputError

@@ -1,5 +1,6 @@
 """Compilation by block: few graphs, none after the first step, the same numbers. The graphs are run by torch itself (aot_eager): what
 inductor would make of them needs a C++ compiler and a minute."""
+
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,7 @@ def counters():
     lowered to 2, so that few layers exceed it.
     """
     from torch._dynamo.utils import counters  # slow to import
+
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -36,12 +38,20 @@ def counters():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("changes,graphs", [
-    (dict(value_embeddings=True), 2),  # without and with a table; the window is an argument
-    (dict(attn_ranks=(4,) * 4, mlp_ranks=(4,) * 4), 1),
-    (dict(n_layer=2, window_pattern="L", attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2, recompute="bottleneck"), 1),
-    (dict(n_layer=3, window_pattern="L", attn_ranks=(1, 2, 3)), 3),  # more than the limit
-])
+@pytest.mark.parametrize(
+    "changes,graphs",
+    [
+        (dict(value_embeddings=True), 2),  # without and with a table; the window is an argument
+        (dict(attn_ranks=(4,) * 4, mlp_ranks=(4,) * 4), 1),
+        (
+            dict(
+                n_layer=2, window_pattern="L", attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2, recompute="bottleneck"
+            ),
+            1,
+        ),
+        (dict(n_layer=3, window_pattern="L", attn_ranks=(1, 2, 3)), 3),  # more than the limit
+    ],
+)
 def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(changes, graphs, counters):
     config = replace(SHAPE, **changes)
     eager, compiled = build(config), build(config)
@@ -59,7 +69,9 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
                     model.zero_grad()
             compiled.token_losses(idx[:2], idx[:2])  # evaluation and sampling, in other shapes, in between
             list(generate(compiled, [[1, 2, 3]], 2))
-    assert counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"]  # and that of the loss
+    assert (
+        counters["stats"]["unique_graphs"] == graphs + 1 and not counters["graph_break"]
+    )  # and that of the loss
     assert losses[::2] == pytest.approx(losses[1::2], abs=1e-4)
     for a, b in zip(eager.parameters(), compiled.parameters()):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
@@ -93,15 +105,28 @@ def test_matrices_made_before_the_pass_are_inputs_of_the_graphs(counters):
     for step in range(3):  # new matrices each time
         losses = [m(idx[:, :-1], idx[:, 1:]) for m in (eager, model)]
         torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*(torch.autograd.grad(loss, m.subspace.alpha)[0] for loss, m in zip(losses, (eager, model))))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, m.subspace.alpha)[0] for loss, m in zip(losses, (eager, model)))
+        )
         for m in (eager, model):
             m.subspace.alpha.data[0, step] += 0.5
     assert counters["stats"]["unique_graphs"] == 2  # of the blocks and of the loss
 
 
-@pytest.mark.parametrize("name,version,known", [("g++", "12", True), ("g++", "10.2.1", False), ("clang++", "14.0.6", True), ("clang++", "11.0", False),
-                                                ("icpx", "2024", False), ("g++", "", False)])
-def test_only_a_new_compiler_is_trusted_with_all_vector_instructions(name, version, known, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name,version,known",
+    [
+        ("g++", "12", True),
+        ("g++", "10.2.1", False),
+        ("clang++", "14.0.6", True),
+        ("clang++", "11.0", False),
+        ("icpx", "2024", False),
+        ("g++", "", False),
+    ],
+)
+def test_only_a_new_compiler_is_trusted_with_all_vector_instructions(
+    name, version, known, tmp_path, monkeypatch
+):
     program = tmp_path / name
     program.write_text(f"#!/bin/sh\necho {version}\n")
     program.chmod(0o755)

@@ -1,13 +1,14 @@
 """Whatever standard output and error are or become, the work is done and its result is the exit code."""
+
 import os
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT, TINY
-from nanochat import console, metrics
 from processes import environment
+
+from nanochat import console, metrics
 
 SCRIPT = """
 import sys
@@ -28,18 +29,30 @@ def run(tmp_path, *arguments, shell="exec {}", **changes):
     code = shell.format('"$@"')
     done = subprocess.run(
         ["bash", "-c", code, "bash", sys.executable, "-c", SCRIPT, str(tmp_path / "work"), *arguments],
-        cwd=ROOT, capture_output=True, timeout=60, env=environment(**changes))
-    return (done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(),
-            (tmp_path / "work").exists())
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        env=environment(**changes),
+    )
+    return (
+        done.returncode,
+        done.stdout.decode(errors="replace"),
+        done.stderr.decode(),
+        (tmp_path / "work").exists(),
+    )
 
 
-@pytest.mark.parametrize("shell", [
-    "exec {} >&- 2>&-",
-    "exec {} <&- >&-",
-    "exec {} > /dev/full 2>&1",
-    "{} | head -n 1; exit ${{PIPESTATUS[0]}}",
-    "{} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
-], ids=["closed", "closed too", "full disk", "head", "nobody reads"])
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "exec {} >&- 2>&-",
+        "exec {} <&- >&-",
+        "exec {} > /dev/full 2>&1",
+        "{} | head -n 1; exit ${{PIPESTATUS[0]}}",
+        "{} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
+    ],
+    ids=["closed", "closed too", "full disk", "head", "nobody reads"],
+)
 def test_streams_that_take_nothing_stop_nothing(tmp_path, shell):
     code, _, stderr, worked = run(tmp_path, shell=shell)
     assert code == 0 and worked and "Error" not in stderr and "Exception" not in stderr
@@ -65,33 +78,56 @@ def test_what_is_printed_commands_no_terminal_but_ours(tmp_path):
 def test_a_full_disk_is_said_once_where_it_can_be(tmp_path):
     code, _, stderr, _ = run(tmp_path, shell="exec {} > /dev/full")
     assert code == 0 and [line for line in stderr.splitlines() if not line.startswith("note")] == [
-        "standard output: No space left on device; the work goes on, what it prints is lost"]
+        "standard output: No space left on device; the work goes on, what it prints is lost"
+    ]
 
 
 def test_a_script_that_is_there_for_what_it_prints_ends_with_its_reader_and_reports_a_full_disk(tmp_path):
-    code, stdout, stderr, worked = run(tmp_path, "result",
-                                       shell="{} 2> /dev/null | head -n 1; exit ${{PIPESTATUS[0]}}")
+    code, stdout, stderr, worked = run(
+        tmp_path, "result", shell="{} 2> /dev/null | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
     assert (code, stdout, stderr, worked) == (141, "line 0 → é \\ud800\n", "", False)
     code, _, stderr, worked = run(tmp_path, "result", shell="exec {} > /dev/full")
-    assert (code == 2 and not worked
-            and stderr.splitlines()[-1].startswith("error: file system: No space left on device"))
+    assert (
+        code == 2
+        and not worked
+        and stderr.splitlines()[-1].startswith("error: file system: No space left on device")
+    )
 
 
 def test_a_closed_stream_does_not_give_its_number_to_the_next_file(tmp_path):
-    code = ("from nanochat.common import run_script\nimport os\n"
-            "def main():\n    f = open('{0}', 'w'); os.write(1, b'of a library'); f.write('work'); "
-            "f.close()\nrun_script(main)").format(tmp_path / "work")
-    assert subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code],
-                          cwd=ROOT).returncode == 0
+    code = (
+        "from nanochat.common import run_script\nimport os\n"
+        "def main():\n    f = open('{0}', 'w'); os.write(1, b'of a library'); f.write('work'); "
+        "f.close()\nrun_script(main)"
+    ).format(tmp_path / "work")
+    assert (
+        subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code], cwd=ROOT).returncode
+        == 0
+    )
     assert (tmp_path / "work").read_text() == "work"
 
 
 def test_a_training_ends_well_though_nobody_reads_it_and_no_character_can_be_shown(base_dir, corpus_dir):
-    command = [sys.executable, "-m", "scripts.base_train", *TINY, "--data", str(corpus_dir),
-               "--sample-every", "3", "--model-tag", "mute"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.base_train",
+        *TINY,
+        "--data",
+        str(corpus_dir),
+        "--sample-every",
+        "3",
+        "--model-tag",
+        "mute",
+    ]
     shell = '"$@" 2>&1 | head -n 1; exit ${PIPESTATUS[0]}'
-    done = subprocess.run(["bash", "-c", shell, "bash", *command], cwd=ROOT, capture_output=True,
-                          env=environment(PYTHONIOENCODING="ascii"))
+    done = subprocess.run(
+        ["bash", "-c", shell, "bash", *command],
+        cwd=ROOT,
+        capture_output=True,
+        env=environment(PYTHONIOENCODING="ascii"),
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     run = metrics.load_run(metrics.runs_dir() / "mute")
     assert run.summary["status"] == "finished" and "⟶" in run.history[-1]["sample"][0]

@@ -1,4 +1,5 @@
 """Runs that an earlier version began, with fewer flags and other defaults. And text that was moved."""
+
 import json
 import os
 import shutil
@@ -6,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
 from conftest import TINY, Killed, losses, tiny_experiment
+
 from nanochat import metrics, plan
 from nanochat.checkpoint_manager import saved_steps, step_folder
 from nanochat.common import InputError
@@ -23,8 +24,16 @@ from scripts import sweep as sweeps
 OF_THEN = json.loads((Path(__file__).parent / "data/record_983a6dc.json").read_text())
 MODEL_OF_THEN = OF_THEN["derived"]["model"]
 GO_ON = ("--save-every", 2, "--resume", "auto")
-ADAPTER = ["--device-batch-size", "4", "--total-batch-size", "256", "--eval-tokens", "512",
-           "--sample-every", "-1"]
+ADAPTER = [
+    "--device-batch-size",
+    "4",
+    "--total-batch-size",
+    "256",
+    "--eval-tokens",
+    "512",
+    "--sample-every",
+    "-1",
+]
 
 
 def run_of(tag) -> metrics.Run:
@@ -49,11 +58,13 @@ def keep(values: dict, names):
 
 def as_of_then(tag, flags=OF_THEN["flags"].keys()):
     """Leave in the record and the checkpoints of a run only what commit 983a6dc wrote there."""
+
     def shorten(record):
         record.pop("given")
         keep(record["flags"], flags)
         keep(record["derived"]["model"], MODEL_OF_THEN)
         keep(record["derived"]["corpus"], OF_THEN["derived"]["corpus"])
+
     rewrite_record(tag, shorten)
     folder = metrics.runs_dir() / tag
     for step in saved_steps(folder):
@@ -69,12 +80,14 @@ def shorten_meta(meta):
 @pytest.fixture
 def interrupted(train, kill_after):
     """interrupted('--flag', value, …, tag=…): a run that was killed after step 4, with its checkpoint."""
+
     def run(*flags, tag="begun"):
         kill_after(4)
         with pytest.raises(Killed):
             train("--save-every", 2, *flags, tag=tag)
         kill_after(None)
         assert saved_steps(metrics.runs_dir() / tag)[-1] == 4
+
     return run
 
 
@@ -85,6 +98,7 @@ def narrow_before(monkeypatch):
 
 
 # ---- flags that came later, and other defaults -------------------------------------------------------------
+
 
 def test_every_later_flag_has_a_value_with_which_the_flags_of_then_mean_what_they_meant():
     args = build_parser().parse_args([])
@@ -107,8 +121,9 @@ def test_what_a_record_lacks_does_not_make_it_another_run_and_what_it_says_does(
     assert [text.split()[0] for text in other] == ["flags.mlp_ratio", "flags.seed", "derived.tokens"]
 
 
-def test_a_run_begun_with_fewer_flags_goes_on_to_the_bit_and_is_skipped_once_finished(train, interrupted,
-                                                                                      capsys):
+def test_a_run_begun_with_fewer_flags_goes_on_to_the_bit_and_is_skipped_once_finished(
+    train, interrupted, capsys
+):
     straight = train("--attn-rank", 0.25, tag="straight")
     interrupted("--attn-rank", 0.25)
     as_of_then("begun")
@@ -123,8 +138,9 @@ def test_a_run_begun_with_fewer_flags_goes_on_to_the_bit_and_is_skipped_once_fin
     assert f"ppl {straight.summary['val/ppl']:.3f}" in capsys.readouterr().out
 
 
-def test_a_run_keeps_the_default_that_it_began_with_and_another_value_is_refused(train, interrupted, capsys,
-                                                                                 narrow_before):
+def test_a_run_keeps_the_default_that_it_began_with_and_another_value_is_refused(
+    train, interrupted, capsys, narrow_before
+):
     straight = train("--mlp-ratio", 2, tag="straight")
     interrupted("--mlp-ratio", 2)
     as_of_then("begun")
@@ -139,8 +155,9 @@ def test_a_run_keeps_the_default_that_it_began_with_and_another_value_is_refused
     assert train(tag="new").config["flags"]["mlp_ratio"] == 4.0
 
 
-def test_a_run_that_named_itself_is_known_by_the_name_of_then(train, interrupted, corpus_dir, capsys,
-                                                              narrow_before):
+def test_a_run_that_named_itself_is_known_by_the_name_of_then(
+    train, interrupted, corpus_dir, capsys, narrow_before
+):
     tag, command = "d2_w32_ratio2", [*TINY, "--data", str(corpus_dir)]
     interrupted("--mlp-ratio", 2, tag=tag)
     as_of_then(tag)
@@ -163,6 +180,7 @@ def test_a_default_that_changes_later_changes_no_run_that_was_begun(train, inter
         parser = build_parser()
         parser.set_defaults(warmdown_ratio=0.25, depth=7)
         return parser
+
     monkeypatch.setattr(plan, "build_parser", tomorrow)
     with pytest.raises(InputError, match=r"warmdown_ratio \(0.5 there, 0.25 now\)"):
         train(*GO_ON, "--warmdown-ratio", 0.25, tag="begun")
@@ -188,8 +206,9 @@ def test_adapter_runs_of_then_go_on_too(train, kill_after, capsys):
     assert "begun: already finished" in capsys.readouterr().out
 
 
-def test_a_sweep_begun_then_goes_on_as_a_whole(base_dir, corpus_dir, tmp_path, kill_after, narrow_before,
-                                               monkeypatch, capsys):
+def test_a_sweep_begun_then_goes_on_as_a_whole(
+    base_dir, corpus_dir, tmp_path, kill_after, narrow_before, monkeypatch, capsys
+):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     points = "[points.a]\n[points.b]\nseeds = [2]\ngrad-clip = 1.0\n"
     file = tiny_experiment(tmp_path / "q.toml", points, [1], str(corpus_dir))
@@ -203,6 +222,7 @@ def test_a_sweep_begun_then_goes_on_as_a_whole(base_dir, corpus_dir, tmp_path, k
 
     def prepare():
         sweeps.prepare(sweeps.load(sweeps.build_parser().parse_args(command)))
+
     for tag in ("q_a_s1", "q_b_s2", "q_a_s1"):
         prepare()
         sweeps.main([*command, "--task", tag])
@@ -219,8 +239,10 @@ def test_a_sweep_begun_then_goes_on_as_a_whole(base_dir, corpus_dir, tmp_path, k
 
 # ---- text is its content -----------------------------------------------------------------------------------
 
-def test_the_same_text_elsewhere_is_the_same_run(base_dir, corpus_dir, tmp_path, kill_after, monkeypatch,
-                                                 capsys):
+
+def test_the_same_text_elsewhere_is_the_same_run(
+    base_dir, corpus_dir, tmp_path, kill_after, monkeypatch, capsys
+):
     home = tmp_path / "home"
     shutil.copytree(corpus_dir, home / "text")
     monkeypatch.chdir(home)
@@ -245,8 +267,9 @@ def test_the_same_text_elsewhere_is_the_same_run(base_dir, corpus_dir, tmp_path,
         base_train.main([*TINY, "--data", "renamed", "--model-tag", "begun"])
 
 
-def test_scripts_that_read_the_text_of_a_run_ask_for_it_where_it_is_gone(train, corpus_dir, tmp_path,
-                                                                         monkeypatch, capsys):
+def test_scripts_that_read_the_text_of_a_run_ask_for_it_where_it_is_gone(
+    train, corpus_dir, tmp_path, monkeypatch, capsys
+):
     text, moved = tmp_path / "text", tmp_path / "moved"
     shutil.copytree(corpus_dir, text)
     monkeypatch.chdir(tmp_path)
@@ -257,9 +280,12 @@ def test_scripts_that_read_the_text_of_a_run_ask_for_it_where_it_is_gone(train, 
     text.rename(moved)
     result = json.loads((metrics.runs_dir() / "a/eval_000006.json").read_text())
     assert result["data"] == str(text) and result["text_of_the_run"]
-    commands = [(base_eval, ["--eval-tokens", "1024"]), (materialize, ["--out-tag", "dense"]),
-                (layer_map_eval, ["--maps", "0,1,1"]),
-                (adapter_train, ["--run-tag", "b", *ADAPTER, "--num-iterations", "1"])]
+    commands = [
+        (base_eval, ["--eval-tokens", "1024"]),
+        (materialize, ["--out-tag", "dense"]),
+        (layer_map_eval, ["--maps", "0,1,1"]),
+        (adapter_train, ["--run-tag", "b", *ADAPTER, "--num-iterations", "1"]),
+    ]
     for script, flags in commands:
         with pytest.raises(InputError, match=f"^--data: needed, .* of the run a is no longer in {text}"):
             script.main(["--model-tag", "a", *flags])
@@ -272,8 +298,9 @@ def test_scripts_that_read_the_text_of_a_run_ask_for_it_where_it_is_gone(train, 
     base_eval.main([*evaluation, "1024", "--data", str(moved)])
 
 
-def test_an_evaluation_on_other_text_says_so_and_is_not_taken_for_that_of_the_run(train, corpus_dir, tmp_path,
-                                                                                  capsys):
+def test_an_evaluation_on_other_text_says_so_and_is_not_taken_for_that_of_the_run(
+    train, corpus_dir, tmp_path, capsys
+):
     train("--attn-rank", 4, tag="a")
     other, result = tmp_path / "other", metrics.runs_dir() / "a/eval_000006.json"
     shutil.copytree(corpus_dir, other)

@@ -13,16 +13,28 @@ import zipfile
 import zlib
 
 import pytest
-
 from conftest import ODD
+from test_core_eval import TASKS, edit, files_of, write_bundle, zipped
+
 from nanochat import archives, core_bundle
 from nanochat.archives import fetch, unpack
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle, read_example
-from test_core_eval import TASKS, edit, files_of, write_bundle, zipped
 
-ODD_TASKS = [*ODD, 10**30, "x\ny", "\x1b[31m", "../up", "/etc/passwd", "a" * 300, "\ud800", [True], [10**9],
-             {"a": []}, "2026-01-01"]
+ODD_TASKS = [
+    *ODD,
+    10**30,
+    "x\ny",
+    "\x1b[31m",
+    "../up",
+    "/etc/passwd",
+    "a" * 300,
+    "\ud800",
+    [True],
+    [10**9],
+    {"a": []},
+    "2026-01-01",
+]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """CORE: small tasks of each kind with known answers, scores against a loop in float64, and every refusal."""
+
 import copy
 import dataclasses
 import hashlib
@@ -11,18 +12,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-
 from conftest import losses, story
+
 from nanochat import core_bundle, metrics
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
-from nanochat.core_eval import MOST_ROWS, batches, chosen, evaluate_core, prompts, question, questions, row_length, score, shots, with_intervals
+from nanochat.core_eval import (
+    MOST_ROWS,
+    batches,
+    chosen,
+    evaluate_core,
+    prompts,
+    question,
+    questions,
+    row_length,
+    score,
+    shots,
+    with_intervals,
+)
 from nanochat.gpt import GPT, GPTConfig
 from scripts import base_eval, report
 
 
 class Letters:
     """A tokenizer: a character is a token."""
+
     bos_id, vocab_size = 128, 129
 
     def encode_batch(self, texts):
@@ -31,24 +45,53 @@ class Letters:
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 TASKS = {  # label -> (core.yaml's entry, baseline in percent, examples); "abc…" is what `recite` goes on with
-    "choice": ({"icl_task_type": "multiple_choice", "num_fewshot": [2], "continuation_delimiter": "\nAnswer: "}, 25,
-               [{"query": f"after {c}?", "choices": [f"x{c}", ALPHABET[i:i + 4], f"no {c * 3}", "?"], "gold": i % 4, "more": 0}
-                for i, c in enumerate(ALPHABET[:20])]),
-    "contexts": ({"icl_task_type": "schema", "num_fewshot": [0]}, 50,
-                 [{"context_options": [f"the {a}", "zz " + a * 2], "continuation": "is here", "gold": i % 2} for i, a in enumerate(ALPHABET[:11])]),
-    "next": ({"icl_task_type": "language_modeling", "num_fewshot": [1], "continuation_delimiter": ""}, 0,
-             [{"context": f" {ALPHABET[i:i + 3]}", "continuation": ALPHABET[i + 3:i + 6] if i % 3 else "zq"} for i in range(15)]),
+    "choice": (
+        {"icl_task_type": "multiple_choice", "num_fewshot": [2], "continuation_delimiter": "\nAnswer: "},
+        25,
+        [
+            {
+                "query": f"after {c}?",
+                "choices": [f"x{c}", ALPHABET[i : i + 4], f"no {c * 3}", "?"],
+                "gold": i % 4,
+                "more": 0,
+            }
+            for i, c in enumerate(ALPHABET[:20])
+        ],
+    ),
+    "contexts": (
+        {"icl_task_type": "schema", "num_fewshot": [0]},
+        50,
+        [
+            {"context_options": [f"the {a}", "zz " + a * 2], "continuation": "is here", "gold": i % 2}
+            for i, a in enumerate(ALPHABET[:11])
+        ],
+    ),
+    "next": (
+        {"icl_task_type": "language_modeling", "num_fewshot": [1], "continuation_delimiter": ""},
+        0,
+        [
+            {"context": f" {ALPHABET[i : i + 3]}", "continuation": ALPHABET[i + 3 : i + 6] if i % 3 else "zq"}
+            for i in range(15)
+        ],
+    ),
 }
 
 
 def write_bundle(folder, tasks=TASKS):
     (folder / "eval_data/some").mkdir(parents=True)
-    entries = [{"label": label, "dataset_uri": f"some/{label}.jsonl", "has_categories": True, **entry} for label, (entry, _, _) in tasks.items()]
+    entries = [
+        {"label": label, "dataset_uri": f"some/{label}.jsonl", "has_categories": True, **entry}
+        for label, (entry, _, _) in tasks.items()
+    ]
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Task Category,Random baseline\n"
-                                               + "".join(f"{label},commonsense reasoning,{percent}\n" for label, (_, percent, _) in tasks.items()))
+    (folder / "eval_meta_data.csv").write_text(
+        "Eval Task,Task Category,Random baseline\n"
+        + "".join(f"{label},commonsense reasoning,{percent}\n" for label, (_, percent, _) in tasks.items())
+    )
     for label, (_, _, examples) in tasks.items():
-        (folder / f"eval_data/some/{label}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples) + "\n")
+        (folder / f"eval_data/some/{label}.jsonl").write_text(
+            "".join(json.dumps(e) + "\n" for e in examples) + "\n"
+        )
     return folder
 
 
@@ -64,8 +107,21 @@ def bundle(bundle_dir):
 
 def random_model(**shape):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{"sequence_len": 64, "vocab_size": 129, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "window_pattern": "SL",
-                             "value_embeddings": True} | shape))
+    model = GPT(
+        GPTConfig(
+            **{
+                "sequence_len": 64,
+                "vocab_size": 129,
+                "n_layer": 3,
+                "n_head": 2,
+                "n_kv_head": 1,
+                "n_embd": 16,
+                "window_pattern": "SL",
+                "value_embeddings": True,
+            }
+            | shape
+        )
+    )
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +141,9 @@ def recite():
 
 def core(model, bundle, max_per_task=-1, tokens=512, **layout):
     context = model.config.sequence_len
-    return evaluate_core(model, bundle, questions(bundle, Letters(), context, max_per_task, **layout), torch.float32, tokens)
+    return evaluate_core(
+        model, bundle, questions(bundle, Letters(), context, max_per_task, **layout), torch.float32, tokens
+    )
 
 
 def reference(model, prompt, continuation):
@@ -100,14 +158,19 @@ def reference(model, prompt, continuation):
 
 # ---- prompts and tokens
 
+
 def test_prompts_show_solved_examples_and_then_ask(bundle):
     choice, contexts, following = bundle.tasks
     first, second = shots(choice, 5)
-    assert first != second and choice.examples[5] not in (first, second) and shots(choice, 5) == [first, second] != shots(choice, 6)
+    assert (
+        first != second
+        and choice.examples[5] not in (first, second)
+        and shots(choice, 5) == [first, second] != shots(choice, 6)
+    )
     before = "".join(f"{e['query']}\nAnswer: {e['choices'][e['gold']]}\n\n" for e in (first, second))
     assert prompts(choice, 5) == [f"{before}after f?\nAnswer: {c}" for c in ("xf", "fghi", "no fff", "?")]
     assert prompts(contexts, 1) == ["the b is here", "zz bb is here"]
-    shown, = shots(following, 4)
+    (shown,) = shots(following, 4)
     before = shown["context"].strip() + shown["continuation"] + "\n\nefg"
     assert prompts(following, 4) == [before, before + "hij"]
 
@@ -137,7 +200,11 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
     choice, contexts, following = bundle.tasks
 
     def split(task, number):
-        return [(text(prompt), [text(c) for c in continuations]) for prompt, continuations in question(task, number, Letters(), 200).rows]
+        return [
+            (text(prompt), [text(c) for c in continuations])
+            for prompt, continuations in question(task, number, Letters(), 200).rows
+        ]
+
     before = "<bos>" + prompts(choice, 0)[0].removesuffix("xa")
     assert split(choice, 0) == [(before, ["xa", "abcd", "no aaa", "?"])]
     assert split(contexts, 2) == [("<bos>the ", ["c is here"]), ("<bos>zz c", ["c is here"])]
@@ -146,42 +213,97 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
 
 def test_one_answer_that_begins_another_keeps_a_token(tmp_path):
     example = {"query": "q", "choices": ["ab", "abc", "ab"], "gold": 1}
-    bundle = read_bundle(write_bundle(tmp_path / "b", {"t": ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])}))
-    (_, continuations), = question(bundle.tasks[0], 0, Letters(), 9).rows
+    bundle = read_bundle(
+        write_bundle(
+            tmp_path / "b", {"t": ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])}
+        )
+    )
+    ((_, continuations),) = question(bundle.tasks[0], 0, Letters(), 9).rows
     assert list(map(text, continuations)) == ["b", "bc", "b"]
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end(bundle):
-    ((prompt, continuations),), ((end, same),) = (question(bundle.tasks[0], 3, Letters(), context).rows for context in (200, 12))
+    ((prompt, continuations),), ((end, same),) = (
+        question(bundle.tasks[0], 3, Letters(), context).rows for context in (200, 12)
+    )
     assert list(map(text, continuations)) == list(map(text, same)) and max(map(len, same)) == len("no ddd")
-    assert text(end) == text(prompt)[-7:]  # 7 tokens and the 6 of the longest answer, of which the last is not read
-    with pytest.raises(InputError, match="CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5"):
+    assert (
+        text(end) == text(prompt)[-7:]
+    )  # 7 tokens and the 6 of the longest answer, of which the last is not read
+    with pytest.raises(
+        InputError,
+        match="CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5",
+    ):
         question(bundle.tasks[0], 3, Letters(), 5)
 
 
 # ---- scores
 
+
 def test_a_model_that_recites_the_alphabet(tmp_path):
     def task(kind, *examples):
         return {"icl_task_type": kind, "num_fewshot": [0], "continuation_delimiter": ""}, 20, list(examples)
-    bundle = read_bundle(write_bundle(tmp_path / "b", {
-        "choice": task("multiple_choice", *({"query": "abc", "choices": ["dee", "def", "xyz"], "gold": gold} for gold in (1, 1, 0, 1))),
-        "contexts": task("schema", *({"context_options": ["xx", "ab"], "continuation": "cd", "gold": gold} for gold in (1, 0, 0, 0))),
-        "next": task("language_modeling", *({"context": "mxo", "continuation": c} for c in ("pqr", "pqs", "p", "qr", "pqrst")))}))
+
+    bundle = read_bundle(
+        write_bundle(
+            tmp_path / "b",
+            {
+                "choice": task(
+                    "multiple_choice",
+                    *(
+                        {"query": "abc", "choices": ["dee", "def", "xyz"], "gold": gold}
+                        for gold in (1, 1, 0, 1)
+                    ),
+                ),
+                "contexts": task(
+                    "schema",
+                    *(
+                        {"context_options": ["xx", "ab"], "continuation": "cd", "gold": gold}
+                        for gold in (1, 0, 0, 0)
+                    ),
+                ),
+                "next": task(
+                    "language_modeling",
+                    *({"context": "mxo", "continuation": c} for c in ("pqr", "pqs", "p", "qr", "pqrst")),
+                ),
+            },
+        )
+    )
     result = core(recite(), bundle)
-    assert {label: t["correct"] for label, t in result["tasks"].items()} == {"choice": 3, "contexts": 1, "next": 3}
-    assert {label: t["accuracy"] for label, t in result["tasks"].items()} == {"choice": 0.75, "contexts": 0.25, "next": 0.6}
-    assert result["centered_results"] == pytest.approx({"choice": 0.55 / 0.8, "contexts": 0.05 / 0.8, "next": 0.4 / 0.8})
+    assert {label: t["correct"] for label, t in result["tasks"].items()} == {
+        "choice": 3,
+        "contexts": 1,
+        "next": 3,
+    }
+    assert {label: t["accuracy"] for label, t in result["tasks"].items()} == {
+        "choice": 0.75,
+        "contexts": 0.25,
+        "next": 0.6,
+    }
+    assert result["centered_results"] == pytest.approx(
+        {"choice": 0.55 / 0.8, "contexts": 0.05 / 0.8, "next": 0.4 / 0.8}
+    )
     assert result["core_metric"] == pytest.approx((0.55 + 0.05 + 0.4) / 0.8 / 3)
 
 
-@pytest.mark.parametrize("shape", [{}, {"attn_ranks": (4,) * 3, "mlp_ranks": (5,) * 3, "lm_head_rank": 7}, {"sequence_len": 16, "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"attn_ranks": (4,) * 3, "mlp_ranks": (5,) * 3, "lm_head_rank": 7},
+        {"sequence_len": 16, "tie_embeddings": True},
+    ],
+)
 def test_scores_are_those_of_a_loop_in_float64(bundle, shape):
     model = random_model(**shape)
     asked = questions(bundle, Letters(), model.config.sequence_len, 3)
     rows = [row for of_task in asked for q in of_task for row in q.rows]
     wide = copy.deepcopy(model).double()
-    expected = [reference(wide, prompt, continuation) for prompt, continuations in rows for continuation in continuations]
+    expected = [
+        reference(wide, prompt, continuation)
+        for prompt, continuations in rows
+        for continuation in continuations
+    ]
     for tokens in (1, 4000):
         found = [pair for pairs in score(model, rows, torch.float32, tokens) for pair in pairs]
         assert [g for _, g in found] == [g for _, g in expected]
@@ -192,10 +314,17 @@ def test_many_at_a_time_and_over_processes_is_one_at_a_time(bundle):
     model = random_model()
     one, many = core(model, bundle, tokens=1), core(model, bundle, tokens=4000)
     assert one == many and many["core_metric"] != 0
-    assert {label: t["examples"] for label, t in many["tasks"].items()} == {"choice": 20, "contexts": 11, "next": 15}
+    assert {label: t["examples"] for label, t in many["tasks"].items()} == {
+        "choice": 20,
+        "contexts": 11,
+        "next": 15,
+    }
     shares = [core(model, bundle, rank=rank, world_size=3)["tasks"] for rank in range(3)]
     for label, task in one["tasks"].items():
-        assert [sum(share[label][key] for share in shares) for key in ("correct", "examples")] == [task["correct"], task["examples"]]
+        assert [sum(share[label][key] for share in shares) for key in ("correct", "examples")] == [
+            task["correct"],
+            task["examples"],
+        ]
 
 
 def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
@@ -204,7 +333,11 @@ def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
     assert sorted(i for batch in found for i in batch) == list(range(len(rows)))
     for batch in found:
         lengths, each = [row_length(rows[i]) for i in batch], {len(rows[i][1]) for i in batch}
-        assert lengths == sorted(lengths, reverse=True) and len(each) == 1 and (len(batch) == 1 or lengths[0] * len(batch) * each.pop() <= 300)
+        assert (
+            lengths == sorted(lengths, reverse=True)
+            and len(each) == 1
+            and (len(batch) == 1 or lengths[0] * len(batch) * each.pop() <= 300)
+        )
     assert sum(row_length(rows[batch[0]]) * len(batch) for batch in found) < 1.1 * sum(map(row_length, rows))
     assert max(map(len, batches([rows[0]] * 200, 10**6))) == MOST_ROWS // len(rows[0][1])
 
@@ -212,61 +345,123 @@ def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
 def test_intervals_are_those_of_drawing_the_examples_again():
     answers = {"a": [1] * 30 + [0] * 70, "b": [1] * 9 + [0] * 3}
     baselines = {"a": 0.25, "b": 0.0}
-    found = with_intervals({"tasks": {label: {"examples": len(v), "accuracy": np.mean(v), "baseline": baselines[label]} for label, v in answers.items()}})
+    found = with_intervals(
+        {
+            "tasks": {
+                label: {"examples": len(v), "accuracy": np.mean(v), "baseline": baselines[label]}
+                for label, v in answers.items()
+            }
+        }
+    )
     rng, draws = np.random.default_rng(7), {}
     for label, values in answers.items():
         means = rng.choice(values, (20_000, len(values))).mean(1)
         draws[label] = (means - baselines[label]) / (1 - baselines[label])
-        np.testing.assert_allclose(found["tasks"][label]["centered_interval"], np.quantile(draws[label], [0.025, 0.975]), atol=0.015)
-    np.testing.assert_allclose(found["core_metric_interval"], np.quantile((draws["a"] + draws["b"]) / 2, [0.025, 0.975]), atol=0.01)
+        np.testing.assert_allclose(
+            found["tasks"][label]["centered_interval"], np.quantile(draws[label], [0.025, 0.975]), atol=0.015
+        )
+    np.testing.assert_allclose(
+        found["core_metric_interval"], np.quantile((draws["a"] + draws["b"]) / 2, [0.025, 0.975]), atol=0.01
+    )
 
 
 # ---- the bundle
+
 
 def edit(name, change):
     def apply(folder):
         path = folder / name
         path.unlink() if change is None else path.write_text(change(path.read_text()))
+
     return apply
 
 
 def line(change):
-    return edit("eval_data/some/choice.jsonl", lambda t: t.replace(t.split("\n")[2], change(t.split("\n")[2]), 1))
+    return edit(
+        "eval_data/some/choice.jsonl", lambda t: t.replace(t.split("\n")[2], change(t.split("\n")[2]), 1)
+    )
 
 
-@pytest.mark.parametrize("damage,message", [
-    (edit("core.yaml", None), r"core.yaml: missing from the evaluation bundle"),
-    (edit("core.yaml", lambda t: "icl_tasks: ["), r"core.yaml: no list of tasks under icl_tasks"),
-    (edit("core.yaml", lambda t: t.replace("language_modeling", "essay")), r"task next: unknown icl_task_type 'essay'; known: multiple_choice, schema, lang"),
-    (edit("core.yaml", lambda t: t.replace('"num_fewshot": [2], ', "")), r"task choice: num_fewshot missing"),
-    (edit("core.yaml", lambda t: t.replace("[2]", "[2, 3]")), r"task choice: num_fewshot \[2, 3\] is not a list of one whole number"),
-    (edit("core.yaml", lambda t: t.replace("[2]", "[20]")), r"choice.jsonl: 20 examples, but task choice asks about one after showing 20 others"),
-    (edit("core.yaml", lambda t: t.replace('"next"', '"choice"')), r"core.yaml: choice listed more than once"),
-    (edit("eval_meta_data.csv", None), r"eval_meta_data.csv: missing"),
-    (edit("eval_meta_data.csv", lambda t: t.replace(",50", ",")), r"eval_meta_data.csv: no \"Random baseline\" .* for task contexts"),
-    *((edit("eval_meta_data.csv", lambda t, wrong=wrong: t.replace(",25", f",{wrong}")),
-       rf"in percent for task choice: '{wrong}'; give 0, or a number from 1")
-      for wrong in ("0.25", "25%", "nan", "-25", "100", "1e400", "inf", "")),
-    (edit("eval_meta_data.csv", lambda t: t.replace("Random baseline", "baseline")),
-     r"csv: no column 'Random baseline'; there are: Eval Task, Task Category, baseline"),
-    (edit("eval_meta_data.csv", lambda t: ""),
-     r"csv: no column 'Eval Task' and no column 'Random baseline'; there are: none"),
-    (edit("eval_meta_data.csv", lambda t: t + "choice,again,50\n"),
-     r'csv: task choice is listed twice, with "Random baseline" 25 and 50'),
-    (edit("eval_meta_data.csv", lambda t: t + "x" * 200_000), r"csv: not a table in CSV: field larger"),
-    (edit("core.yaml", lambda t: t.replace('"schema"', '["schema"]')),
-     r"task contexts: unknown icl_task_type \['schema'\]"),
-    (edit("core.yaml", lambda t: "icl_tasks: 2026-99-99"), r"core.yaml: no list of tasks under icl_tasks"),
-    (line(lambda t: t.replace("after c?", "after \\ud800")),
-     r"choice.jsonl: line 3: 'query' has half of a surrogate pair"),
-    (line(lambda t: "[" * 100_000), r"choice.jsonl: line 3: not a JSON object"),
-    (edit("eval_data/some/next.jsonl", None), r"eval_data/some/next.jsonl: missing"),
-    (line(lambda t: t[:30]), r"choice.jsonl: line 3: not a JSON object"),
-    (line(lambda t: t.replace('"query"', '"question"')), r"choice.jsonl: line 3: 'query' missing; a multiple_choice example has query, choices, gold"),
-    (line(lambda t: t.replace('"gold": 2', '"gold": 4')), r"choice.jsonl: line 3: 'gold' is 4, not the index of one of the 4 choices"),
-    (line(lambda t: t.replace('"?"', "7")), r"choice.jsonl: line 3: 'choices' is not a list of two texts or more"),
-    (line(lambda t: t.replace('"after c?"', "null")), r"choice.jsonl: line 3: 'query' is not text"),
-])
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (edit("core.yaml", None), r"core.yaml: missing from the evaluation bundle"),
+        (edit("core.yaml", lambda t: "icl_tasks: ["), r"core.yaml: no list of tasks under icl_tasks"),
+        (
+            edit("core.yaml", lambda t: t.replace("language_modeling", "essay")),
+            r"task next: unknown icl_task_type 'essay'; known: multiple_choice, schema, lang",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace('"num_fewshot": [2], ', "")),
+            r"task choice: num_fewshot missing",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace("[2]", "[2, 3]")),
+            r"task choice: num_fewshot \[2, 3\] is not a list of one whole number",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace("[2]", "[20]")),
+            r"choice.jsonl: 20 examples, but task choice asks about one after showing 20 others",
+        ),
+        (
+            edit("core.yaml", lambda t: t.replace('"next"', '"choice"')),
+            r"core.yaml: choice listed more than once",
+        ),
+        (edit("eval_meta_data.csv", None), r"eval_meta_data.csv: missing"),
+        (
+            edit("eval_meta_data.csv", lambda t: t.replace(",50", ",")),
+            r"eval_meta_data.csv: no \"Random baseline\" .* for task contexts",
+        ),
+        *(
+            (
+                edit("eval_meta_data.csv", lambda t, wrong=wrong: t.replace(",25", f",{wrong}")),
+                rf"in percent for task choice: '{wrong}'; give 0, or a number from 1",
+            )
+            for wrong in ("0.25", "25%", "nan", "-25", "100", "1e400", "inf", "")
+        ),
+        (
+            edit("eval_meta_data.csv", lambda t: t.replace("Random baseline", "baseline")),
+            r"csv: no column 'Random baseline'; there are: Eval Task, Task Category, baseline",
+        ),
+        (
+            edit("eval_meta_data.csv", lambda t: ""),
+            r"csv: no column 'Eval Task' and no column 'Random baseline'; there are: none",
+        ),
+        (
+            edit("eval_meta_data.csv", lambda t: t + "choice,again,50\n"),
+            r'csv: task choice is listed twice, with "Random baseline" 25 and 50',
+        ),
+        (edit("eval_meta_data.csv", lambda t: t + "x" * 200_000), r"csv: not a table in CSV: field larger"),
+        (
+            edit("core.yaml", lambda t: t.replace('"schema"', '["schema"]')),
+            r"task contexts: unknown icl_task_type \['schema'\]",
+        ),
+        (
+            edit("core.yaml", lambda t: "icl_tasks: 2026-99-99"),
+            r"core.yaml: no list of tasks under icl_tasks",
+        ),
+        (
+            line(lambda t: t.replace("after c?", "after \\ud800")),
+            r"choice.jsonl: line 3: 'query' has half of a surrogate pair",
+        ),
+        (line(lambda t: "[" * 100_000), r"choice.jsonl: line 3: not a JSON object"),
+        (edit("eval_data/some/next.jsonl", None), r"eval_data/some/next.jsonl: missing"),
+        (line(lambda t: t[:30]), r"choice.jsonl: line 3: not a JSON object"),
+        (
+            line(lambda t: t.replace('"query"', '"question"')),
+            r"choice.jsonl: line 3: 'query' missing; a multiple_choice example has query, choices, gold",
+        ),
+        (
+            line(lambda t: t.replace('"gold": 2', '"gold": 4')),
+            r"choice.jsonl: line 3: 'gold' is 4, not the index of one of the 4 choices",
+        ),
+        (
+            line(lambda t: t.replace('"?"', "7")),
+            r"choice.jsonl: line 3: 'choices' is not a list of two texts or more",
+        ),
+        (line(lambda t: t.replace('"after c?"', "null")), r"choice.jsonl: line 3: 'query' is not text"),
+    ],
+)
 def test_a_damaged_bundle_is_named_by_file_and_line(bundle_dir, damage, message):
     damage(bundle_dir)
     with pytest.raises(InputError, match=message) as e:
@@ -288,7 +483,11 @@ def zipped(files: dict) -> bytes:
 
 
 def files_of(folder):
-    return {f"eval_bundle/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        f"eval_bundle/{path.relative_to(folder)}": path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -316,6 +515,7 @@ def served(monkeypatch, tmp_path):
     def serve(content, size=None, status=200):
         answer[:] = content, size, status
         return requests
+
     yield serve
     server.shutdown()
     server.server_close()
@@ -326,23 +526,43 @@ def test_the_bundle_is_downloaded_once_and_its_checksum_kept(served, bundle_dir,
     requests = served(archive)
     first, second = open_bundle(), open_bundle()
     assert len(requests) == 1 and first == second
-    assert first.sha256 == hashlib.sha256(archive).hexdigest() and first.fingerprint == read_bundle(bundle_dir).fingerprint
+    assert (
+        first.sha256 == hashlib.sha256(archive).hexdigest()
+        and first.fingerprint == read_bundle(bundle_dir).fingerprint
+    )
     assert sorted(p.name for p in (tmp_path / "base/core").iterdir()) == [".lock", "eval_bundle"]
 
 
-@pytest.mark.parametrize("how,reason", [
-    ("gone", "HTTP Error 404"), ("cut", "bytes arrived|File is not a zip file|IncompleteRead"), ("page", "File is not a zip file"), ("escapes", r"the archive holds the path '../evil', which leads out"),
-    ("incomplete", r"eval_data/some/next.jsonl: missing")])
+@pytest.mark.parametrize(
+    "how,reason",
+    [
+        ("gone", "HTTP Error 404"),
+        ("cut", "bytes arrived|File is not a zip file|IncompleteRead"),
+        ("page", "File is not a zip file"),
+        ("escapes", r"the archive holds the path '../evil', which leads out"),
+        ("incomplete", r"eval_data/some/next.jsonl: missing"),
+    ],
+)
 def test_what_cannot_be_had_whole_is_not_there(served, bundle_dir, tmp_path, how, reason):
     files = files_of(bundle_dir)
     if how == "incomplete":
         del files["eval_bundle/eval_data/some/next.jsonl"]
     archive = zipped(files | ({"../evil": b"x"} if how == "escapes" else {}))
-    served(*{"gone": (b"", None, 404), "cut": (archive[:-500], len(archive)), "page": (b"<html>",)}.get(how, (archive,)))
+    served(
+        *{"gone": (b"", None, 404), "cut": (archive[:-500], len(archive)), "page": (b"<html>",)}.get(
+            how, (archive,)
+        )
+    )
     with pytest.raises(Unavailable, match=reason) as e:
         open_bundle()
-    assert "give its folder with --core-dir" in str(e.value) and "\n" not in str(e.value) and ".incoming" not in str(e.value)
-    assert [p.name for p in (tmp_path / "base/core").iterdir()] == [".lock"] and not (tmp_path / "evil").exists()
+    assert (
+        "give its folder with --core-dir" in str(e.value)
+        and "\n" not in str(e.value)
+        and ".incoming" not in str(e.value)
+    )
+    assert [p.name for p in (tmp_path / "base/core").iterdir()] == [".lock"] and not (
+        tmp_path / "evil"
+    ).exists()
     served(zipped(files_of(bundle_dir)))
     assert len(open_bundle().tasks) == 3  # and later it may be
 
@@ -350,9 +570,16 @@ def test_what_cannot_be_had_whole_is_not_there(served, bundle_dir, tmp_path, how
 # ---- end to end
 
 STORIES = {
-    "choice": ({"icl_task_type": "multiple_choice", "num_fewshot": [1]}, 50,
-               [{"query": story(i)[:40], "choices": ["the cat", "zebra"], "gold": i % 2} for i in range(12)]),
-    "next": ({"icl_task_type": "language_modeling", "num_fewshot": [0]}, 0, [{"context": story(i)[:30], "continuation": "a"} for i in range(9)]),
+    "choice": (
+        {"icl_task_type": "multiple_choice", "num_fewshot": [1]},
+        50,
+        [{"query": story(i)[:40], "choices": ["the cat", "zebra"], "gold": i % 2} for i in range(12)],
+    ),
+    "next": (
+        {"icl_task_type": "language_modeling", "num_fewshot": [0]},
+        0,
+        [{"context": story(i)[:30], "continuation": "a"} for i in range(9)],
+    ),
 }
 
 
@@ -362,14 +589,20 @@ def test_core_of_a_run_from_training_to_report(train, corpus_dir, tmp_path, caps
     plain = train(tag="plain")
     measured = {entry["step"]: entry for entry in run.history if "core_metric" in entry}
     assert list(measured) == [4, 6] and losses(run) == losses(plain)
-    assert {"centered_results/choice", "centered_results/next"} <= measured[6].keys() and run.summary["core_metric"] == measured[6]["core_metric"]
+    assert {"centered_results/choice", "centered_results/next"} <= measured[6].keys() and run.summary[
+        "core_metric"
+    ] == measured[6]["core_metric"]
     assert "| CORE " in capsys.readouterr().out
 
     flags = ["--model-tag", "core", "--core-dir", str(folder), "--max-per-task", "5"]
     base_eval.main([*flags, "--eval", "core"])
     place = metrics.runs_dir() / "core"
     found = json.loads((place / "core_000006.json").read_text())
-    assert found["core_metric"] == measured[6]["core_metric"] and found["tasks"]["next"]["examples"] == 5 and found["bundle_sha256"] is None
+    assert (
+        found["core_metric"] == measured[6]["core_metric"]
+        and found["tasks"]["next"]["examples"] == 5
+        and found["bundle_sha256"] is None
+    )
     low, high = found["core_metric_interval"]
     assert low <= found["core_metric"] <= high and not (place / "eval_000006.json").exists()
     said = capsys.readouterr().out
@@ -392,11 +625,18 @@ def test_without_a_bundle_all_else_goes_on(train, served, capsys):
     served(b"", None, 404)
     run = train("--core-metric-every", 2)
     assert run.summary["status"] == "finished" and "core_metric" not in run.summary
-    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("CORE is not measured: no evaluation bundle in")]
+    said = [
+        text
+        for text in capsys.readouterr().out.splitlines()
+        if text.startswith("CORE is not measured: no evaluation bundle in")
+    ]
     assert len(said) == 1
     with pytest.raises(Unavailable, match="give its folder with --core-dir"):
         base_eval.main(["--model-tag", "tiny", "--eval", "core,bpb", "--eval-tokens", "1024"])
-    assert "val   | 1,024 tokens" in capsys.readouterr().out and (metrics.runs_dir() / "tiny/eval_000006.json").exists()
+    assert (
+        "val   | 1,024 tokens" in capsys.readouterr().out
+        and (metrics.runs_dir() / "tiny/eval_000006.json").exists()
+    )
 
 
 def test_parts_are_evaluated_as_they_are_asked_for(train, capsys, monkeypatch):

@@ -9,8 +9,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-
 from conftest import Killed
+
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics, run_files, run_text
 from nanochat.common import InputError

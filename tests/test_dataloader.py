@@ -1,4 +1,5 @@
 """Token cache and packed rows: nothing lost, nothing twice, a pure function, safe builders."""
+
 import json
 import os
 import resource
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY, story
+from processes import Launched
 
 from nanochat.common import InputError
 from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer
-from conftest import TINY, story
-from processes import Launched
 
 CORPORA = Path(__file__).parents[2] / "shared/corpora"
 
@@ -25,13 +26,18 @@ CORPORA = Path(__file__).parents[2] / "shared/corpora"
 def rows(base_dir, corpus_dir):
     def rows(T=32, seed=0, split="train"):
         return Rows(open_corpus(str(corpus_dir)).split(split), load_tokenizer(), T, seed)
+
     rows.corpus = str(corpus_dir)
     return rows
 
 
 def stream(base_dir, corpus_dir, split="train"):
     tokenizer = load_tokenizer()
-    return [t for text in open_corpus(str(corpus_dir)).documents(split) for t in tokenizer.encode(text) + [tokenizer.bos_id]]
+    return [
+        t
+        for text in open_corpus(str(corpus_dir)).documents(split)
+        for t in tokenizer.encode(text) + [tokenizer.bos_id]
+    ]
 
 
 def test_rows_are_full_begin_with_bos_and_continue_the_stream(rows, base_dir, corpus_dir):
@@ -39,7 +45,7 @@ def test_rows_are_full_begin_with_bos_and_continue_the_stream(rows, base_dir, co
     assert r.count == len(slots) // 32
     for i in range(r.count):  # rows across the border of the two shards included
         row = r.row(i)
-        assert row.shape == (33,) and row[0] == r.bos_id and row[1:].tolist() == slots[32 * i:32 * i + 32]
+        assert row.shape == (33,) and row[0] == r.bos_id and row[1:].tolist() == slots[32 * i : 32 * i + 32]
     assert r.dropped == pytest.approx((len(slots) % 32) / len(slots))
 
 
@@ -60,9 +66,13 @@ def test_a_row_depends_on_its_number_and_the_seed_alone(rows):
 @pytest.mark.parametrize("world_size,batch", [(1, 12), (1, 4), (2, 6), (3, 2), (4, 1)])
 def test_the_rows_of_a_step_do_not_depend_on_processes_or_batch_size(rows, world_size, batch):
     import torch
+
     r, device = rows(), torch.device("cpu")
-    inputs = [training_batch(r, 24, rank, world_size, batch, micro, device)[0]
-              for micro in range(12 // (world_size * batch)) for rank in range(world_size)]
+    inputs = [
+        training_batch(r, 24, rank, world_size, batch, micro, device)[0]
+        for micro in range(12 // (world_size * batch))
+        for rank in range(world_size)
+    ]
     expected = np.stack([r.training_row(24 + i)[:-1] for i in range(12)])
     assert np.array_equal(torch.cat(inputs).numpy(), expected)
 
@@ -78,9 +88,12 @@ def test_a_number_that_is_no_token_is_refused(rows, base_dir):
 
 def test_targets_are_the_next_tokens(rows):
     import torch
+
     r = rows()
     x, y = training_batch(r, 0, 0, 1, 4, 0, torch.device("cpu"))
-    assert torch.equal(x[:, 1:], y[:, :-1]) and np.array_equal(y[:, -1].numpy(), [r.training_row(i)[-1] for i in range(4)])
+    assert torch.equal(x[:, 1:], y[:, :-1]) and np.array_equal(
+        y[:, -1].numpy(), [r.training_row(i)[-1] for i in range(4)]
+    )
 
 
 @pytest.mark.parametrize("name,T", [("tinystories", 256), ("wiki", 2048)])
@@ -89,6 +102,7 @@ def test_cropping_drops_less_than_two_percent_of_real_text(name, T, tmp_path, mo
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
     from scripts import tok_train
+
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     tok_train.main(["--data", str(folder), "--vocab-size", "1024", "--max-chars", "1000000"])
     r = Rows(open_corpus(str(folder)).train[:1], load_tokenizer(), T)
@@ -103,6 +117,7 @@ def test_cache_is_built_once_and_shared(rows, base_dir, monkeypatch):
 
 def test_another_tokenizer_has_another_cache(rows, base_dir, corpus_dir):
     from scripts import tok_train
+
     before = rows().row(0)
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "280"])
     assert len(list((base_dir / "token_cache").iterdir())) == 1
@@ -116,7 +131,7 @@ def without_meta(folder):
 
 def with_half_meta(folder):
     text = (folder / "meta.json").read_text()
-    (folder / "meta.json").write_text(text[:len(text) // 2])
+    (folder / "meta.json").write_text(text[: len(text) // 2])
 
 
 def with_meta_of_another_kind(folder):
@@ -147,8 +162,16 @@ def as_a_file(folder):
     folder.touch()
 
 
-DAMAGES = [without_meta, with_half_meta, with_meta_of_another_kind, without_tokens, with_no_tokens,
-           with_fewer_tokens, as_an_empty_folder, as_a_file]
+DAMAGES = [
+    without_meta,
+    with_half_meta,
+    with_meta_of_another_kind,
+    without_tokens,
+    with_no_tokens,
+    with_fewer_tokens,
+    as_an_empty_folder,
+    as_a_file,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -190,6 +213,7 @@ def test_a_full_disk_leaves_no_cache(rows, base_dir, monkeypatch):
         if str(path).endswith("tokens.bin") and "w" in mode:
             return real("/dev/full", mode, *args, **kwargs)
         return real(path, mode, *args, **kwargs)
+
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(OSError, match="No space left"):
         rows()
@@ -203,6 +227,7 @@ def train_with_few_files(folder, limit):
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
     from scripts import base_train
+
     base_train.main([*TINY, "--data", str(folder), "--model-tag", "few", "--num-iterations", "2"])
 
 
@@ -228,6 +253,7 @@ def open_files():
 
 class SlowShard:
     """A shard whose documents take a while, to be killed or raced while it is read."""
+
     name, paths, fingerprint = "slow", (), "slow"
 
     def __init__(self, log):
@@ -253,7 +279,7 @@ def test_two_builders_at_once_read_the_text_once(base_dir, tmp_path):
 
 def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tmp_path):
     log = tmp_path / "log"
-    victim, = Launched(1, tmp_path / "output", build, log).processes
+    (victim,) = Launched(1, tmp_path / "output", build, log).processes
     while not log.exists():
         assert victim.is_alive()
         time.sleep(0.01)
@@ -264,6 +290,8 @@ def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tm
     assert not (folder / "slow").exists()
     tokens = cached_tokens(SlowShard(log), load_tokenizer())
     tokenizer = load_tokenizer()
-    assert tokens.tolist() == [t for i in range(40) for t in tokenizer.encode(f"the cat number {i}") + [tokenizer.bos_id]]
+    assert tokens.tolist() == [
+        t for i in range(40) for t in tokenizer.encode(f"the cat number {i}") + [tokenizer.bos_id]
+    ]
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["slow"]
     assert json.loads((folder / "slow/meta.json").read_text())["documents"] == 40

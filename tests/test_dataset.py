@@ -1,4 +1,5 @@
 """Corpora: the embedded one, folders of the user's files, and downloaded sets as they lie on disk."""
+
 import gzip
 import json
 import os
@@ -50,7 +51,9 @@ def test_parquet_documents(tmp_path, type):
 
 def test_jsonl_documents(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": ""}\n{"text": "two \\u4e09 \xe4\xb8\x89", "x": [1]}')
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": ""}\n{"text": "two \\u4e09 \xe4\xb8\x89", "x": [1]}'
+    )
     assert documents(path) == ["one", "two 三 三"]
 
 
@@ -75,7 +78,11 @@ def test_a_txt_is_one_document_and_keeps_its_line_ends(tmp_path):
 
 def test_parquet_without_a_string_column_text(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x"], column="content")
-    refuses("a.parquet: no string column 'text' (it has id: int64, content: string)", documents, tmp_path / "a.parquet")
+    refuses(
+        "a.parquet: no string column 'text' (it has id: int64, content: string)",
+        documents,
+        tmp_path / "a.parquet",
+    )
     write_parquet(tmp_path / "b.parquet", [1], type=pa.int64())
     refuses("b.parquet: no string column 'text'", documents, tmp_path / "b.parquet")
 
@@ -84,13 +91,30 @@ def test_corrupt_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [f"some text {i}" * 50 for i in range(100)])
     whole = path.read_bytes()
-    for broken in (b"", b"PAR1", whole[:-10], whole[len(whole) // 2:], whole[:4] + b"\xff" * 200 + whole[204:]):
+    for broken in (
+        b"",
+        b"PAR1",
+        whole[:-10],
+        whole[len(whole) // 2 :],
+        whole[:4] + b"\xff" * 200 + whole[204:],
+    ):
         path.write_bytes(broken)
         refuses("a.parquet: not a readable parquet file", documents, path)
 
 
-@pytest.mark.parametrize("line", ['{"text": 1}', '{"content": "x"}', '["text"]', '"text"', "null", '{"text": "x"',
-                                  '{"text": "\\ud800"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": 1}',
+        '{"content": "x"}',
+        '["text"]',
+        '"text"',
+        "null",
+        '{"text": "x"',
+        '{"text": "\\ud800"}',
+        "[" * 100_000,
+    ],
+)
 def test_jsonl_line_that_is_no_document(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     refuses("a.jsonl: line 2: not a JSON object with a string 'text'", documents, tmp_path / "a.jsonl")
@@ -129,6 +153,7 @@ def test_a_huge_file_is_refused_without_reading_it(tmp_path):
 
 # ---- fingerprints ---------------------------------------------------------------------------------------------------
 
+
 def test_fingerprint_is_of_the_content_alone(tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_jsonl(a, ["one", "two"])
@@ -150,17 +175,35 @@ def test_fingerprint_of_a_large_file_sees_head_tail_and_size(tmp_path, monkeypat
     def fingerprint(content):
         path.write_bytes(content)
         return Shard("a", (path,)).fingerprint
-    contents = [bytes(100), b"x" + bytes(99), bytes(99) + b"x", bytes(50) + b"x" + bytes(49), bytes(101), bytes(29)]
+
+    contents = [
+        bytes(100),
+        b"x" + bytes(99),
+        bytes(99) + b"x",
+        bytes(50) + b"x" + bytes(49),
+        bytes(101),
+        bytes(29),
+    ]
     assert len(set(map(fingerprint, contents))) == len(contents)
-    assert fingerprint(bytes(20) + b"x" + bytes(79)) == fingerprint(bytes(100)), "between the samples nothing is read"
+    assert fingerprint(bytes(20) + b"x" + bytes(79)) == fingerprint(bytes(100)), (
+        "between the samples nothing is read"
+    )
 
 
 def test_corpus_fingerprint_depends_on_the_order_of_shards_and_not_on_their_names(tmp_path):
     for name in ("a", "b", "swapped"):
         (tmp_path / name).mkdir()
-    for name, texts in (("a/1.jsonl", "x"), ("a/2.jsonl", "y"), ("a/val.jsonl", "v"),
-                        ("b/5.jsonl", "x"), ("b/6.jsonl", "y"), ("b/val.jsonl", "w"),
-                        ("swapped/1.jsonl", "y"), ("swapped/2.jsonl", "x"), ("swapped/val.jsonl", "v")):
+    for name, texts in (
+        ("a/1.jsonl", "x"),
+        ("a/2.jsonl", "y"),
+        ("a/val.jsonl", "v"),
+        ("b/5.jsonl", "x"),
+        ("b/6.jsonl", "y"),
+        ("b/val.jsonl", "w"),
+        ("swapped/1.jsonl", "y"),
+        ("swapped/2.jsonl", "x"),
+        ("swapped/val.jsonl", "v"),
+    ):
         write_jsonl(tmp_path / name, [texts])
     a, b, swapped = (open_corpus(str(tmp_path / name)) for name in ("a", "b", "swapped"))
     assert a.fingerprint("train") == b.fingerprint("train") != swapped.fingerprint("train")
@@ -168,6 +211,7 @@ def test_corpus_fingerprint_depends_on_the_order_of_shards_and_not_on_their_name
 
 
 # ---- the embedded corpus --------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def stdlib_root(tmp_path, monkeypatch):
@@ -188,11 +232,25 @@ def names_of(shards, root):
 
 def test_stdlib_takes_sources_alone(stdlib_root):
     write_sources(stdlib_root, ["os.py", "json/decoder.py", "test/x.py"])
-    write_sources(stdlib_root, ["site-packages/a.py", "dist-packages/a.py", "__pycache__/a.py", ".venv/lib/a.py",
-                                "env/lib/a.py", "notes.txt", "x.pyc"])
+    write_sources(
+        stdlib_root,
+        [
+            "site-packages/a.py",
+            "dist-packages/a.py",
+            "__pycache__/a.py",
+            ".venv/lib/a.py",
+            "env/lib/a.py",
+            "notes.txt",
+            "x.pyc",
+        ],
+    )
     (stdlib_root / "env/pyvenv.cfg").touch()
     corpus = open_corpus("stdlib")
-    assert sorted(names_of(corpus.train + corpus.val, stdlib_root)) == ["json/decoder.py", "os.py", "test/x.py"]
+    assert sorted(names_of(corpus.train + corpus.val, stdlib_root)) == [
+        "json/decoder.py",
+        "os.py",
+        "test/x.py",
+    ]
     assert [s.name for s in corpus.train + corpus.val] == ["train", "val"]
 
 
@@ -237,6 +295,7 @@ def test_this_machines_stdlib():
 
 # ---- folders --------------------------------------------------------------------------------------------------------
 
+
 def test_last_file_by_name_is_validation(tmp_path):
     for name in ("b.jsonl", "c.jsonl", "a.parquet"):
         (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, [name])
@@ -244,7 +303,9 @@ def test_last_file_by_name_is_validation(tmp_path):
     (tmp_path / "z.csv").touch()
     (tmp_path / "zz.jsonl").mkdir()
     corpus = open_corpus(str(tmp_path))
-    assert [s.name for s in corpus.train] == ["a.parquet", "b.jsonl"] and [s.name for s in corpus.val] == ["c.jsonl"]
+    assert [s.name for s in corpus.train] == ["a.parquet", "b.jsonl"] and [s.name for s in corpus.val] == [
+        "c.jsonl"
+    ]
     assert list(corpus.documents("train")) == ["a.parquet", "b.jsonl"]
 
 
@@ -288,11 +349,15 @@ def test_folders_that_do_not_do(tmp_path):
         return str(tmp_path / name)
 
     for unknown in (str(tmp_path / "absent"), "wikipedia", ""):
-        refuses("neither a folder nor one of stdlib, tinystories, climbmix, fineweb-edu, c4", open_corpus, unknown)
+        refuses(
+            "neither a folder nor one of stdlib, tinystories, climbmix, fineweb-edu, c4", open_corpus, unknown
+        )
     refuses("a file; give the folder it is in", open_corpus, fill("f", "a.txt") + "/a.txt")
     refuses("no .parquet, .jsonl, .txt file", open_corpus, fill("empty"))
     refuses("no .parquet, .jsonl, .txt file", open_corpus, fill("other", "a.csv", ".a.txt"))
-    refuses("val: no .parquet, .jsonl, .txt file", open_corpus, fill("empty val", "a.txt", "b.txt", "val/c.csv"))
+    refuses(
+        "val: no .parquet, .jsonl, .txt file", open_corpus, fill("empty val", "a.txt", "b.txt", "val/c.csv")
+    )
     refuses("only a.txt", open_corpus, fill("one", "a.txt"))
     refuses("only val.txt", open_corpus, fill("val alone", "val.txt"))
 
@@ -300,6 +365,7 @@ def test_folders_that_do_not_do(tmp_path):
 def test_unreadable_folder(tmp_path, monkeypatch):
     def denied(self):
         raise PermissionError(13, "Permission denied", str(self))
+
     monkeypatch.setattr(Path, "iterdir", denied)
     refuses(f"--data {tmp_path}: Permission denied", open_corpus, str(tmp_path))
 
@@ -314,6 +380,7 @@ def test_real_shards():
 
 # ---- downloaded sets ------------------------------------------------------------------------------------------------
 
+
 def test_downloaded_set_keeps_its_validation_however_much_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folder = tmp_path / "data" / "climbmix"
@@ -327,7 +394,11 @@ def test_downloaded_set_keeps_its_validation_however_much_is_there(tmp_path, mon
     write_parquet(folder / "shard_00000.parquet", ["zero"])
     write_parquet(folder / "zzz.parquet", ["not of the set"])
     three = open_corpus("climbmix")
-    assert list(one.documents("train")) == ["three"] and list(three.documents("train")) == ["zero", "three", "last"]
+    assert list(one.documents("train")) == ["three"] and list(three.documents("train")) == [
+        "zero",
+        "three",
+        "last",
+    ]
     assert list(one.documents("val")) == list(three.documents("val")) == ["val"]
     assert three.name == "climbmix"
     for file in folder.glob("shard_0000*"):
@@ -340,10 +411,14 @@ def test_import_is_light():
     heavy = ["torch", "matplotlib", "pyarrow", "huggingface_hub"]
     code = f"import sys, nanochat.dataset; print([m for m in {heavy} if m in sys.modules])"
     root = Path(dataset.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout
+        == "[]\n"
+    )
 
 
 # ---- fingerprints that are kept ----------------------------------------------------------------------------
+
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
@@ -358,6 +433,7 @@ def kept(tmp_path, monkeypatch):
     def hashed(path):
         reads.clear()
         return Shard("a", (path,)).fingerprint, bool(reads)
+
     return hashed
 
 
@@ -392,7 +468,7 @@ def test_what_is_kept_of_fingerprints_may_be_damaged_or_unwritable(tmp_path, kep
     write_jsonl(path, ["one"])
     first, _ = kept(path)
     folder = tmp_path / "base/fingerprints"
-    entry, = folder.iterdir()
+    (entry,) = folder.iterdir()
     whole = entry.read_bytes()
     other = whole.replace(whole.split()[6][:5], b"00000")  # a hash that is not this file's
     for content in (b"", b"\xff", whole[:-10], b"x" * 64, other):

@@ -1,16 +1,17 @@
 """Real processes on gloo give the single-process run. torchrun itself: test_ending.py, test_commands.py."""
+
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-
 from conftest import TINY, losses
+from processes import Launched
+
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.parallel import differing_parameters
-from processes import Launched
 from scripts import base_train
 
 FLAGS = ["--eval-every", "25", "--device-batch-size", "2", "--total-batch-size", "384"]  # 12 rows a step
@@ -19,25 +20,36 @@ FLAGS = ["--eval-every", "25", "--device-batch-size", "2", "--total-batch-size",
 @pytest.fixture
 def train_on(base_dir, corpus_dir):
     """train_on(processes, '--flag', value, …) trains a tiny model: (exit codes, what they printed)."""
+
     def run(processes, *flags):
         output = base_dir.parent / "output"
         output.unlink(missing_ok=True)
-        launched = Launched(processes, output, base_train.main, [*TINY, "--data", str(corpus_dir), *FLAGS, *flags])
+        launched = Launched(
+            processes, output, base_train.main, [*TINY, "--data", str(corpus_dir), *FLAGS, *flags]
+        )
         return launched.codes(), output.read_text()
+
     return run
 
 
-@pytest.mark.parametrize("processes,steps,flags", [
-    (2, 50, ["--device-batch-size", "6"]),
-    # ranks, tables and scalars that 3 does not divide
-    (3, 50, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
-    # three micro-steps on each; at higher rates the losses agree too, but an entry of the tables whose gradient is rounding error moves otherwise
-    (4, 50, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"])])
+@pytest.mark.parametrize(
+    "processes,steps,flags",
+    [
+        (2, 50, ["--device-batch-size", "6"]),
+        # ranks, tables and scalars that 3 does not divide
+        (3, 50, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
+        # three micro-steps on each; at higher rates the losses agree too, but an entry of the tables whose gradient is rounding error moves otherwise
+        (4, 50, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"]),
+    ],
+)
 def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps, flags):
     flags = ["--num-iterations", str(steps), *flags]
     codes, output = train_on(processes, *flags, "--model-tag", "many")
     assert not any(codes), output[-2000:]  # it also ends with the parameters of all compared to the bit
-    many, one = metrics.load_run(metrics.runs_dir() / "many"), train(*FLAGS, *flags, "--device-batch-size", 6, tag="one")
+    many, one = (
+        metrics.load_run(metrics.runs_dir() / "many"),
+        train(*FLAGS, *flags, "--device-batch-size", 6, tag="one"),
+    )
     assert len(losses(many)) == steps and many.config["device"]["processes"] == processes
     assert np.abs(np.subtract(losses(many), losses(one))).max() < 1e-4
     assert many.summary["val/loss"] == pytest.approx(one.summary["val/loss"], abs=1e-4)
@@ -45,7 +57,13 @@ def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps
     # rank 0 holds its share of the optimizer state; the checkpoint holds all of it, as one process would have written it
     assert many.summary["mem/optimizer_bytes"] < one.summary["mem/optimizer_bytes"] * (1 / processes + 0.15)
     a, b = (load_checkpoint(metrics.runs_dir() / tag, steps)[0] for tag in ("many", "one"))
-    shapes = [{name: {key: tuple(t.shape) for key, t in entries.items()} for name, entries in state["optimizer"].items()} for state in (a, b)]
+    shapes = [
+        {
+            name: {key: tuple(t.shape) for key, t in entries.items()}
+            for name, entries in state["optimizer"].items()
+        }
+        for state in (a, b)
+    ]
     assert shapes[0] == shapes[1]
     for name, weight in b["model"].items():
         np.testing.assert_allclose(a["model"][name], weight, atol=0.02, err_msg=name)
@@ -65,7 +83,9 @@ def test_three_processes_stop_and_resume_to_the_bit(train_on):
     cut_off_after(4, metrics.runs_dir() / "three")
     assert train_on(3, *flags, "--resume", "auto")[0] == [0, 0, 0]
     resumed = metrics.load_run(metrics.runs_dir() / "three")
-    assert (metrics.runs_dir() / "three/metrics.jsonl").read_text().count("\n") == 12 + 8  # it did run steps 5 to 12 again
+    assert (metrics.runs_dir() / "three/metrics.jsonl").read_text().count(
+        "\n"
+    ) == 12 + 8  # it did run steps 5 to 12 again
     assert losses(straight) == losses(resumed) and straight.summary["val/loss"] == resumed.summary["val/loss"]
 
 
@@ -77,9 +97,16 @@ def test_a_run_goes_on_with_another_number_of_processes_and_batch_size(train, tr
     moved = train(*FLAGS, *flags, "--device-batch-size", 3, "--resume", "auto", tag="moved")
     assert len(losses(moved)) == 18 and np.abs(np.subtract(losses(moved), losses(one))).max() < 1e-4
     cut_off_after(12, metrics.runs_dir() / "moved")
-    assert train_on(3, *flags, "--device-batch-size", "2", "--model-tag", "moved", "--resume", "auto")[0] == [0, 0, 0]
+    assert train_on(3, *flags, "--device-batch-size", "2", "--model-tag", "moved", "--resume", "auto")[0] == [
+        0,
+        0,
+        0,
+    ]
     moved = metrics.load_run(metrics.runs_dir() / "moved")
-    assert np.abs(np.subtract(losses(moved), losses(one))).max() < 1e-4 and moved.config["device"]["processes"] == 3
+    assert (
+        np.abs(np.subtract(losses(moved), losses(one))).max() < 1e-4
+        and moved.config["device"]["processes"] == 3
+    )
 
 
 def assert_differences_are_found():
@@ -93,7 +120,9 @@ def assert_differences_are_found():
 
 
 def test_processes_that_hold_different_parameters_are_found(tmp_path):
-    assert Launched(2, tmp_path / "output", assert_differences_are_found).codes() == [0, 0], (tmp_path / "output").read_text()
+    assert Launched(2, tmp_path / "output", assert_differences_are_found).codes() == [0, 0], (
+        tmp_path / "output"
+    ).read_text()
 
 
 def test_a_bad_flag_is_said_once(train_on):

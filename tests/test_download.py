@@ -1,4 +1,5 @@
 """`python -m nanochat.dataset` as a subprocess, against a local server that speaks the hub's calls and misbehaves."""
+
 import contextlib
 import errno
 import gzip
@@ -43,8 +44,8 @@ class Hub(ThreadingHTTPServer):
         self.repo, self.files = repo, files
         self.faults = defaultdict(list)
         self.requests = []  # (method, file) of the resolve calls
-        self.kept_in = {}   # file -> 'git' or 'nothing': where it is not in LFS, or the hub tells no sum
-        self.strange = []   # entries that its listing begins with
+        self.kept_in = {}  # file -> 'git' or 'nothing': where it is not in LFS, or the hub tells no sum
+        self.strange = []  # entries that its listing begins with
         self.tokens = set()
         self.stalled, self.release = threading.Event(), threading.Event()
 
@@ -73,9 +74,11 @@ class Handler(BaseHTTPRequestHandler):
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{COMMIT}/"
         tree = f"{api}/tree/{COMMIT}"
         if path == api:
-            self.send(self.next_fault(method, "info") or 200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode())
+            self.send(
+                self.next_fault(method, "info") or 200, json.dumps({"id": hub.repo, "sha": COMMIT}).encode()
+            )
         elif path == tree or path.startswith(tree + "/"):
-            folder = path[len(tree):].strip("/")
+            folder = path[len(tree) :].strip("/")
             listing = hub.strange + [self.tree_entry(f) for f in hub.files if f.rpartition("/")[0] == folder]
             self.send(self.next_fault(method, "list") or 200, json.dumps(listing).encode())
         elif path.startswith(resolve) and (file := path.removeprefix(resolve)) in hub.files:
@@ -94,28 +97,38 @@ class Handler(BaseHTTPRequestHandler):
         blob = {"git": hashlib.sha1(b"blob %d\0%s" % (size, content)).hexdigest(), "nothing": ""}
         if where := self.server.kept_in.get(file):
             return {"type": "file", "path": file, "size": size, "oid": blob[where]}
-        return {"type": "file", "path": file, "size": size, "oid": "0" * 40,
-                "lfs": {"oid": sha, "size": size, "pointerSize": 100}}
+        return {
+            "type": "file",
+            "path": file,
+            "size": size,
+            "oid": "0" * 40,
+            "lfs": {"oid": sha, "size": size, "pointerSize": 100},
+        }
 
     def send_file(self, method, file, fault):
         body = self.server.files[file]
         sha, size = hashlib.sha256(body).hexdigest(), len(body)
-        headers = {"ETag": f'"{sha}"', "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": size, "X-Repo-Commit": COMMIT}
+        headers = {
+            "ETag": f'"{sha}"',
+            "X-Linked-Etag": f'"{sha}"',
+            "X-Linked-Size": size,
+            "X-Repo-Commit": COMMIT,
+        }
         if isinstance(fault, int):
             self.send(fault)
         elif fault == "drop":  # the connection ends in the middle
-            self.send(200, body[:size // 2], headers | {"Content-Length": size})
+            self.send(200, body[: size // 2], headers | {"Content-Length": size})
         elif fault == "truncate":  # a complete answer, of half a file
-            self.send(200, body[:size // 2], headers)
+            self.send(200, body[: size // 2], headers)
         elif fault == "corrupt":
-            self.send(200, body[:size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1:], headers)
+            self.send(200, body[: size // 2] + bytes([body[size // 2] ^ 1]) + body[size // 2 + 1 :], headers)
         elif fault == "endless":
             self.send(200, body, headers | {"Content-Length": None})
             with contextlib.suppress(OSError):
                 while not self.server.release.is_set():
                     self.wfile.write(bytes(2**20))
         elif fault == "stall":
-            self.send(200, body[:size // 2], headers | {"Content-Length": size})
+            self.send(200, body[: size // 2], headers | {"Content-Length": size})
             self.server.stalled.set()
             self.server.release.wait(30)
         else:
@@ -158,12 +171,16 @@ def base_dir(tmp_path, monkeypatch):
 
 
 # `python -m nanochat.dataset` that waits a twentieth of the seconds before it tries again
-HURRIED = ("import runpy, time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 20); "
-           "runpy.run_module('nanochat.dataset', run_name='__main__', alter_sys=True)")
+HURRIED = (
+    "import runpy, time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 20); "
+    "runpy.run_module('nanochat.dataset', run_name='__main__', alter_sys=True)"
+)
 
 
 def environment(url):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")
+    }
     home = os.environ["NANOCHAT_BASE_DIR"] + "/hf"
     return env | {"HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
 
@@ -171,9 +188,15 @@ def environment(url):
 def start(url, *args, token=None):
     env = environment(url)
     env |= {"HF_TOKEN": token} if token else {}
-    return subprocess.Popen([sys.executable, "-c", HURRIED, *args], cwd=Path(dataset.__file__).parents[1],
-                            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite run in the background ignores it
+    return subprocess.Popen(
+        [sys.executable, "-c", HURRIED, *args],
+        cwd=Path(dataset.__file__).parents[1],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a suite run in the background ignores it
 
 
 def download(url, *args, **kwargs):
@@ -217,9 +240,14 @@ def test_missing_shards_are_named_and_only_they_are_fetched_again(hub):
     code, _, errors = download(hub.url, "--data", "climbmix", "-n", "4", "-w", "4")
     assert code == 2 and len(errors) == 4
     missing = {line.split(":")[0]: line for line in errors}
-    assert CLIMBMIX in missing["missing shard_00001.parquet"] and "no file" in missing["missing shard_00001.parquet"]
+    assert (
+        CLIMBMIX in missing["missing shard_00001.parquet"]
+        and "no file" in missing["missing shard_00001.parquet"]
+    )
     assert "checksum" in missing["missing shard_00002.parquet"]
-    assert "404" in missing["missing shard_00003.parquet"] and CLIMBMIX in missing["missing shard_00003.parquet"]
+    assert (
+        "404" in missing["missing shard_00003.parquet"] and CLIMBMIX in missing["missing shard_00003.parquet"]
+    )
     assert errors[-1].startswith("error: --data climbmix: 3 of 5 files missing")
     assert set(folder_of("climbmix")) == {"shard_00000.parquet", VAL}
     assert [s.name for s in open_corpus("climbmix").val] == [VAL]
@@ -238,7 +266,9 @@ def test_validation_comes_first_and_without_it_there_is_no_corpus(hub):
     assert code == 2 and len(errors) == 2
     assert hub.requests[0] == ("HEAD", VAL)
     assert set(folder_of("climbmix")) == {"shard_00000.parquet", "shard_00001.parquet"}, "the others are kept"
-    with pytest.raises(InputError, match=f"{VAL} is missing; run: python -m nanochat.dataset --data climbmix"):
+    with pytest.raises(
+        InputError, match=f"{VAL} is missing; run: python -m nanochat.dataset --data climbmix"
+    ):
         open_corpus("climbmix")
 
 
@@ -262,7 +292,9 @@ def test_tinystories_files_are_found_by_the_start_of_their_names():
     names = [f"data/train-0000{i}-of-00004-2d5a1467fff1081b.parquet" for i in range(4)]
     names += ["data/validation-00000-of-00001-869c898b519ad725.parquet", "README.md"]
     with serve("roneneldan/TinyStories", {name: parquet_bytes(name) for name in names}) as hub:
-        code, stdout, errors = download(hub.url, "--data", "tinystories", token="hf_secret")  # 4 files: fewer than 8
+        code, stdout, errors = download(
+            hub.url, "--data", "tinystories", token="hf_secret"
+        )  # 4 files: fewer than 8
         assert (code, errors) == (0, [])
         assert "hf_secret" not in stdout
         assert hub.tokens == {"Bearer hf_secret"}
@@ -273,15 +305,24 @@ def test_tinystories_files_are_found_by_the_start_of_their_names():
 
 
 def test_c4_files_are_those_of_its_english_folder():
-    names = ["c4-train.00000-of-01024.json.gz", "c4-train.00001-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"]
-    files = {f"{folder}/{name}": gzip.compress(json.dumps({"text": f"{folder} {name}", "url": "u"}).encode())
-             for folder in ("en", "en.noclean") for name in names}
+    names = [
+        "c4-train.00000-of-01024.json.gz",
+        "c4-train.00001-of-01024.json.gz",
+        "c4-validation.00000-of-00008.json.gz",
+    ]
+    files = {
+        f"{folder}/{name}": gzip.compress(json.dumps({"text": f"{folder} {name}", "url": "u"}).encode())
+        for folder in ("en", "en.noclean")
+        for name in names
+    }
     with serve("allenai/c4", files) as hub:
         hub.faults["GET", f"en/{names[1]}"] = ["corrupt"]
         code, _, errors = download(hub.url, "--data", "c4", "-n", "2")
         assert (code, errors) == (0, []) and folder_of("c4") == {name: files[f"en/{name}"] for name in names}
     corpus = open_corpus("c4")
-    assert list(corpus.documents("train")) == [f"en {name}" for name in names[:2]] and list(corpus.documents("val")) == [f"en {names[2]}"]
+    assert list(corpus.documents("train")) == [f"en {name}" for name in names[:2]] and list(
+        corpus.documents("val")
+    ) == [f"en {names[2]}"]
 
 
 def test_interrupted_download_leaves_only_whole_files(hub):
@@ -293,7 +334,9 @@ def test_interrupted_download_leaves_only_whole_files(hub):
     assert process.returncode == 130 and "Traceback" not in stderr
     assert folder_of("climbmix") == {name: hub.files[name] for name in ("shard_00000.parquet", VAL)}
     assert download(hub.url, "--data", "climbmix", "-n", "2")[0] == 0
-    hidden = {f.name for f in (dataset.get_base_dir() / "data" / "climbmix").iterdir() if f.name.startswith(".")}
+    hidden = {
+        f.name for f in (dataset.get_base_dir() / "data" / "climbmix").iterdir() if f.name.startswith(".")
+    }
     assert hidden == {".lock", ".index.json"}, "the part of a file is cleared away"
 
 
@@ -305,13 +348,16 @@ def test_two_downloads_at_once_fetch_each_file_once(hub):
     assert sorted(hub.fetched()) == sorted(set(hub.fetched())) and len(hub.fetched()) == 4
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--data", "climbmix", "-n", "6543"], "has 6542 training files"),
-    (["--data", "tinystories", "-n", "5"], "has 4 training files"),
-    (["--data", "wikipedia"], "invalid choice: 'wikipedia'"),
-    (["--data", "climbmix", "-w", "0"], "not a whole number >= 1"),
-    ([], "required: --data"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--data", "climbmix", "-n", "6543"], "has 6542 training files"),
+        (["--data", "tinystories", "-n", "5"], "has 4 training files"),
+        (["--data", "wikipedia"], "invalid choice: 'wikipedia'"),
+        (["--data", "climbmix", "-w", "0"], "not a whole number >= 1"),
+        ([], "required: --data"),
+    ],
+)
 def test_bad_arguments(args, words, base_dir):
     with pytest.raises(InputError, match=words):
         dataset.main(args)
@@ -322,6 +368,7 @@ def test_a_full_disk_ends_the_download_at_once():
     def full():
         attempts.append(1)
         raise OSError(errno.ENOSPC, "No space left on device")
+
     attempts = []
     with pytest.raises(OSError, match="No space left"):
         hub_files.persistently(full)
@@ -350,9 +397,14 @@ for line in sys.stdin:
 @pytest.fixture
 def call(hub):
     """call('-n', '2') -> (exit code, lines) of `python -m nanochat.dataset --data climbmix -n 2`."""
-    process = subprocess.Popen([sys.executable, "-c", CONVERSATION], cwd=Path(dataset.__file__).parents[1],
-                               env=environment(hub.url), text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONVERSATION],
+        cwd=Path(dataset.__file__).parents[1],
+        env=environment(hub.url),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
     def call(*args):
         hub.requests.clear()
@@ -363,6 +415,7 @@ def call(hub):
             assert line, "it has ended"
             lines.append(line.rstrip())
         return int(line.split()[1]), lines
+
     yield call
     process.stdin.close()
     assert process.wait(20) == 0
@@ -371,7 +424,7 @@ def call(hub):
 def changed(path, offset, data):
     """Another content of the same size; the file before."""
     before = path.read_bytes()
-    path.write_bytes(before[:offset] + data + before[offset + len(data):])
+    path.write_bytes(before[:offset] + data + before[offset + len(data) :])
     return before
 
 
@@ -390,8 +443,9 @@ def test_every_call_compares_the_files_that_are_there(hub, call, base_dir):
         open_corpus("climbmix")
     code, lines = call("-n", "1")
     assert code == 0 and sorted(hub.fetched()) == [names[0], names[1], names[3]]
-    assert [line for line in lines if line.endswith(": has another sum: fetched again")] == \
-        [f"{folder / name}: has another sum: fetched again" for name in (names[1], names[3])]
+    assert [line for line in lines if line.endswith(": has another sum: fetched again")] == [
+        f"{folder / name}: has another sum: fetched again" for name in (names[1], names[3])
+    ]
     assert folder_of("climbmix").items() <= hub.files.items() and len(open_corpus("climbmix").train) == 4
 
     # a copy of the folder, or one of an earlier version: read once, and not fetched
@@ -445,12 +499,15 @@ def test_files_that_are_not_in_lfs_or_have_no_sum_or_no_end(hub, call):
     hub.faults["GET", "shard_00002.parquet"] = ["endless"] * 3
     code, lines = call("-n", "3", "-w", "1")
     assert code == 2 and hub.fetched().count("shard_00000.parquet") == 2
-    assert folder_of("climbmix") == {name: hub.files[name] for name in
-                                     ("shard_00000.parquet", "shard_00001.parquet", VAL)}
+    assert folder_of("climbmix") == {
+        name: hub.files[name] for name in ("shard_00000.parquet", "shard_00001.parquet", VAL)
+    }
     assert "1 file(s) (shard_00001.parquet, …) are compared by size alone: the hub tells no" in "".join(lines)
     assert "1 of 4 files missing" in lines[-1]
     file = {"type": "file", "oid": 7}
-    hub.strange = [{"type": "directory", "path": "shard_00002.parquet", "oid": "0"},
-                   *(file | {"path": path, "size": 9} for path in (5, None, "shard_00002/../evil.parquet")),
-                   *(file | {"path": "shard_00002.parquet", "size": n} for n in ("9", None, -1, 10**30))]
+    hub.strange = [
+        {"type": "directory", "path": "shard_00002.parquet", "oid": "0"},
+        *(file | {"path": path, "size": 9} for path in (5, None, "shard_00002/../evil.parquet")),
+        *(file | {"path": "shard_00002.parquet", "size": n} for n in ("9", None, -1, 10**30)),
+    ]
     assert call("-n", "3")[0] == 0 and hub.fetched() == ["shard_00002.parquet"]

@@ -1,6 +1,7 @@
 """Whoever ends a run, and whenever: it ends within seconds, its state is saved, and the resumed run is the
 uninterrupted one to the bit.
 """
+
 import contextlib
 import ctypes
 import os
@@ -12,13 +13,13 @@ import time
 
 import pytest
 import torch
-
 from conftest import ROOT, TINY, losses
+from processes import Launched, environment, free_port
+
 from nanochat import common, locks, loss_eval, metrics, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError
 from nanochat.writer import write_apart
-from processes import Launched, environment, free_port
 from scripts import adapter_train, base_train
 
 FLAGS = [*TINY, "--device-batch-size", "2"]
@@ -31,8 +32,9 @@ def final_weights(run):
 def assert_same_run(resumed, straight):
     assert resumed.summary["status"] == straight.summary["status"] == "finished"
     assert losses(resumed) == losses(straight)
-    assert ([entry.get("val/loss") for entry in resumed.history]
-            == [entry.get("val/loss") for entry in straight.history])
+    assert [entry.get("val/loss") for entry in resumed.history] == [
+        entry.get("val/loss") for entry in straight.history
+    ]
     for name, weight in final_weights(straight).items():
         assert torch.equal(weight, final_weights(resumed)[name]), name
 
@@ -59,9 +61,12 @@ def lines_of(path) -> int:
 @pytest.fixture
 def launch(base_dir, corpus_dir, tmp_path):
     """launch(processes, function, '--flag', …): a Launched whose processes call function(flags)."""
+
     def start(processes, function, *flags):
-        return Launched(processes, tmp_path / "output", function,
-                        [*FLAGS, "--data", str(corpus_dir), *map(str, flags)])
+        return Launched(
+            processes, tmp_path / "output", function, [*FLAGS, "--data", str(corpus_dir), *map(str, flags)]
+        )
+
     return start
 
 
@@ -72,6 +77,7 @@ def send(launched, number, ranks=None):
 
 # ---- in the processes
 
+
 def slow_to_save(seconds):
     """fsync of a checkpoint's tensors takes so long."""
     fsync = os.fsync
@@ -80,6 +86,7 @@ def slow_to_save(seconds):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("state.pt"):
             time.sleep(seconds)
         fsync(descriptor)
+
     os.fsync = slow
 
 
@@ -94,6 +101,7 @@ def train_and_evaluate_slowly(flags):
     def slow(rows, device):
         time.sleep(2)
         return batch_of(rows, device)
+
     loss_eval.batch_of = slow
     base_train.main(flags)
 
@@ -107,25 +115,30 @@ def compute_without_an_end(_flags):
 
 # ---- one process
 
+
 @pytest.mark.parametrize("number", signals.ENDING, ids=signals.name_of)
 def test_each_signal_saves_the_run_and_says_so_in_its_code(launch, number):
     folder = metrics.runs_dir() / "stopped"
-    launched = launch(1, base_train.main, "--num-iterations", 5000, "--eval-every", -1,
-                      "--model-tag", "stopped")
+    launched = launch(
+        1, base_train.main, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "stopped"
+    )
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, number)
     assert launched.codes() == [130 if number == signal.SIGINT else 75]
     run = metrics.load_run(folder)
     assert run.summary["status"] == "stopped" and saved_steps(folder) == [run.history[-1]["step"]]
     output = launched.output.read_text()
-    assert (f"{signal.Signals(number).name}: the run saves its state and ends" in output
-            and "Traceback" not in output)
+    assert (
+        f"{signal.Signals(number).name}: the run saves its state and ends" in output
+        and "Traceback" not in output
+    )
 
 
 def test_a_second_ctrl_c_leaves_at_once(launch):
     folder = metrics.runs_dir() / "left"
-    launched = launch(1, train_and_save_slowly, "--num-iterations", 5000, "--eval-every", -1,
-                      "--model-tag", "left")
+    launched = launch(
+        1, train_and_save_slowly, "--num-iterations", 5000, "--eval-every", -1, "--model-tag", "left"
+    )
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, signal.SIGINT)
     wait_until(lambda: list(folder.glob("checkpoints/.step_*")))
@@ -134,8 +147,11 @@ def test_a_second_ctrl_c_leaves_at_once(launch):
     send(launched, signal.SIGINT)
     assert launched.codes() == [130] and time.monotonic() - began < 20
     output = launched.output.read_text()
-    assert ("once more leaves at once" in output and output.endswith("SIGINT again: left without saving\n")
-            and "Traceback" not in output)
+    assert (
+        "once more leaves at once" in output
+        and output.endswith("SIGINT again: left without saving\n")
+        and "Traceback" not in output
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -161,9 +177,14 @@ run_script(main, *sys.argv[1:])
 def script(body, before="", **options):
     """A script of this package, without torch: (exit code, stdout, stderr)."""
     text = SCRIPT.format(body=body.replace("\n", "\n    "), before=before)
-    done = subprocess.run([sys.executable, "-c", text], cwd=common.Path(__file__).parents[1],
-                          stderr=subprocess.PIPE, text=True, timeout=60,
-                          **{"stdout": subprocess.PIPE, **options})
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=common.Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        **{"stdout": subprocess.PIPE, **options},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -172,15 +193,21 @@ def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
     before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     assert script(body, before) == (0, "goes on\n", "")
     assert script(body, before, env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}) == (
-        75, "", "stopped by SIGHUP\n")
+        75,
+        "",
+        "stopped by SIGHUP\n",
+    )
 
 
 def test_after_a_ctrl_c_a_launcher_that_dies_is_no_second_one():
-    body = ("with signals.stop_signals() as stop:\n"
-            "    os.kill(os.getpid(), signal.SIGINT)\n    stop.wait()\n"
-            "    signals.launcher_gone()\n    time.sleep(0.3)\n    print('saved')")
-    code, output, errors = script(body, "from nanochat import signals",
-                                  env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
+    body = (
+        "with signals.stop_signals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    stop.wait()\n"
+        "    signals.launcher_gone()\n    time.sleep(0.3)\n    print('saved')"
+    )
+    code, output, errors = script(
+        body, "from nanochat import signals", env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}
+    )
     assert (code, output) == (0, "saved\n") and errors.startswith("SIGINT: the run saves its state and ends")
 
 
@@ -197,12 +224,22 @@ run_script(lambda: time.sleep(60))
 
 def test_a_process_whose_launcher_dies_while_torch_is_imported_ends(tmp_path):
     """Else it would look for the others of its run for half an hour."""
-    shell = "export LAUNCHER=$$; \"$@\"; exit"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0",
-                   "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"}
+    shell = 'export LAUNCHER=$$; "$@"; exit'
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "1",
+    }
     with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(["bash", "-c", shell, "bash", sys.executable, "-c", SLOW_START],
-                                    cwd=tmp_path, env=environment, stderr=log)
+        launcher = subprocess.Popen(
+            ["bash", "-c", shell, "bash", sys.executable, "-c", SLOW_START],
+            cwd=tmp_path,
+            env=environment,
+            stderr=log,
+        )
     wait_until((tmp_path / "started").exists)
     launcher.kill()
     launcher.wait()
@@ -210,8 +247,14 @@ def test_a_process_whose_launcher_dies_while_torch_is_imported_ends(tmp_path):
 
 
 def test_a_process_whose_launcher_died_before_says_so(monkeypatch):
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost",
-             "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": True}
+    place = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": free_port(),
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(InputError, match=r"MASTER_PORT=\d+: torchrun was there and is gone; start again"):
@@ -219,19 +262,23 @@ def test_a_process_whose_launcher_died_before_says_so(monkeypatch):
 
 
 def test_a_script_that_is_stopped_clears_away_what_is_half_written():
-    body = ("try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
-            "finally:\n    print('cleared')")
+    body = (
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\nfinally:\n    print('cleared')"
+    )
     assert script(body) == (75, "cleared\n", "stopped by SIGTERM\n")
 
 
 def test_a_library_that_lets_no_thread_run_is_ended_too():
-    body = ("os.system(f'(sleep 0.5; kill -TERM {os.getpid()}) > /dev/null 2>&1 &')\n"
-            # PyDLL keeps the interpreter's lock
-            "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)")
+    body = (
+        "os.system(f'(sleep 0.5; kill -TERM {os.getpid()}) > /dev/null 2>&1 &')\n"
+        # PyDLL keeps the interpreter's lock
+        "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)"
+    )
     assert script(body, "import ctypes\nfrom nanochat import signals") == (-signal.SIGTERM, "", "")
 
 
 # ---- several processes
+
 
 def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
     assert launch(2, base_train.main, "--model-tag", "straight").codes() == [0, 0]
@@ -243,8 +290,11 @@ def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
     send(launched, signal.SIGTERM, ranks=[1])
     assert launched.codes() == [75, 75] and time.monotonic() - began < 12
     stopped = metrics.load_run(folder)
-    assert (stopped.summary["status"] == "stopped" and saved_steps(folder) == [3]
-            and "val/loss" not in stopped.history[2])
+    assert (
+        stopped.summary["status"] == "stopped"
+        and saved_steps(folder) == [3]
+        and "val/loss" not in stopped.history[2]
+    )
     resumed = launch(2, base_train.main, "--model-tag", "stopped", "--resume", "auto")
     assert resumed.codes() == [0, 0], resumed.output.read_text()
     assert_same_run(metrics.load_run(folder), metrics.load_run(metrics.runs_dir() / "straight"))
@@ -252,9 +302,11 @@ def test_an_evaluation_is_broken_off_on_all_processes_when_one_is_asked(launch):
 
 def write_for_two_seconds(folder):
     """A training process that waits for its writer."""
+
     def write():
         time.sleep(2)
         (folder / "checkpoint").touch()
+
     with common.claimed(folder / "lock", "the run") as lock:
         print("writing", flush=True)
         write_apart(write, lock, lambda: (folder / "summary").touch())
@@ -264,6 +316,7 @@ def write_for_two_seconds(folder):
 def refuse_to_write(folder):
     def write():
         raise InputError(f"{folder}: cannot write the checkpoint")
+
     with common.claimed(folder / "lock", "the run") as lock:
         write_apart(write, lock, lambda: None)
 
@@ -278,8 +331,10 @@ def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_
             send(launched, signal.SIGKILL)
             with common.claimed(tmp_path / "lock", "the run"):
                 assert (tmp_path / "checkpoint").exists() and (tmp_path / "summary").exists()
-            assert re.fullmatch(r"the run: waiting for process \d+ on \S+, which writes a checkpoint\n",
-                                capsys.readouterr().out)
+            assert re.fullmatch(
+                r"the run: waiting for process \d+ on \S+, which writes a checkpoint\n",
+                capsys.readouterr().out,
+            )
             launched.codes()
         else:
             assert launched.codes() == [0] and launched.output.read_text() == "writing\nwritten\n"
@@ -290,15 +345,34 @@ def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_
 
 def test_what_the_writer_cannot_do_is_the_same_line(tmp_path):
     launched = Launched(1, tmp_path / "output", refuse_to_write, tmp_path)
-    assert (launched.codes() == [2]
-            and launched.output.read_text() == f"error: {tmp_path}: cannot write the checkpoint\n")
+    assert (
+        launched.codes() == [2]
+        and launched.output.read_text() == f"error: {tmp_path}: cannot write the checkpoint\n"
+    )
 
 
 def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monkeypatch):
     train(tag="base")
-    flags = ["--model-tag", "base", "--run-tag", "adapter", "--num-iterations", "2", "--eval-every", "-1",
-             "--sample-every", "-1", "--resume", "auto", "--total-batch-size", "256",
-             "--device-batch-size", "4", "--eval-tokens", "1024"]
+    flags = [
+        "--model-tag",
+        "base",
+        "--run-tag",
+        "adapter",
+        "--num-iterations",
+        "2",
+        "--eval-every",
+        "-1",
+        "--sample-every",
+        "-1",
+        "--resume",
+        "auto",
+        "--total-batch-size",
+        "256",
+        "--device-batch-size",
+        "4",
+        "--eval-tokens",
+        "1024",
+    ]
     with monkeypatch.context() as asked:
         request = signals.StopRequest()
         request.hear(signal.SIGINT)
@@ -306,12 +380,16 @@ def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monk
         with pytest.raises(SystemExit) as e:
             adapter_train.main(flags)
     folder = metrics.runs_dir() / "adapter"
-    assert (e.value.code == 130 and metrics.load_run(folder).summary["status"] == "stopped"
-            and saved_steps(folder) == [])
+    assert (
+        e.value.code == 130
+        and metrics.load_run(folder).summary["status"] == "stopped"
+        and saved_steps(folder) == []
+    )
     adapter_train.main(flags)
     run = metrics.load_run(folder)
-    assert (run.summary["status"] == "finished"
-            and [entry["step"] for entry in run.history if "val/loss" in entry] == [0, 2])
+    assert run.summary["status"] == "finished" and [
+        entry["step"] for entry in run.history if "val/loss" in entry
+    ] == [0, 2]
 
 
 SLOW_STEPS = """
@@ -348,7 +426,8 @@ def torchrun(log, *program, **variables):
 
 
 def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience(
-        launch, corpus_dir, tmp_path, base_dir):
+    launch, corpus_dir, tmp_path, base_dir
+):
     flags = ["--num-iterations", 30, "--save-every", 10, "--eval-every", -1]
     assert launch(2, base_train.main, *flags, "--model-tag", "straight").codes() == [0, 0]
     folder = metrics.runs_dir() / "slow"
@@ -368,11 +447,24 @@ def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_p
 
     # one that it knows: its patience ends before the disk's work
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    launcher = torchrun(log, "-m", "scripts.base_train", "--", *given, "--run", "offline",
-                        PYTHONPATH=tmp_path, DISK_GOES_ON=tmp_path / "goes_on",
-                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1, WANDB_MODE="offline")
-    wait_until(lambda: (folder / "checkpoints/.step_000010.building/state.pt").exists()
-               or launcher.poll() is not None)
+    launcher = torchrun(
+        log,
+        "-m",
+        "scripts.base_train",
+        "--",
+        *given,
+        "--run",
+        "offline",
+        PYTHONPATH=tmp_path,
+        DISK_GOES_ON=tmp_path / "goes_on",
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1,
+        WANDB_MODE="offline",
+    )
+    wait_until(
+        lambda: (
+            (folder / "checkpoints/.step_000010.building/state.pt").exists() or launcher.poll() is not None
+        )
+    )
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) != 0, log.read_text()
     assert "forcefully exiting via" in log.read_text() and 10 not in saved_steps(folder)

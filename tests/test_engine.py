@@ -1,4 +1,5 @@
 """Generation with a cache against the full forward pass, run again for every token."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,20 @@ PROMPTS = [[49, 3, 7, 1, 30], [49, 8, 8, 2, 5, 4, 17, 6, 1, 22, 9], [49]]
 
 def tiny(**changes) -> GPT:
     """16 positions, windows of 8, 16 and 16 of them; every part of it matters to the output."""
-    config = GPTConfig(**{**dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32, window_pattern="SL"), **changes})
+    config = GPTConfig(
+        **{
+            **dict(
+                sequence_len=16,
+                vocab_size=50,
+                n_layer=3,
+                n_head=4,
+                n_kv_head=4,
+                n_embd=32,
+                window_pattern="SL",
+            ),
+            **changes,
+        }
+    )
     torch.manual_seed(0)
     model = GPT(config).double().requires_grad_(False)
     model.init_weights()
@@ -29,8 +43,24 @@ def full_logits(model, tokens: list[int]):
 
 # ---- the cache is not seen in what comes out
 
-@pytest.mark.parametrize("changes", [{}, LOW, dict(layer_map=(0, 1, 1, 2, 0), value_embeddings=True), dict(n_kv_head=2, value_embeddings=True), dict(window_pattern="S", n_kv_head=1, tie_embeddings=True),
-                                     {**LOW, "factor_act": "silu", "recompute": "bottleneck", "matrix_ranks": {"v": (3, 0, 8)}, "mlp_ratio": 1.5}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        LOW,
+        dict(layer_map=(0, 1, 1, 2, 0), value_embeddings=True),
+        dict(n_kv_head=2, value_embeddings=True),
+        dict(window_pattern="S", n_kv_head=1, tie_embeddings=True),
+        {
+            **LOW,
+            "factor_act": "silu",
+            "recompute": "bottleneck",
+            "matrix_ranks": {"v": (3, 0, 8)},
+            "mlp_ratio": 1.5,
+        },
+    ],
+)
 def test_cached_logits_equal_the_full_forward(changes):
     """One row to many digits; rows of unequal length, which begin at other positions, to those of float32 angles."""
     model = tiny(**changes)
@@ -87,12 +117,18 @@ def test_weights_cast_once_give_what_casting_them_at_every_step_gives():
 
 # ---- sampling
 
+
 def test_the_draws_of_a_seed_are_those_of_the_plain_loop():
     model, rng = tiny(), torch.Generator().manual_seed(3)
     tokens = list(PROMPTS[0])
     for _ in range(11):
-        tokens.append(torch.multinomial(F.softmax(full_logits(model, tokens) / 0.8, dim=-1), 1, generator=rng).item())
-    first, again, other = ([token for token, in generate(model, PROMPTS[:1], 11, seed=seed, dtype=torch.float64)] for seed in (3, 3, 4))
+        tokens.append(
+            torch.multinomial(F.softmax(full_logits(model, tokens) / 0.8, dim=-1), 1, generator=rng).item()
+        )
+    first, again, other = (
+        [token for (token,) in generate(model, PROMPTS[:1], 11, seed=seed, dtype=torch.float64)]
+        for seed in (3, 3, 4)
+    )
     assert first == again == tokens[5:] and first != other
 
 
@@ -106,22 +142,28 @@ def test_top_k_and_top_p_by_hand():
 
     near = lambda *values: pytest.approx(values, abs=0.04)
     for found, expected in (
-            (frequencies(0), (0.5, 0.1, 0.25, 0.15)),
-            (frequencies(0, top_k=9), (0.5, 0.1, 0.25, 0.15)),
-            (frequencies(1, top_k=2), (0, 4 / 7, 0, 3 / 7)),
-            (frequencies(0, top_p=0.5), (1, 0, 0, 0)),
-            (frequencies(0, top_p=0.6), (2 / 3, 0, 1 / 3, 0)),
-            (frequencies(0, top_k=3, top_p=0.8), (2 / 3, 0, 1 / 3, 0)),  # of what top-k has left: 5/9, 5/18, 1/6
-            (frequencies(1, top_p=1e-9), (0, 1, 0, 0)),
-            (frequencies(1, temperature=0.5), (1 / 30, 16 / 30, 4 / 30, 9 / 30)),
-            (frequencies(1, temperature=0), (0, 1, 0, 0)), (frequencies(1, temperature=1e-40), (0, 1, 0, 0))):
+        (frequencies(0), (0.5, 0.1, 0.25, 0.15)),
+        (frequencies(0, top_k=9), (0.5, 0.1, 0.25, 0.15)),
+        (frequencies(1, top_k=2), (0, 4 / 7, 0, 3 / 7)),
+        (frequencies(0, top_p=0.5), (1, 0, 0, 0)),
+        (frequencies(0, top_p=0.6), (2 / 3, 0, 1 / 3, 0)),
+        (frequencies(0, top_k=3, top_p=0.8), (2 / 3, 0, 1 / 3, 0)),  # of what top-k has left: 5/9, 5/18, 1/6
+        (frequencies(1, top_p=1e-9), (0, 1, 0, 0)),
+        (frequencies(1, temperature=0.5), (1 / 30, 16 / 30, 4 / 30, 9 / 30)),
+        (frequencies(1, temperature=0), (0, 1, 0, 0)),
+        (frequencies(1, temperature=1e-40), (0, 1, 0, 0)),
+    ):
         assert found == near(*expected), expected
         assert [f > 0 for f in found] == [e > 0 for e in expected], expected
 
 
 def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):
     shapes = []
-    monkeypatch.setattr(engine, "next_logits", lambda model, idx, *rest: shapes.append(tuple(idx.shape)) or next_logits(model, idx, *rest))
+    monkeypatch.setattr(
+        engine,
+        "next_logits",
+        lambda model, idx, *rest: shapes.append(tuple(idx.shape)) or next_logits(model, idx, *rest),
+    )
     steps = list(generate(tiny(), PROMPTS[:2], 4, samples=3, dtype=torch.float64))
     assert shapes == [(2, 11), (6, 1), (6, 1), (6, 1)]
     assert len({tuple(row) for row in zip(*steps)}) == 6
@@ -138,7 +180,9 @@ def test_a_row_ends_at_a_stop_token_and_the_text_with_the_last_row():
     for prompts, ends, rows in ((PROMPTS, ends, rows), (PROMPTS[:2], ends[:2], rows[:2])):
         steps = list(generate(model, prompts, 20, temperature=0, stop=stop, dtype=torch.float64))
         assert len(steps) == max(ends)
-        assert [list(row) for row in zip(*steps)] == [row[:end] + [None] * (max(ends) - end) for row, end in zip(rows, ends)]
+        assert [list(row) for row in zip(*steps)] == [
+            row[:end] + [None] * (max(ends) - end) for row, end in zip(rows, ends)
+        ]
 
 
 def test_nothing_to_do_and_nothing_to_begin_with():

@@ -1,6 +1,7 @@
 """What launchers, schedulers, notebooks and containers leave in the environment: replaced,
 or said in one line.
 """
+
 import os
 import pwd
 import subprocess
@@ -10,14 +11,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, TINY
-from nanochat import agreement, common, devices, environment
-from nanochat.common import InputError
 from processes import Launched, free_port
 
-GROUP = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
-         "MASTER_PORT": "29511"}
+from nanochat import agreement, common, devices, environment
+from nanochat.common import InputError
+
+GROUP = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29511",
+}
 
 
 @pytest.fixture
@@ -29,6 +35,7 @@ def variables(monkeypatch):
         for name in (*environment.PROCESS_GROUP, *environment.LOCAL_RANKS):
             os.environ.pop(name, None)
         os.environ.update(given)
+
     yield replace
     os.environ.clear()
     os.environ.update(before)
@@ -36,45 +43,60 @@ def variables(monkeypatch):
 
 # ---- the processes of a run
 
-@pytest.mark.parametrize("given, layout", [
-    ({}, (0, 0, 1)),
-    ({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
-     (0, 0, 1)),  # leftovers
-    ({"RANK": "", "WORLD_SIZE": ""}, (0, 0, 1)),
-    ({"WORLD_SIZE": "1"}, (0, 0, 1)),
-    ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1)),
-    # an allocation is not yet a group
-    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "PMI_RANK": "3"}, (0, 0, 1)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 1, 8)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 1, 8)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "2"}, (5, 2, 8)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}, (5, 3, 8)),
-])
+
+@pytest.mark.parametrize(
+    "given, layout",
+    [
+        ({}, (0, 0, 1)),
+        (
+            {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
+            (0, 0, 1),
+        ),  # leftovers
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 0, 1)),
+        ({"WORLD_SIZE": "1"}, (0, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1)),
+        # an allocation is not yet a group
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "PMI_RANK": "3"}, (0, 0, 1)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 1, 8)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 1, 8)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "2"}, (5, 2, 8)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "3"},
+            (5, 3, 8),
+        ),
+    ],
+)
 def test_the_place_of_a_process(given, layout, variables):
     variables(**given)
     assert common.process_layout() == layout
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"RANK": "0"}, "^WORLD_SIZE is not set, but RANK=0 is; start with torchrun"),
-    ({"WORLD_SIZE": "2"}, "^RANK is not set, but WORLD_SIZE=2 is"),
-    ({"RANK": "0", "WORLD_SIZE": ""}, "^WORLD_SIZE is not set"),
-    ({"RANK": "0", "WORLD_SIZE": "abc"}, "^WORLD_SIZE=abc: is not a whole number >= 1"),
-    ({"RANK": "-1", "WORLD_SIZE": "2"}, "^RANK=-1: is not a whole number >= 0"),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: WORLD_SIZE=2 allows 0 to 1"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "^LOCAL_RANK is not set, but RANK=0 and WORLD_SIZE=2 are"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"RANK": "0"}, "^WORLD_SIZE is not set, but RANK=0 is; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "^RANK is not set, but WORLD_SIZE=2 is"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "^WORLD_SIZE is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "^WORLD_SIZE=abc: is not a whole number >= 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "^RANK=-1: is not a whole number >= 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "^RANK=2: WORLD_SIZE=2 allows 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "^LOCAL_RANK is not set, but RANK=0 and WORLD_SIZE=2 are"),
+    ],
+)
 def test_a_place_that_cannot_be(given, message, variables):
     variables(**given)
     with pytest.raises(InputError, match=message):
         common.process_layout()
 
 
-@pytest.mark.parametrize("missing, given, message", [
-    ("MASTER_ADDR", "", "MASTER_ADDR is not set, but WORLD_SIZE=2 is"),
-    ("MASTER_PORT", "", "MASTER_PORT is not set, but"),
-    ("MASTER_PORT", "99999", "MASTER_PORT=99999: is not a whole number from 1 to 65535"),
-])
+@pytest.mark.parametrize(
+    "missing, given, message",
+    [
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set, but WORLD_SIZE=2 is"),
+        ("MASTER_PORT", "", "MASTER_PORT is not set, but"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999: is not a whole number from 1 to 65535"),
+    ],
+)
 def test_a_meeting_place_that_cannot_be(missing, given, message, variables):
     variables(**GROUP)
     os.environ[missing] = given
@@ -93,30 +115,41 @@ def test_others_that_never_come_are_said(variables, tmp_path):
     lonely = Launched(1, tmp_path / "output", join_with_little_patience)
     assert lonely.codes() == [2]
     last = (tmp_path / "output").read_text().splitlines()[-1]
-    assert last.startswith(f"error: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: "
-                           "process 0 of 2 did not find the others: ")
+    assert last.startswith(
+        f"error: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: process 0 of 2 did not find the others: "
+    )
 
 
 # ---- what is replaced
 
+
 def test_thread_counts_and_figures_windows(variables, capsys):
-    variables(OMP_NUM_THREADS="4,2", MKL_NUM_THREADS="", OPENBLAS_NUM_THREADS="0", NUMEXPR_NUM_THREADS="many",
-              MPLBACKEND="module://matplotlib_inline.backend_inline")
+    variables(
+        OMP_NUM_THREADS="4,2",
+        MKL_NUM_THREADS="",
+        OPENBLAS_NUM_THREADS="0",
+        NUMEXPR_NUM_THREADS="many",
+        MPLBACKEND="module://matplotlib_inline.backend_inline",
+    )
     environment.replace_unusable_variables()
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-                "MPLBACKEND"} & set(os.environ)
+    assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "MPLBACKEND"} & set(
+        os.environ
+    )
     assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
     fault = "is no number of threads from 1 to 1024; going on without it"
-    assert capsys.readouterr().err == (f"note: OPENBLAS_NUM_THREADS=0 {fault}\n"
-                                       f"note: NUMEXPR_NUM_THREADS=many {fault}\n")
+    assert capsys.readouterr().err == (
+        f"note: OPENBLAS_NUM_THREADS=0 {fault}\nnote: NUMEXPR_NUM_THREADS=many {fault}\n"
+    )
 
 
 @pytest.fixture
 def nobody(monkeypatch):
     """We are a user whom the system does not know, as in a container that was given a number only."""
+
     def unknown(_):
         raise KeyError("getpwuid(): uid not found")
+
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
@@ -126,14 +159,16 @@ def test_a_user_without_a_name_and_a_home(variables, nobody, tmp_path):
         os.environ.pop(name, None)
     environment.replace_unusable_variables()
     assert os.environ["USER"] == f"uid{os.getuid()}" and Path("~/x").expanduser() == tmp_path / "base/home/x"
-    assert all(Path(os.environ[name]).is_relative_to(tmp_path / "base/home")
-               for name in environment.HOME_FOLDERS)
+    assert all(
+        Path(os.environ[name]).is_relative_to(tmp_path / "base/home") for name in environment.HOME_FOLDERS
+    )
     assert not (tmp_path / "base").exists()  # variables only
     for name in ("HOME", "NANOCHAT_BASE_DIR"):
         os.environ.pop(name)
     environment.replace_unusable_variables()
-    with pytest.raises(InputError,
-                       match="^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"):
+    with pytest.raises(
+        InputError, match="^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"
+    ):
         common.get_base_dir()
 
 
@@ -160,27 +195,49 @@ def test_temporary_folders(variables, tmp_path, monkeypatch, capsys):
     assert os.path.isdir(tempfile.gettempdir())
 
 
-ODD = {"MPLBACKEND": "a_window", "LC_ALL": "xx_YY", "LANG": "C", "OMP_NUM_THREADS": "abc",
-       "TMPDIR": "/nowhere", "COLUMNS": "1", "LINES": "-3", "LOCAL_RANK": "7", "MASTER_PORT": "none",
-       "TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "3", "PBS_NODEFILE": "/nowhere", "HOME": ""}
+ODD = {
+    "MPLBACKEND": "a_window",
+    "LC_ALL": "xx_YY",
+    "LANG": "C",
+    "OMP_NUM_THREADS": "abc",
+    "TMPDIR": "/nowhere",
+    "COLUMNS": "1",
+    "LINES": "-3",
+    "LOCAL_RANK": "7",
+    "MASTER_PORT": "none",
+    "TORCHELASTIC_RUN_ID": "x",
+    "SLURM_PROCID": "3",
+    "PBS_NODEFILE": "/nowhere",
+    "HOME": "",
+}
 
 
 def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_path):
     flags = [*TINY, "--data", str(corpus_dir), "--model-tag", "odd", "--num-iterations", "1"]
     report = ["odd", "--out", str(tmp_path / "report")]
-    script = f"import runpy, sys\nfor sys.argv in {[['base_train', *flags], ['report', *report]]!r}:\n" \
-             "    runpy.run_module(f'scripts.{sys.argv[0]}', run_name='__main__')"
+    script = (
+        f"import runpy, sys\nfor sys.argv in {[['base_train', *flags], ['report', *report]]!r}:\n"
+        "    runpy.run_module(f'scripts.{sys.argv[0]}', run_name='__main__')"
+    )
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ODD}, capture_output=True, text=True,
-                          preexec_fn=lambda: os.close(0))
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **ODD},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.close(0),
+    )
     assert done.returncode == 0 and "finished" in done.stdout
     assert done.stderr == (
         "note: OMP_NUM_THREADS=abc is no number of threads from 1 to 1024; going on without it\n"
-        "note: TMPDIR=/nowhere is no folder that can be written to; going on without it\n")
+        "note: TMPDIR=/nowhere is no folder that can be written to; going on without it\n"
+    )
     assert (tmp_path / "report/report.html").exists()
 
 
 # ---- GPUs that torch cannot use
+
 
 @pytest.fixture
 def cuda(monkeypatch):
@@ -188,16 +245,20 @@ def cuda(monkeypatch):
     own files are not seen.
     """
     import torch
-    too_old = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\n"
-                           "Please update.")
+
+    too_old = RuntimeError(
+        "The NVIDIA driver on your system is too old (found version 11040).\nPlease update."
+    )
 
     def be(listed=8, why=too_old, files=()):
         def init():
             raise why
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: listed)
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(devices, "device_files", lambda: list(files))
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return be
 
@@ -231,15 +292,20 @@ def test_no_gpus_mean_the_cpu(cuda):
 
 def test_a_gpu_that_does_not_compute_is_said(monkeypatch):
     import torch
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError,
-                       match=r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"):
+    with pytest.raises(
+        InputError, match=r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"
+    ):
         devices.take_gpu(2)
 
     def busy(_):
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\n"
-                           "CUDA kernel errors might …")
+        raise RuntimeError(
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might …"
+        )
+
     monkeypatch.setattr(torch.cuda, "set_device", busy)
-    with pytest.raises(InputError, match="^--device-type cuda: GPU 1 cannot be used: "
-                                         "CUDA error: all .* unavailable; choose"):
+    with pytest.raises(
+        InputError, match="^--device-type cuda: GPU 1 cannot be used: CUDA error: all .* unavailable; choose"
+    ):
         devices.take_gpu(1)

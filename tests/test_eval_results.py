@@ -5,11 +5,11 @@ import json
 import random
 
 import pytest
-
 from conftest import ODD
+from test_report import base, write_run  # noqa: F401  a fixture
+
 from nanochat.eval_results import earlier_results, newest_core, read_core, read_eval
 from scripts import report
-from test_report import base, write_run  # noqa: F401  a fixture
 
 CORE = {
     "settings": {"model_tag": "full", "step": 200, "bundle": "ab", "max_per_task": -1, "dtype": "auto"},

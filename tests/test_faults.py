@@ -1,4 +1,5 @@
 """Killed at any moment, a run comes to the weights of one that never was. Slow: python -m pytest tests -m faults"""
+
 import contextlib
 import os
 import random
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import TINY, losses
+from processes import Launched
+
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
-from processes import Launched
 from scripts import base_train
 
 STEPS, KILLS = 400, 20
@@ -24,9 +25,18 @@ FLAGS = ["--num-iterations", str(STEPS), "--eval-every", "-1", "--device-batch-s
 
 def start(processes: int, corpus_dir, *flags):
     module = ["-m", "scripts.base_train", *TINY, "--data", str(corpus_dir), *FLAGS, *flags]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *module], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, *module],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def family(pid: int) -> list[int]:
@@ -34,8 +44,11 @@ def family(pid: int) -> list[int]:
     Asked of the kernel (Linux): to start a program that looks takes longer than to write a checkpoint.
     """
     with contextlib.suppress(OSError):
-        children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-                    for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
         return [pid, *(descendant for child in children for descendant in family(child))]
     return [pid]
 
@@ -56,7 +69,9 @@ def wait_for(condition, process):
 @pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("rank", [[], ["--attn-rank", "4", "--mlp-rank", "8"]], ids=["dense", "lowrank"])
-def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(base_dir, corpus_dir, processes, rank):
+def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(
+    base_dir, corpus_dir, processes, rank
+):
     straight = start(processes, corpus_dir, *rank, "--model-tag", "straight")
     assert straight.wait() == 0, straight.stderr.read()[-2000:]
 
@@ -65,10 +80,10 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(ba
     for i in range(KILLS):
         run = start(processes, corpus_dir, *flags)
         before = saved_steps(folder)
-        if i % 5 == 4:      # while it starts
+        if i % 5 == 4:  # while it starts
             time.sleep(rng.uniform(0.5, 5))
             pids = family(run.pid)
-        else:                  # while it trains; every other time in the middle of writing a checkpoint
+        else:  # while it trains; every other time in the middle of writing a checkpoint
             wait_for(lambda: saved_steps(folder)[-1:] > before[-1:], run)
             time.sleep(rng.uniform(0, 0.2))
             if i % 2:

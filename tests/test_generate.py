@@ -1,4 +1,5 @@
 """The generate command: which run, what it prints and where, and every refusal."""
+
 import io
 import json
 import os
@@ -24,10 +25,12 @@ def low(train):
 @pytest.fixture
 def run(capsys):
     """run('--flag', …) -> (stdout, stderr) of the command, on a CPU."""
+
     def call(*flags):
         capsys.readouterr()
         generate.main(["--device-type", "cpu", *map(str, flags)])
         return capsys.readouterr()
+
     return call
 
 
@@ -36,15 +39,35 @@ def test_the_text_is_the_models_and_the_seeds(low, run):
     model, tokenizer, step = open_model("low", -1, CPU)
     prompt = [tokenizer.bos_id, *tokenizer.encode("the cat")]
     steps = tokens_of(model, [prompt], 30, temperature=0, stop=(tokenizer.bos_id,))
-    assert step == 6 and out == "the cat" + tokenizer.decode(token for token, in steps) + "\n"
+    assert step == 6 and out == "the cat" + tokenizer.decode(token for (token,) in steps) + "\n"
     assert err.startswith("low, step 6 (the newest finished run)\n") and "tokens/s" in err.splitlines()[-1]
-    drawn = [run("-p", "the cat", "--max-tokens", 10, "--temperature", 1.5, "--seed", seed)[0] for seed in (1, 1, 2)]
+    drawn = [
+        run("-p", "the cat", "--max-tokens", 10, "--temperature", 1.5, "--seed", seed)[0]
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert run("-p", "the cat", "--max-tokens", 30, "--top-k", 1)[0] == run("-p", "the cat", "--max-tokens", 30, "--top-p", 1e-6)[0] == out
+    assert (
+        run("-p", "the cat", "--max-tokens", 30, "--top-k", 1)[0]
+        == run("-p", "the cat", "--max-tokens", 30, "--top-p", 1e-6)[0]
+        == out
+    )
 
 
 def test_several_samples_and_a_prompt_longer_than_the_context(low, run):
-    out, err = run("-p", "the cat", "--num-samples", 3, "--max-tokens", 8, "--temperature", 1.5, "--model-tag", "low", "--step", 6)
+    out, err = run(
+        "-p",
+        "the cat",
+        "--num-samples",
+        3,
+        "--max-tokens",
+        8,
+        "--temperature",
+        1.5,
+        "--model-tag",
+        "low",
+        "--step",
+        6,
+    )
     texts = out.removesuffix("\n").split("\n\nthe cat")
     assert len(set(texts)) == 3 and texts[0].startswith("the cat") and err.startswith("low, step 6\n")
     assert "24 tokens in" in err
@@ -65,7 +88,10 @@ def test_a_prompt_a_line_until_an_empty_one(low, run, monkeypatch):
 def test_it_ends_where_the_model_ends_its_document(low, run, monkeypatch):
     _, tokenizer, _ = open_model("low", -1, CPU)
     cat, bos = tokenizer.encode(" cat")[0], tokenizer.bos_id
-    monkeypatch.setattr("nanochat.engine.sample", lambda logits, *rest, script=iter([cat, cat, bos]): torch.tensor([next(script)]))
+    monkeypatch.setattr(
+        "nanochat.engine.sample",
+        lambda logits, *rest, script=iter([cat, cat, bos]): torch.tensor([next(script)]),
+    )
     out, err = run("-p", "the", "--max-tokens", 30)
     assert out == f"the{2 * tokenizer.decode([cat])}\n" and err.splitlines()[-1].startswith("2 tokens in")
 
@@ -73,13 +99,28 @@ def test_it_ends_where_the_model_ends_its_document(low, run, monkeypatch):
 def test_a_character_of_several_tokens_is_printed_once_it_is_whole():
     tokenizer = SimpleNamespace(tokens=[b"a", b"\xe2", b"\x9f\xb6 b", "é".encode()])
     text = Text(tokenizer)
-    assert [text.add(t) for t in (0, 1, 2, 3, 1, 4, None)] == ["a", "", "⟶ b", "é", "", "", "\ufffd"]  # 4: a special token
+    assert [text.add(t) for t in (0, 1, 2, 3, 1, 4, None)] == [
+        "a",
+        "",
+        "⟶ b",
+        "é",
+        "",
+        "",
+        "\ufffd",
+    ]  # 4: a special token
     assert text.text == "a⟶ bé\ufffd"
 
 
 def test_the_newest_finished_run_is_chosen(base_dir):
     assert_refused("no finished run with a checkpoint", "-p", "a")
-    for age, (tag, status, saved) in enumerate((("new", "running", True), ("bare", "finished", False), ("z", "finished", True), ("a", "finished", True))):
+    for age, (tag, status, saved) in enumerate(
+        (
+            ("new", "running", True),
+            ("bare", "finished", False),
+            ("z", "finished", True),
+            ("a", "finished", True),
+        )
+    ):
         folder = metrics.runs_dir() / tag
         (folder / "checkpoints" / ("step_000006" if saved else ".none")).mkdir(parents=True)
         (folder / "config.json").touch()
@@ -93,16 +134,20 @@ def assert_refused(message, *flags):
         generate.main(["--device-type", "cpu", *flags])
 
 
-@pytest.mark.parametrize("flags,message", [
-    (("-p", " "), "^-p: the prompt is empty; give some text"),
-    (("-p", "a", "--temperature", "-1"), "--temperature: '-1' is not a number from 0"),
-    (("-p", "a", "--temperature", "nan"), "--temperature: 'nan' is not a number from 0"),
-    (("-p", "a", "--top-p", "0"), "^--top-p 0: leaves no token"),
-    (("-p", "a", "--top-p", "1.1"), "--top-p: '1.1' is not a number from 0 to 1"),
-    (("-p", "a", "--top-k", "-1"), "--top-k: '-1' is not a whole number >= 0"),
-    (("-p", "a", "--num-samples", "0"), "--num-samples: '0' is not a whole number >= 1"),
-    (("-p", "a", "--seed", str(2**64)), "--seed: .* is not a whole number <= 9223372036854775807"),
-    (("-p", "a", "--model-tag", "none"), "^--model-tag none: no such run in")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("-p", " "), "^-p: the prompt is empty; give some text"),
+        (("-p", "a", "--temperature", "-1"), "--temperature: '-1' is not a number from 0"),
+        (("-p", "a", "--temperature", "nan"), "--temperature: 'nan' is not a number from 0"),
+        (("-p", "a", "--top-p", "0"), "^--top-p 0: leaves no token"),
+        (("-p", "a", "--top-p", "1.1"), "--top-p: '1.1' is not a number from 0 to 1"),
+        (("-p", "a", "--top-k", "-1"), "--top-k: '-1' is not a whole number >= 0"),
+        (("-p", "a", "--num-samples", "0"), "--num-samples: '0' is not a whole number >= 1"),
+        (("-p", "a", "--seed", str(2**64)), "--seed: .* is not a whole number <= 9223372036854775807"),
+        (("-p", "a", "--model-tag", "none"), "^--model-tag none: no such run in"),
+    ],
+)
 def test_bad_input_is_named(base_dir, flags, message):
     assert_refused(message, *flags)
 
@@ -110,6 +155,7 @@ def test_bad_input_is_named(base_dir, flags, message):
 def test_a_run_whose_parts_do_not_belong_together_is_refused(low, base_dir):
     assert_refused(r"no checkpoint of step 5; there are: \[6\]", "-p", "a", "--step", "5")
     from scripts import tok_train
+
     tok_train.main(["--data", low.config["flags"]["data"], "--vocab-size", "290"])
     folder = metrics.runs_dir() / "low"
     (folder / "tokenizer.json").write_text((base_dir / "tokenizer" / "tokenizer.json").read_text())

@@ -1,4 +1,5 @@
 """Provenance: the commit of this program, or none."""
+
 import shutil
 import subprocess
 from pathlib import Path

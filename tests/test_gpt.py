@@ -1,4 +1,5 @@
 """The model against explicit computations: factors, attention, head loss, counts."""
+
 import itertools
 import math
 
@@ -8,14 +9,44 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.attention import BlockAttention, attention, batch_slices, blocks, by_blocks, mask_for, window_mask
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, RotaryNorm, SquaredReLUMLP, linear, loss_of_logits, loss_of_logits_to_compile, norm, rotate, row_slices
-from nanochat.gpt import (Attention, GPT, GPTConfig, Linear, LowRankLinear, SCORE_SCALE, make_linear, resolve_rank)
+from nanochat.attention import (
+    BlockAttention,
+    attention,
+    batch_slices,
+    blocks,
+    by_blocks,
+    mask_for,
+    window_mask,
+)
+from nanochat.functional import (
+    SOFTCAP,
+    HeadCrossEntropy,
+    RotaryNorm,
+    SquaredReLUMLP,
+    linear,
+    loss_of_logits,
+    loss_of_logits_to_compile,
+    norm,
+    rotate,
+    row_slices,
+)
+from nanochat.gpt import (
+    GPT,
+    SCORE_SCALE,
+    Attention,
+    GPTConfig,
+    Linear,
+    LowRankLinear,
+    make_linear,
+    resolve_rank,
+)
 from nanochat.rank import account
 
 
 def tiny(**changes) -> GPT:
-    config = GPTConfig(**{**dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32), **changes})
+    config = GPTConfig(
+        **{**dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32), **changes}
+    )
     torch.manual_seed(0)
     model = GPT(config)
     model.init_weights()
@@ -31,14 +62,20 @@ def tokens(*shape, vocab=50):
 
 def live_bytes(function) -> tuple[int, int]:
     """(highest, at the end) bytes of tensors allocated and not freed since `function` was called, by the allocator's own events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = function()  # noqa: F841 - it holds what the backward pass needs
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     live = list(itertools.accumulate(e.nbytes() for e in events))
     return max(live), live[-1]
 
 
 # ---- linear layers
+
 
 def test_low_rank_layer_applies_exactly_its_dense_weight():
     layer = LowRankLinear(24, 40, 5).double()
@@ -61,7 +98,18 @@ def test_initial_product_has_the_variance_of_the_full_rank_layer(n_in, n_out, ra
 
 
 def test_residual_outputs_start_at_zero_and_still_learn():
-    model = GPT(GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, attn_ranks=(4, 4), mlp_ranks=(4, 4)))
+    model = GPT(
+        GPTConfig(
+            sequence_len=16,
+            vocab_size=50,
+            n_layer=2,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=32,
+            attn_ranks=(4, 4),
+            mlp_ranks=(4, 4),
+        )
+    )
     torch.manual_seed(0)
     model.init_weights()
     for block in model.blocks:
@@ -73,7 +121,11 @@ def test_residual_outputs_start_at_zero_and_still_learn():
 
 
 def test_rank_as_number_and_as_fraction():
-    assert resolve_rank(0, 10, 40) == 0 and resolve_rank(10, 10, 40) == 10 and resolve_rank(0.25, 256, 1024) == 64
+    assert (
+        resolve_rank(0, 10, 40) == 0
+        and resolve_rank(10, 10, 40) == 10
+        and resolve_rank(0.25, 256, 1024) == 64
+    )
     assert resolve_rank(0.001, 10, 40) == 1
     for bad in (11, -1, 2.5):
         with pytest.raises(ValueError, match="1 to 10"):
@@ -83,6 +135,7 @@ def test_rank_as_number_and_as_fraction():
 
 # ---- attention
 
+
 def explicit_attention(attn: Attention, x, cos, sin, window):
     """One head and one query at a time, in plain arithmetic."""
     B, T, _ = x.shape
@@ -91,12 +144,14 @@ def explicit_attention(attn: Attention, x, cos, sin, window):
     for b in range(B):
         for h in range(attn.n_head):
             kv = h * attn.n_kv_head // attn.n_head
-            q = x[b] @ weights["q"][h * D:(h + 1) * D].T
-            k, v = (x[b] @ weights[n][kv * D:(kv + 1) * D].T for n in "kv")
+            q = x[b] @ weights["q"][h * D : (h + 1) * D].T
+            k, v = (x[b] @ weights[n][kv * D : (kv + 1) * D].T for n in "kv")
             q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
             for i in range(T):
                 seen = range(max(0, i - window + 1), i + 1)
-                p = torch.softmax(SCORE_SCALE * torch.stack([q[i] @ k[j] for j in seen]) / math.sqrt(D), dim=0)
+                p = torch.softmax(
+                    SCORE_SCALE * torch.stack([q[i] @ k[j] for j in seen]) / math.sqrt(D), dim=0
+                )
                 out[b, i, h] = sum(p[n] * v[j] for n, j in enumerate(seen))
     return out.flatten(2) @ weights["o"].T
 
@@ -123,16 +178,27 @@ def test_joint_projections_and_their_gradients_equal_those_of_the_dense_matrices
     dense = [norm(x) @ layer.dense_weight().T for layer in layers.values()]
     torch.testing.assert_close(list(outputs), dense)
     weights = [torch.randn_like(y) for y in dense]
-    joint, separate = ([*torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, ys)), [x, *factors])] for ys in (outputs, dense))
+    joint, separate = (
+        [*torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, ys)), [x, *factors])]
+        for ys in (outputs, dense)
+    )
     torch.testing.assert_close(joint, separate)
 
 
-@pytest.mark.parametrize("T,window", [(16, 16), (16, 5), (22, 22), (22, 9), (40, 20), (64, 3)])  # with blocks of 4 and 8 queries, a last one that is short
+@pytest.mark.parametrize(
+    "T,window", [(16, 16), (16, 5), (22, 22), (22, 9), (40, 20), (64, 3)]
+)  # with blocks of 4 and 8 queries, a last one that is short
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, window, kv_heads):
     monkeypatch.setattr("nanochat.attention.SMALLEST", 4)
-    q, k = (F.normalize(torch.randn(2, h, T, 8, dtype=torch.float64), dim=-1).mul(8 ** 0.5).requires_grad_() for h in (4, kv_heads))
-    v, weight = torch.randn(2, kv_heads, T, 8, dtype=torch.float64, requires_grad=True), torch.randn(2, T, 32, dtype=torch.float64)
+    q, k = (
+        F.normalize(torch.randn(2, h, T, 8, dtype=torch.float64), dim=-1).mul(8**0.5).requires_grad_()
+        for h in (4, kv_heads)
+    )
+    v, weight = (
+        torch.randn(2, kv_heads, T, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, T, 32, dtype=torch.float64),
+    )
     mask = window_mask(T, window, "cpu")
     scores = 0.6 * q @ k.repeat_interleave(4 // kv_heads, dim=1).mT
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
@@ -144,12 +210,18 @@ def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, win
     y = BlockAttention.apply(q, k, v, torch.tensor(window), 0.6)
     blocks.cache_clear()
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad((weight * y).sum(), (q, k, v)), torch.autograd.grad((weight * expected).sum(), (q, k, v)))
+    torch.testing.assert_close(
+        torch.autograd.grad((weight * y).sum(), (q, k, v)),
+        torch.autograd.grad((weight * expected).sum(), (q, k, v)),
+    )
 
 
 def test_attention_by_blocks_is_for_training_and_agrees_with_torchs_kernel():
     """The same model under a gradient and without, in float32 and bfloat16; scores too high for their exponentials."""
-    same = [(torch.ones(1, 1, T, D), torch.ones(1, 1, T, D), T, SCORE_SCALE / D ** 0.5) for D, T in ((8, 24), (512, 3))]  # every score is scale · D
+    same = [
+        (torch.ones(1, 1, T, D), torch.ones(1, 1, T, D), T, SCORE_SCALE / D**0.5)
+        for D, T in ((8, 24), (512, 3))
+    ]  # every score is scale · D
     for q, k, T, scale in (*same, (*same[0][:3], 60.0), (*torch.randn(2, 1, 2, 24, 8), 24, 0.6)):
         v = torch.randn(q.shape)
         for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
@@ -158,17 +230,21 @@ def test_attention_by_blocks_is_for_training_and_agrees_with_torchs_kernel():
             assert "BlockAttention" in type(by_block.grad_fn).__name__
             with torch.no_grad():
                 assert mask_for(T, T, q.device) is None
-                torch.testing.assert_close(by_block, attention(*inputs, scale), atol=tolerance, rtol=tolerance)
+                torch.testing.assert_close(
+                    by_block, attention(*inputs, scale), atol=tolerance, rtol=tolerance
+                )
     assert by_blocks(2048, 1024) and not by_blocks(2048, 2048)
 
 
 def test_memory_of_attention_by_blocks_grows_with_the_length():
     """What is kept doubles with the length, and does not quadruple as the weights would."""
+
     def kept(T):
         saved, x = [], torch.randn(1, 1, T, 8, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
             BlockAttention.apply(x, x, x, torch.tensor(T), 0.1)
         return sum(saved) - 8  # the window
+
     assert kept(512) == 2 * kept(256)
 
 
@@ -182,7 +258,10 @@ def test_rotary_scores_depend_on_the_distance_only():
     model = tiny().double()
     cos, sin = model.rotary(16, "cpu", torch.float64)
     q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    score = lambda i, j: rotate(q[None], cos[i:i + 1], sin[i:i + 1])[0] @ rotate(k[None], cos[j:j + 1], sin[j:j + 1])[0]
+    score = lambda i, j: (
+        rotate(q[None], cos[i : i + 1], sin[i : i + 1])[0]
+        @ rotate(k[None], cos[j : j + 1], sin[j : j + 1])[0]
+    )
     torch.testing.assert_close(score(5, 2), score(13, 10), atol=1e-6, rtol=1e-6)
     assert abs(score(5, 2) - score(5, 4)) > 1e-3
 
@@ -200,15 +279,25 @@ def test_no_token_sees_its_future():
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("at_once", [4, 100])  # a part of the rows at a time, or all
 def test_squared_relu_mlp_has_the_gradients_of_its_formula(monkeypatch, at_once, keep):
-    monkeypatch.setattr("nanochat.functional.row_slices", lambda x, width: [slice(i, i + at_once) for i in range(0, len(x), at_once)])
-    x, up, down, grad = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (12, 8), (6, 12), (3, 5, 6)))
+    monkeypatch.setattr(
+        "nanochat.functional.row_slices",
+        lambda x, width: [slice(i, i + at_once) for i in range(0, len(x), at_once)],
+    )
+    x, up, down, grad = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 5, 8), (12, 8), (6, 12), (3, 5, 6))
+    )
     plain = F.relu(x @ up.T).square() @ down.T
     y = SquaredReLUMLP.apply(x, up, down, keep)
     torch.testing.assert_close(y, plain)
-    torch.testing.assert_close(torch.autograd.grad(y, (x, up, down), grad), torch.autograd.grad(plain, (x, up, down), grad))
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, up, down), grad), torch.autograd.grad(plain, (x, up, down), grad)
+    )
     half = [t.detach().bfloat16().requires_grad_() for t in (x, up, down)]
     found = torch.autograd.grad(SquaredReLUMLP.apply(*half, keep), half, grad.bfloat16())
-    for value, expected in zip(found, torch.autograd.grad(F.relu(x @ up.T).square() @ down.T, (x, up, down), grad)):
+    for value, expected in zip(
+        found, torch.autograd.grad(F.relu(x @ up.T).square() @ down.T, (x, up, down), grad)
+    ):
         assert value.dtype == torch.bfloat16 and (value - expected).norm() < 0.02 * expected.norm()
 
 
@@ -221,17 +310,29 @@ def test_the_rows_of_an_mlp_are_all_in_one_slice():
 
 
 def test_norms_have_the_gradients_of_their_formulas():
-    x, grad = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 8, dtype=torch.float64)
+    x, grad = (
+        torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 5, 8, dtype=torch.float64),
+    )
     angle = torch.randn(5, 4, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angle), -angle)
-    pairs = torch.complex(*F.rms_norm(x, (8,)).chunk(2, dim=-1)) * turn  # a complex number for each pair of channels
-    for y, plain in ((norm(x), F.rms_norm(x, (8,))), (RotaryNorm.apply(x, angle.cos(), angle.sin()), torch.cat((pairs.real, pairs.imag), dim=-1))):
+    pairs = (
+        torch.complex(*F.rms_norm(x, (8,)).chunk(2, dim=-1)) * turn
+    )  # a complex number for each pair of channels
+    for y, plain in (
+        (norm(x), F.rms_norm(x, (8,))),
+        (RotaryNorm.apply(x, angle.cos(), angle.sin()), torch.cat((pairs.real, pairs.imag), dim=-1)),
+    ):
         torch.testing.assert_close(y, plain)
-        torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(plain, x, grad, retain_graph=True))
+        torch.testing.assert_close(
+            torch.autograd.grad(y, x, grad), torch.autograd.grad(plain, x, grad, retain_graph=True)
+        )
     half = torch.randn(4, 64).bfloat16().requires_grad_()
     y = norm(half)
     assert y.dtype == torch.bfloat16 and torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16
-    torch.testing.assert_close(y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005)  # one rounding
+    torch.testing.assert_close(
+        y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005
+    )  # one rounding
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (1000, 300)])  # in the cache, and beyond it
@@ -246,12 +347,15 @@ def test_few_rows_are_multiplied_as_many_are(shape, rows):
 
 # ---- head and loss
 
+
 @pytest.mark.parametrize("of_logits", [loss_of_logits, loss_of_logits_to_compile])
 @pytest.mark.parametrize("N", [1, 13, 64])
 def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N, of_logits):
     monkeypatch.setattr("nanochat.functional.rows_at_once", lambda x, V: 7)
     x = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
-    weight = (3 * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()  # large enough for the softcap to bend
+    weight = (
+        3 * torch.randn(50, 8, dtype=torch.float64)
+    ).requires_grad_()  # large enough for the softcap to bend
     target = tokens(N)
     plain = F.cross_entropy(SOFTCAP * torch.tanh(x @ weight.T / SOFTCAP), target)
     expected = torch.autograd.grad(2.5 * plain, (x, weight))
@@ -299,13 +403,22 @@ def test_what_is_between_the_factors(act):
 def test_matrices_may_have_ranks_of_their_own():
     ranks = dict(v=(8, 8, 8), down=(0.25, 0.25, 0.25), k=(0, 0, 0), up=(3, 0, 1))
     model = tiny(attn_ranks=(4,) * 3, matrix_ranks=ranks)
-    found = [[getattr(m, "rank", 0) for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp.up, b.mlp.down)] for b in model.blocks]
+    found = [
+        [getattr(m, "rank", 0) for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp.up, b.mlp.down)]
+        for b in model.blocks
+    ]
     assert found == [[4, 0, 8, 4, 3, 8], [4, 0, 8, 4, 0, 8], [4, 0, 8, 4, 1, 8]]
     assert account(model)["params/attention"] == 3 * (2 * 4 * 64 + 32 * 32 + 8 * 64)
 
 
-@pytest.mark.parametrize("changes", [dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3), dict(matrix_ranks={"v": (4,) * 3, "down": (4,) * 3}),
-                                     dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3, factor_act="silu")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3),
+        dict(matrix_ranks={"v": (4,) * 3, "down": (4,) * 3}),
+        dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3, factor_act="silu"),
+    ],
+)
 def test_recomputing_changes_no_gradient(changes):
     plain, again, idx = tiny(**changes), tiny(**changes, recompute="bottleneck"), tokens(2, 16)
     for model in (plain, again):
@@ -324,12 +437,25 @@ def test_value_embeddings_join_every_other_layer_and_change_the_output():
 
 # ---- counts
 
-@pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5), dict(tie_embeddings=True, n_kv_head=2),
-                                     dict(layer_map=(0, 0, 1, 2, 1), attn_ranks=(4, 8, 16)), dict(mlp_ranks=(3, 3, 3), matrix_ranks={"v": (8, 8, 8), "up": (0, 0, 0)}, factor_act="silu")])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(attn_ranks=(4, 8, 16), mlp_ranks=(3, 3, 3), lm_head_rank=5),
+        dict(tie_embeddings=True, n_kv_head=2),
+        dict(layer_map=(0, 0, 1, 2, 1), attn_ranks=(4, 8, 16)),
+        dict(mlp_ranks=(3, 3, 3), matrix_ranks={"v": (8, 8, 8), "up": (0, 0, 0)}, factor_act="silu"),
+    ],
+)
 def test_counted_flops_are_those_that_torch_counts(changes):
     """Forward FLOPs a token = a third of the training FLOPs; torch counts the full T × T attention, as 'L' does."""
     model = tiny(window_pattern="L", **changes)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # neither the fused CPU kernel nor ours is counted
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # neither the fused CPU kernel nor ours is counted
         model(tokens(2, 16))
     assert counter.get_total_flops() == account(model)["flops/per_token"] / 3 * 2 * 16
 

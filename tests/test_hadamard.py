@@ -1,4 +1,5 @@
 """The fast transforms against explicit matrices, and the random numbers against the laws and the bits that they promise."""
+
 import hashlib
 
 import pytest
@@ -23,7 +24,9 @@ def test_walsh_hadamard_is_the_product_with_the_explicit_matrix(n):
 
 def test_walsh_hadamard_is_its_own_adjoint_and_wants_a_power_of_two():
     x, y = numbers(4096), numbers(2, 4096)[1]
-    assert torch.dot(walsh_hadamard(x), y).item() == pytest.approx(torch.dot(x, walsh_hadamard(y)).item(), rel=1e-12)
+    assert torch.dot(walsh_hadamard(x), y).item() == pytest.approx(
+        torch.dot(x, walsh_hadamard(y)).item(), rel=1e-12
+    )
     assert torch.autograd.gradcheck(walsh_hadamard, numbers(2, 64).requires_grad_())
     with pytest.raises(ValueError, match="of 12 numbers"):
         walsh_hadamard(numbers(12))
@@ -32,7 +35,9 @@ def test_walsh_hadamard_is_its_own_adjoint_and_wants_a_power_of_two():
 @pytest.mark.parametrize("n", [1, 2, 3, 12, 101, 1024])
 def test_cosine_is_the_orthonormal_transform_of_any_length(n):
     x = numbers(2, n)
-    torch.testing.assert_close(cosine(x), torch.tensor(scipy.fft.dct(x.numpy(), norm="ortho")), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        cosine(x), torch.tensor(scipy.fft.dct(x.numpy(), norm="ortho")), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(cosine(x).norm(dim=1), x.norm(dim=1))  # orthogonal: lengths are kept
     if n == 12:
         assert torch.autograd.gradcheck(cosine, x.requires_grad_())
@@ -40,14 +45,17 @@ def test_cosine_is_the_orthonormal_transform_of_any_length(n):
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
 
+
 def reference_word(keys, counter):
     """The published mixing steps, in Python's own unbounded integers."""
+
     def mixed(x):
         x ^= x >> 16
         x = x * 0x21F0AAAD % 2**32
         x ^= x >> 15
         x = x * 0x735A2D97 % 2**32
         return x ^ x >> 15
+
     return mixed(mixed(counter % 2**32 ^ keys[0]) ^ keys[1] ^ counter >> 32)
 
 
@@ -70,7 +78,13 @@ def test_signs_are_the_bits_of_the_words_wherever_one_starts():
 def test_numbers_do_not_hang_on_the_piece_drawn_at_a_time_or_on_torchs_random_state(monkeypatch):
     def drawn():
         keys = noise.stream(7, 0, 1)
-        return noise.signs(keys, 0, 999, "cpu"), noise.uniform(keys, 999, 0.3), noise.gaussian(keys, 999), noise.permutation(keys, 999)
+        return (
+            noise.signs(keys, 0, 999, "cpu"),
+            noise.uniform(keys, 999, 0.3),
+            noise.gaussian(keys, 999),
+            noise.permutation(keys, 999),
+        )
+
     torch.manual_seed(0)
     before, first = torch.get_rng_state(), drawn()
     assert torch.equal(before, torch.get_rng_state())
@@ -82,20 +96,37 @@ def test_numbers_do_not_hang_on_the_piece_drawn_at_a_time_or_on_torchs_random_st
     assert (noise.VERSION, digest[:16]) == ("mix32x2-1", "eb55a9ff232b0f00")
 
 
-@pytest.mark.parametrize("draw, variance, kurtosis", [
-    (lambda keys, n: noise.signs(keys, 0, n, "cpu"), 1, 1), (lambda keys, n: noise.uniform(keys, n, 3**0.5), 1, 1.8), (noise.gaussian, 1, 2.9)])
+@pytest.mark.parametrize(
+    "draw, variance, kurtosis",
+    [
+        (lambda keys, n: noise.signs(keys, 0, n, "cpu"), 1, 1),
+        (lambda keys, n: noise.uniform(keys, n, 3**0.5), 1, 1.8),
+        (noise.gaussian, 1, 2.9),
+    ],
+)
 def test_moments(draw, variance, kurtosis):
     n = 2**17
     x = draw(noise.stream(0, 4), n).double()
-    assert abs(x.mean()) < 4 * n ** -0.5
-    assert x.var().item() == pytest.approx(variance, rel=0.01) and (x**4).mean().item() == pytest.approx(kurtosis, rel=0.02)
+    assert abs(x.mean()) < 4 * n**-0.5
+    assert x.var().item() == pytest.approx(variance, rel=0.01) and (x**4).mean().item() == pytest.approx(
+        kurtosis, rel=0.02
+    )
 
 
 def test_streams_are_not_alike_and_a_permutation_is_one():
     base = noise.stream(0, 1)
-    streams = torch.cat([noise.signs(noise.numbered(key, 0, 64, "cpu"), 0, 4096, "cpu") for key in (base, noise.stream(0, 2), noise.stream(1, 1))])
+    streams = torch.cat(
+        [
+            noise.signs(noise.numbered(key, 0, 64, "cpu"), 0, 4096, "cpu")
+            for key in (base, noise.stream(0, 2), noise.stream(1, 1))
+        ]
+    )
     correlation = (streams @ streams.T / 4096).fill_diagonal_(0)
-    assert correlation.abs().max() < 5.5 / 64 and correlation.std().item() == pytest.approx(1 / 64, rel=0.02)  # as of independent ones
+    assert correlation.abs().max() < 5.5 / 64 and correlation.std().item() == pytest.approx(
+        1 / 64, rel=0.02
+    )  # as of independent ones
     square = noise.signs(base, 0, 256 * 256, "cpu").view(256, 256)
-    assert torch.linalg.matrix_norm(square, 2) / 16 < 2.1  # 2 in the limit of large random matrices: rows are independent, too
+    assert (
+        torch.linalg.matrix_norm(square, 2) / 16 < 2.1
+    )  # 2 in the limit of large random matrices: rows are independent, too
     assert torch.equal(noise.permutation(base, 1000).sort().values, torch.arange(1000))

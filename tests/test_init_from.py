@@ -1,31 +1,45 @@
 """Training on from a checkpoint: its weights and shape, a fresh optimizer, and a record of where it began."""
+
 import shlex
 
 import pytest
 import torch
-
 from conftest import TINY, Killed, losses
+from test_base_train import final_state, same
+
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
 from nanochat.plan import parse_flags
-from nanochat.variant import resolve
 from nanochat.study import configurations, paste_flags
 from nanochat.tokenizer import load_tokenizer
+from nanochat.variant import resolve
 from scripts import base_train, materialize, tok_train
-from test_base_train import final_state, same
 
-NO_SHAPE = TINY[TINY.index("--device-batch-size"):]
+NO_SHAPE = TINY[TINY.index("--device-batch-size") :]
 
 
 @pytest.fixture
 def go_on(base_dir, corpus_dir):
     """go_on('TAG[:STEP]', '--flag', value, …, tag='name') -> the finished run."""
+
     def run(source, *flags, tag="on"):
-        base_train.main([*NO_SHAPE, "--data", str(corpus_dir), "--model-tag", tag, "--init-from", source, *map(str, flags)])
+        base_train.main(
+            [
+                *NO_SHAPE,
+                "--data",
+                str(corpus_dir),
+                "--model-tag",
+                tag,
+                "--init-from",
+                source,
+                *map(str, flags),
+            ]
+        )
         return metrics.load_run(metrics.runs_dir() / tag)
+
     return run
 
 
@@ -37,7 +51,9 @@ def truncated(train):
     return "cut"
 
 
-def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_began(truncated, go_on, corpus_dir):
+def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_began(
+    truncated, go_on, corpus_dir
+):
     run, source = go_on(truncated, "--seed", 5), metrics.load_run(metrics.runs_dir() / truncated)
     model, _, meta = load_model(metrics.runs_dir() / truncated, 12, "cpu")
     rows = Rows(open_corpus(str(corpus_dir)).train, load_tokenizer(), 32, 5)
@@ -45,12 +61,22 @@ def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_bega
     assert losses(run)[0] == pytest.approx(model(batch[:, :-1], batch[:, 1:]).item(), abs=1e-5)
     derived, flags = run.config["derived"], run.config["flags"]
     assert derived["source"] == {"tag": "cut", "step": 12, "sha256": meta["sha256"]}
-    assert derived["model"] == source.config["derived"]["model"] and len({len(set(r)) for r in derived["model"]["matrix_ranks"].values()}) > 1
-    assert flags["init_from"] == "cut:12" and (flags["depth"], flags["model_dim"], flags["window_pattern"], flags["max_seq_len"]) == (2, 32, "SL", 32)
+    assert (
+        derived["model"] == source.config["derived"]["model"]
+        and len({len(set(r)) for r in derived["model"]["matrix_ranks"].values()}) > 1
+    )
+    assert flags["init_from"] == "cut:12" and (
+        flags["depth"],
+        flags["model_dim"],
+        flags["window_pattern"],
+        flags["max_seq_len"],
+    ) == (2, 32, "SL", 32)
     assert run.summary["total_tokens"] == 6 * 256
     start, cut = configurations([run, source])
     words = shlex.split(paste_flags(start))
-    assert words[words.index("--init-from") + 1] == "cut:12" and parse_flags(words).depth == 2, "what the report gives to paste runs"
+    assert words[words.index("--init-from") + 1] == "cut:12" and parse_flags(words).depth == 2, (
+        "what the report gives to paste runs"
+    )
     assert paste_flags(cut) == "made by scripts.materialize from full:12"
 
 
@@ -65,7 +91,9 @@ def test_resuming_such_a_run_is_the_uninterrupted_run_to_the_bit(train, go_on, k
     resumed = go_on("low", "--save-every", 1, "--resume", "auto", tag="resumed")
     assert losses(resumed) == losses(straight) and same(final_state(resumed), final_state(straight))
     lines = (metrics.runs_dir() / "resumed/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 6, "no step was done twice: it went on from its own checkpoint, not again from the source's"
+    assert len(lines) == 6, (
+        "no step was done twice: it went on from its own checkpoint, not again from the source's"
+    )
 
 
 def test_a_given_step_and_the_newest(train, go_on):
@@ -74,7 +102,9 @@ def test_a_given_step_and_the_newest(train, go_on):
     assert early.config["derived"]["source"]["step"] == 3 and late.config["derived"]["source"]["step"] == 6
     assert losses(late)[0] < losses(early)[0]
     assert parse_flags(["--init-from", "a"]).init_from == "a:6"
-    args, config, _ = resolve((*NO_SHAPE, "--init-from", "a:3", "--vocab-size", "300"), 1)  # as a sweep sees it
+    args, config, _ = resolve(
+        (*NO_SHAPE, "--init-from", "a:3", "--vocab-size", "300"), 1
+    )  # as a sweep sees it
     assert config.n_embd == args.model_dim == 32
     base_train.main([*NO_SHAPE, "--data", early.config["flags"]["data"], "--init-from", "a:3"])
     assert (metrics.runs_dir() / "d2_w32_from_a_3").is_dir(), "its own name, not the source's"
@@ -83,12 +113,18 @@ def test_a_given_step_and_the_newest(train, go_on):
 def test_what_does_not_fit_is_refused_before_anything_is_written(train, go_on, corpus_dir, tmp_path):
     source = train(tag="a")
     for where, flags, message in [
-            ("b", (), "--init-from b: no such run in .*"),
-            ("a:5", (), r"--init-from a:5: no checkpoint of step 5; there are: \[6\]"),
-            ("a:x", (), "no checkpoint of step x"), ("", (), "--init-from '': becomes the name of a folder"),
-            ("a", ("--depth", 20), "--depth: not with --init-from.*leave it out"),  # even where it is the default
-            ("a", ("--attn-rank", 4, "--tie-embeddings"), "--tie-embeddings, --attn-rank: not with --init-from.*leave them out"),
-            ("a", ("--plan", "--budget-params", "1000"), "--budget-params, --plan: not with --init-from")]:
+        ("b", (), "--init-from b: no such run in .*"),
+        ("a:5", (), r"--init-from a:5: no checkpoint of step 5; there are: \[6\]"),
+        ("a:x", (), "no checkpoint of step x"),
+        ("", (), "--init-from '': becomes the name of a folder"),
+        ("a", ("--depth", 20), "--depth: not with --init-from.*leave it out"),  # even where it is the default
+        (
+            "a",
+            ("--attn-rank", 4, "--tie-embeddings"),
+            "--tie-embeddings, --attn-rank: not with --init-from.*leave them out",
+        ),
+        ("a", ("--plan", "--budget-params", "1000"), "--budget-params, --plan: not with --init-from"),
+    ]:
         with pytest.raises(InputError, match=message):
             go_on(where, *flags)
     with pytest.raises(InputError, match="--model-tag a: exists with another config: .*init_from"):
@@ -101,11 +137,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(train, go_on, c
     state.write_bytes(content)
 
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
-    with pytest.raises(InputError, match="has a vocabulary of 300 tokens, here it is 290; put .*tokenizer.json in its place"):
+    with pytest.raises(
+        InputError, match="has a vocabulary of 300 tokens, here it is 290; put .*tokenizer.json in its place"
+    ):
         go_on("a")
     for name in ("a", "val"):
-        (tmp_path / f"{name}.txt").write_text("quick other words with more letters make another vocabulary, jumping over just as many ids of the very same size " * 20)
+        (tmp_path / f"{name}.txt").write_text(
+            "quick other words with more letters make another vocabulary, jumping over just as many ids of the very same size "
+            * 20
+        )
     tok_train.main(["--data", str(tmp_path), "--vocab-size", "300"])
-    with pytest.raises(InputError, match=f"--init-from a:6: learned with tokenizer {source.config['derived']['tokenizer_hash']}"):
+    with pytest.raises(
+        InputError,
+        match=f"--init-from a:6: learned with tokenizer {source.config['derived']['tokenizer_hash']}",
+    ):
         go_on("a")
     assert not (metrics.runs_dir() / "on").exists() and load_checkpoint(metrics.runs_dir() / "a", 6)

@@ -7,12 +7,12 @@
 Whatever happens, a run ends with one line, or not at all; and the same command, given again, ends with the
 weights and the record of a run that nothing happened to.
 """
+
 import os
 import subprocess
 from dataclasses import replace
 
 import pytest
-
 from injector.cases import Case, cases_of, run_all
 from injector.library import TREE, missing
 from injector.power import Disk, cuts
@@ -64,26 +64,52 @@ def check(world, servers, case: Case, every: int):
 
 
 # at every how many operations
-KILLS = [(Case("train"), 7), (Case("lowrank"), 37), (Case("early"), 23), (Case("resume"), 7),
-         (Case("adapter"), 17), (Case("materialize"), 9), (Case("tok_train"), 5),
-         (Case("train", 2, fault="killall"), 29), (Case("resume", 2, fault="killall"), 17)]
-ERRORS = [(Case("train", fault="EIO"), 11), (Case("train", fault="ENOSPC", times=0), 23),
-          (Case("train", fault="ESTALE", times=2), 37), (Case("train", fault="short"), 37),
-          (Case("early", fault="EIO"), 47), (Case("resume", fault="EIO"), 11),
-          (Case("resume", fault="EACCES", times=0), 29), (Case("finished", fault="EIO"), 7),
-          (Case("adapter", fault="EIO"), 41), (Case("base_eval", fault="EIO"), 13),
-          (Case("materialize", fault="EIO"), 17), (Case("report", fault="EIO"), 17),
-          (Case("tok_train", fault="EIO"), 7), (Case("download", fault="EIO"), 9),
-          (Case("train", 2, 0, fault="EIO"), 41), (Case("train", 2, 1, fault="EIO"), 17),
-          (Case("resume", 2, 0, fault="EIO"), 37), (Case("resume", 2, 1, fault="ESTALE"), 9),
-          (Case("base_eval", 2, 1, fault="EIO"), 17), (Case("train", fault="EIO", kinds="all"), 97),
-          (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37)]  # what another machine has just written
+KILLS = [
+    (Case("train"), 7),
+    (Case("lowrank"), 37),
+    (Case("early"), 23),
+    (Case("resume"), 7),
+    (Case("adapter"), 17),
+    (Case("materialize"), 9),
+    (Case("tok_train"), 5),
+    (Case("train", 2, fault="killall"), 29),
+    (Case("resume", 2, fault="killall"), 17),
+]
+ERRORS = [
+    (Case("train", fault="EIO"), 11),
+    (Case("train", fault="ENOSPC", times=0), 23),
+    (Case("train", fault="ESTALE", times=2), 37),
+    (Case("train", fault="short"), 37),
+    (Case("early", fault="EIO"), 47),
+    (Case("resume", fault="EIO"), 11),
+    (Case("resume", fault="EACCES", times=0), 29),
+    (Case("finished", fault="EIO"), 7),
+    (Case("adapter", fault="EIO"), 41),
+    (Case("base_eval", fault="EIO"), 13),
+    (Case("materialize", fault="EIO"), 17),
+    (Case("report", fault="EIO"), 17),
+    (Case("tok_train", fault="EIO"), 7),
+    (Case("download", fault="EIO"), 9),
+    (Case("train", 2, 0, fault="EIO"), 41),
+    (Case("train", 2, 1, fault="EIO"), 17),
+    (Case("resume", 2, 0, fault="EIO"), 37),
+    (Case("resume", 2, 1, fault="ESTALE"), 9),
+    (Case("base_eval", 2, 1, fault="EIO"), 17),
+    (Case("train", fault="EIO", kinds="all"), 97),
+    (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37),
+]  # what another machine has just written
 ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
 # at how many points
-CUTS = [(Case("train", fault="cut"), 10), (Case("train", 2, fault="cut"), 4),
-        (Case("resume", fault="cut"), 4), (Case("early", fault="cut"), 4),
-        (Case("adapter", fault="cut"), 4), (Case("tok_train", fault="cut"), 3),
-        (Case("materialize", fault="cut"), 4), (Case("download", fault="cut"), 4)]
+CUTS = [
+    (Case("train", fault="cut"), 10),
+    (Case("train", 2, fault="cut"), 4),
+    (Case("resume", fault="cut"), 4),
+    (Case("early", fault="cut"), 4),
+    (Case("adapter", fault="cut"), 4),
+    (Case("tok_train", fault="cut"), 3),
+    (Case("materialize", fault="cut"), 4),
+    (Case("download", fault="cut"), 4),
+]
 
 
 def each(table):
@@ -123,6 +149,7 @@ def test_a_power_cut_loses_nothing_that_a_checkpoint_vouches_for(world, servers,
 
 # ---- the simulator itself: quick, in every run of the suite
 
+
 def change(kind, path="", inode=0, data=b"", target="", offset=0):
     return {"kind": kind, "inode": inode, "offset": offset, "data": data, "path": path, "target": target}
 
@@ -133,11 +160,17 @@ def test_a_cut_keeps_what_was_synced_and_nothing_else(tmp_path):
     (root / "old").write_text("before")
     disk = Disk(root)
     inode = (root / "old").stat().st_ino
-    changes = [change("create", f"{root}/.new", 7), change("write", inode=7, data=b"content"),
-               change("fsync", f"{root}/.new", 7), change("rename", f"{root}/.new", target=f"{root}/new"),
-               change("fsync", str(root), root.stat().st_ino), change("write", inode=7, data=b"CON"),
-               change("truncate", f"{root}/old", inode), change("write", inode=inode, data=b"after"),
-               change("unlink", f"{root}/new")]
+    changes = [
+        change("create", f"{root}/.new", 7),
+        change("write", inode=7, data=b"content"),
+        change("fsync", f"{root}/.new", 7),
+        change("rename", f"{root}/.new", target=f"{root}/new"),
+        change("fsync", str(root), root.stat().st_ino),
+        change("write", inode=7, data=b"CON"),
+        change("truncate", f"{root}/old", inode),
+        change("write", inode=inode, data=b"after"),
+        change("unlink", f"{root}/new"),
+    ]
     image = tmp_path / "image"
     found = []
     for _ in cuts(disk, changes, [4, 5, 9], image):
@@ -151,8 +184,11 @@ def test_a_cut_keeps_what_was_synced_and_nothing_else(tmp_path):
 def test_a_drawn_cut_keeps_a_part_in_the_order_of_the_calls(tmp_path):
     root = tmp_path / "disk"
     root.mkdir()
-    changes = [change("create", f"{root}/a", 7), change("write", inode=7, data=b"x" * 9000),
-               change("rename", f"{root}/a", target=f"{root}/b")]
+    changes = [
+        change("create", f"{root}/a", 7),
+        change("write", inode=7, data=b"x" * 9000),
+        change("rename", f"{root}/a", target=f"{root}/b"),
+    ]
     image = tmp_path / "image"
     names = set()
     contents = set()

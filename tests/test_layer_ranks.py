@@ -1,8 +1,9 @@
 """From the flags of rank to one rank a layer: schedules of each group, ranks of single matrices."""
+
 import pytest
 import torch
-
 from conftest import TINY
+
 from nanochat.common import InputError
 from nanochat.flags import build_parser, matrix_ranks_flag
 from nanochat.gpt import GPTConfig
@@ -19,44 +20,81 @@ RANKS = ("--attn-rank", 16, "--mlp-rank", 16)
 LINEAR = ("--rank-schedule", "linear", "--rank-end", 4)
 
 
-@pytest.mark.parametrize("flags, attn, mlp", [
-    ((*RANKS, "--rank-schedule", "step", "--rank-end", 4), (16, 16, 4, 4), (16, 16, 4, 4)),
-    ((*RANKS, "--attn-rank-schedule", "step", "--attn-rank-end", 4), (16, 16, 4, 4), (16,) * 4),
-    ((*RANKS, "--mlp-rank-schedule", "linear", "--rank-end", 4), (16,) * 4, (16, 12, 8, 4)),
-    ((*RANKS, *LINEAR, "--attn-rank-schedule", "constant"), (16,) * 4, (16, 12, 8, 4)),
-    ((*RANKS, *LINEAR, "--mlp-rank-end", 1), (16, 12, 8, 4), (16, 11, 6, 1)),
-    ((*RANKS, *LINEAR, "--mlp-rank-schedule", "step", "--mlp-rank-end", 2), (16, 12, 8, 4), (16, 16, 2, 2)),
-    (("--rank-schedule", "8,4,2,1"), (8, 4, 2, 1), (8, 4, 2, 1)),
-    (("--attn-rank", 16, "--mlp-rank-schedule", "8,4,2,1"), (16,) * 4, (8, 4, 2, 1)),
-    (("--attn-rank-schedule", "8,4,2,1"), (8, 4, 2, 1), ()),
-    (("--rank-schedule", "8,4,2,1", "--mlp-rank-schedule", "constant", "--mlp-rank", 0.5),
-     (8, 4, 2, 1), (0.5,) * 4),
-    (("--attn-rank", 0.5, "--attn-rank-schedule", "linear", "--attn-rank-end", 0.2),
-     (0.5, 0.4, 0.3, 0.2), ())])
+@pytest.mark.parametrize(
+    "flags, attn, mlp",
+    [
+        ((*RANKS, "--rank-schedule", "step", "--rank-end", 4), (16, 16, 4, 4), (16, 16, 4, 4)),
+        ((*RANKS, "--attn-rank-schedule", "step", "--attn-rank-end", 4), (16, 16, 4, 4), (16,) * 4),
+        ((*RANKS, "--mlp-rank-schedule", "linear", "--rank-end", 4), (16,) * 4, (16, 12, 8, 4)),
+        ((*RANKS, *LINEAR, "--attn-rank-schedule", "constant"), (16,) * 4, (16, 12, 8, 4)),
+        ((*RANKS, *LINEAR, "--mlp-rank-end", 1), (16, 12, 8, 4), (16, 11, 6, 1)),
+        (
+            (*RANKS, *LINEAR, "--mlp-rank-schedule", "step", "--mlp-rank-end", 2),
+            (16, 12, 8, 4),
+            (16, 16, 2, 2),
+        ),
+        (("--rank-schedule", "8,4,2,1"), (8, 4, 2, 1), (8, 4, 2, 1)),
+        (("--attn-rank", 16, "--mlp-rank-schedule", "8,4,2,1"), (16,) * 4, (8, 4, 2, 1)),
+        (("--attn-rank-schedule", "8,4,2,1"), (8, 4, 2, 1), ()),
+        (
+            ("--rank-schedule", "8,4,2,1", "--mlp-rank-schedule", "constant", "--mlp-rank", 0.5),
+            (8, 4, 2, 1),
+            (0.5,) * 4,
+        ),
+        (
+            ("--attn-rank", 0.5, "--attn-rank-schedule", "linear", "--attn-rank-end", 0.2),
+            (0.5, 0.4, 0.3, 0.2),
+            (),
+        ),
+    ],
+)
 def test_each_group_has_its_own_schedule_or_the_common_one(flags, attn, mlp):
     config = config_of(*flags)
     assert config.attn_ranks == pytest.approx(attn) and config.mlp_ranks == pytest.approx(mlp)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--attn-rank", 8, "--rank-schedule", "8,4,2,1"),
-     r"^--rank-schedule 8,4,2,1: gives the ranks that --attn-rank 8 gives too; leave --attn-rank out, or "),
-    (("--mlp-rank", 0.5, "--rank-schedule", "8,4,2,1"), r"^--rank-schedule 8,4.* --mlp-rank 0.5 gives too"),
-    (("--mlp-rank", 8, "--mlp-rank-schedule", "8,4,2,1"), r"^--mlp-rank-schedule 8.* --mlp-rank 8 gives too"),
-    (("--mlp-rank-schedule", "8,4"), r"^--mlp-rank-schedule 8,4: give 4 ranks above 0, one a layer"),
-    (("--attn-rank", 8, "--mlp-rank-schedule", "linear", "--rank-end", 4),
-     r"^--mlp-rank-schedule linear: needs --mlp-rank above 0"),
-    (("--attn-rank", 8, *LINEAR, "--mlp-rank-end", 2), r"^--mlp-rank-end 2: needs --mlp-rank above 0"),
-    (("--attn-rank", 8, "--attn-rank-schedule", "linear"),
-     r"^--attn-rank-schedule linear: needs --rank-end above 0, or --attn-rank-end$"),
-    (("--attn-rank", 8, "--attn-rank-end", 4),
-     r"^--attn-rank-end 4: means nothing under --rank-schedule constant; give --attn-rank-schedule linear"),
-    (("--attn-rank", 8, "--attn-rank-schedule", "linear", "--attn-rank-end", 0.5),
-     r"^--attn-rank-end 0.5: give it as --attn-rank 8 is given"),
-    (("--attn-rank-schedule", "wavy"), r"^--attn-rank-schedule wavy: use one of constant"),
-    (("--matrix-ranks", "up=8/8"), r"^--matrix-ranks up=8/8: gives up 2 ranks; give one, or 4, one a layer$"),
-    (("--matrix-ranks", "up=8/8/8/99"), r"^--matrix-ranks: up \(layer 3\): rank 99 does not fit"),
-    (("--attn-rank", 33, "--matrix-ranks", "v=0"), r"^--attn-rank \(layer 0\): rank 33 does not fit")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--attn-rank", 8, "--rank-schedule", "8,4,2,1"),
+            r"^--rank-schedule 8,4,2,1: gives the ranks that --attn-rank 8 gives too; leave --attn-rank out, or ",
+        ),
+        (
+            ("--mlp-rank", 0.5, "--rank-schedule", "8,4,2,1"),
+            r"^--rank-schedule 8,4.* --mlp-rank 0.5 gives too",
+        ),
+        (
+            ("--mlp-rank", 8, "--mlp-rank-schedule", "8,4,2,1"),
+            r"^--mlp-rank-schedule 8.* --mlp-rank 8 gives too",
+        ),
+        (("--mlp-rank-schedule", "8,4"), r"^--mlp-rank-schedule 8,4: give 4 ranks above 0, one a layer"),
+        (
+            ("--attn-rank", 8, "--mlp-rank-schedule", "linear", "--rank-end", 4),
+            r"^--mlp-rank-schedule linear: needs --mlp-rank above 0",
+        ),
+        (("--attn-rank", 8, *LINEAR, "--mlp-rank-end", 2), r"^--mlp-rank-end 2: needs --mlp-rank above 0"),
+        (
+            ("--attn-rank", 8, "--attn-rank-schedule", "linear"),
+            r"^--attn-rank-schedule linear: needs --rank-end above 0, or --attn-rank-end$",
+        ),
+        (
+            ("--attn-rank", 8, "--attn-rank-end", 4),
+            r"^--attn-rank-end 4: means nothing under --rank-schedule constant; give --attn-rank-schedule linear",
+        ),
+        (
+            ("--attn-rank", 8, "--attn-rank-schedule", "linear", "--attn-rank-end", 0.5),
+            r"^--attn-rank-end 0.5: give it as --attn-rank 8 is given",
+        ),
+        (("--attn-rank-schedule", "wavy"), r"^--attn-rank-schedule wavy: use one of constant"),
+        (
+            ("--matrix-ranks", "up=8/8"),
+            r"^--matrix-ranks up=8/8: gives up 2 ranks; give one, or 4, one a layer$",
+        ),
+        (("--matrix-ranks", "up=8/8/8/99"), r"^--matrix-ranks: up \(layer 3\): rank 99 does not fit"),
+        (("--attn-rank", 33, "--matrix-ranks", "v=0"), r"^--attn-rank \(layer 0\): rank 33 does not fit"),
+    ],
+)
 def test_what_does_not_go_together_is_one_line(flags, message):
     with pytest.raises(InputError, match=message) as error:
         config_of(*flags)
@@ -79,8 +117,13 @@ def test_ranks_are_printed_with_what_a_fraction_means():
     wide = ("--model-dim", 1024, "--head-dim", 64, "--n-kv-head", 4)
     ranks = ("--attn-rank", 0.25, "--mlp-rank", 0.297, "--matrix-ranks", "o=0,down=64/64/0.1/0")
     lines = rank_lines(config_of(*wide, *ranks))
-    assert lines == ["rank of attention: 0.25 (256 and 64)", "rank of mlp: 0.297 (320)",
-                     "rank of down: 64, 64, 0.1 (128), full", "rank of o: full", "rank of lm_head: full"]
+    assert lines == [
+        "rank of attention: 0.25 (256 and 64)",
+        "rank of mlp: 0.297 (320)",
+        "rank of down: 64, 64, 0.1 (128), full",
+        "rank of o: full",
+        "rank of lm_head: full",
+    ]
     given = rank_lines(config_of(*wide, "--attn-rank", 100, "--mlp-rank", 0.297, "--rank-multiple", 1))
     assert given[:2] == ["rank of attention: 100", "rank of mlp: 0.297 (304)"]
 
@@ -102,6 +145,7 @@ def test_the_tag_tells_models_apart():
     def tag(*flags):
         args = build_parser().parse_args([*TINY, *map(str, flags)])
         return default_tag(args, model_config(args, 300))
+
     assert tag("--mlp-rank", 0.25, "--matrix-ranks", "v=0,q=8") == "d2_w32_mlp0.25_q8_v0"
     own = tag("--mlp-rank", 0.25, "--matrix-ranks", "v=0/8", "--rank-multiple", 4)
     assert own == "d2_w32_mlp0.25_v0-8_multiple4"

@@ -1,4 +1,5 @@
 """Locks, on file systems with flock and without: one holder at a time, and a dead one blocks nobody."""
+
 import errno
 import fcntl
 import json
@@ -7,19 +8,21 @@ import signal
 import time
 
 import pytest
+from processes import Launched, wait_for
 
 from nanochat import leases, locks
 from nanochat.common import InputError, claimed, locked
 from nanochat.writer import write_apart
-from processes import Launched, wait_for
 
 WITHOUT_FLOCK = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
 
 
 def refuse_flock(error=errno.ENOSYS):
     """In this process: flock fails as on a file system that has none."""
+
     def flock(*args):
         raise OSError(error, os.strerror(error))
+
     fcntl.flock = flock
 
 
@@ -81,7 +84,7 @@ def hold(path, claim):
 
 def test_without_flock_a_killed_holder_blocks_nobody(tmp_path, without_flock):
     path = tmp_path / "a.lock"
-    holder, = Launched(1, tmp_path / "output", hold, path, claimed).processes
+    (holder,) = Launched(1, tmp_path / "output", hold, path, claimed).processes
     while not path.with_name("ready").exists():
         assert holder.is_alive()
         time.sleep(0.01)
@@ -95,8 +98,9 @@ def test_without_flock_a_killed_holder_blocks_nobody(tmp_path, without_flock):
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_space": "pid:[1]"}])
-def test_without_flock_a_holder_elsewhere_of_an_earlier_version_is_alive(tmp_path, without_flock, monkeypatch,
-                                                                         capfd, change):
+def test_without_flock_a_holder_elsewhere_of_an_earlier_version_is_alive(
+    tmp_path, without_flock, monkeypatch, capfd, change
+):
     path = tmp_path / "a.lock"
     locks.owner_path(path).write_text(json.dumps(leases.this_process() | {"pid": 999_999_999} | change))
     assert locks.acquire(path, wait=False) is None
@@ -120,8 +124,14 @@ def test_without_flock_a_later_process_with_the_number_of_the_holder_is_another(
 
 # ---- leases: the holder is on another machine --------------------------------------------------------------
 
-ELSEWHERE = {"pid": 4242, "host": "node\x1b[31m-7", "pid_space": "pid:[1]", "boot": "b", "started": "1",
-             "token": "t"}
+ELSEWHERE = {
+    "pid": 4242,
+    "host": "node\x1b[31m-7",
+    "pid_space": "pid:[1]",
+    "boot": "b",
+    "started": "1",
+    "token": "t",
+}
 
 
 def hold_elsewhere(path, seconds_ago, **changes):
@@ -133,8 +143,9 @@ def hold_elsewhere(path, seconds_ago, **changes):
     return owner
 
 
-def test_a_lease_is_taken_over_after_its_time_by_the_clock_of_the_file_system(tmp_path, without_flock,
-                                                                              monkeypatch, capfd):
+def test_a_lease_is_taken_over_after_its_time_by_the_clock_of_the_file_system(
+    tmp_path, without_flock, monkeypatch, capfd
+):
     monkeypatch.setattr(time, "time", lambda: 5.0)  # this machine's clock says nothing
     path = tmp_path / "a.lock"
     hold_elsewhere(path, 100)
@@ -232,16 +243,18 @@ def test_a_holder_whose_lease_was_taken_over_and_given_back_has_it_no_more(tmp_p
     with pytest.raises(InputError, match="has taken over what this process held"), claimed(path, "x") as lock:
         locks.owner_path(path).unlink()  # a person
         lock.check()
-        lock.lease.refreshed -= 130      # it was stopped, and another process was here
+        lock.lease.refreshed -= 130  # it was stopped, and another process was here
         locks.owner_path(path).unlink()
         lock.check()
     assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
 
 
 @pytest.mark.parametrize("work, times", [("save_checkpoint", 1), ("update", 3)])
-def test_a_run_whose_folder_was_taken_over_writes_nothing_more(train, base_dir, without_flock, monkeypatch,
-                                                               work, times):
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(
+    train, base_dir, without_flock, monkeypatch, work, times
+):
     from nanochat import metrics, training
+
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     original = getattr(training, work)
     left = iter(range(times - 1, -1, -1))
@@ -250,6 +263,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(train, base_dir, 
         original(*arguments, **options)
         if next(left, None) == 0:
             hold_elsewhere(base_dir / "locks/slept.lock", 0)
+
     monkeypatch.setattr(training, work, work_and_sleep)
     message = r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"
     with pytest.raises(InputError, match=message):
@@ -270,6 +284,7 @@ def test_a_claim_waits_for_a_silent_holder_until_it_speaks_or_its_lease_ends(tmp
     def nap(seconds):
         naps.append(seconds)
         os.utime(owner)
+
     message = "run x is in use by process 4242"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message):
         patch.setattr(time, "sleep", nap)
@@ -286,6 +301,7 @@ def write_slowly(folder):
     def write():
         (folder / "writer").write_text(str(os.getpid()))
         wait_for((folder / "go").exists)
+
     with claimed(path, "x") as lock:
         write_apart(write, lock, (folder / "orphan").touch)
         assert leases.read_entry(locks.owner_path(path)).identity["pid"] == os.getpid()
@@ -296,7 +312,7 @@ def test_a_writer_keeps_the_lease_of_a_process_that_is_killed(tmp_path, without_
     path = tmp_path / "a.lock"
     owner = locks.owner_path(path)
     launched = Launched(1, tmp_path / "output", write_slowly, tmp_path)
-    trainer, = launched.processes
+    (trainer,) = launched.processes
     wait_for((tmp_path / "writer").exists)
     if killed:
         os.kill(trainer.pid, signal.SIGKILL)
@@ -314,6 +330,7 @@ def test_a_writer_keeps_the_lease_of_a_process_that_is_killed(tmp_path, without_
 
 # ---- files -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["a.lock", "a.lock.owner"])
 def test_a_lock_that_leads_to_another_file_is_refused_and_the_file_is_left_alone(tmp_path, file_system, name):
     if name.endswith("owner") and not file_system:
@@ -322,8 +339,10 @@ def test_a_lock_that_leads_to_another_file_is_refused_and_the_file_is_left_alone
     precious.write_text("years of work")
     for target in (precious, tmp_path / "missing"):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(InputError, match=f"{name}: is a symbolic link, .*; remove the link"), \
-                claimed(tmp_path / "a.lock", "x"):
+        with (
+            pytest.raises(InputError, match=f"{name}: is a symbolic link, .*; remove the link"),
+            claimed(tmp_path / "a.lock", "x"),
+        ):
             pass
         (tmp_path / name).unlink()
     assert precious.read_text() == "years of work" and not (tmp_path / "missing").exists()

@@ -1,4 +1,5 @@
 """The run record: thresholds by hand, merging after a resume."""
+
 import json
 import math
 
@@ -9,7 +10,13 @@ from nanochat.metrics import RunRecord, load_run, read_history, time_to_ppl
 
 
 def evaluation(step, ppl):
-    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step, "total_training_flops": 1e6 * step, "val/ppl": ppl}
+    return {
+        "step": step,
+        "total_tokens": 100 * step,
+        "total_training_time": 2.0 * step,
+        "total_training_flops": 1e6 * step,
+        "val/ppl": ppl,
+    }
 
 
 def test_time_to_a_threshold_by_hand():
@@ -17,10 +24,18 @@ def test_time_to_a_threshold_by_hand():
     out = time_to_ppl(evals, [500.0, 100.0, 50.0, 30.0, 10.0])
     assert out["time_to_ppl/500/step"] == 10 and "time_to_ppl/500/step_interpolated" not in out
     assert out["time_to_ppl/100/step"] == 20 and out["time_to_ppl/100/step_interpolated"] == pytest.approx(20)
-    assert out["time_to_ppl/50/step"] == 30 and out["time_to_ppl/50/step_interpolated"] == pytest.approx(25)  # √(100·25) = 50
-    assert out["time_to_ppl/50/seconds"] == 60 and out["time_to_ppl/50/seconds_interpolated"] == pytest.approx(50)
-    assert out["time_to_ppl/50/tokens"] == 3000 and out["time_to_ppl/50/flops_interpolated"] == pytest.approx(25e6)
-    assert out["time_to_ppl/30/tokens_interpolated"] == pytest.approx(2000 + 1000 * math.log(100 / 30) / math.log(4))
+    assert out["time_to_ppl/50/step"] == 30 and out["time_to_ppl/50/step_interpolated"] == pytest.approx(
+        25
+    )  # √(100·25) = 50
+    assert out["time_to_ppl/50/seconds"] == 60 and out[
+        "time_to_ppl/50/seconds_interpolated"
+    ] == pytest.approx(50)
+    assert out["time_to_ppl/50/tokens"] == 3000 and out["time_to_ppl/50/flops_interpolated"] == pytest.approx(
+        25e6
+    )
+    assert out["time_to_ppl/30/tokens_interpolated"] == pytest.approx(
+        2000 + 1000 * math.log(100 / 30) / math.log(4)
+    )
     assert not any("/10/" in key for key in out)
     odd = [{"step": 5, "val/ppl": 20.0}, evaluation(6, None), evaluation(7, -1.0)]  # of a damaged file
     assert time_to_ppl([*odd, *evals], [50.0]) == time_to_ppl(evals, [50.0])
@@ -30,7 +45,12 @@ def test_history_after_a_kill_and_a_resume_is_that_of_one_run(tmp_path):
     lines = [{"step": 1, "a": 1}, {"step": 2, "a": 2, "val/ppl": 9}, {"step": 3, "a": 33}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "a'  # killed while writing
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 3, "a": 3}\n{"step": 4, "a": 4}\n')
-    assert read_history(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2, "val/ppl": 9}, {"step": 3, "a": 3}, {"step": 4, "a": 4}]
+    assert read_history(tmp_path) == [
+        {"step": 1, "a": 1},
+        {"step": 2, "a": 2, "val/ppl": 9},
+        {"step": 3, "a": 3},
+        {"step": 4, "a": 4},
+    ]
 
 
 def test_resumed_record_remembers_the_evaluations_before_its_checkpoint_only(tmp_path):

@@ -1,27 +1,76 @@
 """What can name a run, everywhere a run is named; and what is said of one that is not there."""
+
 import json
 from types import SimpleNamespace
 
 import pytest
-
 from conftest import tiny_experiment
+
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_bases
 from nanochat.common import InputError, get_base_dir
 from nanochat.experiment import read_experiment
 from nanochat.from_wandb import run_name
 from nanochat.naming import is_tag, lock_path, option, run_folder
-from scripts import (adapter_train, base_eval, base_train, generate, infer_bench, layer_map_eval, materialize,
-                     sweep)
+from scripts import (
+    adapter_train,
+    base_eval,
+    base_train,
+    generate,
+    infer_bench,
+    layer_map_eval,
+    materialize,
+    sweep,
+)
 
-NO_TAGS = ["../up", "/tmp/x", "a/b", "..", ".", ".hidden", "-rf", "a\nb", "a\0b", "a\tb", " a", "a ", "a:1",
-           "a\\b", "a*", "$HOME", "~", "x" * 151, "é" * 76, "\udcff"]
-TAGS = ["d20", "d4_w256_attn0.25-0.5_map0-0-1-1", "d2_Fastfood-5-in-all", "stories (2)_v300", "Märchen_d4",
-        "物語", "a=1,b+2@x", "_x", "x" * 150, "1..2"]
-TAKERS = [(base_train, "--model-tag"), (base_train, "--init-from"), (base_eval, "--model-tag"),
-          (generate, "--model-tag"), (infer_bench, "--model-tag"), (layer_map_eval, "--model-tag"),
-          (layer_map_eval, "--second-tag"), (materialize, "--model-tag"), (materialize, "--out-tag"),
-          (adapter_train, "--model-tag"), (adapter_train, "--run-tag"), (adapter_train, "--second-tag")]
+NO_TAGS = [
+    "../up",
+    "/tmp/x",
+    "a/b",
+    "..",
+    ".",
+    ".hidden",
+    "-rf",
+    "a\nb",
+    "a\0b",
+    "a\tb",
+    " a",
+    "a ",
+    "a:1",
+    "a\\b",
+    "a*",
+    "$HOME",
+    "~",
+    "x" * 151,
+    "é" * 76,
+    "\udcff",
+]
+TAGS = [
+    "d20",
+    "d4_w256_attn0.25-0.5_map0-0-1-1",
+    "d2_Fastfood-5-in-all",
+    "stories (2)_v300",
+    "Märchen_d4",
+    "物語",
+    "a=1,b+2@x",
+    "_x",
+    "x" * 150,
+    "1..2",
+]
+TAKERS = [
+    (base_train, "--model-tag"),
+    (base_train, "--init-from"),
+    (base_eval, "--model-tag"),
+    (generate, "--model-tag"),
+    (infer_bench, "--model-tag"),
+    (layer_map_eval, "--model-tag"),
+    (layer_map_eval, "--second-tag"),
+    (materialize, "--model-tag"),
+    (materialize, "--out-tag"),
+    (adapter_train, "--model-tag"),
+    (adapter_train, "--run-tag"),
+    (adapter_train, "--second-tag"),
+]
 
 
 def test_what_can_be_a_tag():
@@ -30,14 +79,18 @@ def test_what_can_be_a_tag():
 
 @pytest.mark.parametrize("script, flag", TAKERS, ids=[f"{script.__name__} {flag}" for script, flag in TAKERS])
 def test_a_tag_that_leads_elsewhere_is_refused_before_anything_is_touched(base_dir, script, flag):
-    needed = {adapter_train: ["--model-tag", "a", "--run-tag", "b"], materialize: ["--model-tag", "a"],
-              layer_map_eval: ["--model-tag", "a", "--maps", "0"]}
+    needed = {
+        adapter_train: ["--model-tag", "a", "--run-tag", "b"],
+        materialize: ["--model-tag", "a"],
+        layer_map_eval: ["--model-tag", "a", "--maps", "0"],
+    }
     there = set(base_dir.rglob("*"))
     for text in NO_TAGS:
         if flag == "--init-from" and text == "a:1":
             continue  # TAG:STEP
-        with pytest.raises(InputError,
-                           match=f"{flag}.*becomes the name of a folder; use letters, digits") as e:
+        with pytest.raises(
+            InputError, match=f"{flag}.*becomes the name of a folder; use letters, digits"
+        ) as e:
             script.main([*needed.get(script, []), f"{flag}={text}"])
         assert "\n" not in str(e.value)
     assert set(base_dir.rglob("*")) == there
@@ -51,18 +104,29 @@ def test_a_run_that_is_not_there(base_dir):
         (metrics.runs_dir() / tag / "config.json").write_text("{}")
     assert run_folder("--model-tag", "other") == metrics.runs_dir() / "other"
     for script, argv, message in [
-            (base_eval, ["--model-tag", "d4-full"],
-             "--model-tag d4-full: no such run in .*runs; did you mean d4_full"),
-            (generate, ["--model-tag", "xyz", "-p", "a"],
-             "no such run in .*; there are: d4_full, d4_low, other"),
-            (base_train, ["--init-from", "d4_ful"],
-             "--init-from d4_ful: no such run in .*; did you mean d4_full"),
-            (base_train, ["--init-from", "d4_full"],
-             "--init-from d4_full: the run d4_full has no checkpoint"),
-            (base_train, ["--budget-params", "d4_lowe", "--solve", "rank", "--dry-run"],
-             "--budget-params d4_lowe: neither .*; did you mean d4_low"),
-            (base_train, ["--budget-params", "../runs/d4_low", "--solve", "rank", "--dry-run"],
-             "--budget-params ../runs/d4_low: neither")]:
+        (
+            base_eval,
+            ["--model-tag", "d4-full"],
+            "--model-tag d4-full: no such run in .*runs; did you mean d4_full",
+        ),
+        (generate, ["--model-tag", "xyz", "-p", "a"], "no such run in .*; there are: d4_full, d4_low, other"),
+        (
+            base_train,
+            ["--init-from", "d4_ful"],
+            "--init-from d4_ful: no such run in .*; did you mean d4_full",
+        ),
+        (base_train, ["--init-from", "d4_full"], "--init-from d4_full: the run d4_full has no checkpoint"),
+        (
+            base_train,
+            ["--budget-params", "d4_lowe", "--solve", "rank", "--dry-run"],
+            "--budget-params d4_lowe: neither .*; did you mean d4_low",
+        ),
+        (
+            base_train,
+            ["--budget-params", "../runs/d4_low", "--solve", "rank", "--dry-run"],
+            "--budget-params ../runs/d4_low: neither",
+        ),
+    ]:
         with pytest.raises(InputError, match=message):
             script.main(argv)
 
@@ -74,8 +138,9 @@ def test_a_default_tag_that_is_too_long_asks_for_one(train):
 
 def test_names_of_the_dashboard(train, tmp_path):
     for name in ("", "  ", "a\nb", "x" * 129):
-        with pytest.raises(InputError,
-                           match="argument --run: .*give W&B a name of 1 to 128 printable characters"):
+        with pytest.raises(
+            InputError, match="argument --run: .*give W&B a name of 1 to 128 printable characters"
+        ):
             train("--run", name)
         with pytest.raises(InputError, match="argument --run: "):
             sweep.main([str(tmp_path / "e.toml"), "--run", name])
@@ -84,7 +149,9 @@ def test_names_of_the_dashboard(train, tmp_path):
 def test_points_of_an_experiment_are_named_by_the_same_rule(tmp_path, corpus_dir):
     def read(name):
         return read_experiment(
-            tiny_experiment(tmp_path / "e.toml", f"[points.'{name}']\nattn-rank = 4\n", [1], corpus_dir))
+            tiny_experiment(tmp_path / "e.toml", f"[points.'{name}']\nattn-rank = 4\n", [1], corpus_dir)
+        )
+
     assert {point.tag for point in read("Märchen (2)").points} == {"e_full_s1", "e_Märchen (2)_s1"}
     for name in ("a/b", "..", "-x", "a:b", "x" * 151):
         with pytest.raises(InputError, match="points '.*: becomes the name of a folder"):
@@ -124,8 +191,13 @@ def test_a_sweep_that_its_file_gives_no_name_is_refused(tmp_path, corpus_dir):
 
 
 def test_the_reports_of_several_texts_are_parts_of_the_reports_folder():
-    texts = (("/home/me/wiki", "/home/me/wiki"), ("../../up", "/home/up"), ("a/b", "/x/b"), ("b", "/y/b"),
-             ("/", "/"))
+    texts = (
+        ("/home/me/wiki", "/home/me/wiki"),
+        ("../../up", "/home/up"),
+        ("a/b", "/x/b"),
+        ("b", "/y/b"),
+        ("/", "/"),
+    )
     folders = sweep.text_folders(SimpleNamespace(data="/z/wiki", texts=texts))
     assert list(folders.values()) == ["wiki", "wiki-2", "up", "b", "b-2", "text"]
 
@@ -140,12 +212,14 @@ def test_a_name_that_wandb_sends_cannot_command_a_terminal():
     def name(tag, model_tag, shown):
         config = {"tag": tag, "flags": {"model_tag": model_tag}}
         return run_name(SimpleNamespace(config=config, name=shown, id="i1"))
+
     assert name("d4", "d5", "x") == "d4" and name({"a": 1}, "d5", "x") == "d5"
     assert name("../up", None, "my run!") == "my run!" and name("", "", "") == "i1"
     assert name(None, None, "\x1b]0;x\x07" + "y" * 200) == r"\x1b]0;x\x07" + "y" * 116
 
 
 # ---- names that are shown, or go into commands -------------------------------------------------------------
+
 
 def test_an_error_is_one_line_that_commands_no_terminal():
     assert str(InputError("a\nb\x1b[2J\u202e \udcff\x85é")) == r"a b\x1b[2J\u202e \udcff é"

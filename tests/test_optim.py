@@ -1,4 +1,5 @@
 """Optimizers against a singular value decomposition, a step by hand, and torch's own Muon."""
+
 import pytest
 import torch
 
@@ -13,7 +14,11 @@ LRS = dict(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02, scalar_lr=0.01
 
 def small_model(**changes):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), **changes}))
+    model = GPT(
+        GPTConfig(
+            **{**dict(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), **changes}
+        )
+    )
     model.init_weights()
     return model
 
@@ -25,7 +30,9 @@ def with_singular_values(m, n, values):
     return U, V, U @ torch.diag(values) @ V.T
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (16, 24), (8, 64), (64, 8)])  # the last two take the way over the Gram matrix
+@pytest.mark.parametrize(
+    "shape", [(32, 32), (16, 24), (8, 64), (64, 8)]
+)  # the last two take the way over the Gram matrix
 def test_orthogonalize_lifts_singular_values_to_one(shape):
     torch.manual_seed(0)
     values = torch.logspace(-1.5, 2, min(shape), dtype=torch.float64)  # the smallest is 0.0003 of the largest
@@ -91,13 +98,17 @@ def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     muon = Muon([dict(params=params, scale=2.0)], lr=0.1, momentum=0.9, weight_decay=0.5, beta2=0.8)
-    expected, momentum, square = [p.detach().clone() for p in params], [torch.zeros(shape) for _ in params], [0.0] * 3
+    expected, momentum, square = (
+        [p.detach().clone() for p in params],
+        [torch.zeros(shape) for _ in params],
+        [0.0] * 3,
+    )
     for step in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(10 * step + i))
             momentum[i] = 0.9 * momentum[i] + 0.1 * p.grad
             update = orthogonalize(0.9 * momentum[i] + 0.1 * p.grad)
-            square[i] = 0.8 * square[i] + 0.2 * (update ** 2).sum(line_sum, keepdim=True) / shape[line_sum]
+            square[i] = 0.8 * square[i] + 0.2 * (update**2).sum(line_sum, keepdim=True) / shape[line_sum]
             even = update / square[i] ** 0.5
             expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * 2.0 * even * (update.norm() / even.norm())
         muon.step()
@@ -106,15 +117,29 @@ def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
 
 
 def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
-    a, b, c = 15 / 8, -10 / 8, 3 / 8  # many of these converge whatever the scale: theirs divides by the Frobenius norm
+    a, b, c = (
+        15 / 8,
+        -10 / 8,
+        3 / 8,
+    )  # many of these converge whatever the scale: theirs divides by the Frobenius norm
     monkeypatch.setattr(optim, "POLAR_EXPRESS", ((a, b, c),) * 20)
-    monkeypatch.setattr(optim, "even_out", lambda updates, square, beta2: (updates, square))  # theirs has no such step
+    monkeypatch.setattr(
+        optim, "even_out", lambda updates, square, beta2: (updates, square)
+    )  # theirs has no such step
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(12, 24))
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()
     muon = Muon([dict(params=[ours])], lr=0.1)
-    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True, ns_coefficients=(a, b, c), ns_steps=20)
+    reference = torch.optim.Muon(
+        [theirs],
+        lr=0.1,
+        weight_decay=0.0,
+        momentum=0.95,
+        nesterov=True,
+        ns_coefficients=(a, b, c),
+        ns_steps=20,
+    )
     for step in range(3):
         ours.grad = torch.randn(12, 24)
         theirs.grad = ours.grad.clone()
@@ -124,7 +149,15 @@ def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
     assert difference < 0.03
 
 
-@pytest.mark.parametrize("changes", [{}, dict(attn_ranks=(4, 8), mlp_ranks=(4, 8), lm_head_rank=4), dict(tie_embeddings=True), dict(value_embeddings=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(attn_ranks=(4, 8), mlp_ranks=(4, 8), lm_head_rank=4),
+        dict(tie_embeddings=True),
+        dict(value_embeddings=True),
+    ],
+)
 def test_every_parameter_is_in_exactly_one_group_and_accounted(changes):
     model = small_model(**changes)
     optimizers = build_optimizers(model, **LRS)
@@ -134,7 +167,13 @@ def test_every_parameter_is_in_exactly_one_group_and_accounted(changes):
     model(idx, idx).backward()
     for optimizer in optimizers:
         optimizer.step()
-    held = sum(t.numel() * t.element_size() for o in optimizers for s in o.state.values() for t in s.values() if t.ndim)
+    held = sum(
+        t.numel() * t.element_size()
+        for o in optimizers
+        for s in o.state.values()
+        for t in s.values()
+        if t.ndim
+    )
     assert held == account(model)["mem/optimizer_bytes"]
 
 
@@ -193,21 +232,37 @@ def test_the_shares_together_make_the_step_of_one_process():
     for (name, a), b in zip(one.named_parameters(), shared.parameters()):
         torch.testing.assert_close(a, b, msg=name)
 
+
 def test_extra_groups_of_adamw_take_what_is_added_to_a_model_in_any_number_of_processes():
     """Adapters and the like: torch's own AdamW with their settings, decay on matrices only, and never Muon."""
+
     def adapted():
         model = small_model()
         attach(model, "a", AdapterConfig("adalora", rank=2))
         return model
+
     settings = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
     models = [adapted() for _ in range(2)]
     trained = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
-    assert trained[0] and all(".adapters." in name and not uses_muon(name, p) for name, p in trained[0].items())
+    assert trained[0] and all(
+        ".adapters." in name and not uses_muon(name, p) for name, p in trained[0].items()
+    )
     shares = split_parameters(models[0], 3)
-    ours = [o for pieces in shares for o in build_optimizers(models[0], extra={".adapters.": settings}, pieces=pieces)]
-    theirs = torch.optim.AdamW([{"params": [p for p in trained[1].values() if p.ndim == 2]},
-                                {"params": [p for p in trained[1].values() if p.ndim < 2], "weight_decay": 0.0}], **settings)
-    assert sum(p.numel() for o in ours for g in o.param_groups for p in g["params"]) == sum(p.numel() for p in trained[0].values())
+    ours = [
+        o
+        for pieces in shares
+        for o in build_optimizers(models[0], extra={".adapters.": settings}, pieces=pieces)
+    ]
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained[1].values() if p.ndim == 2]},
+            {"params": [p for p in trained[1].values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        **settings,
+    )
+    assert sum(p.numel() for o in ours for g in o.param_groups for p in g["params"]) == sum(
+        p.numel() for p in trained[0].values()
+    )
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         for a, b in zip(trained[0].values(), trained[1].values()):

@@ -1,4 +1,5 @@
 """Files and folders have the permissions that the user's umask leaves: a group may share a base directory."""
+
 import os
 
 import pytest

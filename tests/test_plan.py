@@ -1,7 +1,8 @@
 """From flags to a plan: width, horizon, batch and learning rates."""
-import pytest
 
+import pytest
 from conftest import TINY
+
 from nanochat import training
 from nanochat.common import InputError
 from nanochat.flags import build_parser
@@ -31,14 +32,21 @@ def test_horizon_is_the_first_that_is_given():
     assert plan_of("--num-iterations", 9, "--target-flops", 256 * flops * 7)[1]["num_iterations"] == 9
 
 
-ARMS = [("--attn-rank", 4, "--mlp-rank", 0.25), ("--lm-head-rank", 4), ("--attn-rank-schedule", "8,4"),
-        ("--mlp-rank", 8, "--matrix-ranks", "v=0,q=2/4", "--factor-act", "silu")]
+ARMS = [
+    ("--attn-rank", 4, "--mlp-rank", 0.25),
+    ("--lm-head-rank", 4),
+    ("--attn-rank-schedule", "8,4"),
+    ("--mlp-rank", 8, "--matrix-ranks", "v=0,q=2/4", "--factor-act", "silu"),
+]
 
 
-@pytest.mark.parametrize("horizon", [("--target-param-data-ratio", 2000),
-                                     ("--target-param-data-ratio", 30, "--total-batch-size", 256)])
-@pytest.mark.parametrize("shape", [(), ("--tie-embeddings",),
-                                   ("--mlp-ratio", 2, "--layer-map", "0,0,1", "--n-kv-head", 1)])
+@pytest.mark.parametrize(
+    "horizon",
+    [("--target-param-data-ratio", 2000), ("--target-param-data-ratio", 30, "--total-batch-size", 256)],
+)
+@pytest.mark.parametrize(
+    "shape", [(), ("--tie-embeddings",), ("--mlp-ratio", 2, "--layer-map", "0,0,1", "--n-kv-head", 1)]
+)
 def test_a_run_of_other_ranks_takes_the_steps_the_batch_and_the_rate_of_full_rank(shape, horizon):
     free = (*shape, "--num-iterations", -1, "--total-batch-size", -1, *horizon)
     full = plan_of(*free)[1]
@@ -53,6 +61,7 @@ def test_d20_and_its_low_rank_arm_differ_in_rank_alone():
     def plan(*ranks):
         args = build_parser().parse_args(["--depth", "20", *ranks])
         return training_plan(args, model_config(args, 65536), 1)
+
     full = plan()
     keys = ("num_iterations", "total_batch_size", "matrix_lr")
     assert [full[key] for key in keys] == [5460, 1048576, pytest.approx(0.0266, abs=5e-5)]
@@ -62,8 +71,16 @@ def test_d20_and_its_low_rank_arm_differ_in_rank_alone():
 
 
 def test_flops_that_are_given_are_the_models_own_and_the_batch_is_full_ranks():
-    free = ("--num-iterations", -1, "--total-batch-size", -1, "--target-param-data-ratio", 2000,
-            "--target-flops", 1e12)
+    free = (
+        "--num-iterations",
+        -1,
+        "--total-batch-size",
+        -1,
+        "--target-param-data-ratio",
+        2000,
+        "--target-flops",
+        1e12,
+    )
     (full, of_full), (low, of_low) = plan_of(*free), plan_of(*free, *ARMS[0])
     assert of_low["total_batch_size"] == of_full["total_batch_size"]
     assert of_low["num_iterations"] > of_full["num_iterations"]
@@ -80,14 +97,25 @@ def test_of_a_solved_depth_the_horizon_is_that_of_the_solved_shape():
     assert training_plan(args, config, 1) == plan_of(*free, "--depth", config.n_layer)[1]
 
 
-@pytest.mark.parametrize("flags, words", [
-    ((), ""),
-    (("--total-batch-size", -1), "tokens a step from 12 tokens a matrix parameter of the full-rank model of "
-                                 "this shape (--horizon-from full)"),
-    (("--num-iterations", -1, "--horizon-from", "own"),
-     "steps from 12 tokens a matrix parameter of this model (--horizon-from own)"),
-    (("--num-iterations", -1, "--target-flops", 1e12),
-     "steps from --target-flops 1e+12 at this model's FLOPs")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), ""),
+        (
+            ("--total-batch-size", -1),
+            "tokens a step from 12 tokens a matrix parameter of the full-rank model of "
+            "this shape (--horizon-from full)",
+        ),
+        (
+            ("--num-iterations", -1, "--horizon-from", "own"),
+            "steps from 12 tokens a matrix parameter of this model (--horizon-from own)",
+        ),
+        (
+            ("--num-iterations", -1, "--target-flops", 1e12),
+            "steps from --target-flops 1e+12 at this model's FLOPs",
+        ),
+    ],
+)
 def test_a_dry_run_says_where_its_horizon_comes_from(flags, words, capsys):
     base_train.main([*TINY, "--vocab-size", "300", "--dry-run", *map(str, flags)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("horizon: ")]
@@ -109,7 +137,10 @@ def test_learning_rate_schedule_by_hand():
 def test_matrix_learning_rate_follows_the_number_of_steps_unless_given():
     rate = lambda *flags: plan_of(*flags)[1]["matrix_lr"]
     assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.08
-    assert rate("--num-iterations", 1600) == pytest.approx(0.08 / 2) and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
+    assert (
+        rate("--num-iterations", 1600) == pytest.approx(0.08 / 2)
+        and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
+    )
     assert rate("--matrix-lr", 0.01) == 0.01
 
 
@@ -122,21 +153,37 @@ def test_a_device_batch_is_what_memory_allows_and_divides():
     assert plan(256, 8, 32)["device_batch_size"] == 32 and plan(2, 2, 32) == plan(2, 2, 1)
     six = plan(36, 6, 4)
     assert (six["device_batch_size"], six["grad_accum_steps"], six["total_batch_size"]) == (3, 2, 36 * 32)
-    said = (r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; "
-            "nearest: 8064 or 8256$")
+    said = (
+        r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; "
+        "nearest: 8064 or 8256$"
+    )
     with pytest.raises(InputError, match=said):
         plan(256, 6, 32)
 
 
 def test_two_nodes_of_eight_processes_share_the_batch_of_one(capsys):
-    flags = ["--depth", 1, "--model-dim", 128, "--head-dim", 128, "--max-seq-len", 2048,
-             "--device-batch-size", 32, "--total-batch-size", 524288]
+    flags = [
+        "--depth",
+        1,
+        "--model-dim",
+        128,
+        "--head-dim",
+        128,
+        "--max-seq-len",
+        2048,
+        "--device-batch-size",
+        32,
+        "--total-batch-size",
+        524288,
+    ]
     args = build_parser().parse_args([*TINY, *map(str, flags)])
     plan = training_plan(args, model_config(args, 300), 16)
     take_device_batch(args, plan, 16)
     assert args.device_batch_size == 16 and plan["grad_accum_steps"] == 1
-    assert capsys.readouterr().out == ("--device-batch-size 32: taking 16, the largest that divides 524,288 "
-                                       "tokens a step of 2048 × 16 process(es)\n")
+    assert capsys.readouterr().out == (
+        "--device-batch-size 32: taking 16, the largest that divides 524,288 "
+        "tokens a step of 2048 × 16 process(es)\n"
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["--"]])

@@ -1,4 +1,5 @@
 """Which library multiplies float32 matrices on a CPU, and that none rounds their entries."""
+
 import pytest
 import torch
 
@@ -15,9 +16,18 @@ def float32_products():
     matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("vendor,flags,exact,chosen", [("AuthenticAMD", "fma avx512_bf16", True, "bf16"), ("AuthenticAMD", "fma avx512_bf16", False, "ieee"),
-                                                       ("AuthenticAMD", "fma avx2", True, "none"), ("GenuineIntel", "avx512_bf16 amx_bf16", True, "none")])
-def test_onednn_multiplies_float32_on_amd_only_and_only_where_it_does_not_round(vendor, flags, exact, chosen, float32_products, monkeypatch):
+@pytest.mark.parametrize(
+    "vendor,flags,exact,chosen",
+    [
+        ("AuthenticAMD", "fma avx512_bf16", True, "bf16"),
+        ("AuthenticAMD", "fma avx512_bf16", False, "ieee"),
+        ("AuthenticAMD", "fma avx2", True, "none"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", True, "none"),
+    ],
+)
+def test_onednn_multiplies_float32_on_amd_only_and_only_where_it_does_not_round(
+    vendor, flags, exact, chosen, float32_products, monkeypatch
+):
     float32_products.fp32_precision = "none"
     monkeypatch.setattr(common, "processor", lambda: {"vendor_id": vendor, "flags": flags})
     if not exact:  # a library that rounds the factors

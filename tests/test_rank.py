@@ -1,22 +1,37 @@
 """Rank schedules, budgets and the accounting."""
+
 import random
 from dataclasses import replace
 
 import pytest
+from test_gpt import live_bytes, tokens
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
-from nanochat.rank import (account, count_parameters, on_meta, predict_peak, ranks_over_depth, solve_depth,
-                           solve_rank)
+from nanochat.rank import (
+    account,
+    count_parameters,
+    on_meta,
+    predict_peak,
+    ranks_over_depth,
+    solve_depth,
+    solve_rank,
+)
 from nanochat.whole_ranks import rank_step, resolve_rank
-from test_gpt import live_bytes, tokens
 
 SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
 
 
-@pytest.mark.parametrize("schedule,expected", [
-    ("constant", (100, 100, 100, 100)), ("linear", (100, 70, 40, 10)), ("step", (100, 100, 10, 10)),
-    ("exponential", (100, 46, 22, 10)), ("quadratic", (10, 90, 90, 10))])
+@pytest.mark.parametrize(
+    "schedule,expected",
+    [
+        ("constant", (100, 100, 100, 100)),
+        ("linear", (100, 70, 40, 10)),
+        ("step", (100, 100, 10, 10)),
+        ("exponential", (100, 46, 22, 10)),
+        ("quadratic", (10, 90, 90, 10)),
+    ],
+)
 def test_schedules_by_hand(schedule, expected):
     assert ranks_over_depth(schedule, 100, 10, 4) == expected
 
@@ -35,14 +50,19 @@ def test_monotone_schedules_are_monotone_and_stay_between_their_ends(seed):
         ranks = ranks_over_depth(schedule, start, end, depth)
         assert len(ranks) == depth and ranks[0] == start and ranks[-1] == end
         assert list(ranks) == sorted(ranks, reverse=start > end)
-    assert all(min(start, end) <= r <= max(start, end) for r in ranks_over_depth("quadratic", start, end, depth))
+    assert all(
+        min(start, end) <= r <= max(start, end) for r in ranks_over_depth("quadratic", start, end, depth)
+    )
 
 
-@pytest.mark.parametrize("width,nearest,multiple", [(192, 57, 57), (256, 76, 80), (512, 152, 152),
-                                                    (1024, 304, 320), (1280, 380, 384)])
+@pytest.mark.parametrize(
+    "width,nearest,multiple",
+    [(192, 57, 57), (256, 76, 80), (512, 152, 152), (1024, 304, 320), (1280, 380, 384)],
+)
 def test_a_fraction_becomes_the_nearest_multiple_that_suits_the_width(width, nearest, multiple):
-    config = GPTConfig(vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=width,
-                       attn_ranks=(57,), mlp_ranks=(0.297,))
+    config = GPTConfig(
+        vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=width, attn_ranks=(57,), mlp_ranks=(0.297,)
+    )
     for rank_multiple, rank in ((1, nearest), (-1, multiple)):
         model = on_meta(replace(config, rank_multiple=rank_multiple))
         block = model.blocks[0]
@@ -65,10 +85,16 @@ def test_multiples_are_near_their_fraction_and_fit_the_matrix(seed):
         assert resolve_rank(rank, *sides, multiple) == rank
 
 
-@pytest.mark.parametrize("attn,mlp", [((), ()), ((16,) * 4, ()), ((32, 20, 10, 4), (8,) * 4), ((0.5, 0.4, 0.3, 0.2), (0.25,) * 4)])
+@pytest.mark.parametrize(
+    "attn,mlp", [((), ()), ((16,) * 4, ()), ((32, 20, 10, 4), (8,) * 4), ((0.5, 0.4, 0.3, 0.2), (0.25,) * 4)]
+)
 @pytest.mark.parametrize("more", [0, 5_000, 17_123, 60_000, 10**9])
 def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, more):
-    ones = {"attn_ranks": attn and (1,) * 4, "mlp_ranks": mlp and (1,) * 4} if attn else {"attn_ranks": (1,) * 4, "mlp_ranks": (1,) * 4}
+    ones = (
+        {"attn_ranks": attn and (1,) * 4, "mlp_ranks": mlp and (1,) * 4}
+        if attn
+        else {"attn_ranks": (1,) * 4, "mlp_ranks": (1,) * 4}
+    )
     budget = count_parameters(replace(SHAPE, **ones)) + more
     config = solve_rank(replace(SHAPE, attn_ranks=attn, mlp_ranks=mlp), budget)
     ranks = [r for group in (config.attn_ranks, config.mlp_ranks) for r in group]
@@ -76,7 +102,13 @@ def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, more):
     if attn and not mlp:
         assert config.mlp_ranks == ()  # a full-rank group stays so
     if min(ranks) < 64 and (not attn or len(set(attn)) == 1):  # one step more in every rank is too much
-        more = replace(config, **{name: tuple(min(64, r + 1) for r in getattr(config, name)) for name in ("attn_ranks", "mlp_ranks")})
+        more = replace(
+            config,
+            **{
+                name: tuple(min(64, r + 1) for r in getattr(config, name))
+                for name in ("attn_ranks", "mlp_ranks")
+            },
+        )
         assert more == config or count_parameters(more) > budget
 
 
@@ -90,10 +122,13 @@ def test_solved_depth_is_the_deepest_within_the_budget():
 
 def test_solved_depth_is_the_deepest_where_a_wider_model_has_smaller_ranks_too():
     """Here the width passes 256 between 24 and 25 layers, where a rank of 11 becomes one of 8."""
+
     def at(depth):
         ranks = (0.045,) * depth
-        return GPTConfig(16, 50, depth, 1, 1, 2 * round(5.3 * depth), attn_ranks=ranks, mlp_ranks=ranks,
-                         rank_multiple=-1)
+        return GPTConfig(
+            16, 50, depth, 1, 1, 2 * round(5.3 * depth), attn_ranks=ranks, mlp_ranks=ranks, rank_multiple=-1
+        )
+
     counts = {depth: count_parameters(at(depth)) for depth in range(1, 36)}
     assert at(24).n_embd < 256 < at(25).n_embd and counts[25] < counts[24]
     for budget in (counts[25], counts[24] - 1, counts[24], counts[22], counts[27]):
@@ -111,7 +146,9 @@ def test_the_published_sizes_of_d20():
     """20 layers of width 1280 and 65,536 tokens: 561 M; 227 M with rank 128 in attention and MLP."""
     d20 = GPTConfig(vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
     assert count_parameters(d20) == pytest.approx(561e6, rel=0.01)
-    assert count_parameters(replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)) == pytest.approx(227e6, rel=0.01)
+    assert count_parameters(replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)) == pytest.approx(
+        227e6, rel=0.01
+    )
 
 
 def test_the_mlp_is_as_wide_as_its_ratio_says():
@@ -126,7 +163,9 @@ def test_memory_of_weights_gradients_and_moments():
     counts = account(SHAPE)
     matrices, rest = 12 * 64 * 64 * 4, 2 * 256 * 64 + 8 + 64
     assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
-    lines = 4 * (4 * 64 + 2 * 256)  # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
+    lines = 4 * (
+        4 * 64 + 2 * 256
+    )  # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
     assert counts["mem/optimizer_bytes"] == 4 * (matrices + lines) + 8 * rest
 
 
@@ -134,7 +173,9 @@ def two_steps(config, rows: int, passes: int):
     """Training steps, the second with optimizer state from the start. What it returns is what lives on."""
     model = GPT(config)
     model.init_weights()
-    optimizers = build_optimizers(model, embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1, weight_decay=0.0)
+    optimizers = build_optimizers(
+        model, embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1, weight_decay=0.0
+    )
     idx = tokens(rows, config.sequence_len, vocab=config.vocab_size)
     for _ in range(2):
         for _ in range(passes):
@@ -145,15 +186,36 @@ def two_steps(config, rows: int, passes: int):
     return model, optimizers
 
 
-@pytest.mark.parametrize("rows,passes,changes", [
-    (16, 1, {}), (16, 2, {}), (2, 1, dict(vocab_size=4096)), (1, 1, dict(n_embd=256)), (16, 1, dict(n_layer=1)),
-    (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4)), (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, lm_head_rank=16)),
-    (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, recompute="bottleneck")), (16, 1, dict(attn_ranks=(16,) * 4, recompute="bottleneck")),
-    (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, matrix_ranks={"down": (32,) * 4}, factor_act="silu")),
-    (16, 1, dict(attn_ranks=(32,) * 4, mlp_ranks=(32,) * 4, factor_act="silu", recompute="bottleneck")),
-    (16, 1, dict(layer_map=(0, 0, 1, 1, 2, 3))), (16, 1, dict(n_kv_head=1, tie_embeddings=True)), (16, 1, dict(value_embeddings=True)),
-    (16, 1, dict(mlp_ratio=1.5)), (16, 1, dict(mlp_ratio=8, mlp_ranks=(16,) * 4, recompute="bottleneck"))])
+@pytest.mark.parametrize(
+    "rows,passes,changes",
+    [
+        (16, 1, {}),
+        (16, 2, {}),
+        (2, 1, dict(vocab_size=4096)),
+        (1, 1, dict(n_embd=256)),
+        (16, 1, dict(n_layer=1)),
+        (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4)),
+        (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, lm_head_rank=16)),
+        (16, 1, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, recompute="bottleneck")),
+        (16, 1, dict(attn_ranks=(16,) * 4, recompute="bottleneck")),
+        (
+            16,
+            1,
+            dict(
+                attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, matrix_ranks={"down": (32,) * 4}, factor_act="silu"
+            ),
+        ),
+        (16, 1, dict(attn_ranks=(32,) * 4, mlp_ranks=(32,) * 4, factor_act="silu", recompute="bottleneck")),
+        (16, 1, dict(layer_map=(0, 0, 1, 1, 2, 3))),
+        (16, 1, dict(n_kv_head=1, tie_embeddings=True)),
+        (16, 1, dict(value_embeddings=True)),
+        (16, 1, dict(mlp_ratio=1.5)),
+        (16, 1, dict(mlp_ratio=8, mlp_ranks=(16,) * 4, recompute="bottleneck")),
+    ],
+)
 def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes):
     config = replace(SHAPE, **{"sequence_len": 128, "vocab_size": 512, **changes})
     measured = live_bytes(lambda: two_steps(config, rows, passes))[0]
-    assert predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"] == pytest.approx(measured, rel=0.1)
+    assert predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"] == pytest.approx(
+        measured, rel=0.1
+    )

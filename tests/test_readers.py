@@ -1,4 +1,5 @@
 """Files of text in all formats: the same rows are the same documents, and a refusal gives the reason."""
+
 import gzip
 import json
 
@@ -13,10 +14,28 @@ from nanochat.dataset import Shard, open_corpus
 from nanochat.readers import read_documents, text_format
 from nanochat.tokenizer import load_tokenizer
 
-TEXTS = ["one", "", "two\nlines\r\n", "drei – 三 🙂", None, "\x00 nul \ufeff and \u2028", " ",
-         "\"quotes\" \\ \t", "x" * 300_000]
-FORMATS = [".parquet", ".jsonl", ".ndjson", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst",
-           ".JSONL"]
+TEXTS = [
+    "one",
+    "",
+    "two\nlines\r\n",
+    "drei – 三 🙂",
+    None,
+    "\x00 nul \ufeff and \u2028",
+    " ",
+    '"quotes" \\ \t',
+    "x" * 300_000,
+]
+FORMATS = [
+    ".parquet",
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".jsonl.gz",
+    ".json.gz",
+    ".jsonl.zst",
+    ".json.zst",
+    ".JSONL",
+]
 
 
 def compress(path, content: bytes):
@@ -61,8 +80,9 @@ def test_rows_are_the_same_documents_in_all_formats(tmp_path, name, suffix):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("row", [{"id": 1}, {"text": 1}, {"text": ["a"]}, {"text": {"a": "b"}},
-                                 {"text": True}])
+@pytest.mark.parametrize(
+    "row", [{"id": 1}, {"text": 1}, {"text": ["a"]}, {"text": {"a": "b"}}, {"text": True}]
+)
 def test_rows_without_a_string_are_refused_in_all_formats(tmp_path, suffix, row):
     path = tmp_path / f"a{suffix}"
     write(path, [row])
@@ -74,30 +94,35 @@ def test_rows_without_a_string_are_refused_in_all_formats(tmp_path, suffix, row)
         assert ": not a JSON object with a string 'text' (its " in said
 
 
-@pytest.mark.parametrize("line,reason", [
-    (b'{"content": "x", "id": 1}', "its keys are 'content', 'id'"),
-    (b"{}", "it has no keys"),
-    (b'{"text": 1}', "its 'text' is a number"),
-    (b'{"text": false}', "its 'text' is a boolean"),
-    (b'{"text": ["x"]}', "its 'text' is a list"),
-    (b'["x"]', "it is a list"),
-    (b'"x"', "it is a string"),
-    (b"null", "it is null"),
-    (b"12", "it is a number"),
-    (b'{"text": "x"', "invalid JSON at column 13: Expecting ',' delimiter"),
-    (b'{"text": "x"} {"text": "y"}', "invalid JSON at column 15: Extra data"),
-    (b"{'text': 'x'}", "invalid JSON at column 2"),
-    (b'{"text": "\\ud83d"}', "its 'text' has half of a surrogate pair"),
-    (b'{"text": "a\tb"}', "invalid JSON at column 12: Invalid control character"),
-    (b'{"x": ' + b"[" * 100_000, "nested too deeply")])
+@pytest.mark.parametrize(
+    "line,reason",
+    [
+        (b'{"content": "x", "id": 1}', "its keys are 'content', 'id'"),
+        (b"{}", "it has no keys"),
+        (b'{"text": 1}', "its 'text' is a number"),
+        (b'{"text": false}', "its 'text' is a boolean"),
+        (b'{"text": ["x"]}', "its 'text' is a list"),
+        (b'["x"]', "it is a list"),
+        (b'"x"', "it is a string"),
+        (b"null", "it is null"),
+        (b"12", "it is a number"),
+        (b'{"text": "x"', "invalid JSON at column 13: Expecting ',' delimiter"),
+        (b'{"text": "x"} {"text": "y"}', "invalid JSON at column 15: Extra data"),
+        (b"{'text': 'x'}", "invalid JSON at column 2"),
+        (b'{"text": "\\ud83d"}', "its 'text' has half of a surrogate pair"),
+        (b'{"text": "a\tb"}', "invalid JSON at column 12: Invalid control character"),
+        (b'{"x": ' + b"[" * 100_000, "nested too deeply"),
+    ],
+)
 def test_a_refused_line_gives_the_reason(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     assert refusal(path).startswith(f": line 2: not a JSON object with a string 'text' ({reason}")
 
 
-@pytest.mark.parametrize("field", ["NaN", "-Infinity", "1e999", "1" * 10_000, "-0.0", '"\\ud800"', "null",
-                                   '{"text": 5}'])
+@pytest.mark.parametrize(
+    "field", ["NaN", "-Infinity", "1e999", "1" * 10_000, "-0.0", '"\\ud800"', "null", '{"text": 5}']
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_odd_values_of_other_fields_do_not_matter(tmp_path, suffix, field):
     path = tmp_path / f"a{suffix}"
@@ -106,14 +131,20 @@ def test_odd_values_of_other_fields_do_not_matter(tmp_path, suffix, field):
     assert set(texts_of(path)) == {"fine 三"}
 
 
-@pytest.mark.parametrize("content,reason", [
-    (b'[{"text": "a"}, {"text": "b"',
-     ": item 2: not a JSON object with a string 'text' (invalid JSON at its character 13"),
-    (b'[{"text": "a"}, ', ": cut off after item 1"),
-    (b'["a", {"text": "b"},\n 3]', ": item 3: not a JSON object with a string 'text' (it is a number"),
-    (b'["a", "\\ud800"]', ": item 2: not a JSON object with a string 'text' (its 'text' has half"),
-    (b'["a", "na\xefve"]', ": invalid UTF-8 after item 0"),
-    (b"[" * 100_000, ": item 1: not a JSON object with a string 'text' (nested too deeply")])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (
+            b'[{"text": "a"}, {"text": "b"',
+            ": item 2: not a JSON object with a string 'text' (invalid JSON at its character 13",
+        ),
+        (b'[{"text": "a"}, ', ": cut off after item 1"),
+        (b'["a", {"text": "b"},\n 3]', ": item 3: not a JSON object with a string 'text' (it is a number"),
+        (b'["a", "\\ud800"]', ": item 2: not a JSON object with a string 'text' (its 'text' has half"),
+        (b'["a", "na\xefve"]', ": invalid UTF-8 after item 0"),
+        (b"[" * 100_000, ": item 1: not a JSON object with a string 'text' (nested too deeply"),
+    ],
+)
 def test_a_refused_array_gives_the_reason(tmp_path, content, reason):
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -132,6 +163,7 @@ def test_arrays_of_strings_and_small_blocks(tmp_path, monkeypatch):
 
 def test_an_array_is_read_without_holding_all_of_it(tmp_path):
     import tracemalloc
+
     (tmp_path / "a.json").write_text(json.dumps([{"text": "word " * 2000} for _ in range(2000)]))  # 20 MB
     tracemalloc.start()
     assert sum(len(text) for _, text in read_documents(tmp_path / "a.json")) == 2000 * 10_000
@@ -139,8 +171,11 @@ def test_an_array_is_read_without_holding_all_of_it(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(),
-                                  pa.large_binary(), "dictionary", "null"], ids=str)
+@pytest.mark.parametrize(
+    "type",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), "dictionary", "null"],
+    ids=str,
+)
 def test_kinds_of_parquet_columns(tmp_path, type):
     texts = [None, None] if type == "null" else ["drei – 三", None, "", "drei – 三"]
     column = pa.array(texts, None if type in ("dictionary", "null") else type)
@@ -157,8 +192,16 @@ def test_a_compressed_txt_is_one_document(tmp_path, suffix):
     assert texts_of(path) == ["one\r\nzwei – 三"]
 
 
-@pytest.mark.parametrize("suffix,kind", [(".jsonl.gz", "gzip"), (".txt.gz", "gzip"), (".json.zst", "zstd"),
-                                         (".jsonl.zst", "zstd"), (".txt.zst", "zstd")])
+@pytest.mark.parametrize(
+    "suffix,kind",
+    [
+        (".jsonl.gz", "gzip"),
+        (".txt.gz", "gzip"),
+        (".json.zst", "zstd"),
+        (".jsonl.zst", "zstd"),
+        (".txt.zst", "zstd"),
+    ],
+)
 def test_damaged_compressed_files(tmp_path, suffix, kind):
     path = tmp_path / f"a{suffix}"
     compress(path, b'{"text": "x"}\n' * 1000)
@@ -185,9 +228,19 @@ def test_long_documents_are_refused_in_all_formats(tmp_path, monkeypatch):
 
 def test_formats_by_name():
     from pathlib import Path
-    names = {"a.parquet": ".parquet", "a.b.JSONL": ".jsonl", "a.json.gz": ".json", "a.txt.zst": ".txt",
-             "a.parquet.gz": "", "a.gz": "", "txt": "", "a.jsonl.bz2": "",
-             "a.ndjson.gz": ".ndjson", "a.zst": ""}
+
+    names = {
+        "a.parquet": ".parquet",
+        "a.b.JSONL": ".jsonl",
+        "a.json.gz": ".json",
+        "a.txt.zst": ".txt",
+        "a.parquet.gz": "",
+        "a.gz": "",
+        "txt": "",
+        "a.jsonl.bz2": "",
+        "a.ndjson.gz": ".ndjson",
+        "a.zst": "",
+    }
     assert {name: text_format(Path(name)) for name in names} == names
 
 
@@ -213,5 +266,7 @@ def test_rows_without_text_are_counted_and_said_once(base_dir, tmp_path, capsys)
     for _ in range(2):
         Rows(open_corpus(str(tmp_path)).train, load_tokenizer(), 32)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["a.jsonl: 2,000 of 3,000 documents are empty (no text, or null): skipped",
-                     "b.parquet: 20 of 40 documents are empty (no text, or null): skipped"]
+    assert lines == [
+        "a.jsonl: 2,000 of 3,000 documents are empty (no text, or null): skipped",
+        "b.parquet: 20 of 40 documents are empty (no text, or null): skipped",
+    ]

@@ -5,8 +5,9 @@ import json
 import random
 
 import pytest
-
 from conftest import ODD
+from test_report import base, write_study  # noqa: F401  a fixture
+
 from nanochat import metrics
 from nanochat.common import InputError
 from nanochat.equal_cost import equal_cost_table
@@ -14,7 +15,6 @@ from nanochat.page import to_markdown
 from nanochat.study import configurations
 from nanochat.tables import result_tables, to_csv, what_was_compared
 from scripts import report
-from test_report import base, write_study  # noqa: F401  a fixture
 
 ODD_CONFIGS = [*ODD, 0, float("inf"), 10**25, "x", "q=1", [None], [1, "x"], {"a": [1]}, "\ud800"]
 EXTRA = {

@@ -1,4 +1,5 @@
 """A sweep on Slurm: what is submitted, what a task does with signals and exit codes; and, opt-in, the whole on a real cluster."""
+
 import json
 import os
 import shlex
@@ -9,8 +10,8 @@ import sys
 import time
 
 import pytest
-
 from conftest import ROOT
+
 from nanochat import metrics, slurm
 from nanochat.common import REQUEUE, InputError
 from nanochat.signals import ENDING, name_of
@@ -55,17 +56,22 @@ def submit(base, tmp_path, monkeypatch):
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     for name in ("sbatch", "squeue", "scontrol"):
-        (bin_dir / name).write_text(f'#!/usr/bin/env bash\necho {name} "$@" >> {bin_dir}/calls\ncat {bin_dir}/{name}.says 2>/dev/null\n'
-                                    f'if [ -f {bin_dir}/{name}.fails ]; then cat {bin_dir}/{name}.fails >&2; exit 1; fi\n')
+        (bin_dir / name).write_text(
+            f'#!/usr/bin/env bash\necho {name} "$@" >> {bin_dir}/calls\ncat {bin_dir}/{name}.says 2>/dev/null\n'
+            f"if [ -f {bin_dir}/{name}.fails ]; then cat {bin_dir}/{name}.fails >&2; exit 1; fi\n"
+        )
         (bin_dir / name).chmod(0o755)
     (bin_dir / "sbatch.says").write_text("71\n")
     monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
     (tmp_path / "question.toml").write_text(EXPERIMENT.format(steps=6))
 
     def run(*flags):
-        args = sweep.build_parser().parse_args([str(tmp_path / "question.toml"), "--data", "stdlib", "--launcher", "slurm", *flags])
+        args = sweep.build_parser().parse_args(
+            [str(tmp_path / "question.toml"), "--data", "stdlib", "--launcher", "slurm", *flags]
+        )
         slurm.submit(sweep.load(args), args)
         return (base / "sweeps" / "question" / "slurm.sh").read_text()
+
     run.bin = bin_dir
     run.calls = lambda: (bin_dir / "calls").read_text().splitlines()
     return run
@@ -84,45 +90,72 @@ def options(script):
 
 # ---- what is submitted ----------------------------------------------------------------------------------------------
 
+
 def test_one_task_a_run_and_then_the_report(submit, base, capsys):
     script = submit("-j", "2", "--run", "try", '--sbatch=--partition=gpu --comment="a b" --gpus-per-task=1')
     assert all(f"\n  {tag}\n" in script for tag in TAGS)
-    assert options(script) == ['--job-name="question"', f'--output="{base}/sweeps/question/logs/slurm-%A_%a.log"', '--signal="B:USR1@180"',
-                               "--open-mode=append", "--requeue", '--partition=gpu --comment="a b" --gpus-per-task=1', '--array="0-2%2"']
+    assert options(script) == [
+        '--job-name="question"',
+        f'--output="{base}/sweeps/question/logs/slurm-%A_%a.log"',
+        '--signal="B:USR1@180"',
+        "--open-mode=append",
+        "--requeue",
+        '--partition=gpu --comment="a b" --gpus-per-task=1',
+        '--array="0-2%2"',
+    ]
     report = (base / "sweeps" / "question" / "slurm_report.sh").read_text()
-    assert '--dependency="afterany:71"' in options(report) and report.rstrip().endswith("--data stdlib --run try --report")
+    assert '--dependency="afterany:71"' in options(report) and report.rstrip().endswith(
+        "--data stdlib --run try --report"
+    )
     assert subprocess.run(["bash", "-n"], input=script + report, text=True).returncode == 0
     said = capsys.readouterr().out
-    assert "0 of 3 runs finished, 0 in the queue, 3 to submit" in said and "submitted as job 71" in said and "squeue --jobs=71" in said
+    assert (
+        "0 of 3 runs finished, 0 in the queue, 3 to submit" in said
+        and "submitted as job 71" in said
+        and "squeue --jobs=71" in said
+    )
 
 
 def test_what_is_finished_or_in_the_queue_is_not_submitted_again(submit, base, capsys):
     finish(base, TAGS[0])
     assert options(submit())[-1] == '--array="0-1"'
-    (submit.bin / "squeue.says").write_text("71 1 question\n70 0 other\n71 0 other\n")  # "lower" waits; the rest is somebody else's
+    (submit.bin / "squeue.says").write_text(
+        "71 1 question\n70 0 other\n71 0 other\n"
+    )  # "lower" waits; the rest is somebody else's
     (submit.bin / "sbatch.says").write_text("80;cluster\n")
     assert options(script := submit())[-1] == '--array="0-0"' and f"TAGS=(\n  {TAGS[1]}\n)" in script
     assert "afterany:71:80" in (base / "sweeps" / "question" / "slurm_report.sh").read_text()
     (submit.bin / "squeue.says").write_text("71 1 question\n80 0 question\n")
     calls = len(submit.calls())
     submit()
-    assert [call.split()[0] for call in submit.calls()[calls:]] == ["squeue"] 
+    assert [call.split()[0] for call in submit.calls()[calls:]] == ["squeue"]
     assert "1 of 3 runs finished, 2 in the queue as job 71, 80, 0 to submit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given, message", [
-    ("--array=0-3", "--array=0-3 is not to be given"), ("-a 0-3", "-a is not"), ("--job-name=x", "--job-name=x is not"),
-    ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"),
-    ('--comment="a', "no closing quotation"), ("gpu", "give options of sbatch"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--array=0-3", "--array=0-3 is not to be given"),
+        ("-a 0-3", "-a is not"),
+        ("--job-name=x", "--job-name=x is not"),
+        ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"),
+        ('--comment="a', "no closing quotation"),
+        ("gpu", "give options of sbatch"),
+    ],
+)
 def test_options_that_cannot_be(submit, given, message):
     with pytest.raises(InputError, match=message):
         submit(f"--sbatch={given}")
 
 
 def test_sbatch_refuses(submit, base):
-    (submit.bin / "sbatch.fails").write_text("sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed\n")
-    with pytest.raises(InputError, match="^--launcher slurm: sbatch: error: invalid partition specified: gpux sbatch: error: Batch job submission failed$"):
+    (submit.bin / "sbatch.fails").write_text(
+        "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed\n"
+    )
+    with pytest.raises(
+        InputError,
+        match="^--launcher slurm: sbatch: error: invalid partition specified: gpux sbatch: error: Batch job submission failed$",
+    ):
         submit("--sbatch=--partition=gpux")
     assert not (base / "sweeps" / "question" / "slurm_jobs.json").exists()
 
@@ -153,13 +186,21 @@ def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, ca
     experiment = here / "question.toml"
     experiment.write_text(EXPERIMENT.format(steps=6) + f"[preset.'{preset}.']\nseeds = [2]\n")
     name = HOSTILE.format(name="run")
-    args = sweep.build_parser().parse_args([str(experiment), "--preset", f"{preset}.", "--data", "stdlib",
-                                            f"--run=-{name}",
-                                            "--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned"])
+    args = sweep.build_parser().parse_args(
+        [
+            str(experiment),
+            "--preset",
+            f"{preset}.",
+            "--data",
+            "stdlib",
+            f"--run=-{name}",
+            "--sbatch=--comment='x\ntouch pwned' --time=4\ntouch pwned",
+        ]
+    )
     slurm.submit(sweep.load(args), args)
     folder = base / "sweeps" / f"question-{preset}."
     script, report = ((folder / file).read_text() for file in ("slurm.sh", "slurm_report.sh"))
-    logs = str(folder / "logs").replace("%", "%%").replace('"', r'\"')  # as sbatch 22.05 reads it
+    logs = str(folder / "logs").replace("%", "%%").replace('"', r"\"")  # as sbatch 22.05 reads it
     assert options(script)[:2] == [f'--job-name="question-{preset}."', f'--output="{logs}/slurm-%A_%a.log"']
     assert [line for line in script.splitlines() if line.startswith("touch")] == []
     tail = next(line for line in capsys.readouterr().out.splitlines() if "tail -f" in line)
@@ -170,17 +211,29 @@ def test_no_name_is_executed_in_a_batch_script(submit, tmp_path, monkeypatch, ca
     numbers = {"SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_ON_NODE": "6"}
     for text, last in ((script, ["--task", f"question-{preset}._full_s2"]), (report, ["--report"])):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, cwd=tmp_path,
-                              env=os.environ | numbers)
+        done = subprocess.run(
+            ["bash", "-c", text], capture_output=True, text=True, cwd=tmp_path, env=os.environ | numbers
+        )
         assert done.returncode == 0, done.stderr
         output = (folder / "logs" / f"{last[1]}.log").read_text() if len(last) > 1 else done.stdout
         assert output.split("\0")[:-1] == ["-m", "scripts.sweep", *command, *last]
     assert not list(tmp_path.rglob("pwned*")) and not (ROOT / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [
-    {"71\ntouch pwned": {"0": "a"}}, {"71": {"0": "../a"}}, {"71": {"0\n": "a"}}, {"71": {"0": 3}},
-    {"71": ["a"]}, {"": {}}, {"٣": {}}, ["71"], "71"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"71\ntouch pwned": {"0": "a"}},
+        {"71": {"0": "../a"}},
+        {"71": {"0\n": "a"}},
+        {"71": {"0": 3}},
+        {"71": ["a"]},
+        {"": {}},
+        {"٣": {}},
+        ["71"],
+        "71",
+    ],
+)
 def test_a_record_of_jobs_that_somebody_wrote_is_no_part_of_a_script(submit, base, content):
     path = base / "sweeps" / "question" / "slurm_jobs.json"
     path.parent.mkdir(parents=True)
@@ -205,6 +258,7 @@ def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(submit, base, monke
 
 # ---- what a task does -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def task(submit, base, tmp_path, monkeypatch):
     """task(script) -> the started array task 71_1, in which `script` stands in for the run."""
@@ -213,13 +267,21 @@ def task(submit, base, tmp_path, monkeypatch):
     (submit.bin / "squeue.says").write_text("RUNNING\n")
 
     def start(script, **env):
-        run.write_text(f"#!/usr/bin/env bash\necho \"threads $OMP_NUM_THREADS\" \"$@\"\n{script}\n")
+        run.write_text(f'#!/usr/bin/env bash\necho "threads $OMP_NUM_THREADS" "$@"\n{script}\n')
         run.chmod(0o755)
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | env
-        return subprocess.Popen(["bash", "-c", submit()], stdout=subprocess.PIPE, text=True, env=environment | {
-            "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "1", "SLURM_CPUS_ON_NODE": "6"})
+        return subprocess.Popen(
+            ["bash", "-c", submit()],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment
+            | {"SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "1", "SLURM_CPUS_ON_NODE": "6"},
+        )
+
     start.log = base / "sweeps" / "question" / "logs" / f"{TAGS[1]}.log"
-    start.requeued = lambda: [call for call in submit.calls() if call.startswith("scontrol")] == ["scontrol requeue 71_1"]
+    start.requeued = lambda: (
+        [call for call in submit.calls() if call.startswith("scontrol")] == ["scontrol requeue 71_1"]
+    )
     return start
 
 
@@ -237,7 +299,10 @@ SAVES = f"trap 'echo saved; exit {REQUEUE}' TERM; echo ready; while true; do sle
 def test_a_run_gets_its_cores_and_its_log(task):
     process = task("exit 3")
     assert process.wait(20) == 3 and not task.requeued()  # an error is no reason to try again
-    assert f"--data stdlib --run dummy --task {TAGS[1]}\n" in task.log.read_text() and task.log.read_text().startswith("threads 6 -m scripts.sweep /")
+    assert (
+        f"--data stdlib --run dummy --task {TAGS[1]}\n" in task.log.read_text()
+        and task.log.read_text().startswith("threads 6 -m scripts.sweep /")
+    )
     assert TAGS[1] in process.stdout.read()
 
 
@@ -264,8 +329,11 @@ def test_a_cancelled_task_stays_out_of_the_queue(task, submit):
 
 # ---- a real cluster -------------------------------------------------------------------------------------------------
 
+
 def states(job) -> list[str]:
-    return subprocess.run(["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T"], capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        ["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T"], capture_output=True, text=True
+    ).stdout.split()
 
 
 def wait_for(what, seconds, condition):
@@ -295,16 +363,37 @@ def cluster():
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("preemption", [["scontrol", "requeue", "JOB_0"],
-                                        ["sbatch", "--job-name=question", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]])
-def test_a_real_cluster_preempts_runs_and_they_end_finished(preemption, cluster, base_dir, corpus_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "preemption",
+    [
+        ["scontrol", "requeue", "JOB_0"],
+        [
+            "sbatch",
+            "--job-name=question",
+            "--partition=urgent",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=sleep 2",
+        ],
+    ],
+)
+def test_a_real_cluster_preempts_runs_and_they_end_finished(
+    preemption, cluster, base_dir, corpus_dir, tmp_path, monkeypatch, capsys
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     steps = 250
     (tmp_path / "question.toml").write_text(EXPERIMENT.format(steps=steps))
-    command = [str(tmp_path / "question.toml"), "--data", str(corpus_dir), "--launcher", "slurm", "--sbatch=--time=10"]
+    command = [
+        str(tmp_path / "question.toml"),
+        "--data",
+        str(corpus_dir),
+        "--launcher",
+        "slurm",
+        "--sbatch=--time=10",
+    ]
     sweep.main(command)
     sweep.main(command)  # changes nothing: they are in the queue
-    (job, tasks), = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text()).items()
+    ((job, tasks),) = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text()).items()
     assert tasks == dict(zip("012", TAGS)) and "3 in the queue as job" in capsys.readouterr().out
     wait_for("two runs train", 90, lambda: steps_of(TAGS[0]) > 5 and steps_of(TAGS[1]) > 5)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"], check=True)  # as near the time limit
@@ -317,18 +406,22 @@ def test_a_real_cluster_preempts_runs_and_they_end_finished(preemption, cluster,
     assert sorted(p.name for p in metrics.runs_dir().iterdir()) == sorted(TAGS)
     for tag in TAGS:
         run = metrics.load_run(metrics.runs_dir() / tag)
-        assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, steps + 1))
+        assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(
+            range(1, steps + 1)
+        )
         log = (base_dir / "sweeps" / "question" / "logs" / f"slurm-{job}_{TAGS.index(tag)}.log").read_text()
         assert f", start {1 if tag == TAGS[2] else 2}: {tag}" in log  # the third may have been preempted too
     assert all(tag in report.read_text() for tag in TAGS)
 
 
 @pytest.mark.slurm
-def test_a_real_cluster_lets_a_cancelled_sweep_lie_until_it_is_submitted_again(cluster, base_dir, corpus_dir, tmp_path, capsys):
+def test_a_real_cluster_lets_a_cancelled_sweep_lie_until_it_is_submitted_again(
+    cluster, base_dir, corpus_dir, tmp_path, capsys
+):
     (tmp_path / "question.toml").write_text(EXPERIMENT.format(steps=100000))
     command = [str(tmp_path / "question.toml"), "--data", str(corpus_dir), "--launcher", "slurm", "-j", "1"]
     sweep.main(command)
-    job, = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text())
+    (job,) = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text())
     wait_for("a run trains", 90, lambda: steps_of(TAGS[0]) > 5)
     assert states(job).count("RUNNING") == 1  # -j 1
     advice = next(line for line in capsys.readouterr().out.splitlines() if "scancel" in line)

@@ -1,4 +1,5 @@
 """The two commands as a newcomer calls them, at a size of seconds."""
+
 import os
 import shutil
 import signal
@@ -8,15 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, losses
-from nanochat import metrics
-from nanochat.checkpoint_manager import saved_steps
 from processes import alive, free_port, wait_for
 
-SMALL = dict(VOCAB_SIZE="300", DEPTH="2", MODEL_DIM="32", HEAD_DIM="16", MAX_SEQ_LEN="32", ATTN_RANK="8", MLP_RANK="0.25",
-             DEVICE_BATCH_SIZE="4", TOTAL_BATCH_SIZE="256", NUM_ITERATIONS="6", EVAL_EVERY="3", EVAL_TOKENS="512", SAVE_EVERY="3",
-             PPL_THRESHOLDS="250,10", NPROC="1")
+from nanochat import metrics
+from nanochat.checkpoint_manager import saved_steps
+
+SMALL = dict(
+    VOCAB_SIZE="300",
+    DEPTH="2",
+    MODEL_DIM="32",
+    HEAD_DIM="16",
+    MAX_SEQ_LEN="32",
+    ATTN_RANK="8",
+    MLP_RANK="0.25",
+    DEVICE_BATCH_SIZE="4",
+    TOTAL_BATCH_SIZE="256",
+    NUM_ITERATIONS="6",
+    EVAL_EVERY="3",
+    EVAL_TOKENS="512",
+    SAVE_EVERY="3",
+    PPL_THRESHOLDS="250,10",
+    NPROC="1",
+)
 
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
@@ -24,11 +39,17 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason
 
 def start(folder, **changes):
     """speedrun.sh, called from a folder that is not its own."""
-    env = {**os.environ, **SMALL, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(folder / "base"),
-           **changes}
+    env = {
+        **os.environ,
+        **SMALL,
+        "OMP_NUM_THREADS": "1",
+        "NANOCHAT_BASE_DIR": str(folder / "base"),
+        **changes,
+    }
     pipe = subprocess.PIPE
-    return subprocess.Popen(["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe,
-                            text=True)
+    return subprocess.Popen(
+        ["bash", ROOT / "speedrun.sh"], cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def command_of(pid: int) -> str:
@@ -49,12 +70,15 @@ def folder(tmp_path, corpus_dir):
     return tmp_path
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"DATA": "nonesuch"}, "error: --data {folder}/nonesuch: "),
-    ({"NPROC": "two"}, "error: NPROC=two: give a whole number"),
-    ({"NNODES": "a[$(touch pwned)]\x1b"}, r"error: NNODES=$'a[$(touch pwned)]\E': give a whole number"),
-    ({"NPROC": "0"}, "error: NPROC=0 NNODES=1 NODE_RANK=0: give a process or more"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"DATA": "nonesuch"}, "error: --data {folder}/nonesuch: "),
+        ({"NPROC": "two"}, "error: NPROC=two: give a whole number"),
+        ({"NNODES": "a[$(touch pwned)]\x1b"}, r"error: NNODES=$'a[$(touch pwned)]\E': give a whole number"),
+        ({"NPROC": "0"}, "error: NPROC=0 NNODES=1 NODE_RANK=0: give a process or more"),
+    ],
+)
 def test_speedrun_stops_at_a_bad_setting_with_its_line(folder, changes, message):
     code, _, stderr = speedrun(folder, **changes)
     assert code == 2 and stderr.strip().startswith(message.format(folder=folder)) and stderr.count("\n") == 1
@@ -64,15 +88,26 @@ def test_speedrun_stops_at_a_bad_setting_with_its_line(folder, changes, message)
 def test_another_shell_is_told_to_be_bash(script):
     shell = shutil.which("dash") or pytest.skip("no other shell here")
     done = subprocess.run([shell, ROOT / script], capture_output=True, text=True)
-    assert (done.returncode == 2 and done.stderr == f"error: {script} is written for bash: bash {script}\n"
-            and not done.stdout)
+    assert (
+        done.returncode == 2
+        and done.stderr == f"error: {script} is written for bash: bash {script}\n"
+        and not done.stdout
+    )
 
 
 def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):
-    process = start(folder, DATA="./my stories #1/.", NPROC="2", WANDB_RUN="try", WANDB_MODE="offline",
-                    NUM_ITERATIONS="100000", SAVE_EVERY="-1", EVAL_EVERY="-1")
+    process = start(
+        folder,
+        DATA="./my stories #1/.",
+        NPROC="2",
+        WANDB_RUN="try",
+        WANDB_MODE="offline",
+        NUM_ITERATIONS="100000",
+        SAVE_EVERY="-1",
+        EVAL_EVERY="-1",
+    )
     wait_for(lambda: len(list(folder.glob("base/runs/*/metrics.jsonl"))) == 1, 100)
-    run, = folder.glob("base/runs/*")
+    (run,) = folder.glob("base/runs/*")
     wait_for(lambda: len(metrics.read_history(run)) >= 5)
     family = alive(run.name)
     assert len(family) == 3  # torchrun and its workers
@@ -99,8 +134,10 @@ def test_two_processes_and_two_nodes_give_the_losses_of_one(folder):
     code, _, stderr = speedrun(folder, **places, NPROC="2", NANOCHAT_BASE_DIR="two")
     assert code == 0, stderr[-3000:]
     port = str(free_port())
-    nodes = [start(folder, **places, NNODES="2", NODE_RANK=node, MASTER_PORT=port, NANOCHAT_BASE_DIR="nodes")
-             for node in ("1", "0")]
+    nodes = [
+        start(folder, **places, NNODES="2", NODE_RANK=node, MASTER_PORT=port, NANOCHAT_BASE_DIR="nodes")
+        for node in ("1", "0")
+    ]
     for node in nodes:
         out, err = node.communicate(timeout=280)
         assert node.returncode == 0, err[-3000:]

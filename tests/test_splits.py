@@ -1,12 +1,13 @@
 """Which files of a folder are training text, validation text, or neither; what is said of it and recorded."""
+
 import json
 
 import pytest
+from conftest import losses, story
 
 from nanochat.common import InputError
 from nanochat.dataset import open_corpus
 from nanochat.splits import split_of
-from conftest import losses, story
 
 
 def fill(folder, *names):
@@ -27,28 +28,35 @@ def splits_of(folder):
     return list(corpus.documents("train")), list(corpus.documents("val")), left_out
 
 
-@pytest.mark.parametrize("name,split", [
-    ("train-00000-of-00004", "train"),
-    ("test-00000-of-00001", "test"),
-    ("validation-00000-of-00001-869c898b519ad725", "val"),
-    ("my_corpus.val", "val"),
-    ("data_train", "train"),
-    ("Dev", "val"),
-    ("TEST", "test"),
-    ("eval_2", "val"),
-    ("valid", "val"),
-    ("training", "train"),
-    ("c4-train.00000-of-01024", "train"),
-    ("train2", "train"),
-    ("dev-test", "test"),
-    ("train_val", "val"),
-    ("shard_00000", None),
-    ("latest", None),
-    ("contest-1", None),
-    ("development", None),
-    ("trainspotting", None),
-    ("0001", None),
-    ("a_test_of_time", None), ("", None), ("evaluation", None), ("detest", None)])
+@pytest.mark.parametrize(
+    "name,split",
+    [
+        ("train-00000-of-00004", "train"),
+        ("test-00000-of-00001", "test"),
+        ("validation-00000-of-00001-869c898b519ad725", "val"),
+        ("my_corpus.val", "val"),
+        ("data_train", "train"),
+        ("Dev", "val"),
+        ("TEST", "test"),
+        ("eval_2", "val"),
+        ("valid", "val"),
+        ("training", "train"),
+        ("c4-train.00000-of-01024", "train"),
+        ("train2", "train"),
+        ("dev-test", "test"),
+        ("train_val", "val"),
+        ("shard_00000", None),
+        ("latest", None),
+        ("contest-1", None),
+        ("development", None),
+        ("trainspotting", None),
+        ("0001", None),
+        ("a_test_of_time", None),
+        ("", None),
+        ("evaluation", None),
+        ("detest", None),
+    ],
+)
 def test_words_tell_the_split(name, split):
     assert split_of(name, whole=False) == split
     assert split_of(name.upper(), whole=False) == split
@@ -63,29 +71,58 @@ def test_in_whole_names_no_other_word_counts():
 LAYOUTS = {
     "the hub's, without validation": (
         ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"],
-        ["train-00000-of-00002.jsonl"], ["train-00001-of-00002.jsonl"], ["test-00000-of-00001.jsonl"]),
+        ["train-00000-of-00002.jsonl"],
+        ["train-00001-of-00002.jsonl"],
+        ["test-00000-of-00001.jsonl"],
+    ),
     "the hub's": (
         ["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl"],
-        ["train-00000-of-00001.jsonl"], ["validation-00000-of-00001.jsonl"], ["test-00000-of-00001.jsonl"]),
+        ["train-00000-of-00001.jsonl"],
+        ["validation-00000-of-00001.jsonl"],
+        ["test-00000-of-00001.jsonl"],
+    ),
     "names in front": (
         ["wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"],
-        ["wiki.train.txt"], ["wiki.valid.txt"], ["wiki.test.txt"]),
+        ["wiki.train.txt"],
+        ["wiki.valid.txt"],
+        ["wiki.test.txt"],
+    ),
     "a test split of many documents among shards": (
-        ["a.jsonl", "b.jsonl", "my_test.jsonl"], ["a.jsonl"], ["b.jsonl"], ["my_test.jsonl"]),
+        ["a.jsonl", "b.jsonl", "my_test.jsonl"],
+        ["a.jsonl"],
+        ["b.jsonl"],
+        ["my_test.jsonl"],
+    ),
     "folders": (
         ["Train/a.jsonl", "train/b.jsonl", "dev/c.jsonl", "test/d.jsonl", "test/e.jsonl"],
-        ["Train/a.jsonl", "train/b.jsonl"], ["dev/c.jsonl"], ["test/d.jsonl", "test/e.jsonl"]),
+        ["Train/a.jsonl", "train/b.jsonl"],
+        ["dev/c.jsonl"],
+        ["test/d.jsonl", "test/e.jsonl"],
+    ),
     "files and folders": (
         ["a.jsonl", "train/b.jsonl", "val/c.jsonl", "test.jsonl"],
-        ["a.jsonl", "train/b.jsonl"], ["val/c.jsonl"], ["test.jsonl"]),
+        ["a.jsonl", "train/b.jsonl"],
+        ["val/c.jsonl"],
+        ["test.jsonl"],
+    ),
     "stories, of which some have names with such words": (
         ["a.txt", "the-test.txt", "trainspotting.txt", "val-kilmer.txt", "z.txt"],
-        ["a.txt", "the-test.txt", "trainspotting.txt", "val-kilmer.txt"], ["z.txt"], []),
+        ["a.txt", "the-test.txt", "trainspotting.txt", "val-kilmer.txt"],
+        ["z.txt"],
+        [],
+    ),
     "stories and one that is called test": (
-        ["a.txt", "b.txt", "test.txt"], ["a.txt"], ["b.txt"], ["test.txt"]),
+        ["a.txt", "b.txt", "test.txt"],
+        ["a.txt"],
+        ["b.txt"],
+        ["test.txt"],
+    ),
     "plain shards": (
         ["shard_0.jsonl", "shard_1.jsonl", "shard_2.jsonl"],
-        ["shard_0.jsonl", "shard_1.jsonl"], ["shard_2.jsonl"], []),
+        ["shard_0.jsonl", "shard_1.jsonl"],
+        ["shard_2.jsonl"],
+        [],
+    ),
 }
 
 
@@ -104,9 +141,24 @@ def test_a_test_split_is_not_validated_on_either(tmp_path):
 
 
 def test_what_is_not_read_is_named(tmp_path):
-    fill(tmp_path, "a.jsonl", "b.jsonl.gz.part", "notes.csv", "c.arrow", "README.md", "LICENSE",
-         ".hidden.csv", "more/d.jsonl", "empty/x.bin", "e.jsonl", "deep/er/f.txt", "test.csv",
-         "g.parquet.gz", "train/part/h.jsonl", "train/i.csv")
+    fill(
+        tmp_path,
+        "a.jsonl",
+        "b.jsonl.gz.part",
+        "notes.csv",
+        "c.arrow",
+        "README.md",
+        "LICENSE",
+        ".hidden.csv",
+        "more/d.jsonl",
+        "empty/x.bin",
+        "e.jsonl",
+        "deep/er/f.txt",
+        "test.csv",
+        "g.parquet.gz",
+        "train/part/h.jsonl",
+        "train/i.csv",
+    )
     (tmp_path / "dataset_infos.json").write_text('{"default": {"splits": {}}}')
     line = open_corpus(str(tmp_path)).line()
     assert line == (
@@ -114,7 +166,8 @@ def test_what_is_not_read_is_named(tmp_path):
         "left out: LICENSE, README.md, dataset_infos.json (no text), "
         "b.jsonl.gz.part, c.arrow, g.parquet.gz, notes.csv, test.csv, train/i.csv "
         "(not read: give .parquet, .jsonl, .json or .txt, and .gz or .zst of the last three), "
-        "deep/, more/, train/part/ (a folder that is not read: give it as --data)")
+        "deep/, more/, train/part/ (a folder that is not read: give it as --data)"
+    )
 
 
 def test_a_folder_without_text_says_what_it_has(tmp_path):
@@ -142,12 +195,16 @@ def test_a_run_says_and_records_which_files_are_which(base_dir, tmp_path, train,
     for name, seeds in parts.items():
         (text / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(s)}) + "\n" for s in seeds))
     run = train("--data", text, "--num-iterations", 3, "--save-every", 2)
-    said = (f"text: {text}: 1 training file (train-0.jsonl), validation: validation-0.jsonl, "
-            "left out: test-0.jsonl (a test split)\n")
+    said = (
+        f"text: {text}: 1 training file (train-0.jsonl), validation: validation-0.jsonl, "
+        "left out: test-0.jsonl (a test split)\n"
+    )
     assert said in capsys.readouterr().out
-    assert run.config["text"] == {"train": {"count": 1, "files": ["train-0.jsonl"]},
-                                  "val": {"count": 1, "files": ["validation-0.jsonl"]},
-                                  "left_out": {"a test split": ["test-0.jsonl"]}}
+    assert run.config["text"] == {
+        "train": {"count": 1, "files": ["train-0.jsonl"]},
+        "val": {"count": 1, "files": ["validation-0.jsonl"]},
+        "left_out": {"a test split": ["test-0.jsonl"]},
+    }
     plain = tmp_path / "plain"
     plain.mkdir()
     for new, old in (("a", "train-0"), ("val", "validation-0")):

@@ -1,4 +1,5 @@
 """A sweep goes from a file to a report: alone, beside another one, through failures, kills and resumes."""
+
 import json
 import os
 import signal
@@ -8,20 +9,22 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
-
 from conftest import tiny_experiment
+from processes import Launched, wait_for
+
 from nanochat import local, metrics
 from nanochat.common import REQUEUE, InputError
 from nanochat.experiment import read_experiment
-from processes import Launched, wait_for
 from scripts import sweep as sweeps
 
 
 @pytest.fixture
 def experiment(tmp_path, base_dir, corpus_dir):
     """experiment(text) -> path of a file of tiny runs under seeds 1 and 2, with these points."""
+
     def write(text, seeds=(1, 2)):
         return tiny_experiment(tmp_path / "tiny.toml", text, seeds, corpus_dir)
+
     return write
 
 
@@ -61,9 +64,21 @@ def stand_in(tmp_path, experiment, monkeypatch):
 
     def run(seconds=0.1, failing="", j=1):
         def command(sweep, point, args):
-            return [sys.executable, str(tmp_path / "stand_in.py"), str(point.folder), str(seconds), str(tmp_path / "starts"), failing]
+            return [
+                sys.executable,
+                str(tmp_path / "stand_in.py"),
+                str(point.folder),
+                str(seconds),
+                str(tmp_path / "starts"),
+                failing,
+            ]
+
         return local.run_all(sweep, SimpleNamespace(j=j, run="dummy"), command)
-    run.sweep, run.starts = sweep, lambda: (tmp_path / "starts").read_text().split() if (tmp_path / "starts").exists() else []
+
+    run.sweep, run.starts = (
+        sweep,
+        lambda: (tmp_path / "starts").read_text().split() if (tmp_path / "starts").exists() else [],
+    )
     return run
 
 
@@ -80,7 +95,11 @@ def test_a_failed_run_is_named_with_its_last_lines_stops_no_other_and_is_tried_a
     failed, stopped = stand_in(failing="tiny_full_s1")
     assert list(failed) == ["tiny_full_s1"] and not stopped
     why, log, last = failed["tiny_full_s1"]
-    assert why == "exit code 2" and log == stand_in.sweep.folder / "logs" / "tiny_full_s1.log" and last == ["working", "error: --learning-rate: too hot"]
+    assert (
+        why == "exit code 2"
+        and log == stand_in.sweep.folder / "logs" / "tiny_full_s1.log"
+        and last == ["working", "error: --learning-rate: too hot"]
+    )
     assert len(stand_in.starts()) == 4 and status("tiny_low_s2") == "finished"
     assert stand_in() == ({}, "") and stand_in.starts()[4:] == ["tiny_full_s1"]
 
@@ -98,9 +117,14 @@ def test_two_sweeps_on_one_file_share_its_runs_and_both_wait_for_all(stand_in):
 @pytest.mark.parametrize("number, times", [(signal.SIGTERM, 1), (signal.SIGHUP, 2)])
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(stand_in, number, times):
     other = get_context("fork").Process(
-        target=lambda: os._exit(stand_in(seconds=60, j=2) == ({}, number.name)))
+        target=lambda: os._exit(stand_in(seconds=60, j=2) == ({}, number.name))
+    )
     other.start()
-    wait_for(lambda: len(stand_in.starts()) == 2 and (metrics.runs_dir() / "tiny_low_s1" / "metrics.jsonl").exists())
+    wait_for(
+        lambda: (
+            len(stand_in.starts()) == 2 and (metrics.runs_dir() / "tiny_low_s1" / "metrics.jsonl").exists()
+        )
+    )
     for _ in range(times):
         os.kill(other.pid, number)
         time.sleep(0.05)
@@ -121,10 +145,15 @@ def test_a_run_whose_launcher_was_killed_is_left_to_itself_until_it_ends(stand_i
 
 def test_where_runs_go(stand_in, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert local.places(stand_in.sweep, None) == [{"gpus": (), "threads": 8}] and local.places(stand_in.sweep, 4)[3]["threads"] == 2
+    assert (
+        local.places(stand_in.sweep, None) == [{"gpus": (), "threads": 8}]
+        and local.places(stand_in.sweep, 4)[3]["threads"] == 2
+    )
     monkeypatch.setattr("nanochat.common.pick_device_type", lambda _: "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
-    assert [p["gpus"] for p in local.places(stand_in.sweep, None)] == [("2",), ("3",), ("5",)] and len(local.places(stand_in.sweep, 2)) == 2
+    assert [p["gpus"] for p in local.places(stand_in.sweep, None)] == [("2",), ("3",), ("5",)] and len(
+        local.places(stand_in.sweep, 2)
+    ) == 2
     two = SimpleNamespace(points=stand_in.sweep.points, processes=2, file="tiny.toml")
     assert [p["gpus"] for p in local.places(two, None)] == [("2", "3")]
     two.processes = 4
@@ -134,22 +163,35 @@ def test_where_runs_go(stand_in, monkeypatch):
 
 # ---- the whole way, training included
 
+
 def test_plan_lists_every_run_and_its_cost_and_starts_nothing(experiment, capsys):
     path = experiment("[points.low]\nattn-rank = 4\n[points.lr]\nmatrix-lr = [0.02, -1]\n")
     sweeps.main([str(path), "--plan"])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("tiny_")}
-    assert list(lines) == [f"tiny_{label}_s{seed}" for seed in (1, 2) for label in ("low", "lr_lr0.02", "lr_lr-1")]  # the last is the partner
-    assert lines["tiny_low_s1"][1] == "new" and "6 runs," in out and "FLOP/s a run, measured on 2 layers of width 32" in out
+    assert list(lines) == [
+        f"tiny_{label}_s{seed}" for seed in (1, 2) for label in ("low", "lr_lr0.02", "lr_lr-1")
+    ]  # the last is the partner
+    assert (
+        lines["tiny_low_s1"][1] == "new"
+        and "6 runs," in out
+        and "FLOP/s a run, measured on 2 layers of width 32" in out
+    )
     assert not metrics.runs_dir().exists()
 
 
-def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the_report(experiment, tmp_path, capsys):
+def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the_report(
+    experiment, tmp_path, capsys
+):
     path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
-    path.write_text("baseline = false\n" + path.read_text().replace("num-iterations = 6\neval-every = 3", "num-iterations = 150\neval-every = 50")
-                    .replace("device-batch-size = 4", "device-batch-size = 8"))
+    path.write_text(
+        "baseline = false\n"
+        + path.read_text()
+        .replace("num-iterations = 6\neval-every = 3", "num-iterations = 150\neval-every = 50")
+        .replace("device-batch-size = 4", "device-batch-size = 8")
+    )
     low = metrics.runs_dir() / "tiny_low_s1"
-    sweep, = Launched(1, tmp_path / "output", sweeps.main, [str(path)]).processes
+    (sweep,) = Launched(1, tmp_path / "output", sweeps.main, [str(path)]).processes
     wait_for(lambda: len(metrics.read_history(low)) >= 20, 60)
     sweep.kill()
     wait_for(lambda: status(low.name) == "stopped")  # without its launcher it saves and stops by itself
@@ -160,17 +202,28 @@ def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the
     run = metrics.load_run(low)
     assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, 151))
     report = sweeps.load(sweeps.build_parser().parse_args([str(path)])).folder / "report"
-    assert (report / "report.html").stat().st_size > 10_000 and "tiny_low_s1" in (report / "report.csv").read_text()
+    assert (report / "report.html").stat().st_size > 10_000 and "tiny_low_s1" in (
+        report / "report.csv"
+    ).read_text()
 
 
-def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(experiment, monkeypatch, capsys):
+def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
+    experiment, monkeypatch, capsys
+):
     path, reports = experiment("[points.low]\nattn-rank = 4\n", seeds=[1]), []
     monkeypatch.setattr(sweeps, "make_report", lambda *_: reports.append(1))
-    monkeypatch.setattr(sweeps, "run_all", lambda *_: ({"tiny_low_s1": ("exit code 2", "logs/tiny_low_s1.log", ["error: too hot"])}, ""))
+    monkeypatch.setattr(
+        sweeps,
+        "run_all",
+        lambda *_: ({"tiny_low_s1": ("exit code 2", "logs/tiny_low_s1.log", ["error: too hot"])}, ""),
+    )
     with pytest.raises(SystemExit) as end:
         sweeps.main([str(path)])
     assert end.value.code == 1 and reports == [1]
-    assert "1 of 2 runs failed" in (out := capsys.readouterr().out) and "tiny_low_s1: exit code 2, logs/tiny_low_s1.log\n    error: too hot" in out
+    assert (
+        "1 of 2 runs failed" in (out := capsys.readouterr().out)
+        and "tiny_low_s1: exit code 2, logs/tiny_low_s1.log\n    error: too hot" in out
+    )
     for name, code in (("SIGINT", 130), ("SIGTERM", REQUEUE)):
         monkeypatch.setattr(sweeps, "run_all", lambda *_: ({}, name))
         with pytest.raises(SystemExit) as end:
@@ -180,8 +233,10 @@ def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
 
 def test_when_all_runs_fail_they_are_named_with_the_ends_of_their_logs(experiment, monkeypatch, capsys):
     path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
-    failed = {f"tiny_{label}_s1": ("exit code 2", f"logs/{label}.log", ["error: too hot"])
-              for label in ("full", "low")}
+    failed = {
+        f"tiny_{label}_s1": ("exit code 2", f"logs/{label}.log", ["error: too hot"])
+        for label in ("full", "low")
+    }
     monkeypatch.setattr(sweeps, "run_all", lambda *_: (failed, ""))
     with pytest.raises(SystemExit) as end:
         sweeps.main([str(path)])
@@ -201,7 +256,10 @@ def test_one_task_runs_in_the_foreground_with_its_names_for_wandb(experiment, mo
     monkeypatch.setattr("scripts.base_train.main", seen.append)
     sweeps.main([str(path), "--task", "tiny_low_s1", "--run", "mine"])
     argv = seen[0]
-    assert argv[argv.index("--run") + 1] == "mine-low_s1" and argv[argv.index("--model-tag") + 1] == "tiny_low_s1"
+    assert (
+        argv[argv.index("--run") + 1] == "mine-low_s1"
+        and argv[argv.index("--model-tag") + 1] == "tiny_low_s1"
+    )
     assert os.environ["WANDB_RUN_GROUP"] == "tiny" and os.environ["WANDB_TAGS"] == "attn-rank=4"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(os.environ["NANOCHAT_BASE_DIR"])
     held = local.claim(local.claim_path("tiny_low_s1"))

@@ -1,4 +1,5 @@
 """Token caches hold what was written: lost writes, damages, caches of earlier versions, --verify."""
+
 import builtins
 import hashlib
 import json
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import losses, story
 
 from nanochat import token_cache
 from nanochat.common import InputError, locked
 from nanochat.dataset import Shard
 from nanochat.token_cache import cached_tokens, verify_caches
 from nanochat.tokenizer import load_tokenizer
-from conftest import losses, story
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def without_sum(folder: Path):
 def change(path: Path, offset: int, data: bytes):
     """A damage that keeps the size."""
     content = bytearray(path.read_bytes())
-    content[offset:offset + len(data)] = data
+    content[offset : offset + len(data)] = data
     path.write_bytes(content)
 
 
@@ -78,6 +79,7 @@ def test_a_lost_write_is_noticed_and_leaves_no_cache(text, monkeypatch):
     def lossy(path, mode="r", *args, **kwargs):
         file = real(path, mode, *args, **kwargs)
         return LosesAWrite(file) if "building" in str(path) and "w" in mode else file
+
     monkeypatch.setattr(builtins, "open", lossy)
     with pytest.raises(InputError, match="tokens.bin: the disk gives back other bytes than were written"):
         cached_tokens(shard, tokenizer)
@@ -123,6 +125,7 @@ def test_a_cache_of_an_earlier_version_that_is_somebody_elses_is_examined_once_a
 
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
+
     monkeypatch.setattr(token_cache, "locked", refused)
     monkeypatch.setattr(token_cache, "write_json", lambda path, content: refused(path))
     without_sum(folder)
@@ -134,10 +137,24 @@ def test_a_cache_of_an_earlier_version_that_is_somebody_elses_is_examined_once_a
         cached_tokens(shard, tokenizer)
 
 
-DAMAGES = [{"dtype": "float64"}, {"dtype": ["uint16"]}, {"dtype": None}, {"dtype": "uint32"}, {"slots": -1},
-           {"slots": float("nan")}, {"slots": 1e3}, {"slots": True}, {"slots": 10**400},
-           {"vocab_size": "300"}, {"vocab_size": 299}, {"tokenizer_hash": "0" * 16},
-           {"tokenizer_hash": 5}, {"sha256": "abc"}, {"sha256": None}, {"format": 99}]
+DAMAGES = [
+    {"dtype": "float64"},
+    {"dtype": ["uint16"]},
+    {"dtype": None},
+    {"dtype": "uint32"},
+    {"slots": -1},
+    {"slots": float("nan")},
+    {"slots": 1e3},
+    {"slots": True},
+    {"slots": 10**400},
+    {"vocab_size": "300"},
+    {"vocab_size": 299},
+    {"tokenizer_hash": "0" * 16},
+    {"tokenizer_hash": 5},
+    {"sha256": "abc"},
+    {"sha256": None},
+    {"format": 99},
+]
 
 
 def test_whatever_meta_json_says_there_is_no_traceback(text, capsys):

@@ -1,4 +1,5 @@
 """The tokenizer: round trips, storage, damage."""
+
 import base64
 import json
 import os
@@ -7,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from conftest import Killed, tiny_experiment
 
 from nanochat import metrics
 from nanochat import tokenizer as tokenizers
@@ -16,11 +18,17 @@ from nanochat.experiment import read_experiment
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer, tokenizer_path, train_tokenizer
 from scripts import tok_eval, tok_train
-from conftest import Killed, tiny_experiment
 
 CORPORA = Path(__file__).parents[2] / "shared/corpora"
 
-TEXTS = ["Hello, world! It's 2026.", "naïve café — 東京 🚀\n\n\ttabs", "", "<|bos|> is ordinary text here", "\x00\x07 bytes", "a" * 5000]
+TEXTS = [
+    "Hello, world! It's 2026.",
+    "naïve café — 東京 🚀\n\n\ttabs",
+    "",
+    "<|bos|> is ordinary text here",
+    "\x00\x07 bytes",
+    "a" * 5000,
+]
 
 
 def test_encoding_and_decoding_gives_back_any_text(base_dir):
@@ -71,9 +79,11 @@ def test_no_content_of_a_tokenizer_file_is_more_than_one_line(base_dir):
     tokens = stored["tokens"]
     empty = base64.b64encode(b"").decode()
     damages = {
-        "tokens: 5": stored | {"tokens": 5}, "pattern: None": stored | {"pattern": None},
+        "tokens: 5": stored | {"tokens": 5},
+        "pattern: None": stored | {"pattern": None},
         "trained_on: missing": {key: value for key, value in stored.items() if key != "trained_on"},
-        "vocab_size: 300.0": stored | {"vocab_size": 300.0}, "hash: True": stored | {"hash": True},
+        "vocab_size: 300.0": stored | {"vocab_size": 300.0},
+        "hash: True": stored | {"hash": True},
         "a token that is no base64": stored | {"tokens": [*tokens[:-1], "ä"]},
         "damaged (a token that is no": stored | {"tokens": [*tokens[:-1], 7]},
         "does not match its hash": stored | {"hash": "0" * 16},
@@ -113,21 +123,34 @@ def test_too_little_text_for_the_vocabulary_names_the_largest_possible():
 
 
 def test_the_training_text_is_capped():
-    assert list(tok_train.capped(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)) == ["abcd", "xyz", "12"]
+    assert list(tok_train.capped(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)) == [
+        "abcd",
+        "xyz",
+        "12",
+    ]
 
 
 # ---- long texts --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("unit", [" ", "\n", "a", "1", "🙂", "\t", "!", "\u3000", " \n", " " * 5, "👨\u200d"])
 def test_a_million_of_one_character_is_encoded(base_dir, unit, capfd):
     tokenizer = load_tokenizer()
     text = (unit * 1_000_000)[:1_000_000]
-    ids, = tokenizer.encode_batch([text])
+    (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids) == text and "panicked" not in capfd.readouterr().err
 
 
-ALPHABET = [*"ab'sdmtlvreLL  \n\n\r\t\0!?,.;:-_0123456789²½ſªʼⅧ", *"\u00a0\u3000\u2028\x85\x1c",
-            *"éß中文あア한。，\u0301\u200d🙂ǅא٠", "'s", "'ll", "\r\n", "  ", "\n\n"]
+ALPHABET = [
+    *"ab'sdmtlvreLL  \n\n\r\t\0!?,.;:-_0123456789²½ſªʼⅧ",
+    *"\u00a0\u3000\u2028\x85\x1c",
+    *"éß中文あア한。，\u0301\u200d🙂ǅא٠",
+    "'s",
+    "'ll",
+    "\r\n",
+    "  ",
+    "\n\n",
+]
 
 
 def test_a_text_may_be_cut_at_every_break(base_dir, monkeypatch):
@@ -145,7 +168,15 @@ def test_a_text_may_be_cut_at_every_break(base_dir, monkeypatch):
 @pytest.mark.parametrize("limit", [2, 16, 100, 999])
 def test_pieces_are_the_text_and_have_its_tokens(base_dir, monkeypatch, limit):
     tokenizer, rng = load_tokenizer(), random.Random(limit)
-    parts = ["the cat ", "it's 2026,\n", "  def f(x):\n\t", "東京、そして。", "naïve – ", "0x1f\r\n\r\n", "!!\n"]
+    parts = [
+        "the cat ",
+        "it's 2026,\n",
+        "  def f(x):\n\t",
+        "東京、そして。",
+        "naïve – ",
+        "0x1f\r\n\r\n",
+        "!!\n",
+    ]
     text = "".join(rng.choice(parts) for _ in range(400))
     whole = tokenizer.encode(text)
     monkeypatch.setattr(tokenizers, "PIECE_CHARS", limit)
@@ -191,6 +222,7 @@ def test_what_the_tokenizer_throws_is_one_line_with_the_file(tmp_path, base_dir,
 
 
 # ---- several tokenizers ------------------------------------------------------------------------------------
+
 
 def test_tokenizers_have_names(base_dir, corpus_dir, train, capsys):
     before = tokenizer_path().read_bytes()
@@ -251,6 +283,7 @@ def test_a_run_goes_on_with_its_own_tokenizer(train, base_dir, corpus_dir, kill_
 
 def test_a_sweep_uses_the_tokenizer_of_its_flags(base_dir, corpus_dir, tmp_path):
     from scripts import base_train, sweep
+
     before = tokenizer_path().read_bytes()
     path = tiny_experiment(tmp_path / "named.toml", "[points.full]\n", [1], str(corpus_dir))
     path.write_text(path.read_text().replace("vocab-size = 300", "vocab-size = 280\ntokenizer-tag = 'mine'"))

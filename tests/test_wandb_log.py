@@ -1,4 +1,5 @@
 """Runs on W&B, sent by its real client to a stand-in server: what comes there; trouble stops no run."""
+
 import json
 import os
 import re
@@ -10,20 +11,26 @@ import types
 from pathlib import Path  # noqa: F401  for the code that a test starts
 
 import pytest
+from conftest import ROOT
+from processes import wait_for
 from wandb_server import serving
 
-from conftest import ROOT
 from nanochat import metrics, wandb_log, wandb_worker
 from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
 from nanochat.metrics import RunRecord
-from processes import wait_for
 
 INIT, FINISH, LATER = 2, 2, 3  # seconds
 
 
 def row(step):
-    return {"step": step, "total_tokens": 100 * step, "total_training_time": 2.0 * step,
-            "total_training_flops": 1e6 * step, "train/loss": 9.0 / step, "sample": ["the cat"]}
+    return {
+        "step": step,
+        "total_tokens": 100 * step,
+        "total_training_time": 2.0 * step,
+        "total_training_flops": 1e6 * step,
+        "train/loss": 9.0 / step,
+        "sample": ["the cat"],
+    }
 
 
 @pytest.fixture
@@ -32,8 +39,13 @@ def server(monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     with serving() as server:
-        given = {"BASE_URL": server.url, "API_KEY": "0" * 40, "PROJECT": "proj",
-                 "INIT_TIMEOUT": INIT, "FINISH_TIMEOUT": FINISH}
+        given = {
+            "BASE_URL": server.url,
+            "API_KEY": "0" * 40,
+            "PROJECT": "proj",
+            "INIT_TIMEOUT": INIT,
+            "FINISH_TIMEOUT": FINISH,
+        }
         for name, value in given.items():
             monkeypatch.setenv(f"WANDB_{name}", str(value))
         yield server
@@ -49,6 +61,7 @@ def workers(monkeypatch):
         if "nanochat.wandb_worker" in command:
             started.append(process)
         return process
+
     monkeypatch.setattr(wandb_log.subprocess, "Popen", start)
     return started
 
@@ -75,13 +88,14 @@ def sync(folder, server):
 
 # ---- what comes to W&B -------------------------------------------------------------------------------------
 
+
 def test_a_resumed_run_goes_on_as_the_same_run_and_sends_what_a_killed_one_could_not(server, tmp_path, capfd):
     record = begin(tmp_path)
     for step in (1, 2, 3):
         record.log(row(step))
     record.summarize("stopped")
     record.close()
-    (identity, run), = server.runs.items()
+    ((identity, run),) = server.runs.items()
     assert run["state"] == "failed" and run["preempting"]  # which W&B shows as preempted
     assert json.loads(run["summaryMetrics"])["status"] == "stopped"
     with open(tmp_path / "metrics.jsonl", "a") as f:  # resumed; then the machine went down with nothing sent
@@ -104,8 +118,14 @@ def test_a_run_of_an_earlier_version_goes_on_where_its_own_count_ended(server, t
     """It let W&B count the rows: 0, 1, 2, … As it had been killed once, W&B's count was ahead of the step."""
     (tmp_path / "wandb_id.txt").write_text("old\n")
     history = [json.dumps({"_step": i, **row(step)}) for i, step in enumerate((1, 2, 3, 3, 4))]
-    server.runs["old"] = {"displayName": "my run", "group": None, "state": "failed", "config": "{}",
-                          "history": history, "summaryMetrics": json.dumps({"_step": 4, **row(4)})}
+    server.runs["old"] = {
+        "displayName": "my run",
+        "group": None,
+        "state": "failed",
+        "config": "{}",
+        "history": history,
+        "summaryMetrics": json.dumps({"_step": 4, **row(4)}),
+    }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 6)))
     record = begin(tmp_path, resumed_step=5)
     record.log(row(6))
@@ -127,24 +147,27 @@ def test_the_offline_folders_of_a_run_make_its_whole_history(server, tmp_path, m
     assert capfd.readouterr().err == advice * 2
     monkeypatch.delenv("WANDB_MODE")
     sync(tmp_path, server)
-    (identity, run), = server.runs.items()
+    ((identity, run),) = server.runs.items()
     assert identity == (tmp_path / "wandb_id.txt").read_text().strip()
     assert run["state"] == "finished" and steps(server) == [1, 2, 3, 4]
     assert [json.loads(line)["_step"] for line in run["history"]] == [1, 2, 3, 4]
 
 
 def test_a_run_that_ends_by_an_error_is_shown_as_failed_and_can_go_on(server, tmp_path):
-    code = ("import test_wandb_log as t\n"
-            "def main():\n"
-            "    record = t.begin(t.Path('run').absolute())\n"
-            "    record.log(t.row(1))\n"
-            "    record.summarize('running')\n"
-            "    record.log(t.row(2))\n"
-            "    raise t.InputError('not finite')\n"
-            "t.run_script(main)\n")
+    code = (
+        "import test_wandb_log as t\n"
+        "def main():\n"
+        "    record = t.begin(t.Path('run').absolute())\n"
+        "    record.log(t.row(1))\n"
+        "    record.summarize('running')\n"
+        "    record.log(t.row(2))\n"
+        "    raise t.InputError('not finite')\n"
+        "t.run_script(main)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "error: not finite\n" in done.stderr and "Traceback" not in done.stderr
     (run,) = server.runs.values()
     assert run["state"] == json.loads(run["summaryMetrics"])["status"] == "failed" and steps(server) == [1, 2]
@@ -161,20 +184,28 @@ def test_a_run_that_ends_by_an_error_is_shown_as_failed_and_can_go_on(server, tm
 HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
 
 
-@pytest.mark.parametrize("trouble, said, offline", [
-    ({"start": {"answering": False}}, "no answer|Failed to get", True),
-    ({"start": {"status": 500}}, "no answer|HTTP 500", True),
-    # the client gives up by itself, or is given up: which comes first is a matter of milliseconds
-    ({"middle": {"answering": False}},
-     f"no answer from W&B within {FINISH} s|Fatal error while uploading", True),
-    ({"middle": {"stream_status": 404}}, "Fatal error while uploading data", True),
-    ({"middle": {}, "kill": True}, "its process ended with code -9", True),
-    ({"environment": {"WANDB_MODE": "bogus"}}, "settings: mode Input should be 'online'", True),
-    ({"wandb": "raise ImportError('no wandb for this Python')\n"}, "no wandb for this Python", False),
-    ({"wandb": HANGING}, f"no answer from W&B within {INIT + LATER} s", False),
-], ids=["silent", "HTTP 500", "gone", "deleted", "killed", "bogus mode", "not importable", "hanging"])
-def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(trouble, said, offline, server, workers,
-                                                                  tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "trouble, said, offline",
+    [
+        ({"start": {"answering": False}}, "no answer|Failed to get", True),
+        ({"start": {"status": 500}}, "no answer|HTTP 500", True),
+        # the client gives up by itself, or is given up: which comes first is a matter of milliseconds
+        (
+            {"middle": {"answering": False}},
+            f"no answer from W&B within {FINISH} s|Fatal error while uploading",
+            True,
+        ),
+        ({"middle": {"stream_status": 404}}, "Fatal error while uploading data", True),
+        ({"middle": {}, "kill": True}, "its process ended with code -9", True),
+        ({"environment": {"WANDB_MODE": "bogus"}}, "settings: mode Input should be 'online'", True),
+        ({"wandb": "raise ImportError('no wandb for this Python')\n"}, "no wandb for this Python", False),
+        ({"wandb": HANGING}, f"no answer from W&B within {INIT + LATER} s", False),
+    ],
+    ids=["silent", "HTTP 500", "gone", "deleted", "killed", "bogus mode", "not importable", "hanging"],
+)
+def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(
+    trouble, said, offline, server, workers, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr(wandb_log, "SECONDS_OFFLINE", 30 if offline else 1)
     monkeypatch.setattr(wandb_log, "SECONDS_LATER", LATER)
     server.behave(**trouble.get("start", {}))

@@ -1,16 +1,17 @@
 """A sweep as a W&B sweep: every point once, commands as W&B's own agent makes them, names of its runs."""
+
 import json
 import shlex
 
 import pytest
-
 from conftest import tiny_experiment
+from processes import Launched
+from wandb_server import serving
+
 from nanochat import metrics, wandb_sweep
 from nanochat.common import InputError
 from nanochat.flags import build_parser
-from processes import Launched
 from scripts import sweep
-from wandb_server import serving
 
 EXPERIMENT = """
 question = "Does rank matter?"
@@ -44,28 +45,44 @@ def register(tmp_path, monkeypatch, corpus_dir):
     (tmp_path / "question.toml").write_text(EXPERIMENT)
 
     def run(*flags):
-        args = sweep.build_parser().parse_args([str(tmp_path / "question.toml"), "--preset", "small", "--data", str(corpus_dir), *flags])
+        args = sweep.build_parser().parse_args(
+            [str(tmp_path / "question.toml"), "--preset", "small", "--data", str(corpus_dir), *flags]
+        )
         from wandb.sdk.launch.sweeps.utils import load_sweep_config  # slow to import
+
         wandb_sweep.register(sweep.load(args), args)
-        return sweep.load(args), load_sweep_config(tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml")
+        return sweep.load(args), load_sweep_config(
+            tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml"
+        )
+
     return run
 
 
 def agent_commands(config) -> list[list[str]]:
     """What W&B's agent would start for each value of a grid of one parameter."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-    (name, parameter), = config["parameters"].items()
+
+    ((name, parameter),) = config["parameters"].items()
     commands = []
     for value in parameter["values"]:
-        words = create_sweep_command_args({"args": {name: {"value": value}}}) | {"env": ["/usr/bin/env"], "interpreter": ["python"]}
+        words = create_sweep_command_args({"args": {name: {"value": value}}}) | {
+            "env": ["/usr/bin/env"],
+            "interpreter": ["python"],
+        }
         command = create_sweep_command(list(config["command"]))
-        commands.append([w for word in command for w in (words[word[2:-1]] if word.startswith("${") else [word])])
+        commands.append(
+            [w for word in command for w in (words[word[2:-1]] if word.startswith("${") else [word])]
+        )
     return commands
 
 
 def test_agents_run_every_point_exactly_once_with_flags_that_base_train_takes(register, capsys):
     planned, config = register("--run", "try")
-    assert config["method"] == "grid" and config["name"] == "question-small" and config["description"].startswith("Does rank matter?\n")
+    assert (
+        config["method"] == "grid"
+        and config["name"] == "question-small"
+        and config["description"].startswith("Does rank matter?\n")
+    )
     flags = set()
     tags = []
     for command in agent_commands(config):
@@ -79,7 +96,12 @@ def test_agents_run_every_point_exactly_once_with_flags_that_base_train_takes(re
         assert f"{point.tag}: {' '.join(point.varying)}" in config["description"]
     assert len(tags) == len(set(tags)) == len(planned.points)
     # both ranks, tied, and two baselines (tied and not), at two learning rates and two seeds
-    assert flags == {(rank, tied, lr, seed) for rank, tied in ((0, False), (0, True), (2, True), (4, True)) for lr in (0.02, 0.04) for seed in (1, 2)}
+    assert flags == {
+        (rank, tied, lr, seed)
+        for rank, tied in ((0, False), (0, True), (2, True), (4, True))
+        for lr in (0.02, 0.04)
+        for seed in (1, 2)
+    }
     assert "16 runs" in capsys.readouterr().out
 
 
@@ -95,7 +117,9 @@ def test_finished_runs_are_left_out(register, capsys):
         finish(point)
     _, config = register()
     assert config["parameters"]["task"]["values"] == [planned.points[0].tag]
-    assert config["command"][config["command"].index("--run") + 1] == "question-small"  # not 'dummy': agents report to W&B
+    assert (
+        config["command"][config["command"].index("--run") + 1] == "question-small"
+    )  # not 'dummy': agents report to W&B
     finish(planned.points[0])
     register()
     assert capsys.readouterr().out.endswith("all 16 runs are finished, nothing to register\n")
@@ -103,6 +127,7 @@ def test_finished_runs_are_left_out(register, capsys):
 
 def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(register, monkeypatch, capsys):
     import wandb
+
     sent = []
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_PROJECT", "ours")
@@ -112,13 +137,18 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
 
     def refuse(config, project):
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
     monkeypatch.setattr(wandb, "sweep", refuse)
-    with pytest.raises(InputError, match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later"):
+    with pytest.raises(
+        InputError,
+        match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later",
+    ):
         register()
 
 
 def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeypatch, capsys):
     from wandb.sdk.launch.sweeps.utils import load_sweep_config  # slow to import
+
     folder = tmp_path / "a $(b) 'c' 😀"
     folder.mkdir()
     monkeypatch.setenv("WANDB_PROJECT", "our project; $(b)")
@@ -129,19 +159,26 @@ def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeyp
     config = load_sweep_config(planned.folder / "wandb_sweep.yaml")
     assert config["command"][config["command"].index("--data") + 1] == str(folder)
     command = capsys.readouterr().out.splitlines()[1].split("#")[0]
-    assert shlex.split(command) == ["wandb", "sweep", "--project", "our project; $(b)",
-                                    f"{planned.folder}/wandb_sweep.yaml"]
+    assert shlex.split(command) == [
+        "wandb",
+        "sweep",
+        "--project",
+        "our project; $(b)",
+        f"{planned.folder}/wandb_sweep.yaml",
+    ]
     for name in ("${args}", "${envvar:HOME}", "a\x1b"):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match=r"--launcher wandb: .*agents do not take \$\{") as e:
-            sweep.main([str(path), "--preset", "small", "--data", str(tmp_path / name),
-                        "--launcher", "wandb"])
+            sweep.main(
+                [str(path), "--preset", "small", "--data", str(tmp_path / name), "--launcher", "wandb"]
+            )
         assert str(e.value).isprintable()
 
 
 @pytest.mark.parametrize("answer", ["a b", "$(x)", "-x\n", "\x1b"])
 def test_what_wandb_calls_a_sweep_is_checked(register, monkeypatch, answer):
     import wandb
+
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "sweep", lambda config, project: answer)
     with pytest.raises(InputError, match="W&B calls the sweep .*, which is no name of one"):
@@ -163,15 +200,18 @@ def test_an_agents_run_is_the_one_it_asked_for_with_its_names(register, base_dir
         assert list(server.runs) == ["run42"], "the run that the agent asked for"
     tag = command[-1].removeprefix("--task=")
     assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == run["state"] == "finished"
-    assert (run["group"] == "question-small"
-            and run["displayName"] == f"try-{tag.removeprefix('question-small_')}")
+    assert (
+        run["group"] == "question-small"
+        and run["displayName"] == f"try-{tag.removeprefix('question-small_')}"
+    )
     assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"])
     assert "baseline" not in run["tags"]
     assert (metrics.runs_dir() / tag / "wandb_id.txt").read_text() == "run42\n"
 
 
-def test_a_baseline_is_logged_too_and_the_report_names_what_is_missing(base_dir, corpus_dir, tmp_path,
-                                                                        monkeypatch, capsys):
+def test_a_baseline_is_logged_too_and_the_report_names_what_is_missing(
+    base_dir, corpus_dir, tmp_path, monkeypatch, capsys
+):
     """Of a baseline nothing varies, so that it has no tag of that kind."""
     path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = 4\n", [1], corpus_dir)
     for name in ("MODE", "RUN_GROUP", "TAGS"):

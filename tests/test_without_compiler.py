@@ -1,11 +1,12 @@
 """Where nothing can be compiled: --compile auto says so in a line and trains what --compile off trains."""
+
 import os
 
 import pytest
-
 from conftest import TINY, losses
-from nanochat import compiler, metrics
 from processes import Launched
+
+from nanochat import compiler, metrics
 from scripts import base_train
 
 WARNING = "--compile auto: trains uncompiled, since compiling fails here: "
@@ -28,17 +29,28 @@ def before_the_first_step(output) -> list[str]:
     """The lines between the plan and the first step."""
     lines = output.read_text().splitlines()
     plan = next(i for i, line in enumerate(lines) if line.startswith("run: "))
-    return [line for line in lines[plan + 1:] if not line.startswith(("step 0000", "finished: "))]
+    return [line for line in lines[plan + 1 :] if not line.startswith(("step 0000", "finished: "))]
 
 
-@pytest.mark.parametrize("environment, reason", [
-    ({"CXX": "/bin/false"}, FALSE),
-    ({"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"}, "Not a directory")])  # found late, by torch
-def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one_to_the_bit(train, corpus_dir, tmp_path,
-                                                                        environment, reason):
+@pytest.mark.parametrize(
+    "environment, reason",
+    [({"CXX": "/bin/false"}, FALSE), ({"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"}, "Not a directory")],
+)  # found late, by torch
+def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one_to_the_bit(
+    train, corpus_dir, tmp_path, environment, reason
+):
     straight, output = train("--num-iterations", 3, "--attn-rank", 4, tag="straight"), tmp_path / "output"
-    flags = [*TINY, "--data", str(corpus_dir), "--num-iterations", "3", "--attn-rank", "4",
-             "--model-tag", "auto"]
+    flags = [
+        *TINY,
+        "--data",
+        str(corpus_dir),
+        "--num-iterations",
+        "3",
+        "--attn-rank",
+        "4",
+        "--model-tag",
+        "auto",
+    ]
     assert Launched(1, output, train_compiled, flags, environment).codes() == [0], output.read_text()[-2000:]
     [line] = before_the_first_step(output)
     assert line.startswith(WARNING) and reason in line
@@ -50,7 +62,8 @@ def test_what_was_asked_to_be_compiled_and_cannot_be_is_refused_in_a_line(base_d
     flags, output = [*TINY, "--data", str(corpus_dir), "--compile", "on"], tmp_path / "output"
     assert Launched(1, output, train_compiled, flags, {"CXX": "/bin/false"}).codes() == [2]
     assert before_the_first_step(output) == [
-        f"error: --compile on: cannot compile here: {FALSE}; mend that, or give --compile off"]
+        f"error: --compile on: cannot compile here: {FALSE}; mend that, or give --compile off"
+    ]
 
 
 def test_where_one_process_cannot_compile_none_does(base_dir, corpus_dir, tmp_path):
@@ -60,10 +73,12 @@ def test_where_one_process_cannot_compile_none_does(base_dir, corpus_dir, tmp_pa
 
 
 def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
-    error = RuntimeError("CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp -Werror=no\n\nOutput:\n"
-                         "In file included from x.cpp:1:\n"
-                         "x.h:3:10: fatal error: omp.h: No such file or directory\n"
-                         "compilation terminated.\n\nSet TORCH_LOGS")
+    error = RuntimeError(
+        "CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp -Werror=no\n\nOutput:\n"
+        "In file included from x.cpp:1:\n"
+        "x.h:3:10: fatal error: omp.h: No such file or directory\n"
+        "compilation terminated.\n\nSet TORCH_LOGS"
+    )
     assert compiler.useful_line(error) == "x.h:3:10: fatal error: omp.h: No such file or directory"
     assert compiler.useful_line(ValueError("first\nsecond")) == "first"
     assert compiler.useful_line(ValueError()) == "ValueError"
@@ -71,7 +86,9 @@ def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
     hanging, missing = tmp_path / "g++", tmp_path / "none"
     hanging.write_text("#!/bin/sh\nsleep 2 &\nwait\n")  # with a child that outlives it
     hanging.chmod(0o755)
-    for path, reason in ((hanging, f"the C++ compiler {hanging} does not answer within 0.3 s"),
-                         (missing, f"no C++ compiler {missing} (No such file or directory)")):
+    for path, reason in (
+        (hanging, f"the C++ compiler {hanging} does not answer within 0.3 s"),
+        (missing, f"no C++ compiler {missing} (No such file or directory)"),
+    ):
         monkeypatch.setenv("CXX", str(path))
         assert compiler.trouble_with_compiler() == reason

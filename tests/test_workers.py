@@ -1,15 +1,16 @@
 """The processes of one run end together, however they are ended; so do those of a sweep that is killed."""
+
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT, tiny_experiment
+from processes import Launched, alive, wait_for
+
 from nanochat import metrics
 from nanochat.common import REQUEUE
-from processes import Launched, alive, wait_for
 from scripts import base_train
 from scripts import sweep as sweeps
 
@@ -58,11 +59,21 @@ def launch(tmp_path):
     def start(what, wait=True):
         command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "worker.py"), str(tmp_path), what]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        launched.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, start_new_session=True))
+        launched.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
         if wait:
             wait_for(lambda: (tmp_path / "started0").exists() and (tmp_path / "started1").exists())
         return launched[0]
+
     yield start
     wait_for(lambda: not alive(str(tmp_path / "worker.py")))
 
@@ -96,9 +107,10 @@ def test_a_second_signal_of_a_sweep_reaches_every_worker(launch, tmp_path):
     wait_for(lambda: not alive(str(tmp_path / "worker.py")), 5)
 
 
-@pytest.mark.parametrize("what, code, message", [
-    ("fails", 3, ""),
-    ("killed", 137, "process 1 of 2 was killed by SIGKILL (out of memory?)\n")])
+@pytest.mark.parametrize(
+    "what, code, message",
+    [("fails", 3, ""), ("killed", 137, "process 1 of 2 was killed by SIGKILL (out of memory?)\n")],
+)
 def test_one_that_fails_takes_the_others_along(launch, tmp_path, what, code, message):
     launcher = launch(what)
     assert launcher.communicate(timeout=20)[1] == message and launcher.returncode == code
@@ -109,19 +121,23 @@ def test_one_that_fails_takes_the_others_along(launch, tmp_path, what, code, mes
 def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = [4]\n", [1], corpus_dir)
-    text = path.read_text().replace("num-iterations = 6\neval-every = 3",
-                                    "num-iterations = 300\neval-every = 100")
+    text = path.read_text().replace(
+        "num-iterations = 6\neval-every = 3", "num-iterations = 300\neval-every = 100"
+    )
     path.write_text("baseline = false\nprocesses = 2\n" + text)
     tag = "tiny_low_attn4_s1"
     folder = metrics.runs_dir() / tag
-    sweep, = Launched(1, tmp_path / "output", sweeps.main, [str(path), "--run", "try"]).processes
+    (sweep,) = Launched(1, tmp_path / "output", sweeps.main, [str(path), "--run", "try"]).processes
     wait_for(lambda: len(metrics.read_history(folder)) >= 10, 60)
     assert len(alive(tag)) >= 3  # the task and its workers
     sweep.kill()
     wait_for(lambda: not alive(tag), 30)
     run = metrics.load_run(folder)
-    assert (run.summary["status"] == "stopped" and len(run.history) < 300
-            and run.config["device"]["processes"] == 2)
+    assert (
+        run.summary["status"] == "stopped"
+        and len(run.history) < 300
+        and run.config["device"]["processes"] == 2
+    )
     point = sweeps.load(sweeps.build_parser().parse_args([str(path)])).point(tag)
     base_train.main(point.argv)  # it goes on, also in one process
     run = metrics.load_run(folder)

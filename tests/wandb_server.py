@@ -4,6 +4,7 @@ It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb sync`, 
 `Run.scan_history` send. `runs` is its whole memory, plain JSON: {id: {"displayName", "group", "tags": [text],
 "state", "config": text, "summaryMetrics": text, "history": [text, …]}}.
 """
+
 import contextlib
 import gzip
 import json
@@ -17,6 +18,7 @@ class WandbServer(ThreadingHTTPServer):
     `status` is the HTTP status of all answers, `stream_status` that of the answers to lines of a history.
     With `answering` false it takes requests and never answers.
     """
+
     daemon_threads = True
     request_queue_size = 50
 
@@ -39,8 +41,15 @@ class WandbServer(ThreadingHTTPServer):
 
     def upsert(self, given: dict) -> dict:
         """A run is registered, or its configuration changes."""
-        new = {"displayName": given["name"], "group": None, "tags": [], "state": "running", "config": "{}",
-               "summaryMetrics": "{}", "history": []}
+        new = {
+            "displayName": given["name"],
+            "group": None,
+            "tags": [],
+            "state": "running",
+            "config": "{}",
+            "summaryMetrics": "{}",
+            "history": [],
+        }
         run = self.runs.setdefault(given["name"], new)
         run |= {key: given[key] for key in ("displayName", "config", "summaryMetrics") if given.get(key)}
         run["group"] = given.get("groupName") or run["group"]
@@ -48,8 +57,16 @@ class WandbServer(ThreadingHTTPServer):
         if given.get("state"):
             run["state"] = given["state"]
         project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}}
-        bucket = {"id": given["name"], "name": given["name"], "displayName": run["displayName"], "config": run["config"],
-                  "project": project, "description": None, "sweepName": None, "historyLineCount": len(run["history"])}
+        bucket = {
+            "id": given["name"],
+            "name": given["name"],
+            "displayName": run["displayName"],
+            "config": run["config"],
+            "project": project,
+            "description": None,
+            "sweepName": None,
+            "historyLineCount": len(run["history"]),
+        }
         return {"upsertBucket": {"inserted": True, "bucket": bucket}}
 
     def resumed(self, run_id: str) -> dict:
@@ -57,10 +74,18 @@ class WandbServer(ThreadingHTTPServer):
         project = {"id": "p", "name": "proj", "entity": {"id": "e", "name": "lab"}, "bucket": None}
         if run := self.runs.get(run_id):
             project["bucket"] = {
-                "id": run_id, "name": run_id, "tags": run.get("tags", []), "notes": None,
+                "id": run_id,
+                "name": run_id,
+                "tags": run.get("tags", []),
+                "notes": None,
                 **{key: run[key] for key in ("displayName", "summaryMetrics", "config")},
-                "historyLineCount": len(run["history"]), "historyTail": json.dumps(run["history"][-1:]),
-                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0, "wandbConfig": '{"t": 1}'}
+                "historyLineCount": len(run["history"]),
+                "historyTail": json.dumps(run["history"][-1:]),
+                "eventsLineCount": 0,
+                "eventsTail": "[]",
+                "logLineCount": 0,
+                "wandbConfig": '{"t": 1}',
+            }
         return {"model": project}
 
     def stream(self, run_id: str, sent: dict):
@@ -70,7 +95,7 @@ class WandbServer(ThreadingHTTPServer):
             run["preempting"] = True
         for name, chunk in (sent.get("files") or {}).items():
             if name == "wandb-history.jsonl":
-                run["history"][chunk["offset"]:] = chunk["content"]
+                run["history"][chunk["offset"] :] = chunk["content"]
             elif name == "wandb-summary.json":
                 run["summaryMetrics"] = chunk["content"][-1]
         if sent.get("complete"):
@@ -81,11 +106,20 @@ class WandbServer(ThreadingHTTPServer):
     def node(self, run_id: str) -> dict:
         run = self.runs[run_id]
         steps = [json.loads(line)["_step"] for line in run["history"]]
-        return {"id": run_id, "name": run_id, "projectId": "1", "tags": [], "readOnly": False, "createdAt": "2026-01-01T00:00:00",
-                "systemMetrics": "{}", "user": {"name": "lab", "username": "lab"}, "historyLineCount": len(steps),
-                "historyKeys": {"lastStep": max(steps, default=-1), "keys": {}},
-                **dict.fromkeys(("sweepName", "jobType", "commit", "heartbeatAt", "description", "notes")),
-                **{key: run[key] for key in ("displayName", "group", "state", "config", "summaryMetrics")}}
+        return {
+            "id": run_id,
+            "name": run_id,
+            "projectId": "1",
+            "tags": [],
+            "readOnly": False,
+            "createdAt": "2026-01-01T00:00:00",
+            "systemMetrics": "{}",
+            "user": {"name": "lab", "username": "lab"},
+            "historyLineCount": len(steps),
+            "historyKeys": {"lastStep": max(steps, default=-1), "keys": {}},
+            **dict.fromkeys(("sweepName", "jobType", "commit", "heartbeatAt", "description", "notes")),
+            **{key: run[key] for key in ("displayName", "group", "state", "config", "summaryMetrics")},
+        }
 
     def page(self, given: dict) -> dict | None:
         """One page of the project's runs that match the filters, here always {} or {"group": name}."""
@@ -94,16 +128,29 @@ class WandbServer(ThreadingHTTPServer):
         group = json.loads(given["filters"]).get("group")
         found = [run_id for run_id, run in self.runs.items() if group in (None, run["group"])]
         first = int(given["cursor"] or 0)
-        page = found[first:first + given["perPage"]]
+        page = found[first : first + given["perPage"]]
         edges = [{"node": self.node(run_id), "cursor": str(first + i + 1)} for i, run_id in enumerate(page)]
         more = first + len(page) < len(found)
-        return {"internalId": "1", "runCount": len(found), "readOnly": False,
-                "runs": {"edges": edges, "pageInfo": {"endCursor": str(first + len(page)), "hasNextPage": more}}}
+        return {
+            "internalId": "1",
+            "runCount": len(found),
+            "readOnly": False,
+            "runs": {"edges": edges, "pageInfo": {"endCursor": str(first + len(page)), "hasNextPage": more}},
+        }
 
     def answer(self, operation: str, query: str, given: dict) -> dict:
         """The `data` of a GraphQL answer."""
         if "viewer {" in query:
-            return {"viewer": {"id": "u", "entity": "lab", "username": "lab", "email": "a@b.c", "flags": "{}", "teams": {"edges": []}}}
+            return {
+                "viewer": {
+                    "id": "u",
+                    "entity": "lab",
+                    "username": "lab",
+                    "email": "a@b.c",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                }
+            }
         if operation == "UpsertBucket":
             return self.upsert(given)
         if operation == "RunResumeStatus":
@@ -117,7 +164,9 @@ class WandbServer(ThreadingHTTPServer):
             live = [{"_step": json.loads(line)["_step"]} for line in self.runs[given["runName"]]["history"]]
             return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
         if operation == "HistoryPage":
-            rows = [json.loads(line, parse_constant=str) for line in self.runs[given["run"]]["history"]]  # NaN goes out as "NaN"
+            rows = [
+                json.loads(line, parse_constant=str) for line in self.runs[given["run"]]["history"]
+            ]  # NaN goes out as "NaN"
             rows = [json.dumps(row) for row in rows if given["minStep"] <= row["_step"] < given["maxStep"]]
             return {"project": {"run": {"history": rows}}}
         if "runs(filters" in query:
@@ -137,7 +186,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/graphql":
             sent = json.loads(body)
-            answer = {"data": self.server.answer(sent.get("operationName"), sent["query"], sent.get("variables") or {})}
+            answer = {
+                "data": self.server.answer(
+                    sent.get("operationName"), sent["query"], sent.get("variables") or {}
+                )
+            }
         elif self.path.endswith("/file_stream"):
             if status == 200:
                 status = self.server.stream_status

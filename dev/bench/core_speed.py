@@ -5,6 +5,7 @@
 One by one is one forward pass for each question, its answers as the rows of a batch and all logits computed. Both take their turn in
 each round; the ratio's median and range over the rounds hold on a machine that does other work too. The losses have to agree to 1e-5.
 """
+
 import statistics
 import sys
 import time
@@ -27,8 +28,10 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 
 def question(kind: str, longest: int, vocab_size: int, rng) -> list[tuple]:
     """Rows of a prompt, of `longest` tokens or down to half as many, and its continuations: four answers, two contexts, or one text."""
+
     def text(shortest, longest):
         return rng.integers(1, vocab_size, rng.integers(shortest, longest + 1)).astype(np.int32)
+
     prompt = text(longest // 2, longest)
     if kind == "multiple_choice":
         return [(prompt, [text(1, 8) for _ in range(4)])]
@@ -45,12 +48,18 @@ def one_by_one(model, asked: list) -> list[float]:
     """Mean loss of every continuation, in nats a token."""
     found = []
     for rows in asked:
-        texts = [(np.concatenate((prompt, c)), len(c)) for prompt, continuations in rows for c in continuations]
+        texts = [
+            (np.concatenate((prompt, c)), len(c)) for prompt, continuations in rows for c in continuations
+        ]
         idx = torch.zeros(len(texts), max(len(text) for text, _ in texts), dtype=torch.long)
         for row, (text, _) in zip(idx, texts):
-            row[:len(text)] = torch.from_numpy(text)
-        losses = F.cross_entropy(model(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(texts), -1)
-        found += [row[len(text) - n - 1:len(text) - 1].mean().item() for row, (text, n) in zip(losses, texts)]
+            row[: len(text)] = torch.from_numpy(text)
+        losses = F.cross_entropy(
+            model(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none"
+        ).view(len(texts), -1)
+        found += [
+            row[len(text) - n - 1 : len(text) - 1].mean().item() for row, (text, n) in zip(losses, texts)
+        ]
     return found
 
 
@@ -74,11 +83,15 @@ def main(argv=None):
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
     common.init_process("cpu")
     heads = args.model_dim // 64
-    model = GPT(GPTConfig(args.prompt_tokens + 8, args.vocab_size, args.depth, heads, heads, args.model_dim)).requires_grad_(False)
+    model = GPT(
+        GPTConfig(args.prompt_tokens + 8, args.vocab_size, args.depth, heads, heads, args.model_dim)
+    ).requires_grad_(False)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05)
-    print(f"{common.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {args.depth} layers, width {args.model_dim}, vocabulary "
-          f"{args.vocab_size}; {args.questions} questions, prompts of up to {args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|")
+    print(
+        f"{common.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {args.depth} layers, width {args.model_dim}, vocabulary "
+        f"{args.vocab_size}; {args.questions} questions, prompts of up to {args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|"
+    )
     for kind in KINDS:
         rng, ratios = np.random.default_rng(0), []
         asked = [question(kind, args.prompt_tokens, args.vocab_size, rng) for _ in range(args.questions)]
@@ -89,7 +102,9 @@ def main(argv=None):
             middle = time.perf_counter()
             together(model, asked, args.tokens)
             ratios.append((middle - start) / (time.perf_counter() - middle))
-        print(f"| {kind} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |", flush=True)
+        print(
+            f"| {kind} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |", flush=True
+        )
 
 
 if __name__ == "__main__":

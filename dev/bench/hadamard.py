@@ -4,6 +4,7 @@
 
 A round takes each transform once; times are medians over the rounds, ratios to scipy's medians of the rounds' ratios.
 """
+
 import sys
 import time
 from pathlib import Path
@@ -23,16 +24,24 @@ TARGET = 5.0
 
 
 def main(argv=None):
-    parser = ArgumentParser("The Walsh-Hadamard and cosine transforms beside scipy's cosine transform on the CPU.")
+    parser = ArgumentParser(
+        "The Walsh-Hadamard and cosine transforms beside scipy's cosine transform on the CPU."
+    )
     add = parser.add_argument
     add("--bits", type=whole_number(1, 40), default=20, help="2^this numbers")
     add("--repeats", type=whole_number(1), default=20)
-    add("--device-type", choices=["", "cuda", "cpu"], default="", help="of ours; '' = cuda where there is one")
+    add(
+        "--device-type", choices=["", "cuda", "cpu"], default="", help="of ours; '' = cuda where there is one"
+    )
     args = parser.parse_args(argv)
     device = common.init_process(args.device_type)[0]
     x = torch.randn(2**args.bits, generator=torch.Generator().manual_seed(0))
     array, x = x.numpy(), x.to(device)
-    ways = {"scipy.fft.dct": lambda: scipy.fft.dct(array, norm="ortho"), "walsh_hadamard": lambda: walsh_hadamard(x), "cosine": lambda: cosine(x)}
+    ways = {
+        "scipy.fft.dct": lambda: scipy.fft.dct(array, norm="ortho"),
+        "walsh_hadamard": lambda: walsh_hadamard(x),
+        "cosine": lambda: cosine(x),
+    }
     seconds = {name: [] for name in ways}
     for turn in range(args.repeats + 2):  # the first two make the matrices and wake the caches
         for name, way in ways.items():
@@ -42,11 +51,17 @@ def main(argv=None):
             synchronize(device)
             if turn > 1:
                 seconds[name].append(time.perf_counter() - started)
-    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); 2^{args.bits} numbers in float32\n\n"
-          "| | ms | ratio to scipy | target | |\n|---|---:|---:|---:|---|")
+    print(
+        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); 2^{args.bits} numbers in float32\n\n"
+        "| | ms | ratio to scipy | target | |\n|---|---:|---:|---:|---|"
+    )
     for name, taken in seconds.items():
         ratio = np.median(np.array(taken) / seconds["scipy.fft.dct"])
-        verdict = f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}" if name == "walsh_hadamard" else " | "
+        verdict = (
+            f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
+            if name == "walsh_hadamard"
+            else " | "
+        )
         print(f"| {name} | {np.median(taken) * 1e3:.2f} | {ratio:.2f} | {verdict} |")
 
 

@@ -5,16 +5,16 @@
 Each round takes the loss and the gradients of x and of the weight once by each way; time is the median over the rounds, its
 ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their gradients are counted in.
 """
+
 import json
 import time
 from pathlib import Path
 
 import numpy as np
-import train_step
-from train_step import allocated, shown, spread, synchronize  # first: it finds nanochat in a bare checkout
-
 import torch
 import torch.nn.functional as F
+import train_step
+from train_step import allocated, shown, spread, synchronize  # first: it finds nanochat in a bare checkout
 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number
@@ -30,7 +30,10 @@ def plain_loss(x, weight, targets):
     return F.cross_entropy(SOFTCAP * torch.tanh(logits / SOFTCAP), targets)
 
 
-WAYS = {"plain": plain_loss, "chunked": lambda x, weight, targets: HeadCrossEntropy.apply(x, weight, targets, loss_of_logits)}
+WAYS = {
+    "plain": plain_loss,
+    "chunked": lambda x, weight, targets: HeadCrossEntropy.apply(x, weight, targets, loss_of_logits),
+}
 
 
 def loss_and_gradients(way, x, weight, targets):
@@ -41,7 +44,7 @@ def loss_and_gradients(way, x, weight, targets):
 def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
     torch.manual_seed(0)
     x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(V, C, device=device) / C ** 0.5).to(dtype).requires_grad_()
+    weight = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
     inputs = train_step.bytes_of((x, weight, targets))
 
@@ -50,11 +53,16 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
             boundary("loss")
             loss_and_gradients(way, x, weight, targets)
             boundary("end")
+
         return inside
 
     results = {way: loss_and_gradients(way, x, weight, targets) for way in WAYS}
-    error = {name: ((a - b).float().norm() / b.float().norm()).item()
-             for name, a, b in zip(("loss", "gradient of x", "gradient of the weight"), results["chunked"], results["plain"])}
+    error = {
+        name: ((a - b).float().norm() / b.float().norm()).item()
+        for name, a, b in zip(
+            ("loss", "gradient of x", "gradient of the weight"), results["chunked"], results["plain"]
+        )
+    }
     del results
     seconds = {way: [] for way in WAYS}
     for _ in range(repeats):
@@ -65,8 +73,13 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
             synchronize(device)
             seconds[way].append(time.perf_counter() - started)
     peak = {way: inputs + allocated(run(way), device)["loss"] for way in WAYS}
-    return {"seconds": {way: spread(seconds[way]) for way in WAYS}, "peak bytes": peak, "relative difference": error,
-            "time ratio": spread(np.array(seconds["chunked"]) / seconds["plain"]), "peak ratio": peak["chunked"] / peak["plain"]}
+    return {
+        "seconds": {way: spread(seconds[way]) for way in WAYS},
+        "peak bytes": peak,
+        "relative difference": error,
+        "time ratio": spread(np.array(seconds["chunked"]) / seconds["plain"]),
+        "peak ratio": peak["chunked"] / peak["plain"],
+    }
 
 
 def main(argv=None):
@@ -84,18 +97,34 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out, is_file=True)
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
-    result = measure(args.device_batch_size * args.max_seq_len, args.model_dim, args.vocab_size, device, dtype, args.repeats)
+    result = measure(
+        args.device_batch_size * args.max_seq_len,
+        args.model_dim,
+        args.vocab_size,
+        device,
+        dtype,
+        args.repeats,
+    )
     result = {"machine": train_step.machine(device, dtype, False), **result}
 
-    print(f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch "
-          f"{args.device_batch_size} x {args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n"
-          "| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|")
-    for label, unit, key, ratio, target in (("loss and gradients, ms", 1e3, "seconds", result["time ratio"], TIME_TARGET),
-                                            ("peak, MB", 1e-6, "peak bytes", result["peak ratio"], MEMORY_TARGET)):
+    print(
+        f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch "
+        f"{args.device_batch_size} x {args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n"
+        "| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|"
+    )
+    for label, unit, key, ratio, target in (
+        ("loss and gradients, ms", 1e3, "seconds", result["time ratio"], TIME_TARGET),
+        ("peak, MB", 1e-6, "peak bytes", result["peak ratio"], MEMORY_TARGET),
+    ):
         ok = (ratio["median"] if isinstance(ratio, dict) else ratio) <= target
-        print(f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} "
-              f"| <= {target} | {'reached' if ok else 'not reached'} |")
-    print("\nrelative difference: " + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items()))
+        print(
+            f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} "
+            f"| <= {target} | {'reached' if ok else 'not reached'} |"
+        )
+    print(
+        "\nrelative difference: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items())
+    )
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 

@@ -8,10 +8,9 @@ with d.
 """
 
 import numpy as np
+import torch
 import train_step
 from train_step import RATES, Subject, allocated, noise_rows  # first: it finds nanochat in a bare checkout
-
-import torch
 
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
@@ -25,7 +24,9 @@ TARGET, DIM = 2.0, 5  # of the time of a basis, and its d
 GROWING = (1, 5, 50)  # d of which the peaks are compared
 
 
-def make_subject(name: str, config: GPTConfig, subspace: SubspaceConfig | None, batch_size: int, device, dtype) -> Subject:
+def make_subject(
+    name: str, config: GPTConfig, subspace: SubspaceConfig | None, batch_size: int, device, dtype
+) -> Subject:
     torch.manual_seed(0)
     with torch.device(device):
         model = GPT(config)
@@ -34,7 +35,13 @@ def make_subject(name: str, config: GPTConfig, subspace: SubspaceConfig | None, 
         attach(model, subspace)
     rows = noise_rows(config.vocab_size, config.sequence_len)
     extra = adamw_settings(subspace, 0.01, 0.1) if subspace else None
-    return Subject(name, model, build_optimizers(model, **RATES, extra=extra), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+    return Subject(
+        name,
+        model,
+        build_optimizers(model, **RATES, extra=extra),
+        training_batches(rows, 0, 0, 1, batch_size, device),
+        dtype,
+    )
 
 
 def peak_mib(subject: Subject, device) -> float:
@@ -56,11 +63,28 @@ def main(argv=None):
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
     device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
-    config = GPTConfig(args.max_seq_len, args.vocab_size, args.depth, args.model_dim // 64, args.model_dim // 64, args.model_dim, window_pattern="L")
-    kinds = {"dense": None, f"basis, d = {DIM}": SubspaceConfig("basis", DIM), f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),
-             "fastfood, d = 1000": SubspaceConfig("fastfood", 1000), "fft-fastfood, d = 1000": SubspaceConfig("fft-fastfood", 1000),
-             "lora-random, r = 4": SubspaceConfig("lora-random", rank=4), "none": SubspaceConfig("none")}
-    subjects = [make_subject(name, config, kind, args.device_batch_size, device, dtype) for name, kind in kinds.items()]
+    config = GPTConfig(
+        args.max_seq_len,
+        args.vocab_size,
+        args.depth,
+        args.model_dim // 64,
+        args.model_dim // 64,
+        args.model_dim,
+        window_pattern="L",
+    )
+    kinds = {
+        "dense": None,
+        f"basis, d = {DIM}": SubspaceConfig("basis", DIM),
+        f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),
+        "fastfood, d = 1000": SubspaceConfig("fastfood", 1000),
+        "fft-fastfood, d = 1000": SubspaceConfig("fft-fastfood", 1000),
+        "lora-random, r = 4": SubspaceConfig("lora-random", rank=4),
+        "none": SubspaceConfig("none"),
+    }
+    subjects = [
+        make_subject(name, config, kind, args.device_batch_size, device, dtype)
+        for name, kind in kinds.items()
+    ]
     seconds = {subject.name: [] for subject in subjects}
     for turn in range(args.repeats + 1):
         for subject in subjects:
@@ -68,16 +92,30 @@ def main(argv=None):
             if turn:
                 seconds[subject.name].append(taken)
 
-    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.dtype}; {args.depth} layers, width "
-          f"{args.model_dim}, vocabulary {args.vocab_size}, batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
-          "| | step, ms | ratio | peak, MiB | target | |\n|---|---:|---:|---:|---|---|")
+    print(
+        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.dtype}; {args.depth} layers, width "
+        f"{args.model_dim}, vocabulary {args.vocab_size}, batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
+        "| | step, ms | ratio | peak, MiB | target | |\n|---|---:|---:|---:|---|---|"
+    )
     for subject in subjects:
         ratio = np.median(np.array(seconds[subject.name]) / seconds["dense"])
-        verdict = f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}" if subject.name == f"basis, d = {DIM}" else " | "
-        print(f"| {subject.name} | {np.median(seconds[subject.name]) * 1e3:.0f} | {ratio:.2f} | {peak_mib(subject, device):,.0f} | {verdict} |", flush=True)
+        verdict = (
+            f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
+            if subject.name == f"basis, d = {DIM}"
+            else " | "
+        )
+        print(
+            f"| {subject.name} | {np.median(seconds[subject.name]) * 1e3:.0f} | {ratio:.2f} | {peak_mib(subject, device):,.0f} | {verdict} |",
+            flush=True,
+        )
     del subjects, subject
-    print("\npeak of a basis, MiB: " + ", ".join(
-        f"d = {d}: {peak_mib(make_subject('', config, SubspaceConfig('basis', d), args.device_batch_size, device, dtype), device):,.1f}" for d in GROWING))
+    print(
+        "\npeak of a basis, MiB: "
+        + ", ".join(
+            f"d = {d}: {peak_mib(make_subject('', config, SubspaceConfig('basis', d), args.device_batch_size, device, dtype), device):,.1f}"
+            for d in GROWING
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ exact and repeatable, and blind to the libraries' scratch space, to Python and t
 --reference adds the peak resident set of a process that does nothing else. activations + temporaries = what the peak exceeds
 weights + gradients + optimizer state by.
 """
+
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's start and stop are no news,
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news,
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor is a batch that was prepared before it began
 
 import numpy as np
@@ -50,17 +51,24 @@ from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
-RATES = dict(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)  # no rate changes the time
+RATES = dict(
+    embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0
+)  # no rate changes the time
 WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
 # as published for this task, compiled, on a 2-core Zen 4; and how much more is asked of us
-NANOCHAT = {"float32": dict(tok_per_sec=4.2e3, ceiling=193e9, factor=1.3), "bfloat16": dict(tok_per_sec=6.4e3, ceiling=413e9, factor=1.5)}
+NANOCHAT = {
+    "float32": dict(tok_per_sec=4.2e3, ceiling=193e9, factor=1.3),
+    "bfloat16": dict(tok_per_sec=6.4e3, ceiling=413e9, factor=1.5),
+}
 NANOCHAT_PEAK = 1.12e9  # bytes
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
+
 class Noise:
     """Random text of random tokens: what `Rows` wants of a shard and of a tokenizer."""
+
     name, fingerprint, bos_id = "noise", "noise", 0
 
     def __init__(self, vocab_size: int):
@@ -82,14 +90,18 @@ def noise_rows(vocab_size: int, T: int) -> Rows:
         try:
             return Rows([Noise(vocab_size)], Noise(vocab_size), T)
         finally:
-            os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+            os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(
+                NANOCHAT_BASE_DIR=before
+            )
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Subject:
     """A model that takes its turn."""
+
     name: str
     model: GPT
     optimizers: list
@@ -113,7 +125,9 @@ class Subject:
         boundary("end")
 
 
-def make_subject(name: str, config: GPTConfig, rows: Rows, batch_size: int, device, dtype, compiled: bool) -> Subject:
+def make_subject(
+    name: str, config: GPTConfig, rows: Rows, batch_size: int, device, dtype, compiled: bool
+) -> Subject:
     torch.manual_seed(0)
     with torch.device(device):
         model = GPT(config)
@@ -121,7 +135,13 @@ def make_subject(name: str, config: GPTConfig, rows: Rows, batch_size: int, devi
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
         compile_blocks(model)
-    return Subject(name, model, build_optimizers(model, **RATES, dtype=dtype), training_batches(rows, 0, 0, 1, batch_size, device), dtype)
+    return Subject(
+        name,
+        model,
+        build_optimizers(model, **RATES, dtype=dtype),
+        training_batches(rows, 0, 0, 1, batch_size, device),
+        dtype,
+    )
 
 
 def synchronize(device):
@@ -160,7 +180,7 @@ def matmul_rate(device, dtype) -> float:
         started = time.perf_counter()
         a @ b
         synchronize(device)
-        best = max(best, 2 * n ** 3 / (time.perf_counter() - started))
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
     return best
 
 
@@ -177,6 +197,7 @@ def usual_matmul_rate(device, dtype) -> float:
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
+
 
 def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
@@ -203,11 +224,14 @@ def allocated_cuda(run) -> dict:
 
 def allocated_cpu(run) -> dict:
     """From the profiler's record of every allocation and free; the boundaries are marks in the same record."""
+
     def boundary(part):
         with torch.profiler.record_function("boundary " + part):
             pass
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run(boundary)
     held, part, highest = 0, None, {}
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -223,14 +247,19 @@ def allocated_cpu(run) -> dict:
 
 def memory_of(subject: Subject, device) -> dict:
     """Bytes by part, and the peak within each part of the step. The subject has made a step before."""
-    found = {"weights": bytes_of(subject.model.parameters()),
-             "optimizer state": bytes_of(t for o in subject.optimizers for state in o.state.values() for t in state.values())}
+    found = {
+        "weights": bytes_of(subject.model.parameters()),
+        "optimizer state": bytes_of(
+            t for o in subject.optimizers for state in o.state.values() for t in state.values()
+        ),
+    }
 
     def run(boundary):
         def look(part):
             if part == "optimizer":
                 found["gradients"] = bytes_of(p.grad for p in subject.model.parameters())
             boundary(part)
+
         subject.step(look)
 
     own = found["weights"] + found["optimizer state"]
@@ -258,6 +287,7 @@ def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
 
+
 def measure(subjects: list[Subject], device, repeats: int) -> dict:
     """{"ceiling", "usual ceiling": [FLOP/s a round], "seconds": {name: {part: [a round]}}, "memory": {name: …}}."""
     for subject in subjects:
@@ -268,10 +298,17 @@ def measure(subjects: list[Subject], device, repeats: int) -> dict:
     for r in range(repeats):
         ceiling.append(matmul_rate(device, subjects[0].dtype))
         usual.append(usual_matmul_rate(device, subjects[0].dtype))
-        for subject in subjects[r % len(subjects):] + subjects[:r % len(subjects)]:  # each comes first in turn
+        for subject in (
+            subjects[r % len(subjects) :] + subjects[: r % len(subjects)]
+        ):  # each comes first in turn
             for part, value in timed_step(subject, device).items():
                 seconds[subject.name][part].append(value)
-    return {"ceiling": ceiling, "usual ceiling": usual, "seconds": seconds, "memory": {s.name: memory_of(s, device) for s in subjects}}
+    return {
+        "ceiling": ceiling,
+        "usual ceiling": usual,
+        "seconds": seconds,
+        "memory": {s.name: memory_of(s, device) for s in subjects},
+    }
 
 
 def spread(values) -> dict:
@@ -285,58 +322,96 @@ def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
     seconds = {part: np.array(values) for part, values in raw["seconds"][subject.name].items()}
     tokens = batch_size * config.sequence_len
     rate = tokens * cost["flops/per_token"] / seconds["step"]
-    return {"config": asdict(config), "tokens per step": tokens, "accounting": cost,
-            "seconds": {part: spread(values) for part, values in seconds.items()},
-            "share of step": {part: spread(seconds[part] / seconds["step"]) for part in PARTS},
-            "tokens per second": spread(tokens / seconds["step"]), "flops per second": spread(rate),
-            "share of ceiling": spread(rate / np.array(raw["ceiling"])), "memory": raw["memory"][subject.name],
-            "predicted peak": predict_peak(config, batch_size, subject.dtype.itemsize)["mem/predicted_peak_bytes"]}
+    return {
+        "config": asdict(config),
+        "tokens per step": tokens,
+        "accounting": cost,
+        "seconds": {part: spread(values) for part, values in seconds.items()},
+        "share of step": {part: spread(seconds[part] / seconds["step"]) for part in PARTS},
+        "tokens per second": spread(tokens / seconds["step"]),
+        "flops per second": spread(rate),
+        "share of ceiling": spread(rate / np.array(raw["ceiling"])),
+        "memory": raw["memory"][subject.name],
+        "predicted peak": predict_peak(config, batch_size, subject.dtype.itemsize)[
+            "mem/predicted_peak_bytes"
+        ],
+    }
 
 
 def ratios(low: str, dense: str, raw: dict, models: dict) -> dict:
     """low / dense of each figure; times round by round."""
     a, b = models[low], models[dense]
-    time_ratio = {part: spread(np.array(raw["seconds"][low][part]) / raw["seconds"][dense][part]) for part in (*PARTS, "step")}
+    time_ratio = {
+        part: spread(np.array(raw["seconds"][low][part]) / raw["seconds"][dense][part])
+        for part in (*PARTS, "step")
+    }
     counted = a["accounting"]["flops/per_token"] / b["accounting"]["flops/per_token"]
-    return {"seconds": time_ratio, "flops": counted, "step over flops": time_ratio["step"]["median"] / counted,
-            "tokens per second": spread(np.array(raw["seconds"][dense]["step"]) / raw["seconds"][low]["step"]),
-            "parameters": a["accounting"]["params/total"] / b["accounting"]["params/total"],
-            "memory": {part: a["memory"][part] / b["memory"][part] for part in MEMORY}}
+    return {
+        "seconds": time_ratio,
+        "flops": counted,
+        "step over flops": time_ratio["step"]["median"] / counted,
+        "tokens per second": spread(np.array(raw["seconds"][dense]["step"]) / raw["seconds"][low]["step"]),
+        "parameters": a["accounting"]["params/total"] / b["accounting"]["params/total"],
+        "memory": {part: a["memory"][part] / b["memory"][part] for part in MEMORY},
+    }
 
 
 def compare(subjects: list[Subject], controls: dict, batch_size: int, device, repeats: int) -> dict:
     """The whole result. controls: {low-rank name: name of its dense control}."""
     raw = measure(subjects, device, repeats)
     models = {s.name: summary(s, raw, batch_size) for s in subjects}
-    return {"ceiling flops per second": spread(raw["ceiling"]), "usual ceiling": spread(raw["usual ceiling"]), "models": models,
-            "ratios": {low: {"to": dense, **ratios(low, dense, raw, models)} for low, dense in controls.items()},
-            "seconds by round": raw["seconds"]}
+    return {
+        "ceiling flops per second": spread(raw["ceiling"]),
+        "usual ceiling": spread(raw["usual ceiling"]),
+        "models": models,
+        "ratios": {low: {"to": dense, **ratios(low, dense, raw, models)} for low, dense in controls.items()},
+        "seconds by round": raw["seconds"],
+    }
 
 
 def machine(device, dtype, compiled: bool) -> dict:
-    return {"device": common.device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
+    return {
+        "device": common.device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+    }
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
+
 def shown(value, scale=1.0, digits=4) -> str:
     """'12.3 (12.1-12.9)' of a spread, or a plain number."""
+
     def one(x):
-        return f"{x * scale:,.{digits}g}" if abs(x * scale) < 10 ** digits else f"{x * scale:,.0f}"
-    return f"{one(value['median'])} ({one(value['low'])}-{one(value['high'])})" if isinstance(value, dict) else one(value)
+        return f"{x * scale:,.{digits}g}" if abs(x * scale) < 10**digits else f"{x * scale:,.0f}"
+
+    return (
+        f"{one(value['median'])} ({one(value['low'])}-{one(value['high'])})"
+        if isinstance(value, dict)
+        else one(value)
+    )
 
 
 def table_rows(model: dict) -> list[tuple[str, str]]:
     """(label, cell) for one model; the labels are the same for all."""
-    rows = [("parameters, M", shown(model["accounting"]["params/total"], 1e-6)),
-            ("tokens/s", shown(model["tokens per second"]))]
+    rows = [
+        ("parameters, M", shown(model["accounting"]["params/total"], 1e-6)),
+        ("tokens/s", shown(model["tokens per second"])),
+    ]
     rows += [(f"{part}, ms", shown(model["seconds"][part], 1e3, 3)) for part in PARTS]
-    rows += [("whole step, ms", shown(model["seconds"]["step"], 1e3)),
-             ("counted GFLOP a step", shown(model["accounting"]["flops/per_token"] * model["tokens per step"], 1e-9)),
-             ("GFLOP/s reached", shown(model["flops per second"], 1e-9)),
-             ("share of matmul ceiling, %", shown(model["share of ceiling"], 100, 3)),
-             ("step ratio / GFLOP ratio", "")]
+    rows += [
+        ("whole step, ms", shown(model["seconds"]["step"], 1e3)),
+        (
+            "counted GFLOP a step",
+            shown(model["accounting"]["flops/per_token"] * model["tokens per step"], 1e-9),
+        ),
+        ("GFLOP/s reached", shown(model["flops per second"], 1e-9)),
+        ("share of matmul ceiling, %", shown(model["share of ceiling"], 100, 3)),
+        ("step ratio / GFLOP ratio", ""),
+    ]
     rows += [(f"{part}, MB", shown(model["memory"][part], 1e-6)) for part in MEMORY]
     return rows + [("peak as predicted (uncompiled), MB", shown(model["predicted peak"], 1e-6))]
 
@@ -356,52 +431,113 @@ def table(result: dict) -> str:
         columns.append((name, [cell for _, cell in table_rows(model)]))
         if name in result["ratios"]:
             columns.append((f"/ {result['ratios'][name]['to']}", ratio_rows(result["ratios"][name])))
-    lines = ["| " + " | ".join(title for title, _ in columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines = [
+        "| " + " | ".join(title for title, _ in columns) + " |",
+        "|---" + "|---:" * (len(columns) - 1) + "|",
+    ]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*(cells for _, cells in columns))]
     return "\n".join(lines)
 
 
 # ---- the reference task ---------------------------------------------------------------------------------------------
 
+
 def targets(result: dict, dtype_name: str) -> list[dict]:
     """[{"what", "target", "reached", "ok"}] for the reference task. result: of `compare`, with "resident peak" of each model."""
-    dense, low, published = result["models"]["dense 256"], result["ratios"]["low-rank 512"], NANOCHAT[dtype_name]
+    dense, low, published = (
+        result["models"]["dense 256"],
+        result["ratios"]["low-rank 512"],
+        NANOCHAT[dtype_name],
+    )
     ceiling = result["usual ceiling"]["median"]
     wanted = published["factor"] * published["tok_per_sec"] * ceiling / published["ceiling"]
     speed, peak = dense["tokens per second"]["median"], result["resident peak"]["dense 256"]["peak"]
     share = dense["share of step"]["optimizer"]["median"]
     data = max(model["share of step"]["data"]["median"] for model in result["models"].values())
-    error = {name: model["predicted peak"] / model["memory"]["peak"] - 1 for name, model in result["models"].items()}
+    error = {
+        name: model["predicted peak"] / model["memory"]["peak"] - 1
+        for name, model in result["models"].items()
+    }
     return [
-        dict(what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul "
-                  f"ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
-             target=f">= {wanted:,.0f}", ok=speed >= wanted,
-             reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling"),
-        dict(what=f"full rank, peak resident set: 0.7 x nanochat's {NANOCHAT_PEAK / 1e9:.2f} GB",
-             target=f"<= {0.7 * NANOCHAT_PEAK / 1e9:.3f} GB", reached=f"{peak / 1e9:.3f} GB", ok=peak <= 0.7 * NANOCHAT_PEAK),
-        dict(what="low rank, width 512: step time ratio / counted FLOP ratio", target="<= 1.25", ok=low["step over flops"] <= 1.25,
-             reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}"),
-        dict(what="full rank, optimizer's share of the step", target="<= 10%", reached=f"{100 * share:.1f}%", ok=share <= 0.10),
-        dict(what="data's share of the step, largest of the models", target="<= 2%", reached=f"{100 * data:.2f}%", ok=data <= 0.02),
-        dict(what="predicted peak beside the measured one", target="within 10%", ok=max(map(abs, error.values())) <= 0.10,
-             reached=", ".join(f"{name} {100 * e:+.1f}%" for name, e in error.items()))]
+        dict(
+            what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul "
+            f"ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
+            target=f">= {wanted:,.0f}",
+            ok=speed >= wanted,
+            reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling",
+        ),
+        dict(
+            what=f"full rank, peak resident set: 0.7 x nanochat's {NANOCHAT_PEAK / 1e9:.2f} GB",
+            target=f"<= {0.7 * NANOCHAT_PEAK / 1e9:.3f} GB",
+            reached=f"{peak / 1e9:.3f} GB",
+            ok=peak <= 0.7 * NANOCHAT_PEAK,
+        ),
+        dict(
+            what="low rank, width 512: step time ratio / counted FLOP ratio",
+            target="<= 1.25",
+            ok=low["step over flops"] <= 1.25,
+            reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}",
+        ),
+        dict(
+            what="full rank, optimizer's share of the step",
+            target="<= 10%",
+            reached=f"{100 * share:.1f}%",
+            ok=share <= 0.10,
+        ),
+        dict(
+            what="data's share of the step, largest of the models",
+            target="<= 2%",
+            reached=f"{100 * data:.2f}%",
+            ok=data <= 0.02,
+        ),
+        dict(
+            what="predicted peak beside the measured one",
+            target="within 10%",
+            ok=max(map(abs, error.values())) <= 0.10,
+            reached=", ".join(f"{name} {100 * e:+.1f}%" for name, e in error.items()),
+        ),
+    ]
 
 
 def target_table(found: list[dict]) -> str:
     lines = ["| target of the reference task | wanted | figure | |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {t['what']} | {t['target']} | {t['reached']} | {'reached' if t['ok'] else 'not reached'} |" for t in found])
+    return "\n".join(
+        lines
+        + [
+            f"| {t['what']} | {t['target']} | {t['reached']} | {'reached' if t['ok'] else 'not reached'} |"
+            for t in found
+        ]
+    )
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SHAPE = ("depth", "model_dim", "head_dim", "max_seq_len", "device_batch_size", "vocab_size", "window_pattern", "attn_rank", "mlp_rank", "matrix_ranks", "factor_act",
-         "rank_multiple", "mlp_ratio", "recompute")
+SHAPE = (
+    "depth",
+    "model_dim",
+    "head_dim",
+    "max_seq_len",
+    "device_batch_size",
+    "vocab_size",
+    "window_pattern",
+    "attn_rank",
+    "mlp_rank",
+    "matrix_ranks",
+    "factor_act",
+    "rank_multiple",
+    "mlp_ratio",
+    "recompute",
+)
 
 
 def build_parser():
     parser = ArgumentParser("Time and memory of a training step, full rank beside low rank.")
     add = parser.add_argument
-    add("--reference", action="store_true", help="the task of the speed targets and a low-rank pair at width 512; leave out the shape flags")
+    add(
+        "--reference",
+        action="store_true",
+        help="the task of the speed targets and a low-rank pair at width 512; leave out the shape flags",
+    )
     add("--depth", type=whole_number(1, DEEPEST), default=4)
     add("--model-dim", type=whole_number(1, WIDEST), default=256)
     add("--head-dim", type=whole_number(1, WIDEST), default=64)
@@ -409,14 +545,33 @@ def build_parser():
     add("--device-batch-size", type=whole_number(1, LONGEST), default=16, help="rows a step")
     add("--vocab-size", type=whole_number(2, LONGEST), default=4096)
     add("--window-pattern", default="SSSL", help="as in scripts.base_train")
-    add("--attn-rank", type=rank_flag, default=0.25, help="a whole number, or a fraction of min(in, out) of each matrix")
+    add(
+        "--attn-rank",
+        type=rank_flag,
+        default=0.25,
+        help="a whole number, or a fraction of min(in, out) of each matrix",
+    )
     add("--mlp-rank", type=rank_flag, default=0.25, help="without any rank there is only the dense model")
-    add("--matrix-ranks", type=matrix_ranks_flag, default="", help="of q, k, v, o, up or down alone, as in scripts.base_train")
+    add(
+        "--matrix-ranks",
+        type=matrix_ranks_flag,
+        default="",
+        help="of q, k, v, o, up or down alone, as in scripts.base_train",
+    )
     add_rank_multiple(add)
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
-    add("--mlp-ratio", type=number(above=0), default=4.0,
-        help="of the low-rank model: hidden width of the MLP / width")
-    add("--recompute", choices=["none", "bottleneck"], default="none", help="of the low-rank model, as in scripts.base_train")
+    add(
+        "--mlp-ratio",
+        type=number(above=0),
+        default=4.0,
+        help="of the low-rank model: hidden width of the MLP / width",
+    )
+    add(
+        "--recompute",
+        choices=["none", "bottleneck"],
+        default="none",
+        help="of the low-rank model, as in scripts.base_train",
+    )
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--compile", choices=["on", "off"], default="off")
@@ -427,32 +582,58 @@ def build_parser():
 
 def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **more) -> GPTConfig:
     if width % args.head_dim or args.head_dim % 2:
-        raise InputError(f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}, "
-                         "which has to be even")
+        raise InputError(
+            f"--model-dim {width}: not a multiple of --head-dim {args.head_dim}, which has to be even"
+        )
     if args.window_pattern.strip("SL") or not args.window_pattern:
         raise InputError(f"--window-pattern {args.window_pattern}: use the letters S and L")
     heads = width // args.head_dim
-    config = GPTConfig(sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=args.depth,
-                       n_head=heads, n_kv_head=heads, n_embd=width, window_pattern=args.window_pattern,
-                       rank_multiple=args.rank_multiple, attn_ranks=(attn_rank,) * args.depth,
-                       mlp_ranks=(mlp_rank,) * args.depth, **more)
+    config = GPTConfig(
+        sequence_len=args.max_seq_len,
+        vocab_size=args.vocab_size,
+        n_layer=args.depth,
+        n_head=heads,
+        n_kv_head=heads,
+        n_embd=width,
+        window_pattern=args.window_pattern,
+        rank_multiple=args.rank_multiple,
+        attn_ranks=(attn_rank,) * args.depth,
+        mlp_ranks=(mlp_rank,) * args.depth,
+        **more,
+    )
     check_size(config)
     if not config.n_hidden:
-        raise InputError(f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; "
-                         "give more, e.g. 4")
+        raise InputError(
+            f"--mlp-ratio {args.mlp_ratio:g}: leaves the MLP no hidden layer at width {width}; "
+            "give more, e.g. 4"
+        )
     return config
 
 
 def chosen(args) -> tuple[dict, dict]:
     """({name: config}, {low-rank name: control}) that the flags ask for."""
     if args.reference:
-        return ({"dense 256": model_config(args, 256), "dense 512": model_config(args, 512),
-                 "low-rank 512": model_config(args, 512, 0.25, 0.25)}, {"low-rank 512": "dense 512"})
+        return (
+            {
+                "dense 256": model_config(args, 256),
+                "dense 512": model_config(args, 512),
+                "low-rank 512": model_config(args, 512, 0.25, 0.25),
+            },
+            {"low-rank 512": "dense 512"},
+        )
     configs, controls = {"dense": model_config(args, args.model_dim)}, {}
     if args.attn_rank or args.mlp_rank or args.matrix_ranks:
         single = named_ranks(args.matrix_ranks, args.depth)
-        configs["low-rank"] = model_config(args, args.model_dim, args.attn_rank, args.mlp_rank, matrix_ranks=single, factor_act=args.factor_act,
-                                           mlp_ratio=args.mlp_ratio, recompute=args.recompute)
+        configs["low-rank"] = model_config(
+            args,
+            args.model_dim,
+            args.attn_rank,
+            args.mlp_rank,
+            matrix_ranks=single,
+            factor_act=args.factor_act,
+            mlp_ratio=args.mlp_ratio,
+            recompute=args.recompute,
+        )
         controls["low-rank"] = "dense"
     return configs, controls
 
@@ -462,38 +643,59 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for name in SHAPE:
         if args.reference and getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two")
+            raise InputError(
+                f"--{name.replace('_', '-')}: --reference fixes the task; leave out one of the two"
+            )
     if args.out:
         check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
-    device, dtype, compiled = common.init_process(args.device_type)[0], getattr(torch, args.dtype), args.compile == "on"
+    device, dtype, compiled = (
+        common.init_process(args.device_type)[0],
+        getattr(torch, args.dtype),
+        args.compile == "on",
+    )
     rows = noise_rows(args.vocab_size, args.max_seq_len)
     if not rows.count:
         raise InputError(f"--max-seq-len {args.max_seq_len}: longer than the million tokens there are")
     try:
-        subjects = [make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled)
-                    for name, config in configs.items()]
+        subjects = [
+            make_subject(name, config, rows, args.device_batch_size, device, dtype, compiled)
+            for name, config in configs.items()
+        ]
     except ValueError as e:  # a rank that does not fit
         raise InputError(f"--attn-rank, --mlp-rank, --matrix-ranks: {e}")
 
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = {"machine": machine(device, dtype, compiled), "flags": flags,
-              **compare(subjects, controls, args.device_batch_size, device, args.repeats)}
+    result = {
+        "machine": machine(device, dtype, compiled),
+        "flags": flags,
+        **compare(subjects, controls, args.device_batch_size, device, args.repeats),
+    }
     ceiling = result["ceiling flops per second"]
-    print(f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
-          f"{'compiled' if compiled else 'eager'}; batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds; "
-          f"matmul ceiling {shown(ceiling, 1e-9)} GFLOP/s\n\n{table(result)}")
+    print(
+        f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
+        f"{'compiled' if compiled else 'eager'}; batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds; "
+        f"matmul ceiling {shown(ceiling, 1e-9)} GFLOP/s\n\n{table(result)}"
+    )
     if args.reference:
         if device.type == "cuda":
-            result["resident peak"] = {name: {"peak": model["memory"]["peak"], "before the model": 0}
-                                       for name, model in result["models"].items()}
+            result["resident peak"] = {
+                name: {"peak": model["memory"]["peak"], "before the model": 0}
+                for name, model in result["models"].items()
+            }
         else:
-            result["resident peak"] = {name: resident_peak(config, args.device_batch_size, args.dtype, compiled)
-                                       for name, config in configs.items()}
+            result["resident peak"] = {
+                name: resident_peak(config, args.device_batch_size, args.dtype, compiled)
+                for name, config in configs.items()
+            }
         result["targets"] = targets(result, args.dtype)
-        print("\npeak resident set, and of it before the model: "
-              + "; ".join(f"{name} {found['peak'] / 1e9:.3f} GB, {found['before the model'] / 1e9:.3f} GB"
-                          for name, found in result["resident peak"].items()))
+        print(
+            "\npeak resident set, and of it before the model: "
+            + "; ".join(
+                f"{name} {found['peak'] / 1e9:.3f} GB, {found['before the model'] / 1e9:.3f} GB"
+                for name, found in result["resident peak"].items()
+            )
+        )
         print(f"\n{target_table(result['targets'])}")
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")

@@ -10,6 +10,7 @@
 Results are lines of JSON in WORK/results.jsonl. A case that is there already is not run again. The folder of
 a case with findings stays in WORK/cases: base/ as it ended, first.* and again.* what the two commands said.
 """
+
 import argparse
 import json
 import re
@@ -26,12 +27,19 @@ from .world import World
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m tests.injector", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.injector",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--tree", type=Path, default=TREE, help="the checkout to test")
-    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "injector",
-        help="folder of runs and results")
+    add(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "injector",
+        help="folder of runs and results",
+    )
     add("--scenario", nargs="+", choices=SCENARIOS, default=["train"])
     add("--processes", type=int, default=1)
     add("--struck", type=int, default=0, help="the rank that the fault strikes")

@@ -1,4 +1,5 @@
 """Cases: a command with a fault at one of its file operations, then the same command again without one."""
+
 import json
 import shutil
 import threading
@@ -16,11 +17,11 @@ from .world import World
 class Case:
     scenario: str
     processes: int = 1
-    struck: int = 0          # the rank
-    fault: str = "kill"      # or killall, short, stop, an errno's name
+    struck: int = 0  # the rank
+    fault: str = "kill"  # or killall, short, stop, an errno's name
     at: int = 1
     times: int = 1
-    kinds: str = "files"     # of KINDS
+    kinds: str = "files"  # of KINDS
 
     @property
     def name(self) -> str:
@@ -33,12 +34,12 @@ class Case:
 @dataclass
 class Result:
     case: Case
-    where: str = ""                              # the operation that the fault struck
-    first: dict = field(default_factory=dict)    # of the run with the fault: codes, seconds
+    where: str = ""  # the operation that the fault struck
+    first: dict = field(default_factory=dict)  # of the run with the fault: codes, seconds
     again: dict = field(default_factory=dict)
-    line: str = ""                               # what the run with the fault said
+    line: str = ""  # what the run with the fault said
     findings: list = field(default_factory=list)  # (kind, detail)
-    outcome: str = ""                            # finished, refused, killed, not struck
+    outcome: str = ""  # finished, refused, killed, not struck
 
     def as_json(self) -> str:
         return json.dumps({**asdict(self), "case": asdict(self.case), "name": self.case.name})
@@ -122,6 +123,7 @@ def run_all(world: World, servers: list[Server], cases: list[Case], on_result, k
                     on_result(result)
         except BaseException as e:  # raised again below
             errors.append(e)
+
     threads = [threading.Thread(target=work, args=(server,)) for server in servers]
     for thread in threads:
         thread.start()

@@ -2,6 +2,7 @@
 
 A finding is (kind, detail). Kinds that begin with "note:" are no faults.
 """
+
 import re
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def stack_summary(text: str) -> str:
 
 
 # ---- what was written --------------------------------------------------------------------------------------
+
 
 def compare(result, wanted: dict, base: Path, when: str):
     """Findings where a base folder differs from the outcome of a run without a fault."""

@@ -1,4 +1,5 @@
 """Compile the library of faults, and talk to a server that runs scripts under it."""
+
 import json
 import os
 import shutil
@@ -33,15 +34,27 @@ class Server:
     """server.py on a tree of this program. One request at a time."""
 
     def __init__(self, tree: Path, library: Path, log: Path):
-        environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1",
-                       "MKL_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32", "WANDB_MODE": "offline",
-                       "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "NANOCHAT_DTYPE": "float32",
+            "WANDB_MODE": "offline",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         for name in ("NANOCHAT_BASE_DIR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "INJECTOR_ARMED"):
             environment.pop(name, None)
         with open(log, "w") as errors:
-            self.process = subprocess.Popen([sys.executable, HERE / "server.py"], cwd=tree, env=environment,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            text=True)
+            self.process = subprocess.Popen(
+                [sys.executable, HERE / "server.py"],
+                cwd=tree,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         self.log = log
 
     def __call__(self, **request) -> dict:

@@ -1,4 +1,5 @@
 """What a run has written, in a form that two runs can be compared by; and what a process has said."""
+
 import hashlib
 import json
 import re
@@ -100,8 +101,10 @@ def differences(wanted, got, place="") -> list[str]:
 
 # ---- what processes say ------------------------------------------------------------------------------------
 
-BROKEN = re.compile(r"Traceback \(most recent|terminate called|Exception ignored in|Fatal Python error|"
-                    r"Segmentation fault|core dumped|what\(\):|Exception in thread")
+BROKEN = re.compile(
+    r"Traceback \(most recent|terminate called|Exception ignored in|Fatal Python error|"
+    r"Segmentation fault|core dumped|what\(\):|Exception in thread"
+)
 
 
 # a line of this program in a traceback, or in a dump of faulthandler

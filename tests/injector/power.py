@@ -7,6 +7,7 @@ cut may keep anything that the order of the calls allows:
     journal     names up to some call before the cut (a journal keeps their order); of data, some of the
                 blocks of 4096 bytes, zeros in the others. The choice is drawn from a seed.
 """
+
 import os
 import random
 import shutil
@@ -19,13 +20,13 @@ BLOCK = 4096
 @dataclass
 class File:
     content: bytearray = field(default_factory=bytearray)
-    safe: bytes = b""                              # as of the last sync
-    pending: list = field(default_factory=list)    # (offset, data) and (size,), since then
+    safe: bytes = b""  # as of the last sync
+    pending: list = field(default_factory=list)  # (offset, data) and (size,), since then
 
     def write(self, offset: int, data: bytes):
         if len(self.content) < offset:
             self.content.extend(bytes(offset - len(self.content)))
-        self.content[offset:offset + len(data)] = data
+        self.content[offset : offset + len(data)] = data
         self.pending.append((offset, data))
 
     def truncate(self, size: int):
@@ -41,9 +42,9 @@ class File:
         if rng is None or not self.pending:
             return self.safe
         content = bytearray(self.safe)
-        for change in self.pending[:rng.randint(0, len(self.pending))]:
+        for change in self.pending[: rng.randint(0, len(self.pending))]:
             if len(change) == 1:
-                del content[change[0]:]
+                del content[change[0] :]
                 content.extend(bytes(change[0] - len(content)))
                 continue
             offset, data = change
@@ -51,16 +52,16 @@ class File:
                 content.extend(bytes(offset + len(data) - len(content)))
             for begin in range(0, len(data), BLOCK):
                 if rng.random() < 0.5:
-                    part = data[begin:begin + BLOCK]
-                    content[offset + begin:offset + begin + len(part)] = part
+                    part = data[begin : begin + BLOCK]
+                    content[offset + begin : offset + begin + len(part)] = part
         return bytes(content)
 
 
 @dataclass
 class Folder:
-    names: dict = field(default_factory=dict)      # name -> File, Folder or Link
+    names: dict = field(default_factory=dict)  # name -> File, Folder or Link
     safe: dict = field(default_factory=dict)
-    pending: list = field(default_factory=list)    # (number of the call, name, what is there then or None)
+    pending: list = field(default_factory=list)  # (number of the call, name, what is there then or None)
 
     def put(self, number: int, name: str, thing):
         if thing is None:
@@ -121,7 +122,7 @@ class Disk:
 
     def place(self, path: str) -> tuple[Folder, str]:
         """(the folder of a path, the name in it)."""
-        *folders, name = path[len(self.root):].strip("/").split("/")
+        *folders, name = path[len(self.root) :].strip("/").split("/")
         folder = self.top
         for part in folders:
             folder = folder.names[part]
@@ -170,8 +171,12 @@ class Disk:
         """Make the tree that a cut now would leave. rng: of the variant 'journal', else None."""
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir(parents=True)
-        write_folder(self.top.after_cut(journal), to, lambda thing: thing.after_cut(journal),
-                     lambda file: file.after_cut(rng))
+        write_folder(
+            self.top.after_cut(journal),
+            to,
+            lambda thing: thing.after_cut(journal),
+            lambda file: file.after_cut(rng),
+        )
 
     def write_now(self, to: Path):
         """Make the tree as it is before a cut."""
@@ -196,8 +201,16 @@ def read_log(path: Path) -> list[dict]:
     with open(path, "rb") as f:
         while line := f.readline():
             kind, inode, offset, size, name, target = line.decode().rstrip("\n").split("\t")
-            changes.append({"kind": kind, "inode": int(inode), "offset": int(offset),
-                            "data": f.read(int(size)), "path": name, "target": target})
+            changes.append(
+                {
+                    "kind": kind,
+                    "inode": int(inode),
+                    "offset": int(offset),
+                    "data": f.read(int(size)),
+                    "path": name,
+                    "target": target,
+                }
+            )
     return changes
 
 

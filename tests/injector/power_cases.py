@@ -1,4 +1,5 @@
 """Power cuts in a scenario: the disk after each, and whether the same command goes on from it to the end."""
+
 import shutil
 from pathlib import Path
 
@@ -80,9 +81,11 @@ def check_record(result, image: Path, wanted: dict):
 
 def check_log(now: Path, base: Path):
     """RuntimeError unless the log explains all that is there."""
+
     def files(folder):
         paths = [path for path in folder.rglob("*") if path.is_file()]
         return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
     ours = files(now)
     real = files(base)
     if differing := [name for name in ours.keys() | real.keys() if ours.get(name) != real.get(name)]:
@@ -96,12 +99,19 @@ def described(change: dict, base: Path) -> str:
 
 def spread(count: int):
     """`count` points over the changes that are not writes of data, the end among them."""
+
     def points(changes):
         places = [number for number, change in enumerate(changes, 1) if change["kind"] != "write"]
-        places += [number for number, change in enumerate(changes, 1) if change["kind"] == "write"
-                   and changes[number:number + 1] and changes[number]["kind"] != "write"]
+        places += [
+            number
+            for number, change in enumerate(changes, 1)
+            if change["kind"] == "write"
+            and changes[number : number + 1]
+            and changes[number]["kind"] != "write"
+        ]
         places = sorted({*places, len(changes)})
         if count >= len(places):
             return places
         return sorted({places[round((i + 1) * len(places) / count) - 1] for i in range(count)})
+
     return points

@@ -1,4 +1,5 @@
 """The commands that faults strike."""
+
 import errno
 import json
 import random
@@ -12,24 +13,45 @@ from .library import HERE
 CHANGES = "open_write,write,fsync,rename,link,unlink,rmdir,mkdir,truncate"
 READS = "open_read,read,map,opendir,readdir"
 # what --kinds may name: the kinds of calls that count, as faulty_files.c calls them
-KINDS = {"changes": CHANGES, "reads": READS, "files": f"{CHANGES},{READS}",
-         "all": f"{CHANGES},{READS},chmod,close_write,stat"}
+KINDS = {
+    "changes": CHANGES,
+    "reads": READS,
+    "files": f"{CHANGES},{READS}",
+    "all": f"{CHANGES},{READS},chmod,close_write,stat",
+}
 WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran home again".split()
 
 
 @dataclass(frozen=True)
 class Scenario:
     """A command. {base}, {corpus} and {hub} in it stand for folders and an address."""
+
     module: str
     flags: tuple
-    again: tuple = ()      # flags of the command that comes after the fault; (): the same
-    before: str = ""       # the scenario whose end it begins with
+    again: tuple = ()  # flags of the command that comes after the fault; (): the same
+    before: str = ""  # the scenario whose end it begins with
     launched: bool = True  # whether torchrun may start it
     environment: tuple = ()  # (name, value) pairs
 
 
-HORIZON = ("--device-batch-size", "4", "--total-batch-size", "256", "--num-iterations", "3", "--eval-every",
-           "1", "--eval-tokens", "512", "--sample-every", "-1", "--save-every", "1", "--run", "dummy")
+HORIZON = (
+    "--device-batch-size",
+    "4",
+    "--total-batch-size",
+    "256",
+    "--num-iterations",
+    "3",
+    "--eval-every",
+    "1",
+    "--eval-tokens",
+    "512",
+    "--sample-every",
+    "-1",
+    "--save-every",
+    "1",
+    "--run",
+    "dummy",
+)
 SHAPE = ("--depth", "2", "--model-dim", "32", "--head-dim", "16", "--max-seq-len", "32")
 # the thresholds are crossed at steps 1, 2 and 3
 TRAIN = (*SHAPE, *HORIZON, "--ppl-thresholds", "100,20,12", "--data", "{corpus}", "--model-tag", "tiny")
@@ -54,16 +76,22 @@ SCENARIOS = {
     "adapter": Scenario("scripts.adapter_train", ADAPT, (*ADAPT, *AUTO), before="train"),
     "base_eval": Scenario("scripts.base_eval", EVALUATE, before="train"),
     "materialize": Scenario("scripts.materialize", SMALLER, before="train", launched=False),
-    "report": Scenario("scripts.report", ("{base}/runs/tiny", "--out", "{base}/report"), before="train",
-                       launched=False),
-    "download": Scenario("nanochat.dataset", ("--data", "climbmix", "-n", "2", "-w", "1"), launched=False,
-                         environment=OFFLINE_HUB),
+    "report": Scenario(
+        "scripts.report", ("{base}/runs/tiny", "--out", "{base}/report"), before="train", launched=False
+    ),
+    "download": Scenario(
+        "nanochat.dataset",
+        ("--data", "climbmix", "-n", "2", "-w", "1"),
+        launched=False,
+        environment=OFFLINE_HUB,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Command:
     """The command of a scenario, in this many processes. again: the one that comes after the fault."""
+
     name: str
     processes: int = 1
     again: bool = False
@@ -97,6 +125,7 @@ def local_hub():
     """The hub of test_download.py, in a thread."""
     sys.path.insert(0, str(HERE.parent))
     import test_download
+
     names = ("shard_00000.parquet", "shard_00001.parquet", test_download.VAL)
     files = {name: test_download.parquet_bytes(f"text of {name}") for name in names}
     hub = test_download.Hub(test_download.CLIMBMIX, files)

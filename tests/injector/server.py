@@ -3,6 +3,7 @@
 It is started with LD_PRELOAD=<the library of faulty_files.c> in the folder of the tree to test. A request is
 a line of JSON on standard input, the answer a line on standard output: see `supervise`.
 """
+
 import ctypes
 import faulthandler
 import importlib
@@ -16,8 +17,8 @@ import time
 import torch
 
 SCRIPTS = ("base_train", "adapter_train", "base_eval", "materialize", "report", "tok_train")
-PATIENCE = 30.0       # seconds that torchrun gives its processes after SIGTERM
-SUBREAPER = 36        # prctl's number for it
+PATIENCE = 30.0  # seconds that torchrun gives its processes after SIGTERM
+SUBREAPER = 36  # prctl's number for it
 POLL = 0.01
 
 
@@ -65,8 +66,12 @@ def supervise(request, answers: int):
     started = time.monotonic()
     codes, hung = wait_for_all(pids, started + request["limit"])
     orphans = wait_for_orphans(started + request["limit"] + 5)
-    answer = {"codes": [codes[pid] for pid in pids], "hung": hung, "seconds": time.monotonic() - started,
-              "orphans": orphans}
+    answer = {
+        "codes": [codes[pid] for pid in pids],
+        "hung": hung,
+        "seconds": time.monotonic() - started,
+        "orphans": orphans,
+    }
     os.write(answers, json.dumps(answer).encode())
     del store
     return None
@@ -143,13 +148,21 @@ def run(request, rank: int, port: str):
     if rank != request["struck"]:
         environment["INJECTOR_AT"] = "0"
     if request["processes"] > 1:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
-                        "LOCAL_WORLD_SIZE": str(request["processes"]), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
-                        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "none"}
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(request["processes"]),
+            "LOCAL_WORLD_SIZE": str(request["processes"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_RUN_ID": "none",
+        }
     os.environ.update(environment)
     sys.argv = [request["module"], *request["arguments"]]
     from nanochat.common import run_script
+
     main = importlib.import_module(request["module"]).main
     if request["injector"] and ctypes.CDLL(None).injector_arm():
         sys.exit("the injector could not be armed")

@@ -1,4 +1,5 @@
 """Base folders as scenarios begin and end, made once, and commands that are run in copies of them."""
+
 import shutil
 from pathlib import Path
 
@@ -57,13 +58,24 @@ class World:
         state.write_bytes(bytes(4096))
         fired = output.with_suffix(".fired")
         fired.unlink(missing_ok=True)
-        settings = {"INJECTOR_ROOTS": f"{base}:{self.corpus}", "INJECTOR_STATE": str(state),
-                    "INJECTOR_FIRED": str(fired), "INJECTOR_KINDS": KINDS["files"]}
+        settings = {
+            "INJECTOR_ROOTS": f"{base}:{self.corpus}",
+            "INJECTOR_STATE": str(state),
+            "INJECTOR_FIRED": str(fired),
+            "INJECTOR_KINDS": KINDS["files"],
+        }
         settings |= {f"INJECTOR_{key.upper()}": str(value) for key, value in injector.items()}
         arguments = [flag.format(corpus=self.corpus, base=base) for flag in command.flags]
-        answer = server(module=scenario.module, arguments=arguments, processes=command.processes,
-                        environment=self.environment(scenario, base), struck=struck, injector=settings,
-                        output=str(output), limit=LIMIT)
+        answer = server(
+            module=scenario.module,
+            arguments=arguments,
+            processes=command.processes,
+            environment=self.environment(scenario, base),
+            struck=struck,
+            injector=settings,
+            output=str(output),
+            limit=LIMIT,
+        )
         for end in ("out", "err", "stacks"):
             paths = [Path(f"{output}.{rank}.{end}") for rank in range(command.processes)]
             answer[end] = [path.read_text(errors="replace") for path in paths]
