@@ -106,7 +106,8 @@ class Repeat(LowRankLinear):
 
     def __init__(self, in_features, out_features, rank, act="none"):
         super().__init__(in_features, out_features, rank, act)
-        self.alpha, self.copies = nn.Parameter(torch.empty(1)), -(-out_features // rank)
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.copies = -(-out_features // rank)
 
     def widen(self, h):
         repeated = torch.cat([h] * self.copies, dim=-1)[..., : self.out_features]
@@ -188,7 +189,8 @@ class Pairs(torch.optim.Optimizer):
 
     def __init__(self, layers, rule, lr):
         super().__init__([p for layer in layers for p in (layer.A, layer.B)], dict(lr=lr, momentum=0.95))
-        self.layers, self.rule = layers, rule
+        self.layers = layers
+        self.rule = rule
 
     @torch.no_grad()
     def step(self):
@@ -223,7 +225,8 @@ def inverse_root(G):
 
 def lora_muon(A, B, M_A, M_B, lr, state):
     """ΔB = −(lr/2) msign(M_B R_A) R_A, R_A = (AAᵀ)^-½, and in the same way for A (arXiv 2606.12921), damped."""
-    R_A, R_B = inverse_root(A @ A.mT), inverse_root(B.mT @ B)
+    R_A = inverse_root(A @ A.mT)
+    R_B = inverse_root(B.mT @ B)
     lr = 0.5 * lr * max(1.0, B.size(0) / A.size(1)) ** 0.5  # the scale of a full matrix's step
     A.sub_(R_B @ orthogonalize(R_B @ M_A), alpha=lr)
     B.sub_(orthogonalize(M_B @ R_A) @ R_A, alpha=lr)
@@ -232,7 +235,8 @@ def lora_muon(A, B, M_A, M_B, lr, state):
 @torch.no_grad()
 def decay_product(A, B, rate: float):
     """B −= rate · B(AAᵀ) and A −= rate · (BᵀB)A: the gradient of ½‖BA‖²_F, at O(r²d)."""
-    by_A, by_B = B @ (A @ A.mT), (B.mT @ B) @ A
+    by_A = B @ (A @ A.mT)
+    by_B = (B.mT @ B) @ A
     B.sub_(by_A, alpha=rate)
     A.sub_(by_B, alpha=rate)
 
@@ -270,7 +274,9 @@ VALUES = {
 
 
 class CandidateLearner(Learner):
-    candidate, value, steps = "", 0.0, 1
+    candidate = ""
+    value = 0.0
+    steps = 1
 
     def optimizers(self, pieces, dtype):
         adamw, self.muon = super().optimizers(pieces, dtype)
@@ -280,7 +286,8 @@ class CandidateLearner(Learner):
         self.muon.param_groups = [
             group for group in self.muon.param_groups if group["names"][0].endswith(".weight")
         ]
-        layers, names = factor_pairs(self.model), {p: name for name, p in self.model.named_parameters()}
+        layers = factor_pairs(self.model)
+        names = {p: name for name, p in self.model.named_parameters()}
         params = [p for layer in layers for p in (layer.A, layer.B)]
         if self.candidate == "adamw":
             factors = AdamW(params, lr=self.value, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)

@@ -18,8 +18,11 @@ def load(file: str) -> tuple[dict, dict]:
 
 
 def logits(config: dict, weights: dict, idx):  # (B, T) ids -> (B, T, V)
-    model, (B, T) = config["model"], idx.shape
-    H, K, D = model["n_head"], model["n_kv_head"], model["n_embd"] // model["n_head"]
+    model = config["model"]
+    (B, T) = idx.shape
+    H = model["n_head"]
+    K = model["n_kv_head"]
+    D = model["n_embd"] // model["n_head"]
 
     def linear(
         x, name, act="none"
@@ -55,10 +58,14 @@ def logits(config: dict, weights: dict, idx):  # (B, T) ids -> (B, T, V)
 
         x = weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0
         h = norm(x)
-        q, k, v = layer(h, "attn.q"), layer(h, "attn.k"), layer(h, "attn.v")
+        q = layer(h, "attn.q")
+        k = layer(h, "attn.k")
+        v = layer(h, "attn.v")
         if f"value_embeds.{block}.weight" in weights:
             v = v + weights[f"value_embeds.{block}.weight"][idx]
-        q, k, v = heads(q, True), heads(k, True), heads(v, False)
+        q = heads(q, True)
+        k = heads(k, True)
+        v = heads(v, False)
         k, v = (
             t.repeat_interleave(H // K, dim=1) for t in (k, v)
         )  # query heads share key/value heads in order

@@ -67,14 +67,12 @@ class Allocator:
                 f"adalora: {warmup} steps of warmup and {final} at the final budget, allocating every {every}, do not fit into "
                 f"{steps} steps; warmup + final must be below {steps}, and every at least 1"
             )
-        self.adapters, self.steps, self.warmup, self.final, self.every, self.beta = (
-            adapters,
-            steps,
-            warmup,
-            final,
-            every,
-            beta,
-        )
+        self.adapters = adapters
+        self.steps = steps
+        self.warmup = warmup
+        self.final = final
+        self.every = every
+        self.beta = beta
         self.costs = {name: a.P.size(0) + a.Q.size(1) if per_parameter else 1 for name, a in adapters.items()}
         self.start = sum(len(a.lam) * self.costs[name] for name, a in adapters.items())
         self.end = sum(a.end_rank * self.costs[name] for name, a in adapters.items())
@@ -100,7 +98,8 @@ class Allocator:
             return
         for name, adapter in self.adapters.items():
             for key, p in adapter.named_parameters():
-                mean, deviation = self.sensitivity[f"{name}.{key}"], self.deviation[f"{name}.{key}"]
+                mean = self.sensitivity[f"{name}.{key}"]
+                deviation = self.deviation[f"{name}.{key}"]
                 now = (p * p.grad).abs()
                 mean.mul_(self.beta).add_(now, alpha=1 - self.beta)
                 deviation.mul_(self.beta).add_((now - mean).abs(), alpha=1 - self.beta)
@@ -118,7 +117,8 @@ class Allocator:
     @torch.no_grad()
     def allocate(self):
         """Choose, if it is time to, and set λ of what is not live to 0. Call it after the optimizer's step."""
-        t, last = self.step, self.steps - self.final
+        t = self.step
+        last = self.steps - self.final
         chooses = self.warmup < t <= last and ((t - self.warmup) % self.every == 0 or t == last)
         if chooses:
             for name, live in choose(self.scores(), self.costs, self.budget()).items():

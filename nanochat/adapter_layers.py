@@ -24,7 +24,8 @@ class Update(nn.Module):
 
     def __init__(self, scale: float, dropout: float):
         super().__init__()
-        self.scale, self.dropout = scale, dropout
+        self.scale = scale
+        self.dropout = dropout
 
     def before(self, x):
         return x
@@ -152,7 +153,8 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         self.base, self.adapters, self.active = base, nn.ModuleDict(), None
         self.register_module("merged", None)  # the active adapter folded in; it then acts in the base's place
 
@@ -190,12 +192,14 @@ class AdaptedAttention(Attention):
     """Attention over adapted layers. The first factors of q, k, v keep their joint matmul: another could round otherwise."""
 
     def narrow(self, x):
-        h, x = super().narrow(x), norm(x)
+        h = super().narrow(x)
+        x = norm(x)
         return h, [layer.inner(x) for layer in (self.q, self.k, self.v)]
 
     def project(self, pair):
         h, inner = pair
-        layers, D = (self.q, self.k, self.v), self.head_dim
+        layers = (self.q, self.k, self.v)
+        D = self.head_dim
         parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
         return [
             layer.widen(pair).unflatten(-1, (-1, D)).transpose(1, 2)

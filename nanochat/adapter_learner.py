@@ -25,12 +25,10 @@ class AdapterLearner(Learner):
         orthogonality_weight: float = 0.0,
     ):
         """origin: where the base is from, see `checkpoint_manager.adapted`. weight_decay: of the factors; vectors do not decay."""
-        self.model, self.origin, self.allocator, self.orthogonality_weight = (
-            model,
-            origin,
-            allocator,
-            orthogonality_weight,
-        )
+        self.model = model
+        self.origin = origin
+        self.allocator = allocator
+        self.orthogonality_weight = orthogonality_weight
         self.settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
         self.draws = model.adapter_configs[ADAPTER].dropout > 0
         self.adapters = adapters_of(model, ADAPTER)

@@ -84,7 +84,8 @@ class AdapterConfig:
 
     def shape(self, name: str) -> tuple[int, float]:
         """(rank, scale) of the adapter of one matrix."""
-        rank, alpha = first_fit(self.ranks, name, self.rank), first_fit(self.alphas, name, self.alpha)
+        rank = first_fit(self.ranks, name, self.rank)
+        alpha = first_fit(self.alphas, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -159,7 +160,8 @@ def attach(model: GPT, name: str, config: AdapterConfig):
         for target, layer in matrices(model).items():
             put(model, target, AdaptedLinear(layer))
         for block in model.blocks:  # the same modules, with steps that pass pairs on
-            block.attn.__class__, block.mlp.__class__ = AdaptedAttention, AdaptedMLP
+            block.attn.__class__ = AdaptedAttention
+            block.mlp.__class__ = AdaptedMLP
         model.adapter_configs = {}
     for target, layer in matrices(model).items():
         if target in adapters:
@@ -207,7 +209,8 @@ def use(model: GPT, name: str | None):
     if name is not None:
         adapters_of(model, name)
     for layer in matrices(model).values() if wrapped(model) else ():
-        layer.active, layer.merged = name, None
+        layer.active = name
+        layer.merged = None
 
 
 def merge(model: GPT):
@@ -239,7 +242,8 @@ def fold_in(model: GPT):
     for name, layer in plain.items():
         put(model, name, layer)
     for block in model.blocks:
-        block.attn.__class__, block.mlp.__class__ = Attention, MLP
+        block.attn.__class__ = Attention
+        block.mlp.__class__ = MLP
     del model.adapter_configs
     model.requires_grad_(True)
     model.config = config_of_layers(model)
@@ -371,7 +375,8 @@ def load_adapter(path: Path, model: GPT, name: str) -> dict:
     """Attach what `save_adapter` wrote, and let it act; returns its description. Loading executes no code."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        description, tensors = saved["description"], saved["tensors"]
+        description = saved["description"]
+        tensors = saved["tensors"]
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise InputError(f"{path}: not an adapter, or damaged") from None
     attach_saved(model, name, description, tensors)

@@ -171,7 +171,8 @@ def fail(message: str, lost: bool = False):
     """
     if lost:
         time.sleep(2 * GRACE)
-    rank, world_size = 0, 1
+    rank = 0
+    world_size = 1
     with contextlib.suppress(InputError):
         rank, _, world_size = process_layout()
     line = f"error: process {rank} of {world_size}: {message}" if rank else f"error: {message}"
@@ -187,7 +188,7 @@ def end_all(line: str, code: int):
     process 0 that prints the line.
     """
     if not members:
-        return
+        return None
     if members.rank > 0:
         return members.report(line, code)
     if members.speaks.acquire(blocking=False):

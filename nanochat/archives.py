@@ -37,7 +37,8 @@ class Download:
     """
 
     def __init__(self, url: str, path: Path):
-        self.url, self.path = url, path
+        self.url = url
+        self.path = path
         self.size = 0
         self.digest = hashlib.sha256()
         self.failure = ""
@@ -57,7 +58,8 @@ class Download:
                 if now - since > QUIET_SECONDS:
                     if self.size - size < QUIET_BYTES:
                         raise InputError(f"{self.size - size:,} bytes in {QUIET_SECONDS:.0f} s")
-                    since, size = now, self.size
+                    since = now
+                    size = self.size
         finally:
             self.abandoned.set()
         if self.failure:
@@ -144,7 +146,8 @@ def check_entries(entries: list[zipfile.ZipInfo]):
     if (size := sum(entry.file_size for entry in entries)) > MAX_UNPACKED:
         raise InputError(f"the archive unpacks to {size:,} bytes; {LIMITS}")
     for entry in entries:
-        name, path = quoted(entry.filename), PurePosixPath(entry.filename)
+        name = quoted(entry.filename)
+        path = PurePosixPath(entry.filename)
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"the archive holds the path {name}, which leads out of its folder")
         if not entry.filename.isprintable() or "\\" in entry.filename or len(path.parts) > MAX_DEPTH:

@@ -73,11 +73,14 @@ class BlockAttention(torch.autograd.Function):
 
 
 def block_attention(q, k, v, window, scale: float):
-    (B, H, T, D), K = q.shape, k.size(1)
+    (B, H, T, D) = q.shape
+    K = k.size(1)
     n, found = blocks(T, window.item(), H // K, q.dtype)
     y = q.new_empty(len(found), B * K, H // K * n, D)
     for rows in batch_slices(B, K, found):
-        queries, keys, values = by_block(q[rows], n, K), in_time(k[rows], n), in_time(v[rows], n)
+        queries = by_block(q[rows], n, K)
+        keys = in_time(k[rows], n)
+        values = in_time(v[rows], n)
         for i, (start, c, hidden) in enumerate(found):
             p = weights(queries[i], keys.narrow(1, start, c).contiguous(), hidden, scale)
             torch.bmm(p, values.narrow(1, start, c), out=y[i, rows.start * K : rows.stop * K])
@@ -86,25 +89,23 @@ def block_attention(q, k, v, window, scale: float):
 
 def block_attention_backward(grad, q, k, v, window, scale: float):
     """grad: (B, T, H·D) -> the gradients of q, k and v. Those of k and v are sums over blocks, in the dtype of k."""
-    (B, H, T, D), K = q.shape, k.size(1)
+    (B, H, T, D) = q.shape
+    K = k.size(1)
     n, found = blocks(T, window.item(), H // K, q.dtype)
-    grad, grad_q = grad.unflatten(2, (H, D)).transpose(1, 2), q.new_empty(len(found), B * K, H // K * n, D)
+    grad = grad.unflatten(2, (H, D)).transpose(1, 2)
+    grad_q = q.new_empty(len(found), B * K, H // K * n, D)
     grad_k, grad_v = (k.new_zeros(B * K, len(found) * n, D) for _ in range(2))
     for rows in batch_slices(B, K, found):
-        queries, of_ys, keys, values = (
-            by_block(q[rows], n, K),
-            by_block(grad[rows], n, K),
-            in_time(k[rows], n),
-            in_time(v[rows], n),
-        )
+        queries = by_block(q[rows], n, K)
+        of_ys = by_block(grad[rows], n, K)
+        keys = in_time(k[rows], n)
+        values = in_time(v[rows], n)
         of = slice(rows.start * K, rows.stop * K)
         for i, (start, c, hidden) in enumerate(found):
-            of_q, of_y, of_k, of_v = (
-                queries[i],
-                of_ys[i],
-                keys.narrow(1, start, c).contiguous(),
-                values.narrow(1, start, c).contiguous(),
-            )
+            of_q = queries[i]
+            of_y = of_ys[i]
+            of_k = keys.narrow(1, start, c).contiguous()
+            of_v = values.narrow(1, start, c).contiguous()
             p = weights(of_q, of_k, hidden, scale)  # (R, G·n, c)
             of_scores = torch._softmax_backward_data(torch.bmm(of_y, of_v.mT), p, -1, p.dtype)
             torch.baddbmm(of_q, of_scores, of_k, beta=0, alpha=scale, out=grad_q[i, of])
@@ -120,7 +121,8 @@ def blocks(T: int, window: int, G: int, dtype):
 
     The keys begin where another block's queries do and end with this one's.
     """
-    n, found = min(T, max(SMALLEST, -(-T // BLOCKS) // SMALLEST * SMALLEST)), []
+    n = min(T, max(SMALLEST, -(-T // BLOCKS) // SMALLEST * SMALLEST))
+    found = []
     for start in range(0, T, n):
         first = max(0, start - window + 1) // n * n
         c = start + n - first

@@ -133,7 +133,8 @@ def make_eager(model):
         torch._dynamo.reset()
     for block in model.blocks:
         block._compiled_call_impl = None  # what nn.Module.compile sets
-    model.of_logits, model.compiled = loss_of_logits, False
+    model.of_logits = loss_of_logits
+    model.compiled = False
 
 
 def knows_all_vector_instructions() -> bool:

@@ -42,7 +42,8 @@ class Lossy(io.FileIO):
 
     def __init__(self, descriptor: int, result: bool):
         super().__init__(descriptor, "w", closefd=False)
-        self.result, self.failed = result, False
+        self.result = result
+        self.failed = False
 
     def write(self, data) -> int:
         try:
@@ -52,7 +53,8 @@ class Lossy(io.FileIO):
                 written = super().write(data)
             return len(data) if written is None else written
         except OSError as e:
-            first, self.failed = not self.failed, True
+            first = not self.failed
+            self.failed = True
             if first and self.result:
                 raise SystemExit(READER_GONE) if e.errno == errno.EPIPE else e
             if first and self.fileno() == 1 and e.errno not in (errno.EPIPE, errno.EIO):

@@ -76,7 +76,8 @@ def open_bundle(folder: str = "") -> Bundle:
                 "eval_meta_data.csv and eval_data/"
             )
         return read_bundle(Path(folder))
-    place, failures = get_base_dir() / "core", [None]
+    place = get_base_dir() / "core"
+    failures = [None]
     if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
         try:
             with locked(place / ".lock"):  # another run waits, and then finds it
@@ -194,7 +195,8 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
     """{task: accuracy of guessing, in percent, as it is written}."""
     try:
         reader = csv.DictReader(io.StringIO(text))
-        rows, columns = list(reader), reader.fieldnames or []
+        rows = list(reader)
+        columns = reader.fieldnames or []
     except csv.Error as e:
         raise InputError(f"{path}: not a table in CSV: {e}") from None
     if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
@@ -204,7 +206,8 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
         )
     baselines = {}
     for row in rows:
-        task, baseline = row["Eval Task"], row["Random baseline"]
+        task = row["Eval Task"]
+        baseline = row["Random baseline"]
         if baselines.setdefault(task, baseline) != baseline:
             raise InputError(
                 f"{path}: task {task} is listed twice, "
@@ -229,7 +232,9 @@ def read_task(files: Files, entry: dict, baselines: dict) -> Task:
     where = f"{files.folder / 'core.yaml'}: task {in_words(entry.get('label', '(without a label)'))}"
     if missing := [key for key in REQUIRED if key not in entry]:
         raise InputError(f"{where}: {', '.join(missing)} missing")
-    label, kind, shots = entry["label"], entry["icl_task_type"], entry["num_fewshot"]
+    label = entry["label"]
+    kind = entry["icl_task_type"]
+    shots = entry["num_fewshot"]
     label = str(label) if is_kind(label, float) and abs(label) < 1e9 else label  # a name such as 2048
     if not is_name(label) or len(label) > 100:
         raise InputError(f"{where}: its label is no name on one line, of at most 100 characters")

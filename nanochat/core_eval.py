@@ -154,7 +154,8 @@ def batches(rows: list, tokens: int) -> list[list[int]]:
     """
     out = []
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][1]), -row_length(rows[i]))):
-        first, n = rows[out[-1][0]] if out else None, len(rows[i][1])
+        first = rows[out[-1][0]] if out else None
+        n = len(rows[i][1])
         if (
             not out
             or len(first[1]) != n
@@ -173,7 +174,8 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     these, which it predicts, have logits computed.
     """
     continuations = [c for _, of_row in rows for c in of_row]
-    each, T = len(rows[0][1]), max(map(len, continuations)) - 1  # the last token is predicted only
+    each = len(rows[0][1])  # the last token is predicted only
+    T = max(map(len, continuations)) - 1
     logits, cache = prefill(
         model, [prompt.tolist() for prompt, _ in rows], max(len(prompt) for prompt, _ in rows) + T, dtype
     )
@@ -182,10 +184,8 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     for row, c in zip(targets, continuations):
         row[: len(c)] = c
     targets = torch.from_numpy(targets).to(logits.device)
-    losses, greedy = (
-        torch.zeros(targets.shape, device=logits.device),
-        torch.ones_like(targets, dtype=torch.bool),
-    )
+    losses = torch.zeros(targets.shape, device=logits.device)
+    greedy = torch.ones_like(targets, dtype=torch.bool)
     losses[:, 0], greedy[:, 0] = judged(logits.repeat_interleave(each, dim=0), targets[:, 0])
     if T:
         real = targets[:, 1:] >= 0

@@ -29,7 +29,9 @@ class Rows:
     """The packed rows of one split. `row(i)` is the i-th in text order, `training_row(k)` the k-th that training visits."""
 
     def __init__(self, shards, tokenizer, T: int, seed: int = 0):
-        self.T, self.seed, self.bos_id = T, seed, tokenizer.bos_id
+        self.T = T
+        self.seed = seed
+        self.bos_id = tokenizer.bos_id
         self.vocab_size = tokenizer.vocab_size
         self.tokens = functools.lru_cache(OPEN_SHARDS)(lambda i: cached_tokens(shards[i], tokenizer))
         sizes = [len(self.tokens(i)) for i in range(len(shards))]
@@ -38,18 +40,22 @@ class Rows:
         self.dropped = 1 - self.count * T / max(
             1, int(self.starts[-1])
         )  # fraction of slots in no row: the tail
-        self._epoch, self._order = None, None
+        self._epoch = None
+        self._order = None
 
     def row(self, i: int) -> np.ndarray:
         """(T + 1,) int64. InputError: numbers that are no token."""
-        begin, out = i * self.T, np.empty(self.T + 1, dtype=np.int64)
-        out[0], filled = self.bos_id, 1
+        begin = i * self.T
+        out = np.empty(self.T + 1, dtype=np.int64)
+        out[0] = self.bos_id
+        filled = 1
         part = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while filled <= self.T:  # a row may span shards
             offset = begin + filled - 1 - int(self.starts[part])
             piece = self.tokens(part)[offset : offset + self.T + 1 - filled]
             out[filled : filled + len(piece)] = piece
-            filled, part = filled + len(piece), part + 1
+            filled = filled + len(piece)
+            part = part + 1
         if out.max() >= self.vocab_size:
             cache = get_base_dir() / "token_cache"
             raise InputError(
@@ -65,7 +71,8 @@ class Rows:
         if epoch != self._epoch:
             order = np.arange(self.count, dtype=np.uint32)
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-            self._epoch, self._order = epoch, order
+            self._epoch = epoch
+            self._order = order
         return self.row(int(self._order[position]))
 
 
@@ -100,5 +107,6 @@ def training_batches(rows: Rows, first_row: int, rank: int, world_size: int, dev
 
         ahead = prepare(first)
         for micro_step in count(first + 1):
-            batch, ahead = ahead.result(), prepare(micro_step)
+            batch = ahead.result()
+            ahead = prepare(micro_step)
             yield batch

@@ -125,7 +125,8 @@ class Corpus:
 
     def line(self) -> str:
         """The same for people, in one line."""
-        train, val = self.files("train"), self.files("val")
+        train = self.files("train")
+        val = self.files("val")
         training = f"{len(train):,} training files ({train[0]} … {train[-1]})"
         if len(train) == 1:
             training = f"1 training file ({train[0]})"

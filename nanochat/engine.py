@@ -27,7 +27,10 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype, device, padding=None):
         shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
-        self.config, self.device, self.length, self.padding = config, device, 0, padding
+        self.config = config
+        self.device = device
+        self.length = 0
+        self.padding = padding
         self.keys, self.values = (
             [torch.empty(shape, dtype=dtype, device=device) for _ in config.positions] for _ in range(2)
         )  # a (B, K, S, D) each
@@ -60,7 +63,9 @@ class KVCache:
 
     def extend(self, place: int, k, v):
         """k, v: (B, K, T, D), of the new positions, at a place in the stack -> the same of all that they see, (B, K, n, D)."""
-        keys, values, T = self.keys[place], self.values[place], k.size(2)
+        keys = self.keys[place]
+        values = self.values[place]
+        T = k.size(2)
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
         start = self.first_seen(self.config.window(self.config.positions[place]))
@@ -69,7 +74,8 @@ class KVCache:
 
     def mask(self, window: int, T: int):
         """What the T new queries see of the keys from `extend`: (T, n) or (B, 1, T, n) bool; None: all of them, or all that are not later."""
-        start, end = self.first_seen(window), self.length + T
+        start = self.first_seen(window)
+        end = self.length + T
         plain = T == 1 or (self.length == 0 and window >= T)
         if self.padding is None:
             return None if plain else window_mask(end - start, window, self.device)[-T:]
@@ -95,7 +101,8 @@ def next_logits(model: GPT, idx, dtype, cache: KVCache):
 
 def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float32):
     """Read prompts in one pass, up to `slots` tokens long: (logits (B, V) of the tokens that follow, a cache of so many slots)."""
-    device, longest = model.wte.weight.device, max(map(len, prompts))
+    device = model.wte.weight.device
+    longest = max(map(len, prompts))
     idx = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     unequal = any(len(prompt) < longest for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device) if unequal else None
@@ -157,12 +164,11 @@ def generate(
     slots = min(context, max(map(len, rows)) + max_tokens)
     logits, cache = prefill(model, rows, slots, dtype)
     if samples > 1:
-        rows, logits = (
-            [list(row) for row in rows for _ in range(samples)],
-            logits.repeat_interleave(samples, dim=0),
-        )
+        rows = [list(row) for row in rows for _ in range(samples)]
+        logits = logits.repeat_interleave(samples, dim=0)
         cache.repeat(samples)
-    rng, ended = torch.Generator(logits.device).manual_seed(seed), [False] * len(rows)
+    rng = torch.Generator(logits.device).manual_seed(seed)
+    ended = [False] * len(rows)
     for count in range(1, max_tokens + 1):
         tokens = sample(logits, temperature, top_k, top_p, rng)
         for i, token in enumerate(tokens.tolist()):

@@ -203,7 +203,7 @@ def check_launcher(patience: float = 3):
     torch would look for it for half an hour. `patience`: seconds in which it has to answer.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
+        return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + patience
     while True:
@@ -217,7 +217,7 @@ def check_launcher(patience: float = 3):
                 ) from None
             time.sleep(0.2)
         except OSError:  # a slow network, a name that is not known yet: torch is more patient
-            return
+            return None
 
 
 def leave_process_group():

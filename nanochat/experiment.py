@@ -395,7 +395,8 @@ def pair_up(variants: list[Variant], base: dict, spec: dict):
 
 def merge_equal(variants: list[Variant]) -> tuple[list[Variant], list]:
     """Points that are the same run, as where scans cross, become one, under all their seeds. Returns (points, [(name, name of the first)])."""
-    first, same = {}, []
+    first = {}
+    same = []
     for v in variants:
         kept = first.setdefault(identity(v), v)
         if kept is not v:

@@ -64,7 +64,9 @@ def truncate(model: GPT, choose: dict[str, Callable]) -> tuple[GPT, dict[str, fl
     Returns (model, {name of a layer cut: share of its energy Σ S² that is kept}). ValueError: see `check_linear`.
     """
     check_linear(model)
-    layers, factors, kept = linear_layers(model), {}, {}
+    layers = linear_layers(model)
+    factors = {}
+    kept = {}
     for name, rank_from in choose.items():
         layer = layers[name]
         U, S, Vt = torch.linalg.svd(
@@ -74,7 +76,8 @@ def truncate(model: GPT, choose: dict[str, Callable]) -> tuple[GPT, dict[str, fl
         if S[0] > 0 and r * (layer.in_features + layer.out_features) < sum(
             p.numel() for p in layer.parameters()
         ):
-            root, energy = S[:r].sqrt(), S.square()
+            root = S[:r].sqrt()
+            energy = S.square()
             factors[name] = (root[:, None] * Vt[:r], U[:, :r] * root)  # A: (r, in), B: (out, r)
             kept[name] = (energy[:r].sum() / energy.sum()).item()
     return rebuild(model, factors), kept
@@ -122,7 +125,8 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
     new = deepcopy(
         model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     )  # adapters included
-    new.config, new.compiled = replace(model.config, layer_map=tuple(layers)), False
+    new.config = replace(model.config, layer_map=tuple(layers))
+    new.compiled = False
     for name in ("resid_lambdas", "x0_lambdas"):
         setattr(new, name, scalars_of(name, [(model, place) for place in first]))
     return new
@@ -134,7 +138,8 @@ def with_copied_layers(model: GPT, layers: tuple[int, ...], second: GPT | None =
     With n layers in each model, numbers from n on are the layers of the second (`nanochat.layer_maps`); everything outside the layers is
     the first model's. Ranks, windows, value tables and adapters are those of the layer copied. InputError: models of unlike shape.
     """
-    n, both = model.config.n_layer, (model, second)
+    n = model.config.n_layer
+    both = (model, second)
     if max(layers) >= n:
         if second is None:
             raise InputError("layer map: takes layers of a second model, and there is none")
@@ -151,7 +156,8 @@ def copied_out(model: GPT) -> GPT:
 
 def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
     """The model with copies of these for its layers. origins: (model, layer, position whose scalars it gets)."""
-    config, layers = model.config, [layer for _, layer, _ in origins]
+    config = model.config
+    layers = [layer for _, layer, _ in origins]
 
     def of_layers(ranks):
         return tuple(ranks[layer] for layer in layers) if ranks else ()
@@ -169,7 +175,8 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
     if kinds != tuple(own.kind(layer) for layer in range(own.n_layer)):
         own = replace(own, layer_kinds=kinds)
     new = deepcopy(model)
-    new.config, new.compiled = own, False
+    new.config = own
+    new.compiled = False
     new.blocks = nn.ModuleList(deepcopy(source.blocks[layer]) for source, layer, _ in origins)
     new.value_embeds = nn.ModuleDict(
         {
@@ -239,7 +246,8 @@ def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
 
     attn_ranks and mlp_ranks where all matrices of the group have one rank in all layers, else matrix_ranks.
     """
-    groups, single = {"attn_ranks": (), "mlp_ranks": ()}, {}
+    groups = {"attn_ranks": (), "mlp_ranks": ()}
+    single = {}
     for group, matrices in (("attn_ranks", MATRICES[:4]), ("mlp_ranks", MATRICES[4:])):
         own = {
             matrix: tuple(ranks[block_matrix(matrix, layer)] for layer in range(config.n_layer))

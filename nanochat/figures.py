@@ -140,7 +140,8 @@ def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
 
 def loss_limits(runs: list, keys: list[str]) -> tuple[float, float] | None:
     """A y-range that the first fifth of a run (the fall from ln(vocabulary)) and diverged runs do not stretch."""
-    settled, starts = [], []
+    settled = []
+    starts = []
     for run in runs:
         for key in keys:
             tokens, losses = curve(run, "total_tokens", key)
@@ -230,7 +231,8 @@ def draw_bars(runs: list, parts: list, ladder: list, what: str, peaks: list) -> 
     ends = [sum(column) for column in zip(*values)]
     reach = max([*ends, *(p for p in peaks if p is not None)])
     size, unit = unit_of(reach, ladder)
-    left, handles = [0.0] * len(runs), []
+    left = [0.0] * len(runs)
+    handles = []
     for (_, name, colour), widths in zip(parts, values):
         handles.append(
             panel.barh(

@@ -15,7 +15,8 @@ from nanochat.files import open_file, sha256, sync_file, write_atomic
 
 # A compressed file larger than all its samples together is hashed by samples.
 COMPRESSED = (".parquet", ".gz", ".zst")
-SAMPLES, SAMPLE_BYTES = 64, 2**20
+SAMPLES = 64
+SAMPLE_BYTES = 2**20
 
 KEPT_FROM = 2**22  # bytes; smaller files are hashed in no time
 SETTLED_AFTER = 2.0  # seconds since the last change: within a tick of the clock a file can change unseen
@@ -29,10 +30,9 @@ def file_hash(path: Path) -> str:
     stamp = f"{stamp_of(state)} {SAMPLES} {SAMPLE_BYTES}"
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     kept = get_base_dir() / "fingerprints" / name
-    with contextlib.suppress(OSError, ValueError):
-        with open_file(kept) as f:
-            if digest := kept_hash(f.read(1000).decode(), stamp):
-                return digest
+    with contextlib.suppress(OSError, ValueError), open_file(kept) as f:
+        if digest := kept_hash(f.read(1000).decode(), stamp):
+            return digest
     digest = content_hash(path)
     if time.time() - state.st_ctime > SETTLED_AFTER:
         with contextlib.suppress(OSError):  # a base directory that cannot be written: hashed again next time

@@ -112,7 +112,8 @@ def read_run(run, name: str) -> Run:
 
 def read_history(run, name: str) -> History:
     """As history.read_history of a folder. Rows of other programs, without a step, are left out."""
-    rows, damaged = [], []
+    rows = []
+    damaged = []
     for row in run.scan_history() if run.lastHistoryStep >= 0 else ():
         if not isinstance(row, dict) or row.get("step") is None:
             continue

@@ -89,7 +89,8 @@ class RotaryNorm(torch.autograd.Function):
 def turned(x, cos, sin):
     """Every pair (x_i, x_{i+D/2}) turned by its angle, clockwise. x: (..., T, D); cos, sin: (T, D/2)."""
     y = x.new_empty(x.shape)
-    (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    (a, b) = x.chunk(2, dim=-1)
+    (c, d) = y.chunk(2, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin)
     torch.mul(b, cos, out=d).addcmul_(a, sin, value=-1)
     return y
@@ -125,7 +126,8 @@ class SquaredReLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, down, keep: bool):
         flat = x.flatten(0, -2)  # (R, in)
-        y, hidden = flat.new_empty(len(flat), len(down)), flat.new_empty(len(flat), len(up)) if keep else None
+        y = flat.new_empty(len(flat), len(down))
+        hidden = flat.new_empty(len(flat), len(up)) if keep else None
         for rows in row_slices(flat, len(up)):
             part = torch.mm(flat[rows], up.T, out=None if hidden is None else hidden[rows]).relu_()
             torch.mm(part * part, down.T, out=y[rows])
@@ -135,10 +137,15 @@ class SquaredReLUMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flat, up, down, hidden = ctx.saved_tensors
-        shape, grad, twice = grad.shape, grad.flatten(0, -2), 2 * down
-        grad_x, grad_up, grad_down = torch.empty_like(flat), Sum(up), Sum(down)
+        shape = grad.shape
+        grad = grad.flatten(0, -2)
+        twice = 2 * down
+        grad_x = torch.empty_like(flat)
+        grad_up = Sum(up)
+        grad_down = Sum(down)
         for rows in row_slices(flat, len(up)):
-            part, of_y = torch.mm(flat[rows], up.T).relu_() if hidden is None else hidden[rows], grad[rows]
+            part = torch.mm(flat[rows], up.T).relu_() if hidden is None else hidden[rows]
+            of_y = grad[rows]
             of_hidden = (of_y @ twice).mul_(part)  # before the relu
             grad_down.add(of_y.T, part * part)
             grad_up.add(of_hidden.T, flat[rows])
@@ -150,7 +157,8 @@ class Sum:
     """A sum of matrix products, in float32 or wider, for a gradient of `like`."""
 
     def __init__(self, like):
-        self.like, self.value = like, None
+        self.like = like
+        self.value = None
 
     def add(self, a, b):
         if self.value is None:
@@ -229,7 +237,9 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, of_logits):  # (N, C), (V, C), (N,)
-        grad_x, grad_weight, loss = torch.empty_like(x) if ctx.needs_input_grad[0] else None, Sum(weight), 0
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = Sum(weight)
+        loss = 0
         share = torch.full(
             (len(x), 1), 1 / len(x), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
         )

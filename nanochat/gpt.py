@@ -96,7 +96,8 @@ class GPTConfig:
 
     def matrix_shape(self, matrix: str) -> tuple[int, int]:
         """(in, out). matrix: q, k, v, o, up or down."""
-        C, N = self.n_embd, self.n_hidden
+        C = self.n_embd
+        N = self.n_hidden
         kv_dim = self.n_kv_head * (C // self.n_head)
         shapes = {"q": (C, C), "k": (C, kv_dim), "v": (C, kv_dim), "o": (C, C), "up": (C, N), "down": (N, C)}
         return shapes[matrix]
@@ -136,7 +137,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -168,7 +170,10 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, act: str = "none"):
         super().__init__()
-        self.in_features, self.out_features, self.rank, self.act = in_features, out_features, rank, act
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.act = act
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(out_features, rank))
 
@@ -232,7 +237,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, C // config.n_head
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = C // config.n_head
         kv_dim = self.n_kv_head * self.head_dim
         ranks = {name: config.whole_rank(name, layer) for name in "qkvo"}
         self.q = make_linear(C, C, ranks["q"], config.factor_act)
@@ -251,7 +258,8 @@ class Attention(nn.Module):
         )
 
     def narrow(self, x):  # (B, T, C) -> (B, T, 3r), or all of q, k, v at full rank
-        layers, x = (self.q, self.k, self.v), norm(x)
+        layers = (self.q, self.k, self.v)
+        x = norm(x)
         if x.size(1) == 1:  # one new token: putting the weights together would take longer than the products
             return torch.cat([linear(x, layer.first_factor()) for layer in layers], dim=-1)
         first = torch.cat([layer.first_factor() for layer in layers])  # one matmul for the three
@@ -259,7 +267,8 @@ class Attention(nn.Module):
 
     def project(self, h):
         """h: (B, T, 3r) -> q: (B, H, T, D), k and v: (B, K, T, D)."""
-        layers, D = (self.q, self.k, self.v), self.head_dim
+        layers = (self.q, self.k, self.v)
+        D = self.head_dim
         parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
         return [
             layer.widen(part).unflatten(-1, (-1, D)).transpose(1, 2) for layer, part in zip(layers, parts)
@@ -272,7 +281,8 @@ class Attention(nn.Module):
         if q.size(2) == 1:  # one new token: fewer calls
             q, k = rotary_norm(torch.cat((q, k), dim=1), cos, sin).split((self.n_head, self.n_kv_head), dim=1)
         else:
-            q, k = rotary_norm(q, cos, sin), rotary_norm(k, cos, sin)  # QK norm keeps the scores bounded
+            q = rotary_norm(q, cos, sin)  # QK norm keeps the scores bounded
+            k = rotary_norm(k, cos, sin)
         if extend is not None:
             k, v = extend(k, v)
         return self.o.narrow(attention(q, k, v, SCORE_SCALE / math.sqrt(self.head_dim), mask))
@@ -294,8 +304,10 @@ def plain_squared_relu_mlp(x, up, down):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        C, N = config.n_embd, config.n_hidden
-        up, down = config.whole_rank("up", layer), config.whole_rank("down", layer)
+        C = config.n_embd
+        N = config.n_hidden
+        up = config.whole_rank("up", layer)
+        down = config.whole_rank("down", layer)
         self.up = make_linear(C, N, up, config.factor_act)
         self.down = make_linear(N, C, down, config.factor_act)
         self.recompute = config.recompute == "bottleneck" and (up > 0 or down > 0)
@@ -340,8 +352,12 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.compiled, self.of_logits = config, False, loss_of_logits  # see nanochat/compiler.py
-        C, V, L = config.n_embd, config.vocab_size, config.n_layer
+        self.config = config  # see nanochat/compiler.py
+        self.compiled = False
+        self.of_logits = loss_of_logits
+        C = config.n_embd
+        V = config.vocab_size
+        L = config.n_layer
         self.wte = Embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.lm_head = None

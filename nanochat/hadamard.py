@@ -27,7 +27,8 @@ def walsh_hadamard(x):
     n = x.size(-1)
     if n & (n - 1) or not n:
         raise ValueError(f"a Walsh-Hadamard transform of {n} numbers: the length has to be a power of two")
-    bits, batch = n.bit_length() - 1, x.shape[:-1]
+    bits = n.bit_length() - 1
+    batch = x.shape[:-1]
     passes = -(-bits // RADIX)
     for i in range(passes):
         m = 2 ** ((bits + i) // passes)  # as even as they can be

@@ -114,7 +114,7 @@ def packed(values: tuple) -> array | list:
     types = set(map(type, values))
     if types == {float}:
         return array("d", values)
-    if types == {int} and -(2**63) <= min(values) and max(values) < 2**63:
+    if types == {int} and min(values) >= -(2**63) and max(values) < 2**63:
         return array("q", values)
     return list(values)
 
@@ -178,7 +178,8 @@ class Rows:
     def series(self, keys: tuple[str, ...]) -> Iterator[tuple]:
         """The values of these keys in each row that has them all, in order."""
         columns_of = [columns_with(table, keys) for table in self.by_number]
-        table_of, place_of = self.table_of, self.place_of
+        table_of = self.table_of
+        place_of = self.place_of
         for number in self.order:
             columns = columns_of[table_of[number]]
             if columns:

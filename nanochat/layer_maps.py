@@ -29,7 +29,8 @@ def goliath(n: int) -> tuple[int, ...]:
     As in Goliath-120B (huggingface.co/alpindale/goliath-120b), which made 137 layers of two times 80. There the slices from the third
     on lack their first layer; here their first n / 80 layers.
     """
-    h, less = max(1, round(n / 10)), round(n / 80)
+    h = max(1, round(n / 10))
+    less = round(n / 80)
     starts = range(0, max(1, n - h), h)
     return tuple(
         n * (i % 2) + layer
@@ -90,7 +91,8 @@ def monotone(layers: int, positions: int) -> list[tuple[int, ...]]:
 
 def drawn(layers: int, positions: int, count: int, seed: int) -> list[tuple[int, ...]]:
     """Distinct random maps that are not monotone, any layer at any position."""
-    rng, maps = random.Random(seed), []
+    rng = random.Random(seed)
+    maps = []
     possible = layers**positions - math.comb(layers + positions - 1, positions)  # all but those in order
     while len(maps) < min(count, possible):
         one = tuple(rng.choices(range(layers), k=positions))

@@ -21,7 +21,8 @@ def schedule_of(args, group: str) -> tuple[str, str]:
 
 def layer_ranks(args, group: str, depth: int) -> tuple[float, ...]:
     """One rank a layer of attention ("attn") or of the MLP ("mlp") under its schedule; () = full rank."""
-    start, own_end = getattr(args, f"{group}_rank"), getattr(args, f"{group}_rank_end")
+    start = getattr(args, f"{group}_rank")
+    own_end = getattr(args, f"{group}_rank_end")
     flag, schedule = schedule_of(args, group)
     if is_list(schedule):
         ranks = listed_ranks(flag, schedule, depth)
@@ -57,7 +58,8 @@ def listed_ranks(flag: str, schedule: str, depth: int) -> tuple[float, ...]:
 
 def changing_ranks(args, group: str, flag: str, schedule: str, depth: int) -> tuple[float, ...]:
     """Those of a schedule from one rank to another; () where the schedule is for the other group alone."""
-    start, own_end = getattr(args, f"{group}_rank"), getattr(args, f"{group}_rank_end")
+    start = getattr(args, f"{group}_rank")
+    own_end = getattr(args, f"{group}_rank_end")
     end_flag, end = (f"--{group}-rank-end", own_end) if own_end else ("--rank-end", args.rank_end)
     if not start and own_end:
         raise InputError(f"{end_flag} {end:g}: needs --{group}-rank above 0 to start from")

@@ -4,7 +4,10 @@ from nanochat.metrics import Run
 from nanochat.study import finished
 
 # What has to be the same in two runs before a quantity of one may be divided by the other's. See check_comparable.
-TEXT, TOKENIZER, MACHINE, END = "text", "tokenizer", "machine", "end"
+TEXT = "text"
+TOKENIZER = "tokenizer"
+MACHINE = "machine"
+END = "end"
 
 
 def look(run: Run, path: str):
@@ -42,7 +45,8 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
     broken[TEXT] += [
         name for name in differing("derived.val_tokens") if name not in broken[TEXT] + broken[TOKENIZER]
     ]
-    warnings, notes = [], []
+    warnings = []
+    notes = []
 
     if broken[TOKENIZER]:
         warnings.append(

@@ -49,7 +49,9 @@ def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
     that the runs save; a second one kills them.
     """
     here = places(sweep, args.j)
-    waiting, running, failed = [p for p in sweep.points if p.status() != "finished"], [], {}
+    waiting = [p for p in sweep.points if p.status() != "finished"]
+    running = []
+    failed = {}
     show = Display(sweep, waiting)
     with Signals() as asked:
         while running or (waiting and not asked):
@@ -165,7 +167,8 @@ def start(
     """Fill the free places with the first waiting points that no other sweep has, and whose base is finished. Removes them, and those found
     finished, from `waiting`.
     """
-    started, bases = [], {p.base for p in waiting} - {""}
+    started = []
+    bases = {p.base for p in waiting} - {""}
     unfinished = {tag for tag in bases if sweep.point(tag).status() != "finished"}
     for number in (n for n in range(len(here)) if n not in taken):
         gpus = [claim(lock_path(f"{socket.gethostname()}-{gpu}", "gpu")) for gpu in here[number]["gpus"]]
@@ -179,7 +182,8 @@ def start(
                 show.event(point, "finished elsewhere")
                 continue
             show.event(point, "resumes" if point.status() != "new" else "starts")
-            held, gpus = [lock, *gpus], []
+            held = [lock, *gpus]
+            gpus = []
             started.append(
                 Running(point, launch(sweep, point, args, here[number], held, task_command), held, number)
             )
@@ -252,11 +256,9 @@ def finished_rate(sweep: Sweep) -> tuple[float, str]:
     for point in sweep.points:
         if point.status() == "finished":
             summary = read_summary(point.folder)
-            flops, seconds, count = (
-                flops + summary["total_training_flops"],
-                seconds + summary["total_training_time"] * sweep.processes,
-                count + 1,
-            )
+            flops = flops + summary["total_training_flops"]
+            seconds = seconds + summary["total_training_time"] * sweep.processes
+            count = count + 1
     return (flops / seconds, f"as in {count} finished run(s)") if seconds else (0.0, "")
 
 

@@ -88,7 +88,8 @@ def sample_texts(model, tokenizer, val_rows: Rows, dtype, stop: StopRequest = NE
     """
     texts = []
     for i in range(min(2, val_rows.count)):
-        prompt, continuation = val_rows.row(i)[:16].tolist(), []
+        prompt = val_rows.row(i)[:16].tolist()
+        continuation = []
         try:
             for (token,) in generate(model, [prompt], 48, dtype=dtype):
                 if stop.is_set():

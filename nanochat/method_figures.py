@@ -54,7 +54,8 @@ def method_section(configs: list[Configuration], measure: str) -> tuple[list[tup
     if not any(c.method for c in configs):
         return [], {}
     makers = [trained_part, subspace_part, untrained_part, curves_part] if measure == "loss" else []
-    blocks, figures = [("heading", "What is trained")], {}
+    blocks = [("heading", "What is trained")]
+    figures = {}
     for make in (*makers, ranks_part):
         if made := make(configs):
             name, figure, words = made
@@ -77,7 +78,8 @@ def stored_bits(run) -> float | None:
 
 def trained_in_blocks(run) -> float | None:
     """What is trained beside embedding and head, which a subspace leaves as they are."""
-    trained, flags = trained_numbers(run), run.config.get("flags", {})
+    trained = trained_numbers(run)
+    flags = run.config.get("flags", {})
     apart = [value(run, f"params/{part}") for part in ("embedding", "lm_head")]
     return (
         trained
@@ -113,7 +115,9 @@ def trained_part(configs: list[Configuration]):
         name: BLACK if name == "full rank" else COLOURS[i % (len(COLOURS) - 1)]
         for i, name in enumerate(kinds)
     }
-    fig, spots, labels = new_figure(5.6 * len(axes_), 6), [], []
+    fig = new_figure(5.6 * len(axes_), 6)
+    spots = []
+    labels = []
     panels = fig.subplots(1, len(axes_), sharey=True)
     for panel, (quantity, words, ladder) in zip(panels, axes_):
         at = {c.name: x for c in shown if (x := mean_at(c, quantity))}
@@ -244,7 +248,8 @@ def subspace_part(configs: list[Configuration]):
             lines.setdefault(line_name(c.settings), []).append(c)
     if not any(len(line) > 1 for line in lines.values()):
         return None
-    full, spots = baseline(configs, "val/ppl"), []
+    full = baseline(configs, "val/ppl")
+    spots = []
     fig = new_figure(8.5, 5.6)
     panel = fig.subplots()
     handles = []
@@ -306,10 +311,8 @@ def subspace_part(configs: list[Configuration]):
 
 def d90_rows(lines: dict[str, list[Configuration]], full: Configuration | None) -> list[list[str]]:
     """A row for each method and seed that full rank has too."""
-    rows, of_full = (
-        [],
-        {seed(run): value(run, "val/loss") for run in full.runs if finished(run)} if full else {},
-    )
+    rows = []
+    of_full = {seed(run): value(run, "val/loss") for run in full.runs if finished(run)} if full else {}
     for name, line in lines.items():
         runs = [
             (c.settings["subspace_dim"], run)
@@ -322,7 +325,8 @@ def d90_rows(lines: dict[str, list[Configuration]], full: Configuration | None) 
             start = loss_at_start(next(run for _, run in runs if seed(run) == s))
             if start is None:
                 continue
-            found, most = d90(points, start, of_full[s]), max(points)[0]
+            found = d90(points, start, of_full[s])
+            most = max(points)[0]
             shown = (
                 f"not reached (largest tried: {most:,.0f})"
                 if found is None
@@ -359,7 +363,9 @@ def untrained_part(configs: list[Configuration]):
     groups = [group for group in groups.values() if len({c.settings.get("layer_map") for c in group}) > 2][:3]
     if not groups:
         return None
-    fig, spots, words = new_figure(6.5 * len(groups) if len(groups) > 1 else 8, 5.4), [], []
+    fig = new_figure(6.5 * len(groups) if len(groups) > 1 else 8, 5.4)
+    spots = []
+    words = []
     panels = fig.subplots(1, len(groups), squeeze=False)[0]
     for panel, group in zip(panels, groups):
         points = [(mean_at(c, at_start), c.mean("val/ppl")) for c in group]
@@ -429,7 +435,9 @@ def curves_part(configs: list[Configuration]):
         name: ", ".join([first, *(part for part in rest if part not in common)])
         for name, (first, *rest) in zip(curves, parts)
     }
-    fig, spots, handles = new_figure(9.5, 5 + 0.12 * len(chosen)), [], []
+    fig = new_figure(9.5, 5 + 0.12 * len(chosen))
+    spots = []
+    handles = []
     panel = fig.subplots()
     for name, (_, points) in curves.items():
         if name not in chosen:
@@ -482,7 +490,8 @@ def ranks_part(configs: list[Configuration]):
     shown = list(grids.items())[:4]
     widest = max(len(layers) for layers, _, _ in grids.values())
     heights = [0.9 + 0.36 * len(matrices) for _, (_, matrices, _) in shown]
-    fig, rows = new_figure(4.2 + 0.55 * widest, 0.6 + sum(h + 0.9 for h in heights)), []
+    fig = new_figure(4.2 + 0.55 * widest, 0.6 + sum(h + 0.9 for h in heights))
+    rows = []
     panels = fig.subplots(
         2 * len(shown),
         2,

@@ -33,7 +33,8 @@ def method(settings: dict) -> str:
 
 def with_size(settings: dict) -> str:
     """'LoRA 8', 'basis 5 a layer', 'IA3'; '' for an ordinary run."""
-    name, subspace = method(settings), settings.get("subspace")
+    name = method(settings)
+    subspace = settings.get("subspace")
     if settings.get("adapter") in ("lora", "adalora"):
         return f"{name} {settings.get('rank', 0):g}"
     if settings.get("adapter") or subspace in (None, "", "none"):
@@ -53,7 +54,8 @@ def line_name(settings: dict) -> str:
 
 def base_name(flags: dict) -> str:
     """The run that an adapter's run starts from, without its seed and without what its name shares with the adapter's: the sweep's name."""
-    base, own = flags.get("model_tag") or "", flags.get("run_tag") or ""
+    base = flags.get("model_tag") or ""
+    own = flags.get("run_tag") or ""
     shared = os.path.commonprefix([base, own])
     return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1 :])
 
@@ -76,7 +78,8 @@ def d90(points: list[tuple[float, float]], start: float, full: float) -> float |
 
     Between the last dimension that does not and the first that does, linear in the logarithm of the dimension. None: not reached.
     """
-    target, before = start - 0.9 * (start - full), None
+    target = start - 0.9 * (start - full)
+    before = None
     for dimension, loss in sorted(points):
         if loss <= target:
             if before is None:
@@ -107,7 +110,8 @@ def spearman_interval(
     x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
     """Percentile bootstrap over the pairs; None for fewer than four, of which nothing can be said, and where there is no correlation."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
+    x = np.asarray(x, float)
+    y = np.asarray(y, float)
     if len(x) < 4 or math.isnan(spearman(x, y)):
         return None
     drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
@@ -128,10 +132,8 @@ def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
         for name, rank in run.summary.get("adalora/ranks", {}).items():
             if match := re.fullmatch(r"\w+\.(\d+)\.(.+)", name):
                 found.setdefault((match[2], int(match[1])), []).append(rank)
-    layers, matrices = (
-        sorted({layer for _, layer in found}),
-        list(dict.fromkeys(matrix for matrix, _ in found)),
-    )
+    layers = sorted({layer for _, layer in found})
+    matrices = list(dict.fromkeys(matrix for matrix, _ in found))
     return (
         layers,
         matrices,

@@ -110,7 +110,8 @@ class RunRecord:
         """config: as stored in config.json. accounting: flat params/…, flops/…, mem/… known before the first
         step. lock: the locks.Lock by which this process holds the folder.
         """
-        self.folder, self.thresholds = folder, thresholds
+        self.folder = folder
+        self.thresholds = thresholds
         self.lock = lock
         self.latest = dict(accounting)
         self.evals = []
@@ -181,7 +182,8 @@ def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
         for key, name in CLOCKS:
             out[f"time_to_ppl/{threshold:g}/{name}"] = evals[i][key]
             if i > 0:
-                high, low = math.log(evals[i - 1]["val/ppl"]), math.log(evals[i]["val/ppl"])
+                high = math.log(evals[i - 1]["val/ppl"])
+                low = math.log(evals[i]["val/ppl"])
                 share = (high - math.log(threshold)) / (high - low)
                 out[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = evals[i - 1][key] + share * (
                     evals[i][key] - evals[i - 1][key]

@@ -37,7 +37,8 @@ def orthogonalize(X):
     The steps want a largest singular value just below 1. (Σσ⁸)^⅛ = ||(XXᵀ)²||_F^¼, on hand in the first step, bounds it far more
     closely than ||X||_F, which grows with the width.
     """
-    shape, tall = X.shape, X.size(-2) > X.size(-1)
+    shape = X.shape
+    tall = X.size(-2) > X.size(-1)
     X = X.reshape(-1, *shape[-2:])
     G = gram(X, tall)  # (count, m, m)
     square = G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ||X||_F²
@@ -45,7 +46,9 @@ def orthogonalize(X):
     G.div_(square)
     GG = G @ G
     size = 1.02 * GG.norm(dim=(-2, -1), keepdim=True) ** 0.25 + 1e-7
-    G, GG, scale = G.div_(size**2), GG.div_(size**4), square.rsqrt() / size
+    G = G.div_(size**2)
+    GG = GG.div_(size**4)
+    scale = square.rsqrt() / size
     if (
         max(shape[-2:]) > 2 * G.size(-1) and X.dtype != torch.bfloat16
     ):  # bfloat16 has too few digits for squared singular values
@@ -112,7 +115,9 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, mu, lr = group["params"], group["momentum"], group["lr"]
+            params = group["params"]
+            mu = group["momentum"]
+            lr = group["lr"]
             if not params:
                 continue
             for p in params:
@@ -212,7 +217,8 @@ def split_parameters(model: GPT, processes: int) -> list[list[Piece]]:
     Muon needs matrices whole: each goes to the process that has least so far, the largest first. AdamW works entry by entry:
     its parameters are cut into equal slices.
     """
-    pieces, load = [[] for _ in range(processes)], [0] * processes
+    pieces = [[] for _ in range(processes)]
+    load = [0] * processes
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, p in sorted((item for item in trained if uses_muon(*item)), key=lambda item: -item[1].numel()):
         least = load.index(min(load))
@@ -244,11 +250,16 @@ def build_optimizers(
     extra: {a part of a name, as in ADDED: AdamW's settings (lr, betas, eps, weight_decay) of the parameters that have it}; there
     weight decay acts on matrices only. Rates of what a model does not train may be left out.
     """
-    tables, head, scales, scalars, matrices = {}, {}, {}, {}, {}
+    tables = {}
+    head = {}
+    scales = {}
+    scalars = {}
+    matrices = {}
     added = {(part, decays): {} for part in extra or () for decays in (True, False)}
     slices = []
     for piece in split_parameters(model, 1)[0] if pieces is None else pieces:
-        name, p = piece.name, piece.parameter
+        name = piece.name
+        p = piece.parameter
         local = (
             p if piece.whole else torch.nn.Parameter(piece.of(p.data))
         )  # a slice shares the parameter's memory

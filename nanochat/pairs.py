@@ -103,7 +103,8 @@ def tuned(points: list[dict[int, float]]) -> Tuned:
     the seed that is then compared would count luck as skill, more so the more settings were tried. A seed with one candidate has no choice.
     """
     points = [p for p in points if p]
-    fair, peeked = {}, {}
+    fair = {}
+    peeked = {}
     for s in sorted({s for p in points for s in p}):
         candidates = [p for p in points if s in p]
         others = sorted(set.intersection(*map(set, candidates)) - {s})
@@ -131,7 +132,8 @@ def interval(values: list[float], confidence: float) -> tuple[float, float] | No
     """Bounds of the mean; None for fewer than two values, which have no spread."""
     if len(values) < 2:
         return None
-    middle, half = fmean(values), half_width(stdev(values), len(values), confidence)
+    middle = fmean(values)
+    half = half_width(stdev(values), len(values), confidence)
     return middle - half, middle + half
 
 
@@ -142,7 +144,8 @@ def seeds_to_settle(values: list[float], limit: float, confidence: float) -> int
     """
     if len(values) < 2:
         return 2
-    distance, sd = abs(fmean(values) - limit), stdev(values)
+    distance = abs(fmean(values) - limit)
+    sd = stdev(values)
     return next((n for n in range(2, MOST + 1) if half_width(sd, n, confidence) < distance), None)
 
 

@@ -13,7 +13,8 @@ from nanochat.figures import COLOURS, LABEL_SIDES, MARKERS, plain, png
 from nanochat.study import Configuration, axes, rank_name
 from nanochat.summaries import depth, factored, mean_rank, pairs, rank_words, ranks_in_order, spread, whiskers
 
-BLACK, GREY = "#000000", "#8a8a8a"
+BLACK = "#000000"
+GREY = "#8a8a8a"
 FEW_RANKS = len(COLOURS) - 1  # colours without black
 FEW = 10  # configurations that can all be named in full in a picture
 
@@ -25,7 +26,8 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
     """
     ranks = {rank_words(c): factored(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
     ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
-    kinds, depths = list(dict.fromkeys(ranks.values())), sorted({depth(c) for c in configs})
+    kinds = list(dict.fromkeys(ranks.values()))
+    depths = sorted({depth(c) for c in configs})
     full = sorted({rank_words(c) for c in configs if c.full_rank} - {"full rank"})
     colours = {
         words: matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3) for i, words in enumerate(full)
@@ -55,8 +57,10 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
 
 def short_labels(configs: list[Configuration]) -> dict[str, str]:
     """{name: what the legend's colours and markers do not tell}: of many configurations only what is unusual about each."""
-    many, ranks = len(configs) > FEW, {rank_words(c) for c in configs if not c.full_rank}
-    depths, rates = {depth(c) for c in configs}, {key for key in axes(configs) if key.endswith("_lr")}
+    many = len(configs) > FEW
+    ranks = {rank_words(c) for c in configs if not c.full_rank}
+    depths = {depth(c) for c in configs}
+    rates = {key for key in axes(configs) if key.endswith("_lr")}
     found = {}
     for c in configs:
         known = rank_name(c.settings).split(", ") + [f"{depth(c)} layers"]
@@ -84,7 +88,8 @@ def draw_point(
 ) -> tuple[float, float]:
     """The means over the seeds with error bars, and the seeds as smaller points of that opacity. Returns the means, x in units of `size`."""
     points = pairs(config, x_key, y_key)
-    xs, ys = [x / size for x, _ in points], [y for _, y in points]
+    xs = [x / size for x, _ in points]
+    ys = [y for _, y in points]
     panel.errorbar(
         [fmean(xs)],
         [fmean(ys)],
@@ -188,7 +193,8 @@ def cut_above(panel, series: list[list[float]], needed: list[float] = ()):
     means = sorted(map(fmean, series))
     top = max(means[0] + 3 * (means[len(means) // 2] - means[0]), 1.25 * means[0], *needed)
     ends = [spread(values) for values in series if fmean(values) <= top]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    low = min(low for low, _ in ends)
+    high = max(high for _, high in ends)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     panel.set_ylim(low - margin, high + margin)
     if above := sum(mean > high + margin for mean in means):
@@ -206,7 +212,8 @@ def cut_above(panel, series: list[list[float]], needed: list[float] = ()):
 
 def fences(config: Configuration, x_key: str, y_key: str, size: float) -> list[tuple[float, float]]:
     """Points along the error bars, for labels to keep clear of."""
-    xs, ys = [x / size for x in config.values(x_key)], config.values(y_key)
+    xs = [x / size for x in config.values(x_key)]
+    ys = config.values(y_key)
     return along([(fmean(xs), y) for y in spread(ys)]) + along([(x, fmean(ys)) for x in spread(xs)])
 
 
@@ -223,7 +230,8 @@ def label_points(fig, panel, points: list, obstacles: list):
 
     The layout must be settled (fig.draw_without_rendering()), so that pixels mean something.
     """
-    frame, pixels = panel.get_window_extent(), fig.dpi / 72
+    frame = panel.get_window_extent()
+    pixels = fig.dpi / 72
     dots = panel.transData.transform([*obstacles, *((x, y) for x, y, _ in points)])
     placed = []
     for x, y, text in points:
@@ -280,7 +288,8 @@ def legend_below(
 ):
     """Below the panels: ranks by colour, depths by marker, `more` handles, and the band if there is a baseline."""
     depths = sorted({depth(c) for c in configs})
-    panel, handles = fig.axes[0], []
+    panel = fig.axes[0]
+    handles = []
     for words in ranks_in_order(configs):
         look = style[next(c.name for c in configs if rank_words(c) == words)]
         look = look if len(depths) == 1 else {**look, "marker": "o"}

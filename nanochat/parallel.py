@@ -21,7 +21,8 @@ from nanochat.signals import StopRequest
 @torch.no_grad()
 def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24):
     """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step."""
-    bucket, size = [], 0
+    bucket = []
+    size = 0
     grads = [p.grad for p in parameters if p.grad is not None]
     for i, grad in enumerate(grads):
         bucket.append(grad)
@@ -32,7 +33,8 @@ def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24)
             flat /= world_size
             for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(mean.view_as(g))
-            bucket, size = [], 0
+            bucket = []
+            size = 0
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def share_parameters(pieces: list[list[Piece]], rank: int):
 def differing_parameters(model) -> list[str]:
     """Names of the parameters that are not the same to the bit on all processes, found by their sums as integers."""
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])
-    lowest, highest = sums.clone(), sums.clone()
+    lowest = sums.clone()
+    highest = sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return [

@@ -146,7 +146,8 @@ def model_config(args, vocab_size: int, depth: int | None = None) -> GPTConfig:
 
 def check_size(config: GPTConfig):
     """InputError for a model so large that sizes overflow in torch before any memory is asked for."""
-    C, N = config.n_embd, config.n_hidden
+    C = config.n_embd
+    N = config.n_hidden
     entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
     if entries > MOST_PARAMETERS:
         raise InputError(
@@ -299,7 +300,8 @@ def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
         raise InputError(
             f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256"
         )
-    budget, found = parameter_budget(args), []
+    budget = parameter_budget(args)
+    found = []
     for depth in range(1, 4 * args.depth + 1):
         config = nearest_config(args, vocab_size, depth)
         if config.n_layer != depth:
@@ -332,7 +334,9 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
         print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{own}{note}")
 
     full = model_config(Namespace(**{**vars(args), **group_defaults(add_rank_flags)}), vocab_size)
-    configs, of_full, budget = budget_frontier(args, vocab_size), costs(full), parameter_budget(args)
+    configs = budget_frontier(args, vocab_size)
+    of_full = costs(full)
+    budget = parameter_budget(args)
     print0(
         f"the largest ranks within {budget:,} parameters at each depth; beside each figure its ratio to the full-rank model:"
     )
@@ -363,7 +367,8 @@ def batch_and_horizon(args, model: GPT, world_size: int, shape: GPTConfig | None
     ranks take the same batch and steps. FLOPs that are given are the model's own: then the steps differ.
     """
     sized = model if args.horizon_from == "own" else on_meta(full_rank(shape or model.config))
-    cost, counted = account(model)["flops/per_token"], matrix_parameters(sized)
+    cost = account(model)["flops/per_token"]
+    counted = matrix_parameters(sized)
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens in one pass of all processes
     total = args.total_batch_size
     if total < 1:

@@ -87,7 +87,8 @@ class Level:
         return self.unit * steps if self.unit else steps / (self.largest + 1)
 
     def parameters(self, steps: int) -> int:
-        rank, total = self.rank(steps), 0
+        rank = self.rank(steps)
+        total = 0
         for shape, count in self.shapes.items():
             total += count * resolve_rank(rank, *shape, self.multiple) * sum(shape)
         return total
@@ -182,13 +183,15 @@ def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
     heapify(queue)
     while queue:
         _, i = heappop(queue)
-        level, n = levels[i], steps[i]
+        level = levels[i]
+        n = steps[i]
         above = i + 1 if i + 1 < len(levels) and levels[i + 1].group == level.group else None
         if n == level.largest or (above is not None and steps[above] == n):
             continue
         price = level.parameters(n + 1) - level.parameters(n)
         if price <= spare:  # else never again: what is spare only shrinks
-            steps[i], spare = n + 1, spare - price
+            steps[i] = n + 1
+            spare = spare - price
             heappush(queue, ((n + 1.5) / level.wanted, i))
     return with_ranks(config, levels, steps)
 
@@ -202,9 +205,11 @@ def solve_depth(config_at, budget: int) -> GPTConfig:
     least = config_at(1)
     if count_parameters(least) > budget:
         raise ValueError(f"even {least.n_layer} layer(s) have {count_parameters(least):,} parameters")
-    low, high = 1, 2
+    low = 1
+    high = 2
     while count_parameters(config_at(high)) <= budget:
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count_parameters(config_at(middle)) <= budget else (low, middle)
@@ -266,13 +271,12 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     accumulated: gradients live on between several passes of a step. Optimizer state not split over processes. Logits are taken in
     chunks of a CPU's size.
     """
-    model, costs = on_meta(config), account(config)
-    C, K, V, T = (
-        config.n_embd,
-        config.n_kv_head * config.n_embd // config.n_head,
-        config.vocab_size,
-        config.sequence_len,
-    )
+    model = on_meta(config)
+    costs = account(config)
+    C = config.n_embd
+    K = config.n_kv_head * config.n_embd // config.n_head
+    V = config.vocab_size
+    T = config.sequence_len
     token = rows * T * dtype_bytes  # bytes of one number for each token
     kept = [
         kept_by_block(
@@ -296,7 +300,8 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
         + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
     )
     # in the MLP: the gradient that goes on, and of a part of the rows two tensors as wide as the hidden layer, three if that was not kept
-    last, hidden = model.blocks[config.positions[-1]].mlp, config.n_hidden
+    last = model.blocks[config.positions[-1]].mlp
+    hidden = config.n_hidden
     part = hidden_rows_at_once(
         torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden
     )
@@ -306,7 +311,8 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
         max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp
     )  # at its first block; at its last
     if accumulated:
-        at_head, at_backward = at_head + grads, at_backward + grads
+        at_head = at_head + grads
+        at_backward = at_backward + grads
     groups = {}  # Muon works on all matrices of one shape at a time, in about six copies
     for name, p in model.named_parameters():
         if uses_muon(name, p):
@@ -323,7 +329,8 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
 
 def kept_by_block(block, C: int, K: int, N: int, by_blocks: bool, token: int, dtype_bytes: int) -> int:
     """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K, N: widths of keys and values, and of the MLP."""
-    kept, copies = C, 0  # the residual stream as it comes in
+    kept = C  # the residual stream as it comes in
+    copies = 0
     y = C if by_blocks else 2 * C  # by token, and by torch's kernel also by head
     for part, first, last, wide in (
         (block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o, C + 2 * K + y),
@@ -380,7 +387,8 @@ def matrix_parameters(model: GPT) -> int:
 
 
 def flops_per_token(model: GPT) -> int:
-    config, flops = model.config, 0
+    config = model.config
+    flops = 0
     reached = (
         model.wte.weight.requires_grad or model.smear.requires_grad
     )  # by the backward pass: something before is trained

@@ -183,7 +183,8 @@ class CharacterStream:
             self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: invalid UTF-8 after item {self.items}; convert the file to UTF-8")
-        self.position, self.block = 0, 2 * self.block
+        self.position = 0
+        self.block = 2 * self.block
         return bool(data)
 
     def skip(self, characters: str):
@@ -197,7 +198,8 @@ class CharacterStream:
 
     def end_item(self, position: int):
         self.items += 1
-        self.position, self.block = position, BLOCK
+        self.position = position
+        self.block = BLOCK
 
 
 def text_field(row, place: str) -> str:

@@ -36,7 +36,8 @@ def fingerprints(corpus: Corpus) -> dict[str, str]:
 
 def note_on_text(run: Run, corpus: Corpus) -> str:
     """A line where the corpus is not the text that the run was trained on, else ''."""
-    recorded, now = recorded_text(run), fingerprints(corpus)
+    recorded = recorded_text(run)
+    now = fingerprints(corpus)
     words = {"train": "training", "val": "validation"}
     splits = [words[split] for split in words if now[split] != recorded[split]]
     if not splits:

@@ -202,7 +202,8 @@ def stop_signals():
         return
     before = {number: signal.getsignal(number) for number in ENDING}
     listen()
-    outer, listener.request = listener.request, request
+    outer = listener.request
+    listener.request = request
     listener.first = None
     listener.interrupts = 0
     try:

@@ -85,7 +85,8 @@ def sort_folder(folder: Path) -> FolderText:
 
 def readable_files(folder: Path, root: Path, text: FolderText) -> tuple[list[Path], list[Path]]:
     """Files to read, and folders, by name; hidden ones aside. Other files are put down as left out."""
-    files, subfolders = [], []
+    files = []
+    subfolders = []
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as e:

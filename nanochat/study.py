@@ -116,8 +116,11 @@ def settings(run: Run, defaults: dict) -> dict:
     """What shaped the run, by the names of the flags, as resolved: a budget as the depth and ranks it gave, -1 as what it stood for,
     the data by their fingerprints; and the machine. defaults: of flags that the run's version did not have.
     """
-    derived, device = run.config.get("derived", {}), run.config.get("device", {})
-    model, corpus, flags = derived.get("model", {}), derived.get("corpus", {}), run.config.get("flags", {})
+    derived = run.config.get("derived", {})
+    device = run.config.get("device", {})
+    model = derived.get("model", {})
+    corpus = derived.get("corpus", {})
+    flags = run.config.get("flags", {})
     found = {k: v for k, v in (defaults | flags).items() if k not in FREE | RESOLVED}
     unsaid = {"n_head", "matrix_ranks", "rank_multiple"}
     if not model.get("layer_kinds"):
@@ -173,7 +176,8 @@ def multiple_in_use(model: dict) -> int:
 
     They do for single matrices and, under grouped queries, for attention.
     """
-    multiple, fractions = model.get("rank_multiple", 1), dict(model.get("matrix_ranks") or {})
+    multiple = model.get("rank_multiple", 1)
+    fractions = dict(model.get("matrix_ranks") or {})
     if model.get("n_kv_head") != model.get("n_head"):
         fractions = dict.fromkeys("qkvo", model.get("attn_ranks") or ()) | fractions
     for matrix, ranks in fractions.items():
@@ -315,7 +319,8 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 
     Of points that coincide the first is kept. A point that is not finite is never among them.
     """
-    front, best = [], math.inf
+    front = []
+    best = math.inf
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         if all(map(math.isfinite, points[i])) and points[i][1] < best:
             front.append(i)
@@ -328,8 +333,10 @@ def paste_flags(config: Configuration) -> str:
     from nanochat.flags import DEFAULTS_BEFORE, build_parser
     from nanochat.plan import SHAPE_FLAGS
 
-    run, defaults = config.runs[0], vars(build_parser().parse_args([]))
-    flags, words = run.config.get("flags", {}), []
+    run = config.runs[0]
+    defaults = vars(build_parser().parse_args([]))
+    flags = run.config.get("flags", {})
+    words = []
     if flags.get("adapter"):
         given = {
             key: flag

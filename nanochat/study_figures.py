@@ -135,13 +135,13 @@ def caption(name: str, configs: list[Configuration]) -> str:
 def draw_frontier(configs: list[Configuration], measure: str):
     """Four panels, one a cost: points with error bars, the Pareto frontier of the means, the baseline's band."""
     y_key, y_words = MEASURES[measure]
-    style, names, base, memory = (
-        looks(configs),
-        short_labels(configs),
-        baseline(configs, y_key),
-        memory_key(configs),
-    )
-    fig, spots, labels = new_figure(11.5, 9), [], []
+    style = looks(configs)
+    names = short_labels(configs)
+    base = baseline(configs, y_key)
+    memory = memory_key(configs)
+    fig = new_figure(11.5, 9)
+    spots = []
+    labels = []
     panels = fig.subplots(2, 2, sharey=True)
     costs = [
         cost
@@ -188,8 +188,12 @@ def draw_clusters(configs: list[Configuration], measure: str):
     shown = [c for c in configs if pairs(c, "params/total", y_key)]
     if len({c.mean("params/total") for c in shown}) < 2:
         return None
-    style, names, base = looks(shown), short_labels(shown), baseline(shown, y_key)
-    fig, spots, obstacles = new_figure(9.5, 6.4), [], []
+    style = looks(shown)
+    names = short_labels(shown)
+    base = baseline(shown, y_key)
+    fig = new_figure(9.5, 6.4)
+    spots = []
+    obstacles = []
     panel = fig.subplots()
     size, unit = unit_of(max(c.mean("params/total") for c in shown), COUNT)
     points = {
@@ -231,10 +235,12 @@ def draw_depth_rank(configs: list[Configuration], measure: str):
     y_key, y_words = MEASURES[measure]
     configs = [c for c in configs if not c.method]
     cells = best_of(configs, lambda c: (depth(c), rank_words(c)), y_key)
-    rows, columns = sorted({layers for layers, _ in cells}), ranks_in_order(configs)
+    rows = sorted({layers for layers, _ in cells})
+    columns = ranks_in_order(configs)
     if sum(sum(layers == row for layers, _ in cells) > 1 for row in rows) < 2:
         return None  # not a grid: at most one depth at which the rank varies
-    fig, spots = new_figure(2.6 + 1.15 * len(columns), 1.9 + 0.62 * len(rows)), []
+    fig = new_figure(2.6 + 1.15 * len(columns), 1.9 + 0.62 * len(rows))
+    spots = []
     panel = fig.subplots()
     grid = [
         [cells[row, column].mean(y_key) if (row, column) in cells else math.nan for column in columns]
@@ -246,7 +252,8 @@ def draw_depth_rank(configs: list[Configuration], measure: str):
         grid, cmap="cividis", vmin=means[0], vmax=max(top, means[0] * 1.0001), aspect="auto", origin="lower"
     )
     for (row, column), c in cells.items():
-        x, y = columns.index(column), rows.index(row)
+        x = columns.index(column)
+        y = rows.index(row)
         shade = image.norm(c.mean(y_key))
         panel.text(
             x,
@@ -280,7 +287,9 @@ def draw_learning_rates(configs: list[Configuration], measure: str):
     scans = {flag: lines for flag in flags if (lines := rate_lines(configs, flag, y_key))}
     if not scans:
         return None
-    style, depths, spots = looks(configs), sorted({depth(c) for c in configs}), []
+    style = looks(configs)
+    depths = sorted({depth(c) for c in configs})
+    spots = []
     fig = new_figure(min(12, 3 + 4.5 * len(scans)), 4.9)
     panels = fig.subplots(1, len(scans), sharey=True, squeeze=False)[0]
     for panel, (flag, lines) in zip(panels, scans.items()):
@@ -358,7 +367,8 @@ def draw_thresholds(configs: list[Configuration], measure: str):
     chosen = list(
         best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values()
     )
-    low, full = [c for c in chosen if c.low_rank], {depth(c): c for c in chosen if c.full_rank}
+    low = [c for c in chosen if c.low_rank]
+    full = {depth(c): c for c in chosen if c.full_rank}
     asked = [
         p
         for p in thresholds_of(chosen)
@@ -371,7 +381,8 @@ def draw_thresholds(configs: list[Configuration], measure: str):
         series.setdefault((factored(c), depth(c)), []).append(c)
     references = [layers for layers in full if layers in {depth(c) for c in low}]
     size, unit = unit_of(max(fmean(times_to(c, p)) for c in chosen for p in asked if times_to(c, p)), TIME)
-    fig, spots = new_figure(max(6, 4 * len(asked)), 4.7), []
+    fig = new_figure(max(6, 4 * len(asked)), 4.7)
+    spots = []
     panels = fig.subplots(1, len(asked), squeeze=False)[0]
     for panel, p in zip(panels, asked):
         colours = {}  # of each depth: that of its first line
@@ -450,7 +461,8 @@ def series_name(parts: tuple, layers: int, series: dict) -> str:
 
 def draw_loss_time(configs: list[Configuration], measure: str):
     """Curves of the baseline and the frontier of time, the others faint; how much sooner the fastest low-rank one reaches a perplexity."""
-    y_key, base = MEASURES[measure][0], baseline(configs, MEASURES[measure][0])
+    y_key = MEASURES[measure][0]
+    base = baseline(configs, MEASURES[measure][0])
     key = "val/" + measure
     curves = {c.name: points for c in configs if len(points := mean_curve(c, key)) > 1}
     configs = [c for c in configs if c.name in curves]
@@ -466,7 +478,9 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     ]
     chosen = list({c.name: c for c in wanted if c}.values())[:CURVES]
     size, unit = unit_of(max(curves[c.name][-1][0] for c in chosen), TIME)
-    fig, spots, handles = new_figure(9, 5.6), [], []
+    fig = new_figure(9, 5.6)
+    spots = []
+    handles = []
     names = {c.name: c.name.replace(rank_name(c.settings), rank_words(c)) for c in configs}
     panel = fig.subplots()
     for c in configs:
@@ -479,7 +493,8 @@ def draw_loss_time(configs: list[Configuration], measure: str):
                 zorder=1,
             )
     for i, c in enumerate(chosen):
-        times, losses = [t / size for t, _ in curves[c.name]], [loss for _, loss in curves[c.name]]
+        times = [t / size for t, _ in curves[c.name]]
+        losses = [loss for _, loss in curves[c.name]]
         handles += panel.plot(
             times,
             losses,
@@ -499,7 +514,8 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     panel.set_xlim(0, 1.02 * max(curves[c.name][-1][0] for c in chosen) / size)
     if reading:
         p, fastest, ours, theirs = reading
-        level, ratio = math.log(p), theirs / ours
+        level = math.log(p)
+        ratio = theirs / ours
         panel.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
         panel.annotate(
             "",

@@ -64,7 +64,8 @@ def configurations_table(configs: list[Configuration], measure: str) -> list[tup
     """A row a configuration: means over its finished runs, and their ratio to the baseline's."""
     y_key, y_words = MEASURES[measure]
     done = [c for c in configs if c.values(y_key)]
-    base, alike = baseline(done, y_key), one_machine(done)
+    base = baseline(done, y_key)
+    alike = one_machine(done)
     wanted = ["params/total"] + [memory_key(done), "step_time", "total_training_time"] * alike
     columns = [column for column in COSTS if column[0] in wanted]
     rows = []

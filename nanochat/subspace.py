@@ -81,7 +81,9 @@ class Matrix(NamedTuple):
 
 def matrices(config: GPTConfig) -> list[Matrix]:
     """Of all blocks, in the order in which they act."""
-    C, N, K = config.n_embd, config.n_hidden, config.n_kv_head * config.n_embd // config.n_head
+    C = config.n_embd
+    N = config.n_hidden
+    K = config.n_kv_head * config.n_embd // config.n_head
     shapes = dict(zip(MATRICES, ((C, C), (K, C), (K, C), (C, C), (N, C), (C, N))))
     return [Matrix(layer, kind, *shape) for layer in range(config.n_layer) for kind, shape in shapes.items()]
 
@@ -227,10 +229,8 @@ def own_numbers(config: SubspaceConfig, model: GPTConfig) -> int:
 
 def state_bytes(config: SubspaceConfig, model: GPTConfig) -> int:
     """Held beside the trained numbers and the matrices in use, and in no checkpoint: W₀ where they are not it, and what P is made of."""
-    total, groups = (
-        sum(m.size for m in matrices(model)),
-        [sum(m.size for m in g) for g in grouped(config, matrices(model))],
-    )
+    total = sum(m.size for m in matrices(model))
+    groups = [sum(m.size for m in g) for g in grouped(config, matrices(model))]
     each = {
         "fastfood": lambda n: 12 * padded(n) + 4 * config.dim,
         "fft-fastfood": lambda n: 8 * n + 4 * config.dim,
@@ -285,10 +285,8 @@ def available_bytes(device_type: str) -> int:
 
 def check_memory(config: SubspaceConfig, model: GPTConfig, itemsize: int, device_type: str):
     """InputError if the weights and what makes them would not fit; activations come on top."""
-    needed, there = (
-        state_bytes(config, model) + pass_bytes(config, model, itemsize),
-        available_bytes(device_type),
-    )
+    needed = state_bytes(config, model) + pass_bytes(config, model, itemsize)
+    there = available_bytes(device_type)
     if needed > there:
         raise InputError(
             f"--subspace {config.kind}: needs {needed / 2**30:,.1f} GiB for its matrices and what makes them, {there / 2**30:,.1f} GiB are "
@@ -315,7 +313,9 @@ class Subspace(nn.Module):
 
     def __init__(self, config: SubspaceConfig, of: list[Matrix], device):
         super().__init__()
-        self.config, self.of, self.kept = config, of, None
+        self.config = config
+        self.of = of
+        self.kept = None
         groups = grouped(config, of)
         self.group = [group_of(config, matrix, number) for number, matrix in enumerate(of)]
         if config.kind != "basis":

@@ -18,7 +18,8 @@ from nanochat.study import (
     whole_ranks,
 )
 
-PEAK, PREDICTED = "mem/peak_bytes", "mem/predicted_peak_bytes"
+PEAK = "mem/peak_bytes"
+PREDICTED = "mem/predicted_peak_bytes"
 COSTS = [
     ("params/total", "parameters", COUNT),
     (PEAK, "peak memory", BYTES),
@@ -178,7 +179,8 @@ def depth(config: Configuration) -> int:
 
 def representatives(configs: list[Configuration]) -> list[Run]:
     """One Run for each shape of model, named by it; by depth, then rank."""
-    shapes, ranks = {}, ranks_in_order(configs)
+    shapes = {}
+    ranks = ranks_in_order(configs)
     for c in sorted(configs, key=lambda c: (depth(c), ranks.index(rank_words(c)))):
         model = c.runs[0].config.get("derived", {}).get("model", {})
         shapes.setdefault(repr(model), c)

@@ -77,7 +77,8 @@ def shown(value, form) -> str:
 
 def ratio(runs: list[Run], run: Run, key: str, needs, broken: dict) -> str:
     """ " ×0.53" against the first run, or nothing where the two may not be divided."""
-    value, base = number(run, key), number(runs[0], key)
+    value = number(run, key)
+    base = number(runs[0], key)
     if run is runs[0] or needs is None or any(run.name in broken[need] for need in needs):
         return ""
     if not (is_finite(value) and is_finite(base) and base > 0):

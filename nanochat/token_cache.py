@@ -335,7 +335,8 @@ def encode_documents(tokenizer, documents: list[tuple[str, str]]) -> list[list[i
                 tokenizer.encode_batch([text], threads=1)
             except EncodingError as e:
                 raise InputError(f"{place}: {e}")
-        first, last = documents[0][0], documents[-1][0]
+        first = documents[0][0]
+        last = documents[-1][0]
         raise InputError(f"{first} to {last}: {failure}")  # each by itself can be encoded
 
 

@@ -99,7 +99,9 @@ class Tokenizer:
     """
 
     def __init__(self, pattern: str, tokens: list[bytes], trained_on: dict):
-        self.pattern, self.tokens, self.trained_on = pattern, tokens, trained_on
+        self.pattern = pattern
+        self.tokens = tokens
+        self.trained_on = trained_on
         self.special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "nanochat-lowrank",

@@ -74,7 +74,8 @@ class Learner:
 
     def __init__(self, model: GPT, rates: dict):
         """rates: the learning rates and settings of `optim.build_optimizers`."""
-        self.model, self.rates = model, rates
+        self.model = model
+        self.rates = rates
 
     def optimizers(self, pieces, dtype) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.model, **self.rates, pieces=pieces, dtype=dtype)
@@ -264,7 +265,8 @@ class Evaluation:
         """(values for the record, whether the run ends with this step). None if this process broke off
         because a process was asked to stop; what the others then return is void.
         """
-        args, model = self.args, self.learner.model
+        args = self.args
+        model = self.learner.model
         values = {}
         last = step == self.steps
         if last or self.falls_on(step, "eval_every"):
@@ -347,7 +349,8 @@ def run(
     derived = {"model": asdict(config), **plan, "tokenizer_hash": tokenizer.hash, **derived}
     run_config = agreement.from_first(place, config_of, args, derived, text, tokenizer, place, dtype, folder)
     with contextlib.ExitStack() as stack:
-        lock, saved = None, None
+        lock = None
+        saved = None
         if rank == 0:
             path = common.get_base_dir() / "locks" / f"{tag}.lock"
             lock = stack.enter_context(common.claimed(path, f"{tag_flag} {tag}: {folder}"))
@@ -436,7 +439,8 @@ def open_rows(args, open_text, tokenizer, place) -> Text:
 
 def config_of(args, derived: dict, text: Text, tokenizer, place, dtype, folder) -> dict:
     """What config.json is to hold."""
-    corpus, (device, _, world_size) = text.corpus, place
+    corpus = text.corpus
+    (device, _, world_size) = place
     fingerprints = {f"{split}_fingerprint": corpus.fingerprint(split) for split in ("train", "val")}
     return {
         "flags": vars(args),
@@ -495,10 +499,12 @@ def train(
 
     lock: the locks.Lock, on the first process, by which it holds the folder.
     """
-    (device, rank, world_size), plan = place, run_config["derived"]
+    (device, rank, world_size) = place
+    plan = run_config["derived"]
     state, meta = start
 
-    model, config = learner.model, learner.model.config
+    model = learner.model
+    config = learner.model.config
     pieces = split_parameters(model, world_size)
     optimizers = learner.optimizers(pieces[rank], dtype)
     if meta["step"] and "optimizer" not in state:
@@ -583,7 +589,8 @@ def train(
         )
 
     # the loop; `step` counts finished updates, so a checkpoint of step k continues with update k + 1
-    steps, rows_per_step = plan["num_iterations"], plan["total_batch_size"] // args.max_seq_len
+    steps = plan["num_iterations"]
+    rows_per_step = plan["total_batch_size"] // args.max_seq_len
     seconds = meta["total_training_time"]
     bad_steps = meta["bad_steps"]  # loss or gradient not finite
     bad_in_a_row = meta.get("bad_steps_in_a_row", 0)
@@ -635,7 +642,8 @@ def train(
         step = saved = meta["step"]
         if step == steps and bad_in_a_row > args.max_bad_steps:
             end_diverged(step)
-        last, stopping = step == steps, False
+        last = step == steps
+        stopping = False
         owed = OWED in meta
         if learner.starting and step == 0:
             losses = evaluation.losses(stop)
@@ -684,7 +692,8 @@ def train(
                 entry |= {"train/loss": loss, "train/grad_norm": grad_norm}
                 bad_in_a_row = 0
             else:  # the same on every process: loss and gradients are means over all
-                bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+                bad_steps = bad_steps + 1
+                bad_in_a_row = bad_in_a_row + 1
                 entry["train/bad_steps"] = bad_steps
             if peak:
                 entry["train/mfu"] = speed * accounting["flops/per_token"] / (peak * world_size)

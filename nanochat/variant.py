@@ -80,7 +80,8 @@ def resolve_adapted(
     script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int
 ) -> tuple[Namespace, GPTConfig, dict]:
     """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
-    args, (theirs, config, _) = flags_of(script, argv), resolve(base, processes)
+    args = flags_of(script, argv)
+    (theirs, config, _) = resolve(base, processes)
     if args.layer_map:  # layers of a second run cost what those of the first do
         config = replace(
             config,

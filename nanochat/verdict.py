@@ -26,13 +26,13 @@ from nanochat.pairs import (
 )
 from nanochat.study import Configuration, finished, value
 
-SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_APPLICABLE = (
-    "supported",
-    "not supported",
-    "undecided",
-    "not applicable",
-)
-BELOW, ABOVE, OPEN = "below", "not below", "open"  # where an interval lies beside its limit
+SUPPORTED = "supported"
+NOT_SUPPORTED = "not supported"
+UNDECIDED = "undecided"
+NOT_APPLICABLE = "not applicable"
+BELOW = "below"  # where an interval lies beside its limit
+ABOVE = "not below"
+OPEN = "open"
 ALIKE = "seed, text, tokenizer, tokens, batch and schedule"
 STATES = ("mem/weights_bytes", "mem/grads_bytes", "mem/optimizer_bytes")
 
@@ -148,7 +148,8 @@ def verdict(
         if finished(run) and not ended(run)
     ]
     usable = [c for c in configs if any(map(finished, c.runs))]
-    low, full = [c for c in usable if c.low_rank], [c for c in usable if not c.low_rank]
+    low = [c for c in usable if c.low_rank]
+    full = [c for c in usable if not c.low_rank]
 
     def hypothesis(name, claim, asked, needs, found):
         lines, unpaired = found
@@ -234,7 +235,9 @@ def shorten(names: list[str]) -> list[str]:
 
 def cost_lines(low, full, time_limit: float, memory_limit: float) -> tuple[list[tuple], list[str]]:
     """Time and memory do not depend on learning rates: the runs of one seed at several count as their mean."""
-    alike, lines, unpaired = (*CONTEXT, *SHAPE, *COST), [], []
+    alike = (*CONTEXT, *SHAPE, *COST)
+    lines = []
+    unpaired = []
     for group in grouped(
         low, lambda c: tuple(sorted((k, str(v)) for k, v in c.settings.items() if k not in LEARNING))
     ):
@@ -246,7 +249,8 @@ def cost_lines(low, full, time_limit: float, memory_limit: float) -> tuple[list[
         def of(quantity):
             return differences(by_seed(group, quantity), by_seed(partners, quantity))
 
-        peak, predicted = of("mem/peak_bytes"), of("mem/predicted_peak_bytes")
+        peak = of("mem/peak_bytes")
+        predicted = of("mem/predicted_peak_bytes")
         comparisons = [Comparison("time per step", of("step_time"), time_limit)]
         if predicted and group[0].settings.get("device_type") != "cuda":
             comparisons += [
@@ -280,7 +284,9 @@ def cost_lines(low, full, time_limit: float, memory_limit: float) -> tuple[list[
 
 def perplexity_lines(low, full, limit: float) -> tuple[list[tuple], list[str]]:
     """Each rank that spares parameters, at its best settings, against full rank, same shape, at its best."""
-    alike, lines, unpaired = (*CONTEXT, *SHAPE), [], []
+    alike = (*CONTEXT, *SHAPE)
+    lines = []
+    unpaired = []
     for group in grouped(low, lambda c: key(c, (*alike, *RANK))):
         partners = [c for c in full if key(c, alike) == key(group[0], alike)]
         if not partners:
@@ -309,7 +315,9 @@ def perplexity_lines(low, full, limit: float) -> tuple[list[tuple], list[str]]:
 
 def deeper_lines(low, full, tolerance: float) -> tuple[list[tuple], list[str]]:
     """Each deeper low-rank shape against the best full-rank shape of as many parameters: the hardest baseline that the runs offer."""
-    alike, lines, unpaired = (*CONTEXT, *FAMILY), [], []
+    alike = (*CONTEXT, *FAMILY)
+    lines = []
+    unpaired = []
     for group in grouped(low, lambda c: key(c, (*CONTEXT, *SHAPE, *RANK))):
         shallower = [
             c for c in full if key(c, alike) == key(group[0], alike) and positions(c) < positions(group[0])
@@ -356,7 +364,8 @@ def positions(config: Configuration) -> int:
 
 
 def parameters(config: Configuration, base: Configuration) -> float | None:
-    ours, theirs = config.mean("params/total"), base.mean("params/total")
+    ours = config.mean("params/total")
+    theirs = base.mean("params/total")
     return ours / theirs if ours and theirs else None
 
 

@@ -34,7 +34,7 @@ def register(sweep: Sweep, args):
     if os.environ.get("WANDB_MODE") == "offline":
         command = shell_command("wandb", "sweep", *option("--project", project), path.absolute())
         print(f"{path}: {len(points)} runs\n  {command}   # registers them, and says how to start agents")
-        return
+        return None
     sweep_id, trouble = ask(config, project)
     if sweep_id and not re.fullmatch(r"[\w/-]+", sweep_id):
         raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")

@@ -165,7 +165,9 @@ class Record:
 
     def __init__(self, job: dict):
         """job: as nanochat.wandb_log describes its parts."""
-        self.folder, self.offset, self.resumed_step = Path(job["folder"]), job["offset"], job["resumed_step"]
+        self.folder = Path(job["folder"])
+        self.offset = job["offset"]
+        self.resumed_step = job["resumed_step"]
         self.file = open(self.folder / "metrics.jsonl", "rb")
         self.written = None  # when summary.json was
 
@@ -222,7 +224,8 @@ class Sent:
     """
 
     def __init__(self, job: dict):
-        self.path, self.id = Path(job["folder"]) / "wandb" / "sent.json", job["id"]
+        self.path = Path(job["folder"]) / "wandb" / "sent.json"
+        self.id = job["id"]
         self.rows = []  # [(step, when it was logged)], since the last save
         self.step = self.last = -1
         saved = saved_sent(Path(job["folder"]))

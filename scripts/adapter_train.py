@@ -267,7 +267,8 @@ def budget_over(args, model: GPT, steps: int) -> Allocator | None:
     """AdaLoRA's, over so many steps."""
     if args.adapter != "adalora":
         return None
-    warmup, final = round(args.adalora_warmup * steps), round(args.adalora_final * steps)
+    warmup = round(args.adalora_warmup * steps)
+    final = round(args.adalora_final * steps)
     return Allocator(
         adapters_of(model, ADAPTER),
         steps,

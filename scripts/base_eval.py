@@ -88,7 +88,8 @@ def main(argv=None):
     results, corpus = from_first(place, results_so_far, args, run, of_model, out)
     if corpus and rank > 0:
         corpus = corpus.announced()
-    core_results, no_bundle = None, None
+    core_results = None
+    no_bundle = None
     if "core" in args.eval:
         try:
             bundle = open_bundle(args.core_dir)
@@ -160,7 +161,8 @@ def results_so_far(args, run: metrics.Run, of_model: dict, out) -> tuple[dict, C
 
 def on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) -> dict:
     """Losses on training and validation text ("bpb"), and on rank 0 texts of the model's own ("sample")."""
-    results, T = {}, model.config.sequence_len
+    results = {}
+    T = model.config.sequence_len
     for split in ("train", "val") if "bpb" in missing else ("val",):
         rows = Rows(corpus.split(split), tokenizer, T)
         confirm_caches(place, tokenizer, corpus.split(split))

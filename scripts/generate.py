@@ -56,7 +56,8 @@ class Text:
     """One row's tokens as text: a character that several tokens share is held back until it is whole."""
 
     def __init__(self, tokenizer):
-        self.tokens, self.text = tokenizer.tokens, ""
+        self.tokens = tokenizer.tokens
+        self.text = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int | None) -> str:
@@ -76,7 +77,8 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
         say(
             f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: the model reads its last {len(kept) - 1}"
         )
-    texts, count = [Text(tokenizer) for _ in range(args.num_samples)], 0
+    texts = [Text(tokenizer) for _ in range(args.num_samples)]
+    count = 0
     print(prompt, end="", flush=True)
     started = first = time.perf_counter()
     for step in generate(

@@ -101,7 +101,7 @@ def peak_bytes(function, device) -> int:
         (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
         key=lambda e: e.start_ns(),
     )
-    return max(itertools.accumulate((e.nbytes() for e in events)), default=0)
+    return max(itertools.accumulate(e.nbytes() for e in events), default=0)
 
 
 def cache_bytes(config: GPTConfig, rows: int, positions: int, dtype) -> int:
@@ -259,7 +259,8 @@ def tables(result: dict) -> list[tuple]:
 
 def draw(result: dict):
     """Tokens a second and prefill time against batch size, a line a form; what memory holds at the peak."""
-    cases, names = result["cases"], list(result["forms"])
+    cases = result["cases"]
+    names = list(result["forms"])
     batches = [case["batch"] for case in cases]
     fig = new_figure(13, 4.2)
     speed, latency, memory = fig.subplots(1, 3)
@@ -299,10 +300,8 @@ def draw(result: dict):
     for part, colour in parts:
         heights = []
         for batch, name in bars:
-            f, weights = (
-                next(case for case in cases if case["batch"] == batch)["forms"][name],
-                result["forms"][name]["weights_bytes"],
-            )
+            f = next(case for case in cases if case["batch"] == batch)["forms"][name]
+            weights = result["forms"][name]["weights_bytes"]
             rest = max(0, f["peak_bytes"] - weights - f["cache_bytes"])
             heights.append({"weights": weights, "cache": f["cache_bytes"], "activations": rest}[part] / 2**20)
         memory.bar(range(len(bars)), heights, bottom=below, color=colour, label=part, width=0.75)
@@ -440,7 +439,8 @@ def main(argv=None):
         f"{model.config.n_layer} layers, vocabulary {model.config.vocab_size}; prompts of {args.prompt_tokens} tokens, {args.repeats} repeats"
     )
     print(about, flush=True)
-    forms, cases = forms_of(model, dtype), []
+    forms = forms_of(model, dtype)
+    cases = []
     for batch in args.batch_sizes:
         try:
             with torch.inference_mode():

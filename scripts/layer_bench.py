@@ -46,7 +46,8 @@ MOST_COPIES = 64  # or are as many as the layers of a deep model
 def layer_shapes(config: GPTConfig) -> list[tuple[str, int, int]]:
     """(names, in, out) of the linear layers, those of one shape together; the lm_head, last, by itself."""
     model = on_meta(config)
-    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    attn = model.blocks[0].attn
+    mlp = model.blocks[0].mlp
     names = {}
     for name, layer in (
         ("q", attn.q),
@@ -79,7 +80,8 @@ def kept_bytes(layer, x) -> int:
     """Bytes that the layer's forward pass keeps for the backward pass, its parameters not counted: the input, the r numbers between
     the factors and, where the activations are not float32, a copy of the weights in their dtype.
     """
-    parameters, kept = {p.data_ptr() for p in layer.parameters()}, {}
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    kept = {}
 
     def keep(tensor):
         if tensor.data_ptr() not in parameters:
@@ -97,7 +99,8 @@ def training(in_features: int, out_features: int, rank: int, rows: int, dtype, d
     layer = make_layer(in_features, out_features, rank, device)
     x = torch.randn(rows, in_features, device=device).to(dtype).requires_grad_()
     y = layer(x)
-    grad, wanted = torch.randn_like(y), (x, *layer.parameters())
+    grad = torch.randn_like(y)
+    wanted = (x, *layer.parameters())
     return {
         "layer": layer,
         "kept_bytes": kept_bytes(layer, x),
@@ -115,7 +118,8 @@ def decoding(in_features: int, out_features: int, rank: int, dtype, device) -> d
     layers += [
         make_layer(in_features, out_features, rank, device).requires_grad_(False) for _ in range(copies - 1)
     ]
-    x, turns = torch.randn(1, in_features, device=device).to(dtype), cycle(layers)
+    x = torch.randn(1, in_features, device=device).to(dtype)
+    turns = cycle(layers)
     return {"layer": layers[0], "kept_bytes": 0, "passes": {"forward": lambda: next(turns)(x)}}
 
 
@@ -270,7 +274,8 @@ def title_of(case: dict) -> str:
 
 def cells(case: dict, v: dict) -> dict[str, str]:
     """{column: text} for one rank of one case."""
-    seconds, ratio = v["seconds"], v["ratio"]
+    seconds = v["seconds"]
+    ratio = v["ratio"]
     pieces = f", {case['rows']:,} at once" if case["rows"] < case["tokens"] else ""
     found = {
         "layer": f"{case['layers']} ({case['in']} → {case['out']}){pieces}",
@@ -293,7 +298,8 @@ def cells(case: dict, v: dict) -> dict[str, str]:
 
 def tables(result: dict) -> list[tuple]:
     """Blocks of nanochat/page.py: the break-even ranks, then a table for each batch size."""
-    by_title, by_layer = {}, {}
+    by_title = {}
+    by_layer = {}
     for case in result["cases"]:
         by_title.setdefault(title_of(case), []).append(case)
         by_layer.setdefault(case["layers"], []).append(case)
@@ -335,8 +341,10 @@ def draw(result: dict):
     for panel, title in zip(panels, titles):
         panel.axhline(1, color="#666666", linewidth=1)
         for case in (c for c in result["cases"] if title_of(c) == title):
-            i, low_rank = layers.index(case["layers"]), case["variants"][1:]
-            ranks, ratios = [v["rank"] for v in low_rank], [v["ratio"]["total"] for v in low_rank]
+            i = layers.index(case["layers"])
+            low_rank = case["variants"][1:]
+            ranks = [v["rank"] for v in low_rank]
+            ratios = [v["ratio"]["total"] for v in low_rank]
             errors = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
             panel.plot(
                 [0, *ranks],
@@ -469,7 +477,8 @@ def main(argv=None):
     )
     print(about, flush=True)
 
-    cases, measured = [], {}
+    cases = []
+    measured = {}
     batches = [*((tokens, False) for tokens in args.tokens), (1, True)]
     for tokens, decodes in batches:
         for names, in_features, out_features, ranks in shapes:

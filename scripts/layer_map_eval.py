@@ -146,7 +146,8 @@ def parse(argv):
 
 def second_model(second_tag: str, first: GPT, tokenizer, device) -> GPT:
     """The newest checkpoint of --second-tag. InputError if its layers cannot stand beside the first model's."""
-    folder, flag = run_folder("--second-tag", second_tag), f"--second-tag {second_tag}"
+    folder = run_folder("--second-tag", second_tag)
+    flag = f"--second-tag {second_tag}"
     model, other, _ = load_model(folder, step_or_newest(folder, -1, "--second-tag"), device)
     if other.hash != tokenizer.hash:
         raise InputError(f"{flag}: has another tokenizer ({other.hash} there, {tokenizer.hash} here)")
@@ -172,7 +173,8 @@ def main(argv=None):
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
     second = second_model(args.second_tag, model, tokenizer, device) if args.second_tag else None
 
-    layers, own = model.config.n_layer, model.config.positions
+    layers = model.config.n_layer
+    own = model.config.positions
     if args.all_monotone and args.all_monotone < layers:
         raise InputError(
             f"--all-monotone {args.all_monotone}: the model has {layers} layers; give at least as many positions"
@@ -191,7 +193,8 @@ def main(argv=None):
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
     rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
 
-    todo, found = [(own, f"{args.model_tag} as it is", model)], []
+    todo = [(own, f"{args.model_tag} as it is", model)]
+    found = []
     if second:
         todo.append(
             (

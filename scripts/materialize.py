@@ -180,7 +180,8 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
             f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
             "to truncate them give --energy, --attn-rank or --mlp-rank"
         )
-    rows, count = None, 0
+    rows = None
+    count = 0
     if eval_tokens:
         T = model.config.sequence_len
         rows, count = validation_rows(run, tokenizer, T, eval_tokens, args.data, optional=True)
@@ -263,7 +264,8 @@ def is_done(out: Path, wanted: dict) -> bool:
         raise InputError(
             f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}"
         )
-    derived, flags = there.config["derived"], there.config["flags"]
+    derived = there.config["derived"]
+    flags = there.config["flags"]
     before = {"source": derived["source"], "eval_tokens": flags["eval_tokens"]}
     if "rank_multiple" not in before["source"] and wanted["source"]["rank_multiple"] == AUTOMATIC:
         before["source"]["rank_multiple"] = AUTOMATIC  # made before there was the flag: it stays as it is
@@ -334,7 +336,8 @@ def of_base_train(flags: dict) -> dict:
 
 def print_adapter(said: dict, model, whole):
     """What became of an adapter, and of layers that several positions shared."""
-    size, description = (account(m)["params/total"] for m in (model, whole)), said["description"]
+    size = (account(m)["params/total"] for m in (model, whole))
+    description = said["description"]
     print(
         "{} on {}: inside {} matrices, {:,} → {:,} parameters".format(
             description["kind"], said["origin"]["bases"][0]["tag"], len(description["matrices"]), *size

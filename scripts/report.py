@@ -233,10 +233,8 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
     scratch = [
         c for c in configs if not c.settings.get("adapter")
     ] or configs  # what an adapter costs leaves out the model that it starts from
-    means, front = (
-        configurations_table(configs, measure) + equal_cost_table(scratch),
-        frontier_table(scratch, measure),
-    )
+    means = configurations_table(configs, measure) + equal_cost_table(scratch)
+    front = frontier_table(scratch, measure)
     figures = study_figures(scratch, measure)
     section, more = method_section(configs, measure)
     one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]
@@ -332,7 +330,8 @@ def find_run(text: str) -> Path:
 def derived(run: Run) -> dict:
     """What follows from the summary: tokens/s over the whole run, and what the known parts leave of a CUDA peak (bytes)."""
     values = {}
-    tokens, seconds = number(run, "total_tokens"), number(run, "total_training_time")
+    tokens = number(run, "total_tokens")
+    seconds = number(run, "total_training_time")
     if tokens and seconds:
         values["mean_tok_per_sec"] = (
             tokens / seconds

@@ -183,10 +183,8 @@ def prepare(sweep: Sweep):
             raise InputError(
                 f"{sweep.file}: there is no {text}; say where the text {name} is: --data {name}=FOLDER"
             )
-    tokenizer, corpora = (
-        prepare_tokenizer(sweep),
-        {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)},
-    )
+    tokenizer = prepare_tokenizer(sweep)
+    corpora = {data: open_corpus(data) for data in dict.fromkeys(p.args.data for p in sweep.points)}
     if line := other_text(tokenizer, corpora[sweep.data]):
         print(line)
     check_existing(sweep, tokenizer, corpora)
@@ -219,7 +217,8 @@ def check_existing(sweep: Sweep, tokenizer, corpora: dict):
     """Refuse to count another run as one of this sweep: of an earlier file, or of other text."""
     wrong = {}
     for point in (p for p in sweep.points if p.status() != "new"):
-        corpus, record = corpora[point.args.data], metrics.load_run(point.folder).config
+        corpus = corpora[point.args.data]
+        record = metrics.load_run(point.folder).config
         text = {f"{split}_fingerprint": corpus.fingerprint(split) for split in ("train", "val")}
         derived = {"tokenizer_hash": tokenizer.hash, "corpus": text}
         flags = vars(point.args) | inheritance(point.args, record)
@@ -310,12 +309,16 @@ def print_plan(sweep: Sweep, args):
     if device_type == "cuda":
         rate *= sweep.processes
     itemsize = common.compute_dtype(sweep.points[0].args.dtype, device_type, training=True).itemsize
-    rows, total, left = [], 0, 0
+    rows = []
+    total = 0
+    left = 0
     for p in sweep.points:
-        cost, status = account(p.config), p.status()
+        cost = account(p.config)
+        status = p.status()
         peak = predicted_peak(p, itemsize)
         flops = p.plan["tokens"] * cost["flops/per_token"]
-        total, left = total + flops, left + flops * (status != "finished")
+        total = total + flops
+        left = left + flops * (status != "finished")
         rows.append(
             [
                 p.tag,
@@ -392,11 +395,13 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
         mlp_ranks=point.config.mlp_ranks[:layers],
         matrix_ranks={name: ranks[:layers] for name, ranks in point.config.matrix_ranks.items()},
     )
-    per_token, T = account(config)["flops/per_token"], config.sequence_len
+    per_token = account(config)["flops/per_token"]
+    T = config.sequence_len
     rows = point.plan["device_batch_size"]
     if device_type == "cpu":  # a part of a batch: a pass of half a second on an ordinary core
         tokens = max(128, int(3e10 / per_token))
-        rows, T = max(1, min(rows, tokens // T)), min(T, tokens)
+        rows = max(1, min(rows, tokens // T))
+        T = min(T, tokens)
     dtype = common.compute_dtype(point.args.dtype, device_type, training=True)
     with torch.device(device_type):
         model = GPT(config)

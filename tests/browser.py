@@ -33,7 +33,8 @@ class Browser:
 
     def __init__(self, width=1200, height=900):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        (to_us, from_it), (to_it, from_us) = os.pipe(), os.pipe()
+        (to_us, from_it) = os.pipe()
+        (to_it, from_us) = os.pipe()
 
         def connect():  # Chromium reads commands from descriptor 3 and writes to 4, which may be the pipes' own numbers
             ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_it, from_it)]
@@ -52,7 +53,10 @@ class Browser:
         os.close(to_it)
         os.close(from_it)
         self.reads, self.writes = os.fdopen(to_us, "rb"), os.fdopen(from_us, "wb")
-        self.buffer, self.count, self.events, self.session = b"", 0, [], None
+        self.buffer = b""
+        self.count = 0
+        self.events = []
+        self.session = None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

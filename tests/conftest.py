@@ -12,7 +12,29 @@ import pytest
 from nanochat import metrics, signals
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran away home again".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "finds",
+    "likes",
+    "red",
+    "blue",
+    "small",
+    "big",
+    "tree",
+    "house",
+    "and",
+    "then",
+    "it",
+    "ran",
+    "away",
+    "home",
+    "again",
+]
 
 
 # values of every kind that JSON and YAML have, for places where they do not belong

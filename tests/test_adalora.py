@@ -285,7 +285,9 @@ class Training:
 
 @pytest.mark.parametrize("at", [3, 7, 13])
 def test_resumed_in_the_middle_of_the_schedule_it_ends_the_same_to_the_bit(at, tmp_path):
-    whole, before, after = Training(), Training(), Training()
+    whole = Training()
+    before = Training()
+    after = Training()
     whole.run(16)
     before.run(at)
     torch.save(before.state(), tmp_path / "state.pt")
@@ -305,7 +307,8 @@ def test_resumed_in_the_middle_of_the_schedule_it_ends_the_same_to_the_bit(at, t
 
 
 def test_the_compact_export_equals_the_masked_adapter():
-    training, idx = Training(), tokens(2, 16)
+    training = Training()
+    idx = tokens(2, 16)
     training.run(16)
     model = training.model
     before = model(idx)

@@ -34,7 +34,9 @@ HORIZON = [
     "--sample-every",
     "-1",
 ]
-L, C, V = 2, 32, 300  # of the base: layers, width, vocabulary
+L = 2  # of the base: layers, width, vocabulary
+C = 32
+V = 300
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,8 @@ ADALORA = (
 def test_a_run_starts_at_the_base_learns_and_leaves_it_alone(adapt, world):
     before = files(world / "runs/base")
     run = adapt(*LORA, tag="lora")
-    base, s = metrics.load_run(world / "runs/base"), run.summary
+    base = metrics.load_run(world / "runs/base")
+    s = run.summary
     start, *rest = run.history
     assert start["step"] == 0 and start["val/loss"] == base.summary["val/loss"] and "train/loss" not in start
     assert (
@@ -175,10 +178,8 @@ def test_the_orthogonality_of_adalora_is_in_the_gradient_and_not_in_the_loss(ada
         "--adalora-final",
         0,
     )
-    with_it, without = (
-        adapt(*flags, tag="orthogonal"),
-        adapt(*flags, "--adalora-orthogonality", 0, tag="free"),
-    )
+    with_it = adapt(*flags, tag="orthogonal")
+    without = adapt(*flags, "--adalora-orthogonality", 0, tag="free")
     assert losses(with_it)[0] == losses(without)[0]
     left = [orthogonality(adapters_of(loaded(run.name), ADAPTER)).item() for run in (with_it, without)]
     assert left[0] < 0.98 * left[1]
@@ -239,7 +240,8 @@ def test_the_whole_model_is_trained_at_a_fraction_of_base_trains_rates(adapt, wo
 
 
 def test_tied_and_copied_positions_learn_the_same_and_differ_in_memory_alone(adapt, world):
-    tied, copied = adapt(*TIED, tag="tied"), adapt(*TIED, "--copied", tag="copied")
+    tied = adapt(*TIED, tag="tied")
+    copied = adapt(*TIED, "--copied", tag="copied")
     base = metrics.load_run(world / "runs/base").summary
     assert losses(tied) == losses(copied) and same(final_state(tied), final_state(copied))
     assert torch.equal(logits(loaded("tied")), logits(loaded("copied")))
@@ -260,7 +262,8 @@ def test_tied_and_copied_positions_learn_the_same_and_differ_in_memory_alone(ada
 
 
 def test_stacked_layers_are_the_mapped_model_and_their_gradients_add_up(adapt, world):
-    base, idx = loaded("base"), torch.randint(0, V, (2, 33), generator=torch.Generator().manual_seed(1))
+    base = loaded("base")
+    idx = torch.randint(0, V, (2, 33), generator=torch.Generator().manual_seed(1))
     layers = (0, 0, 1, 0)
     gradients = []
     for model in (with_layer_map(base, layers), stacked(base, layers=layers)):
@@ -284,14 +287,16 @@ def test_layers_of_two_runs_are_copied_and_both_are_asked_for_again(adapt, world
     adapt(*WHOLE, tag="whole")
     run = adapt("--layer-map", "A:0,B:0,B:1", "--second-tag", "whole", "--copied", "--rank", 2, tag="two")
     assert [base["tag"] for base in run.config["derived"]["origin"]["bases"]] == ["base", "whole"]
-    model, second = loaded("two"), loaded("whole")
+    model = loaded("two")
+    second = loaded("whole")
     assert torch.equal(model.blocks[2].mlp.up.base.weight, second.blocks[1].mlp.up.weight)
     assert not torch.equal(model.blocks[0].mlp.up.base.weight, model.blocks[1].mlp.up.base.weight)
 
 
 def test_cached_decoding_of_an_adapted_stack_is_the_full_forward_pass(adapt):
     adapt(*TIED, tag="tied")
-    model, tokens = loaded("tied"), torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(2))
+    model = loaded("tied")
+    tokens = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         read, cache = prefill(model, tokens[:, :15].tolist(), 20, torch.float32)
         steps = [read] + [
@@ -310,13 +315,17 @@ def test_flops_are_those_of_what_is_passed_back_and_trained():
     config = GPTConfig(
         sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"
     )
-    costs, whole = account(adapter_train.put_together(args, (), on_meta(config))), account(config)
-    matrices, scores, adapter = 12 * 32 * 32, 32 * 16, 4 * (32 + 32)
+    costs = account(adapter_train.put_together(args, (), on_meta(config)))
+    whole = account(config)
+    matrices = 12 * 32 * 32
+    scores = 32 * 16
+    adapter = 4 * (32 + 32)
     assert (
         whole["flops/per_token"] == 3 * (6 * matrices + 12 * scores) + 6 * 32 * 50
         and whole["params/trained"] == whole["params/total"]
     )
-    forward_only, passed_back = 2 * matrices + 4 * scores, 4 * matrices + 12 * scores
+    forward_only = 2 * matrices + 4 * scores
+    passed_back = 4 * matrices + 12 * scores
     assert costs["flops/per_token"] == forward_only + 2 * passed_back + 6 * adapter + 4 * 32 * 50
     assert (
         costs["params/trained"] == adapter

@@ -79,8 +79,10 @@ def train(model, name="a", steps=3, lr=0.05):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, base):
-    model, idx = tiny(**BASES[base]), tokens(2, 16)
-    expected, losses = model(idx), model.token_losses(idx, idx)
+    model = tiny(**BASES[base])
+    idx = tokens(2, 16)
+    expected = model(idx)
+    losses = model.token_losses(idx, idx)
     attach(model, "a", KINDS[kind])
     assert torch.equal(model(idx), expected) and torch.equal(model.token_losses(idx, idx), losses)
     awaken(model)
@@ -112,7 +114,8 @@ def test_trained_parameters_are_the_adapters_alone_and_as_many_as_the_formula_sa
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64(kind, base):
     """Written out here: W0 + s·BA, W0 + s·P diag(λ) Q, diag(l) W0, and W0 diag(l) for `down`."""
-    model, idx = tiny(**BASES[base]).double(), tokens(2, 16)
+    model = tiny(**BASES[base]).double()
+    idx = tokens(2, 16)
     attach(model, "a", KINDS[kind])
     awaken(model)
     plain = tiny(n_kv_head=model.config.n_kv_head).double()
@@ -142,8 +145,10 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
 @pytest.mark.parametrize("base", ["full", "recomputed", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_equals_unmerged_and_unmerging_is_exact(kind, base):
-    model, idx = adapted(kind, base), tokens(2, 16)
-    before, base_before = model(idx), base_hash(model)
+    model = adapted(kind, base)
+    idx = tokens(2, 16)
+    before = model(idx)
+    base_before = base_hash(model)
     merge(model)
     torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
     assert base_hash(model) == base_before
@@ -156,7 +161,8 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(kind, base):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_folded_in_it_is_a_plain_model_that_its_own_config_rebuilds(kind):
-    model, idx = adapted(kind, "mixed"), tokens(2, 16)
+    model = adapted(kind, "mixed")
+    idx = tokens(2, 16)
     before = model(idx)
     fold_in(model)
     torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
@@ -174,15 +180,18 @@ def test_an_update_of_a_layer_with_silu_inside_runs_but_does_not_merge():
     with pytest.raises(InputError, match="silu between its factors is no matrix"):
         merge(model)
     assert all(layer.merged is None for layer in matrices(model).values())
-    scaled, idx = adapted("ia3", factor_act="silu", base="low rank"), tokens(2, 16)
+    scaled = adapted("ia3", factor_act="silu", base="low rank")
+    idx = tokens(2, 16)
     before = scaled(idx)
     merge(scaled)
     torch.testing.assert_close(scaled(idx), before, atol=1e-5, rtol=0)
 
 
 def test_training_and_a_thousand_switches_leave_the_base_untouched():
-    model, idx = tiny(**BASES["mixed"]), tokens(1, 16)
-    before, expected = base_hash(model), model(idx)
+    model = tiny(**BASES["mixed"])
+    idx = tokens(1, 16)
+    before = base_hash(model)
+    expected = model(idx)
     logits = {None: expected}
     for kind in KINDS:
         attach(model, kind, KINDS[kind])
@@ -228,7 +237,8 @@ def test_scale_and_dropout_are_those_of_the_formula():
 
 
 def test_dropout_reaches_every_matrix_in_training_only():
-    model, idx = tiny(**BASES["recomputed"]), tokens(2, 16)
+    model = tiny(**BASES["recomputed"])
+    idx = tokens(2, 16)
     plain = model.token_losses(idx, idx)
     for name in ("q", "k", "v", "o", "up", "down"):
         attach(model, name, AdapterConfig(targets=rf"\.{name}$", rank=2, dropout=0.5))
@@ -263,7 +273,8 @@ def test_recomputing_changes_no_gradient():
 
 def test_bfloat16_compute_keeps_float32_adapters():
     for kind in KINDS:
-        model, idx = adapted(kind), tokens(2, 16)
+        model = adapted(kind)
+        idx = tokens(2, 16)
         loss = model(idx, idx, torch.bfloat16)
         loss.backward()
         assert loss.item() == pytest.approx(model(idx, idx).item(), abs=0.1)
@@ -287,7 +298,8 @@ def test_scales_do_not_decay_and_start_at_one():
 
 
 def test_qk_norm_takes_the_length_of_a_heads_scales_and_leaves_their_direction():
-    model, idx = tiny().double(), tokens(2, 16)
+    model = tiny().double()
+    idx = tokens(2, 16)
     attach(model, "a", KINDS["ia3"])
     awaken(model)
     model(idx, tokens(2, 16) * 3 % 50, torch.float64).backward()
@@ -373,7 +385,9 @@ def test_names_of_adapters():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_base(tmp_path, kind):
-    model, idx, path = adapted(kind), tokens(2, 16), tmp_path / "adapter.pt"
+    model = adapted(kind)
+    idx = tokens(2, 16)
+    path = tmp_path / "adapter.pt"
     save_adapter(path, model, "a")
     other = tiny()
     description = load_adapter(path, other, "mine")
@@ -386,7 +400,8 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_bas
 
 
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
-    model, path = adapted(), tmp_path / "adapter.pt"
+    model = adapted()
+    path = tmp_path / "adapter.pt"
     save_adapter(path, model, "a")
     other = tiny()
     other.smear.data[3] += 1e-6
@@ -432,7 +447,8 @@ def test_eager_adapters_do_not_load_the_compiler(tmp_path):
 def test_outputs_and_gradients_equal_pefts(case):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    plain, base = nn.Sequential(nn.Linear(24, 40, bias=False)).double(), Linear(24, 40).double()
+    plain = nn.Sequential(nn.Linear(24, 40, bias=False)).double()
+    base = Linear(24, 40).double()
     base.weight.data.copy_(plain[0].weight)
     if "lora" in case:
         theirs = peft.get_peft_model(
@@ -451,7 +467,8 @@ def test_outputs_and_gradients_equal_pefts(case):
         )
         ours = IA3(24, 40, case.split()[1])
         pairs = [(ours.l, ".ia3_l.")]
-    theirs, ours = theirs.double(), ours.double()
+    theirs = theirs.double()
+    ours = ours.double()
     named = dict(theirs.named_parameters())
     pairs = [(p, next(q for name, q in named.items() if part in name)) for p, part in pairs]
     assert sum(q.numel() for q in named.values() if q.requires_grad) == sum(p.numel() for p, _ in pairs)
@@ -459,8 +476,10 @@ def test_outputs_and_gradients_equal_pefts(case):
         q.data.normal_()
         p.data.copy_(q.data.view_as(p))
     layer = AdaptedLinear(base.requires_grad_(False))
-    layer.adapters["a"], layer.active = ours, "a"
-    x, grad = torch.randn(3, 7, 24, dtype=torch.float64), torch.randn(3, 7, 40, dtype=torch.float64)
+    layer.adapters["a"] = ours
+    layer.active = "a"
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    grad = torch.randn(3, 7, 40, dtype=torch.float64)
     y = [f(x) for f in (layer, theirs)]
     torch.testing.assert_close(*y, atol=1e-6, rtol=1e-6)
     for output in y:

@@ -112,12 +112,15 @@ def test_a_model_learns_and_the_record_is_complete(train, flags):
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_bit_and_another_seed_does_not(train):
-    a, b, c = train(tag="a"), train(tag="b"), train("--seed", 1, tag="c")
+    a = train(tag="a")
+    b = train(tag="b")
+    c = train("--seed", 1, tag="c")
     assert losses(a) == losses(b) != losses(c) and same(final_state(a), final_state(b))
 
 
 def test_gradient_accumulation_and_device_batch_change_nothing_but_rounding(train):
-    whole, parts = train("--device-batch-size", 8, tag="whole"), train("--device-batch-size", 1, tag="parts")
+    whole = train("--device-batch-size", 8, tag="whole")
+    parts = train("--device-batch-size", 1, tag="parts")
     assert losses(whole) == pytest.approx(losses(parts), abs=1e-4)
     assert whole.summary["val/loss"] == pytest.approx(parts.summary["val/loss"], abs=1e-4)
 
@@ -145,7 +148,8 @@ def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_
 ):
     monkeypatch.delenv("NANOCHAT_DTYPE")
     monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
-    half, single = train(tag="half"), train("--dtype", "float32", tag="single")
+    half = train(tag="half")
+    single = train("--dtype", "float32", tag="single")
     assert [run.config["device"]["dtype"] for run in (half, single)] == ["bfloat16", "float32"]
     assert losses(half) != losses(single) and half.summary["val/loss"] == pytest.approx(
         single.summary["val/loss"], rel=0.01
@@ -207,10 +211,13 @@ def test_bits_per_byte_by_hand(train):
     from nanochat.tokenizer import load_tokenizer
 
     run = train(tag="a")
-    folder, tokenizer = metrics.runs_dir() / "a", load_tokenizer()
+    folder = metrics.runs_dir() / "a"
+    tokenizer = load_tokenizer()
     model, *_ = load_model(folder, 6, "cpu")
     rows = Rows(open_corpus(run.config["flags"]["data"]).val, tokenizer, 32)
-    nats, text_nats, text_bytes = [], 0.0, 0
+    nats = []
+    text_nats = 0.0
+    text_bytes = 0
     for i in range(1024 // 32):
         row = torch.from_numpy(rows.row(i))
         logp = torch.log_softmax(model(row[None, :-1])[0].double(), dim=-1)
@@ -394,7 +401,8 @@ def test_an_unfinished_run_with_checkpoints_is_refused_with_the_way_on(train, ki
 
 def spoiled(monkeypatch, bad_calls, spoil):
     """training.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
-    original, calls = training.gradient_norm, [0]
+    original = training.gradient_norm
+    calls = [0]
 
     def gradient_norm(model, clip):
         calls[0] += 1
@@ -447,7 +455,8 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_
 )
 def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatch, flags, step, saved):
     """An update may overflow that came of a finite gradient: here the third."""
-    original, calls = training.update, [0]
+    original = training.update
+    calls = [0]
 
     def overflowing(optimizers, *rest):
         original(optimizers, *rest)
@@ -473,7 +482,8 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
     hears it, and is put off.
     """
     straight = train(tag="straight")
-    original, steps = training.gradient_norm, []
+    original = training.gradient_norm
+    steps = []
 
     def signalled(model, clip):
         steps.append(1)
@@ -532,7 +542,8 @@ def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train
     ]
     straight = train(*flags, tag="straight")
     monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
-    stops, ended = 0, False
+    stops = 0
+    ended = False
     while not ended:
         monkeypatch.setattr(
             training.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops))

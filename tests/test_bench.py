@@ -80,7 +80,8 @@ def check(result: dict):
     ]
     assert 0.9 < max(shares) <= 1  # a step may lose the processor between two clocks, not every step
     for low, ratio in result["ratios"].items():
-        a, b = result["models"][low], result["models"][ratio["to"]]
+        a = result["models"][low]
+        b = result["models"][ratio["to"]]
         assert ratio["flops"] == a["accounting"]["flops/per_token"] / b["accounting"]["flops/per_token"] < 1
         assert ratio["memory"]["peak"] == a["memory"]["peak"] / b["memory"]["peak"]
         assert ratio["step over flops"] == pytest.approx(ratio["seconds"]["step"]["median"] / ratio["flops"])
@@ -205,7 +206,20 @@ def test_loss_memory(bench_modules, tmp_path):
 
 def test_core_speed_finds_equal_losses_and_says_how_much_faster(bench_modules, capsys):
     bench_modules.core_speed.main(
-        "--depth 2 --model-dim 64 --vocab-size 50 --prompt-tokens 20 --questions 5 --repeats 1".split()
+        [
+            "--depth",
+            "2",
+            "--model-dim",
+            "64",
+            "--vocab-size",
+            "50",
+            "--prompt-tokens",
+            "20",
+            "--questions",
+            "5",
+            "--repeats",
+            "1",
+        ]
     )
     lines = [
         line
@@ -242,7 +256,8 @@ def test_gpu_bench_on_the_cpu(tmp_path):
     ]
     for label, result in report["sizes"]["tiny"]["comparisons"].items():
         check(result)
-        low, recompute = f"r = {label}", f"r = {label}, recompute"
+        low = f"r = {label}"
+        recompute = f"r = {label}, recompute"
         assert set(result["ratios"]) == {low, recompute}
         assert result["models"][recompute]["memory"]["peak"] < result["models"][low]["memory"]["peak"]
     text = (tmp_path / "out/gpu.md").read_text()

@@ -36,7 +36,9 @@ def runs_block():
                         "baseline" if rank == 0 else "",
                     ]
                 )
-    rows[3][3], rows[5][4], rows[7][0] = float("nan"), None, EVIL
+    rows[3][3] = float("nan")
+    rows[5][4] = None
+    rows[7][0] = EVIL
     return ("runs", HEADER, rows, FILTERS)
 
 

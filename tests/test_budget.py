@@ -28,7 +28,9 @@ from scripts import base_train
 
 def random_config(rng: random.Random) -> GPTConfig:
     """A small model with random ranks: any schedule or a list, whole or fractions, one group or both or none, grouped queries or not."""
-    head_dim, heads, depth = 2 * rng.randint(2, 8), rng.randint(1, 4), rng.randint(1, 6)
+    head_dim = 2 * rng.randint(2, 8)
+    heads = rng.randint(1, 4)
+    depth = rng.randint(1, 6)
     kv_heads = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
     largest = {"attn_ranks": kv_heads * head_dim, "mlp_ranks": heads * head_dim}
 
@@ -36,10 +38,8 @@ def random_config(rng: random.Random) -> GPTConfig:
         return rng.uniform(0.01, 0.99) if fraction else rng.randint(1, largest[group])
 
     def some_ranks(group):
-        schedule, fraction = (
-            rng.choice(["full", "list", "constant", "linear", "step", "exponential", "quadratic"]),
-            rng.random() < 0.4,
-        )
+        schedule = rng.choice(["full", "list", "constant", "linear", "step", "exponential", "quadratic"])
+        fraction = rng.random() < 0.4
         if schedule == "full":
             return ()
         if schedule == "list":
@@ -71,7 +71,8 @@ def same_order(before, after) -> bool:
 def next_larger(config: GPTConfig, given: GPTConfig):
     """The configs with one more rank in the layers of a group that were given one and the same rank."""
     for group in GROUPS:
-        ranks, before = getattr(config, group), getattr(given, group) or (0,) * given.n_layer
+        ranks = getattr(config, group)
+        before = getattr(given, group) or (0,) * given.n_layer
         for value in set(before) if ranks else ():
             grown = tuple(
                 r + (1 / config.n_embd if 0 < r < 1 else 1) if b == value else r
@@ -88,20 +89,23 @@ def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
         given, **{g: tuple((1 / given.n_embd if r < 1 else 1) for r in getattr(given, g)) for g in GROUPS}
     )
     if not any(given.attn_ranks + given.mlp_ranks):
-        smallest = replace(given, **{g: (1,) * given.n_layer for g in GROUPS})
-    low, high = count_parameters(smallest), count_parameters(solve_rank(given, 10**12))
+        smallest = replace(given, **dict.fromkeys(GROUPS, (1,) * given.n_layer))
+    low = count_parameters(smallest)
+    high = count_parameters(solve_rank(given, 10**12))
     budget = rng.choice([low, rng.randint(low, high), rng.randint(low, low + (high - low) // 10), high])
     config = solve_rank(given, budget)
 
-    C, kv_dim = config.n_embd, config.n_kv_head * config.n_embd // config.n_head
+    C = config.n_embd
+    kv_dim = config.n_kv_head * config.n_embd // config.n_head
     assert count_parameters(config) <= budget
     for group in GROUPS:
-        before, after = getattr(given, group), getattr(config, group)
+        before = getattr(given, group)
+        after = getattr(config, group)
         assert bool(after) == bool(before) or not any(given.attn_ranks + given.mlp_ranks)
         assert same_order(before, after)
         for r in after:  # within [1, min(in, out)] of each matrix: resolve_rank raises if not
             assert all(
-                1 <= resolve_rank(r, *shape)
+                resolve_rank(r, *shape) >= 1
                 for shape in ((C, C), (C, kv_dim if group == "attn_ranks" else C))
             )
     for group, before, grown in next_larger(config, given):  # nothing that keeps the shape is affordable
@@ -149,7 +153,8 @@ def test_matrices_with_ranks_of_their_own_keep_their_ratio_and_none_can_grow(see
     config = solve_rank(given, budget)
     assert count_parameters(config) <= budget
     for group in GROUPS:
-        before, after = places(given, group), places(config, group)
+        before = places(given, group)
+        after = places(config, group)
         assert before.keys() == after.keys(), "what is at full rank stays so, and nothing else becomes it"
         sides = {place: min(given.matrix_shape(place[0])) for place in before}
         fractions = all(rank < 1 for rank in before.values())
@@ -290,7 +295,8 @@ def test_the_recipe_fills_the_budget_of_full_rank_in_twice_the_layers():
     deep = solve_budget(flags(*asked, *RECIPE), 300)
     assert 0.98 * budget < count_parameters(deep) <= budget and full_rank(deep) == replace(full, n_layer=4)
     assert deep.matrix_ranks == {"v": (0,) * 4, "o": (0,) * 4}
-    (q,), (up,) = set(deep.attn_ranks), set(deep.mlp_ranks)
+    (q,) = set(deep.attn_ranks)
+    (up,) = set(deep.mlp_ranks)
     assert q % 8 == up % 8 == 0 and up / q == pytest.approx(0.297 / 0.25, rel=0.2)
     own = solve_budget(flags(*asked, "--attn-rank", 16, "--mlp-rank", 48, "--matrix-ranks", "v=32,o=0"), 300)
     assert own.rank("v", 0) == pytest.approx(2 * own.rank("q", 0), abs=2) and own.rank("o", 3) == 0

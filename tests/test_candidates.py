@@ -30,7 +30,8 @@ def drawn(cls, in_features=12, out_features=12, rank=4, seed=0):
 def explicit(layer):
     """The matrix that the layer is, by its formula in numpy."""
     p = {name: value.detach().numpy() for name, value in layer.named_parameters()}
-    BA, out = p["B"] @ p["A"], len(p["B"])
+    BA = p["B"] @ p["A"]
+    out = len(p["B"])
     if isinstance(layer, candidates.Diagonal):
         return BA + (0.1 * np.diag(p["D"]) if "D" in p else 0)
     if isinstance(layer, candidates.Repeat):
@@ -93,7 +94,8 @@ def moved(rule, lr, repeats=1):
     layer = drawn(candidates.LowRankLinear, 12, 18, 5)
     before = [p.detach().clone().numpy() for p in (layer.A, layer.B)]
     torch.manual_seed(3)
-    M_A, M_B = torch.randn(5, 12).double(), torch.randn(18, 5).double()
+    M_A = torch.randn(5, 12).double()
+    M_B = torch.randn(18, 5).double()
     state = {layer.A: {}, layer.B: {}}
     with torch.no_grad():
         for _ in range(repeats):
@@ -113,7 +115,8 @@ def test_spectron(exact):
     size = 0.1 / (sum(np.linalg.norm(p, 2) for p in before) + 1)
     for p, q, M in zip(before, after, momenta):
         np.testing.assert_allclose(p - q, size * msign(M), atol=1e-6)
-    (A, B), (A_, B_) = before, after
+    (A, B) = before
+    (A_, B_) = after
     assert np.linalg.norm(B_ @ A_ - B @ A, 2) <= 0.1
 
 
@@ -124,7 +127,9 @@ def test_lora_muon(exact):
         values, vectors = np.linalg.eigh(G + candidates.DAMPING * np.eye(5))
         return vectors @ np.diag(values**-0.5) @ vectors.T
 
-    R_A, R_B, size = root(A @ A.T), root(B.T @ B), 0.05 * (18 / 12) ** 0.5
+    R_A = root(A @ A.T)
+    R_B = root(B.T @ B)
+    size = 0.05 * (18 / 12) ** 0.5
     np.testing.assert_allclose(A - A_, size * R_B @ msign(R_B @ M_A), atol=1e-10)
     np.testing.assert_allclose(B - B_, size * msign(M_B @ R_A) @ R_A, atol=1e-10)
 
@@ -153,7 +158,8 @@ def test_the_dense_guide_is_gone_after_half_the_steps():
 
 
 def test_silu_in_the_mlp_alone():
-    square, up = drawn(candidates.SiluMLP), drawn(candidates.SiluMLP, out_features=21)
+    square = drawn(candidates.SiluMLP)
+    up = drawn(candidates.SiluMLP, out_features=21)
     x = torch.randn(5, 12, dtype=torch.float64)
     torch.testing.assert_close(square(x), x @ (square.B @ square.A).mT)
     h = x @ up.A.mT

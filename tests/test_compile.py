@@ -54,7 +54,8 @@ def counters():
 )
 def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(changes, graphs, counters):
     config = replace(SHAPE, **changes)
-    eager, compiled = build(config), build(config)
+    eager = build(config)
+    compiled = build(config)
     compile_blocks(compiled, backend="aot_eager")
     idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     losses = []
@@ -80,7 +81,8 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapted_blocks_compile_whole(kind, counters):
     """The same gradients as without compilation. The first block, where nothing before it is trained, may have a graph of its own."""
-    gradients, idx = [], torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     for compiled in (False, True):
         model = build(replace(SHAPE, n_layer=2, window_pattern="L"))
         attach(model, "a", AdapterConfig(kind, rank=2))
@@ -97,7 +99,8 @@ def test_adapted_blocks_compile_whole(kind, counters):
 
 def test_matrices_made_before_the_pass_are_inputs_of_the_graphs(counters):
     shape = replace(SHAPE, window_pattern="L")
-    eager, model = build(shape), build(shape)
+    eager = build(shape)
+    model = build(shape)
     for m in (eager, model):
         subspace.attach(m, subspace.SubspaceConfig("basis", 3))
     compile_blocks(model, backend="aot_eager")

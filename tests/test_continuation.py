@@ -158,7 +158,8 @@ def test_a_run_keeps_the_default_that_it_began_with_and_another_value_is_refused
 def test_a_run_that_named_itself_is_known_by_the_name_of_then(
     train, interrupted, corpus_dir, capsys, narrow_before
 ):
-    tag, command = "d2_w32_ratio2", [*TINY, "--data", str(corpus_dir)]
+    tag = "d2_w32_ratio2"
+    command = [*TINY, "--data", str(corpus_dir)]
     interrupted("--mlp-ratio", 2, tag=tag)
     as_of_then(tag)
     rewrite_record(tag, lambda record: record["flags"].update(model_tag=""))
@@ -199,7 +200,8 @@ def test_adapter_runs_of_then_go_on_too(train, kill_after, capsys):
     kill_after(None)
     as_of_then("begun", run_of("begun").config["flags"].keys() - {"mlp_ratio"})
     adapter_train.main([*command, "--run-tag", "begun", "--resume", "auto"])
-    begun, straight = run_of("begun").history, run_of("straight").history
+    begun = run_of("begun").history
+    straight = run_of("straight").history
     assert [entry.get("train/loss") for entry in begun] == [entry.get("train/loss") for entry in straight]
     capsys.readouterr()
     adapter_train.main([*command, "--run-tag", "begun"])
@@ -270,7 +272,8 @@ def test_the_same_text_elsewhere_is_the_same_run(
 def test_scripts_that_read_the_text_of_a_run_ask_for_it_where_it_is_gone(
     train, corpus_dir, tmp_path, monkeypatch, capsys
 ):
-    text, moved = tmp_path / "text", tmp_path / "moved"
+    text = tmp_path / "text"
+    moved = tmp_path / "moved"
     shutil.copytree(corpus_dir, text)
     monkeypatch.chdir(tmp_path)
     train("--attn-rank", 4, "--data", "text", tag="a")
@@ -302,7 +305,8 @@ def test_an_evaluation_on_other_text_says_so_and_is_not_taken_for_that_of_the_ru
     train, corpus_dir, tmp_path, capsys
 ):
     train("--attn-rank", 4, tag="a")
-    other, result = tmp_path / "other", metrics.runs_dir() / "a/eval_000006.json"
+    other = tmp_path / "other"
+    result = metrics.runs_dir() / "a/eval_000006.json"
     shutil.copytree(corpus_dir, other)
     (other / "val.jsonl").write_text((corpus_dir / "part1.jsonl").read_text())
     command = ["--model-tag", "a", "--eval-tokens", "512"]

@@ -37,7 +37,8 @@ from scripts import base_eval, report
 class Letters:
     """A tokenizer: a character is a token."""
 
-    bos_id, vocab_size = 128, 129
+    bos_id = 128
+    vocab_size = 129
 
     def encode_batch(self, texts):
         return [[ord(c) for c in text] for text in texts]
@@ -149,7 +150,8 @@ def core(model, bundle, max_per_task=-1, tokens=512, **layout):
 def reference(model, prompt, continuation):
     """(mean loss, greedy) of one continuation, from the logits of the whole text in float64."""
     logits = model(torch.tensor([[*prompt, *continuation]]), compute_dtype=torch.float64)[0]
-    nats, greedy = 0.0, True
+    nats = 0.0
+    greedy = True
     for i, token in enumerate(continuation, len(prompt) - 1):
         nats -= torch.log_softmax(logits[i], -1)[token].item()
         greedy &= logits[i].argmax().item() == token
@@ -312,7 +314,8 @@ def test_scores_are_those_of_a_loop_in_float64(bundle, shape):
 
 def test_many_at_a_time_and_over_processes_is_one_at_a_time(bundle):
     model = random_model()
-    one, many = core(model, bundle, tokens=1), core(model, bundle, tokens=4000)
+    one = core(model, bundle, tokens=1)
+    many = core(model, bundle, tokens=4000)
     assert one == many and many["core_metric"] != 0
     assert {label: t["examples"] for label, t in many["tasks"].items()} == {
         "choice": 20,
@@ -332,7 +335,8 @@ def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
     found = batches(rows, 300)
     assert sorted(i for batch in found for i in batch) == list(range(len(rows)))
     for batch in found:
-        lengths, each = [row_length(rows[i]) for i in batch], {len(rows[i][1]) for i in batch}
+        lengths = [row_length(rows[i]) for i in batch]
+        each = {len(rows[i][1]) for i in batch}
         assert (
             lengths == sorted(lengths, reverse=True)
             and len(each) == 1
@@ -353,7 +357,8 @@ def test_intervals_are_those_of_drawing_the_examples_again():
             }
         }
     )
-    rng, draws = np.random.default_rng(7), {}
+    rng = np.random.default_rng(7)
+    draws = {}
     for label, values in answers.items():
         means = rng.choice(values, (20_000, len(values))).mean(1)
         draws[label] = (means - baselines[label]) / (1 - baselines[label])
@@ -493,7 +498,8 @@ def files_of(folder):
 @pytest.fixture
 def served(monkeypatch, tmp_path):
     """served(content, announced size, status): what the bundle's address answers from now on; the list of requests so far."""
-    answer, requests = [], []
+    answer = []
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -524,7 +530,8 @@ def served(monkeypatch, tmp_path):
 def test_the_bundle_is_downloaded_once_and_its_checksum_kept(served, bundle_dir, tmp_path):
     archive = zipped(files_of(bundle_dir) | {"__MACOSX/._core.txt": b"x"})
     requests = served(archive)
-    first, second = open_bundle(), open_bundle()
+    first = open_bundle()
+    second = open_bundle()
     assert len(requests) == 1 and first == second
     assert (
         first.sha256 == hashlib.sha256(archive).hexdigest()

@@ -41,7 +41,8 @@ def stream(base_dir, corpus_dir, split="train"):
 
 
 def test_rows_are_full_begin_with_bos_and_continue_the_stream(rows, base_dir, corpus_dir):
-    r, slots = rows(), stream(base_dir, corpus_dir)
+    r = rows()
+    slots = stream(base_dir, corpus_dir)
     assert r.count == len(slots) // 32
     for i in range(r.count):  # rows across the border of the two shards included
         row = r.row(i)
@@ -57,7 +58,8 @@ def test_an_epoch_visits_every_row_once_and_the_next_in_another_order(rows):
 
 
 def test_a_row_depends_on_its_number_and_the_seed_alone(rows):
-    one, other = rows(seed=3), rows(seed=3)
+    one = rows(seed=3)
+    other = rows(seed=3)
     backwards = {k: one.training_row(k) for k in reversed(range(3 * one.count))}
     assert all(np.array_equal(other.training_row(k), row) for k, row in backwards.items())
     assert not all(np.array_equal(rows(seed=4).training_row(k), backwards[k]) for k in range(10))
@@ -67,7 +69,8 @@ def test_a_row_depends_on_its_number_and_the_seed_alone(rows):
 def test_the_rows_of_a_step_do_not_depend_on_processes_or_batch_size(rows, world_size, batch):
     import torch
 
-    r, device = rows(), torch.device("cpu")
+    r = rows()
+    device = torch.device("cpu")
     inputs = [
         training_batch(r, 24, rank, world_size, batch, micro, device)[0]
         for micro in range(12 // (world_size * batch))
@@ -254,7 +257,9 @@ def open_files():
 class SlowShard:
     """A shard whose documents take a while, to be killed or raced while it is read."""
 
-    name, paths, fingerprint = "slow", (), "slow"
+    name = "slow"
+    paths = ()
+    fingerprint = "slow"
 
     def __init__(self, log):
         self.log = log

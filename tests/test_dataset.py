@@ -155,7 +155,8 @@ def test_a_huge_file_is_refused_without_reading_it(tmp_path):
 
 
 def test_fingerprint_is_of_the_content_alone(tmp_path):
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a = tmp_path / "a.jsonl"
+    b = tmp_path / "b.jsonl"
     write_jsonl(a, ["one", "two"])
     write_jsonl(b, ["one", "two"])
     os.utime(b, (0, 0))
@@ -266,7 +267,8 @@ def test_stdlib_order_and_split_do_not_depend_on_other_files_or_on_listing_order
     names = [f"{folder}/m{i}.py" for folder in ("b", "a", "a/c") for i in range(100)]
     write_sources(stdlib_root, names)
     before = open_corpus("stdlib")
-    train, val = names_of(before.train, stdlib_root), names_of(before.val, stdlib_root)
+    train = names_of(before.train, stdlib_root)
+    val = names_of(before.val, stdlib_root)
     assert train == sorted(train) and val == sorted(val) and sorted(train + val) == sorted(names)
     assert 5 <= len(val) <= 30
 

@@ -46,10 +46,8 @@ def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps
     flags = ["--num-iterations", str(steps), *flags]
     codes, output = train_on(processes, *flags, "--model-tag", "many")
     assert not any(codes), output[-2000:]  # it also ends with the parameters of all compared to the bit
-    many, one = (
-        metrics.load_run(metrics.runs_dir() / "many"),
-        train(*FLAGS, *flags, "--device-batch-size", 6, tag="one"),
-    )
+    many = metrics.load_run(metrics.runs_dir() / "many")
+    one = train(*FLAGS, *flags, "--device-batch-size", 6, tag="one")
     assert len(losses(many)) == steps and many.config["device"]["processes"] == processes
     assert np.abs(np.subtract(losses(many), losses(one))).max() < 1e-4
     assert many.summary["val/loss"] == pytest.approx(one.summary["val/loss"], abs=1e-4)

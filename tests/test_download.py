@@ -26,7 +26,8 @@ from nanochat.common import InputError
 from nanochat.dataset import open_corpus
 from nanochat.fingerprints import stamp_of
 
-CLIMBMIX, VAL = "karpathy/climbmix-400b-shuffle", "shard_06542.parquet"
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"
+VAL = "shard_06542.parquet"
 COMMIT = "c0ffee" * 6 + "c0ff"
 
 
@@ -41,7 +42,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, repo, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repo, self.files = repo, files
+        self.repo = repo
+        self.files = files
         self.faults = defaultdict(list)
         self.requests = []  # (method, file) of the resolve calls
         self.kept_in = {}  # file -> 'git' or 'nothing': where it is not in LFS, or the hub tells no sum
@@ -68,10 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, method):
-        hub, path = self.server, urlsplit(self.path).path
+        hub = self.server
+        path = urlsplit(self.path).path
         if hub.repo in path:
             hub.tokens.add(self.headers.get("Authorization"))
-        api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{COMMIT}/"
+        api = f"/api/datasets/{hub.repo}"
+        resolve = f"/datasets/{hub.repo}/resolve/{COMMIT}/"
         tree = f"{api}/tree/{COMMIT}"
         if path == api:
             self.send(
@@ -93,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree_entry(self, file):
         content = self.server.files[file]
-        size, sha = len(content), hashlib.sha256(content).hexdigest()
+        size = len(content)
+        sha = hashlib.sha256(content).hexdigest()
         blob = {"git": hashlib.sha1(b"blob %d\0%s" % (size, content)).hexdigest(), "nothing": ""}
         if where := self.server.kept_in.get(file):
             return {"type": "file", "path": file, "size": size, "oid": blob[where]}
@@ -107,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, method, file, fault):
         body = self.server.files[file]
-        sha, size = hashlib.sha256(body).hexdigest(), len(body)
+        sha = hashlib.sha256(body).hexdigest()
+        size = len(body)
         headers = {
             "ETag": f'"{sha}"',
             "X-Linked-Etag": f'"{sha}"',

@@ -78,7 +78,8 @@ def test_cached_logits_equal_the_full_forward(changes):
 
 
 def test_a_text_may_be_read_in_pieces():
-    model, text = tiny(n_kv_head=2), PROMPTS[1] + PROMPTS[0]
+    model = tiny(n_kv_head=2)
+    text = PROMPTS[1] + PROMPTS[0]
     for padded in (False, True):
         prompts = [text[:4], text[:2]] if padded else [text[:4]]
         _, cache = prefill(model, prompts, 16, torch.float64)
@@ -91,9 +92,11 @@ def test_a_text_may_be_read_in_pieces():
 @pytest.mark.parametrize("changes", [{}, {**LOW, "n_kv_head": 2}])
 def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
     """Far past the context of 16, where every row goes on from its own first token and its last 8."""
-    model, expected = tiny(**changes), []
+    model = tiny(**changes)
+    expected = []
     for prompt in PROMPTS + [list(range(40))]:
-        visible, text = what_fits(prompt, 16), []
+        visible = what_fits(prompt, 16)
+        text = []
         for _ in range(28):
             text.append(full_logits(model, visible).argmax().item())
             visible = what_fits(visible + text[-1:], 16)
@@ -119,7 +122,8 @@ def test_weights_cast_once_give_what_casting_them_at_every_step_gives():
 
 
 def test_the_draws_of_a_seed_are_those_of_the_plain_loop():
-    model, rng = tiny(), torch.Generator().manual_seed(3)
+    model = tiny()
+    rng = torch.Generator().manual_seed(3)
     tokens = list(PROMPTS[0])
     for _ in range(11):
         tokens.append(

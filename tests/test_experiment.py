@@ -159,7 +159,8 @@ def test_a_budget_may_be_the_parameters_of_another_point(read):
     )
     at = {p.tag: p for p in sweep.points}
     for width in (32, 64):
-        full, deep = at[f"question_full_w{width}_s1"], at[f"question_deep_w{width}_s1"]
+        full = at[f"question_full_w{width}_s1"]
+        deep = at[f"question_deep_w{width}_s1"]
         budget = count_parameters(full.config)
         assert deep.args.budget_params == str(budget) and deep.config.n_layer == 4
         assert 0.97 * budget < count_parameters(deep.config) <= budget
@@ -167,7 +168,8 @@ def test_a_budget_may_be_the_parameters_of_another_point(read):
 
 def test_presets_add_to_the_file_and_one_has_to_be_chosen(read):
     text = "[points.a]\nattn-rank = 4\n[preset.small]\nseeds = [5]\n[preset.small.flags]\ndepth = 1\n[preset.small.points.a]\nmlp-rank = 4\n[preset.big.points.b]\ndepth = 3\n"
-    small, big = read(text, "small"), read(text, "big")
+    small = read(text, "small")
+    big = read(text, "big")
     assert small.name == "question-small" and {p.seed for p in small.points} == {5}
     assert {(p.config.n_layer, p.args.attn_rank, p.args.mlp_rank) for p in small.points} == {
         (1, 0, 0),

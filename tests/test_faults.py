@@ -19,7 +19,8 @@ from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from scripts import base_train
 
-STEPS, KILLS = 400, 20
+STEPS = 400
+KILLS = 20
 FLAGS = ["--num-iterations", str(STEPS), "--eval-every", "-1", "--device-batch-size", "4"]
 
 
@@ -75,8 +76,10 @@ def test_killed_twenty_times_it_ends_with_the_weights_of_an_uninterrupted_run(
     straight = start(processes, corpus_dir, *rank, "--model-tag", "straight")
     assert straight.wait() == 0, straight.stderr.read()[-2000:]
 
-    rng, folder = random.Random(1), metrics.runs_dir() / "killed"
-    flags, landed = [*rank, "--model-tag", "killed", "--save-every", "1", "--resume", "auto"], []
+    rng = random.Random(1)
+    folder = metrics.runs_dir() / "killed"
+    flags = [*rank, "--model-tag", "killed", "--save-every", "1", "--resume", "auto"]
+    landed = []
     for i in range(KILLS):
         run = start(processes, corpus_dir, *flags)
         before = saved_steps(folder)

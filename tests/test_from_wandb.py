@@ -56,7 +56,8 @@ def environment(one_server, monkeypatch, tmp_path):
 @pytest.fixture
 def server(one_server, environment):
     """The recorded project; its runs may be changed."""
-    one_server.runs, one_server.status = copy.deepcopy(RECORDED["server"]), 200
+    one_server.runs = copy.deepcopy(RECORDED["server"])
+    one_server.status = 200
     return one_server
 
 
@@ -112,7 +113,8 @@ def test_what_a_run_sends_comes_back(server, environment, tmp_path):
         )
     record.summarize("finished")
     record.close()
-    [run], here = runs_from_wandb("lab/proj/new"), load_run(folder)
+    [run] = runs_from_wandb("lab/proj/new")
+    here = load_run(folder)
     assert (run.name, run.config, run.summary) == (here.name, here.config, here.summary)
     assert run.history == here.history and run.history[1]["train/loss"] == math.inf
     assert run.summary["time_to_ppl/62.5/step"] == 3

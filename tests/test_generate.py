@@ -87,7 +87,8 @@ def test_a_prompt_a_line_until_an_empty_one(low, run, monkeypatch):
 
 def test_it_ends_where_the_model_ends_its_document(low, run, monkeypatch):
     _, tokenizer, _ = open_model("low", -1, CPU)
-    cat, bos = tokenizer.encode(" cat")[0], tokenizer.bos_id
+    cat = tokenizer.encode(" cat")[0]
+    bos = tokenizer.bos_id
     monkeypatch.setattr(
         "nanochat.engine.sample",
         lambda logits, *rest, script=iter([cat, cat, bos]): torch.tensor([next(script)]),

@@ -90,7 +90,8 @@ def test_low_rank_layer_applies_exactly_its_dense_weight():
 @pytest.mark.parametrize("n_in,n_out,rank", [(128, 128, 32), (128, 512, 42), (512, 128, 128), (64, 64, 64)])
 def test_initial_product_has_the_variance_of_the_full_rank_layer(n_in, n_out, rank):
     torch.manual_seed(0)
-    full, low = Linear(n_in, n_out), LowRankLinear(n_in, n_out, rank)
+    full = Linear(n_in, n_out)
+    low = LowRankLinear(n_in, n_out, rank)
     full.init()
     low.init()
     assert low.dense_weight().square().mean().item() == pytest.approx(1 / n_in, rel=1e-4)
@@ -139,14 +140,16 @@ def test_rank_as_number_and_as_fraction():
 def explicit_attention(attn: Attention, x, cos, sin, window):
     """One head and one query at a time, in plain arithmetic."""
     B, T, _ = x.shape
-    D, out = attn.head_dim, torch.zeros(B, T, attn.n_head, attn.head_dim, dtype=x.dtype)
+    D = attn.head_dim
+    out = torch.zeros(B, T, attn.n_head, attn.head_dim, dtype=x.dtype)
     weights = {name: getattr(attn, name).dense_weight() for name in "qkvo"}
     for b in range(B):
         for h in range(attn.n_head):
             kv = h * attn.n_kv_head // attn.n_head
             q = x[b] @ weights["q"][h * D : (h + 1) * D].T
             k, v = (x[b] @ weights[n][kv * D : (kv + 1) * D].T for n in "kv")
-            q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+            q = norm(rotate(q, cos, sin))
+            k = norm(rotate(k, cos, sin))
             for i in range(T):
                 seen = range(max(0, i - window + 1), i + 1)
                 p = torch.softmax(
@@ -161,7 +164,8 @@ def explicit_attention(attn: Attention, x, cos, sin, window):
 @pytest.mark.parametrize("ranks", [(), (6, 6, 6)])
 def test_attention_equals_explicit_computation(pattern, kv_heads, ranks):
     model = tiny(window_pattern=pattern, n_kv_head=kv_heads, attn_ranks=ranks).double()
-    attn, x = model.blocks[0].attn, torch.randn(2, 16, 32, dtype=torch.float64)
+    attn = model.blocks[0].attn
+    x = torch.randn(2, 16, 32, dtype=torch.float64)
     cos, sin = model.rotary(16, x.device, torch.float64)
     expected = explicit_attention(attn, norm(x), cos, sin, window={"L": 16, "S": 8}[pattern])
     mask = window_mask(16, 8, x.device) if pattern == "S" else None
@@ -195,10 +199,8 @@ def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, win
         F.normalize(torch.randn(2, h, T, 8, dtype=torch.float64), dim=-1).mul(8**0.5).requires_grad_()
         for h in (4, kv_heads)
     )
-    v, weight = (
-        torch.randn(2, kv_heads, T, 8, dtype=torch.float64, requires_grad=True),
-        torch.randn(2, T, 32, dtype=torch.float64),
-    )
+    v = torch.randn(2, kv_heads, T, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, T, 32, dtype=torch.float64)
     mask = window_mask(T, window, "cpu")
     scores = 0.6 * q @ k.repeat_interleave(4 // kv_heads, dim=1).mT
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
@@ -240,7 +242,8 @@ def test_memory_of_attention_by_blocks_grows_with_the_length():
     """What is kept doubles with the length, and does not quadruple as the weights would."""
 
     def kept(T):
-        saved, x = [], torch.randn(1, 1, T, 8, requires_grad=True)
+        saved = []
+        x = torch.randn(1, 1, T, 8, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
             BlockAttention.apply(x, x, x, torch.tensor(T), 0.1)
         return sum(saved) - 8  # the window
@@ -257,7 +260,8 @@ def test_window_pattern_is_tiled_and_the_last_layer_sees_everything():
 def test_rotary_scores_depend_on_the_distance_only():
     model = tiny().double()
     cos, sin = model.rotary(16, "cpu", torch.float64)
-    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    q = torch.randn(8, dtype=torch.float64)
+    k = torch.randn(8, dtype=torch.float64)
     score = lambda i, j: (
         rotate(q[None], cos[i : i + 1], sin[i : i + 1])[0]
         @ rotate(k[None], cos[j : j + 1], sin[j : j + 1])[0]
@@ -271,7 +275,8 @@ def test_no_token_sees_its_future():
     idx = tokens(1, 16)
     changed = idx.clone()
     changed[0, 9:] = (changed[0, 9:] + 1) % 50
-    before, after = model(idx), model(changed)
+    before = model(idx)
+    after = model(changed)
     torch.testing.assert_close(before[:, :9], after[:, :9], atol=1e-5, rtol=1e-5)
     assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
 
@@ -310,10 +315,8 @@ def test_the_rows_of_an_mlp_are_all_in_one_slice():
 
 
 def test_norms_have_the_gradients_of_their_formulas():
-    x, grad = (
-        torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True),
-        torch.randn(3, 5, 8, dtype=torch.float64),
-    )
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(3, 5, 8, dtype=torch.float64)
     angle = torch.randn(5, 4, dtype=torch.float64)
     turn = torch.polar(torch.ones_like(angle), -angle)
     pairs = (
@@ -338,7 +341,8 @@ def test_norms_have_the_gradients_of_their_formulas():
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (1000, 300)])  # in the cache, and beyond it
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (1, 2), (4, 1), (5, 1)])
 def test_few_rows_are_multiplied_as_many_are(shape, rows):
-    x, weight = torch.randn(*rows, shape[1], dtype=torch.float64), torch.randn(shape)
+    x = torch.randn(*rows, shape[1], dtype=torch.float64)
+    weight = torch.randn(shape)
     with torch.no_grad():
         y = linear(x, weight)
         torch.testing.assert_close(y, torch.einsum("...i,oi->...o", x, weight.double()))
@@ -366,7 +370,9 @@ def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N, of_logi
 
 @pytest.mark.parametrize("changes", [{}, {"lm_head_rank": 5}, {"tie_embeddings": True}])
 def test_loss_logits_and_token_losses_agree(changes):
-    model, idx, targets = tiny(**changes), tokens(3, 16), tokens(3, 16) * 3 % 50
+    model = tiny(**changes)
+    idx = tokens(3, 16)
+    targets = tokens(3, 16) * 3 % 50
     logits = model(idx)
     assert logits.shape == (3, 16, 50) and logits.abs().max() < SOFTCAP
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 16)
@@ -420,7 +426,9 @@ def test_matrices_may_have_ranks_of_their_own():
     ],
 )
 def test_recomputing_changes_no_gradient(changes):
-    plain, again, idx = tiny(**changes), tiny(**changes, recompute="bottleneck"), tokens(2, 16)
+    plain = tiny(**changes)
+    again = tiny(**changes, recompute="bottleneck")
+    idx = tokens(2, 16)
     for model in (plain, again):
         model(idx, idx).backward()
     for (name, p), q in zip(plain.named_parameters(), again.parameters()):
@@ -471,7 +479,8 @@ def test_counted_parameters_are_those_that_exist():
 
 
 def test_bfloat16_compute_keeps_float32_masters():
-    model, idx = tiny(attn_ranks=(8,) * 3), tokens(2, 16)
+    model = tiny(attn_ranks=(8,) * 3)
+    idx = tokens(2, 16)
     loss = model(idx, idx, torch.bfloat16)
     loss.backward()
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())

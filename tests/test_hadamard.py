@@ -17,13 +17,15 @@ def numbers(*shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("n", [1, 2, 8, 32, 128, 1024])
 def test_walsh_hadamard_is_the_product_with_the_explicit_matrix(n):
-    x, H = numbers(2, 3, n), torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float64)
+    x = numbers(2, 3, n)
+    H = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float64)
     torch.testing.assert_close(walsh_hadamard(x), x @ H, rtol=0, atol=1e-12)
     torch.testing.assert_close(walsh_hadamard(walsh_hadamard(x)), n * x, rtol=0, atol=1e-11)
 
 
 def test_walsh_hadamard_is_its_own_adjoint_and_wants_a_power_of_two():
-    x, y = numbers(4096), numbers(2, 4096)[1]
+    x = numbers(4096)
+    y = numbers(2, 4096)[1]
     assert torch.dot(walsh_hadamard(x), y).item() == pytest.approx(
         torch.dot(x, walsh_hadamard(y)).item(), rel=1e-12
     )
@@ -60,7 +62,8 @@ def reference_word(keys, counter):
 
 
 def test_words_are_those_of_unbounded_integers_far_out_too():
-    keys, counters = noise.stream(2**63 + 5, 1, 2), [0, 1, 31, 2**31, 2**32 - 1, 2**32, 2**40 + 3]
+    keys = noise.stream(2**63 + 5, 1, 2)
+    counters = [0, 1, 31, 2**31, 2**32 - 1, 2**32, 2**40 + 3]
     assert noise.words(keys, torch.tensor(counters)).tolist() == [reference_word(keys, c) for c in counters]
     assert noise.words(keys, torch.tensor([0])) != noise.words(keys, torch.tensor([2**32]))
 
@@ -86,7 +89,8 @@ def test_numbers_do_not_hang_on_the_piece_drawn_at_a_time_or_on_torchs_random_st
         )
 
     torch.manual_seed(0)
-    before, first = torch.get_rng_state(), drawn()
+    before = torch.get_rng_state()
+    first = drawn()
     assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setitem(noise.WORDS, "cpu", 50)
     torch.manual_seed(1)

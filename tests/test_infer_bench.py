@@ -126,7 +126,8 @@ def quick(monkeypatch):
 def test_the_command(tmp_path, capsys, quick):
     out = tmp_path / "new" / "bench"
     infer_bench.main([*FLAGS, "--mlp-rank", "4", "--attn-rank", "0", "--out", str(out)])
-    result, table = json.loads((out / "infer_bench.json").read_text()), (out / "infer_bench.md").read_text()
+    result = json.loads((out / "infer_bench.json").read_text())
+    table = (out / "infer_bench.md").read_text()
     parameters = {
         "dense": count_parameters(GPTConfig(**SMALL)),
         "factored": count_parameters(GPTConfig(**SMALL, mlp_ranks=(4, 4))),

@@ -54,12 +54,14 @@ def truncated(train):
 def test_the_first_loss_is_that_of_the_checkpoint_and_the_run_says_where_it_began(
     truncated, go_on, corpus_dir
 ):
-    run, source = go_on(truncated, "--seed", 5), metrics.load_run(metrics.runs_dir() / truncated)
+    run = go_on(truncated, "--seed", 5)
+    source = metrics.load_run(metrics.runs_dir() / truncated)
     model, _, meta = load_model(metrics.runs_dir() / truncated, 12, "cpu")
     rows = Rows(open_corpus(str(corpus_dir)).train, load_tokenizer(), 32, 5)
     batch = torch.stack([torch.from_numpy(rows.training_row(k)) for k in range(8)])
     assert losses(run)[0] == pytest.approx(model(batch[:, :-1], batch[:, 1:]).item(), abs=1e-5)
-    derived, flags = run.config["derived"], run.config["flags"]
+    derived = run.config["derived"]
+    flags = run.config["flags"]
     assert derived["source"] == {"tag": "cut", "step": 12, "sha256": meta["sha256"]}
     assert (
         derived["model"] == source.config["derived"]["model"]
@@ -98,7 +100,8 @@ def test_resuming_such_a_run_is_the_uninterrupted_run_to_the_bit(train, go_on, k
 
 def test_a_given_step_and_the_newest(train, go_on):
     train("--save-every", 3, tag="a")
-    early, late = go_on("a:3", tag="early"), go_on("a", tag="late")
+    early = go_on("a:3", tag="early")
+    late = go_on("a", tag="late")
     assert early.config["derived"]["source"]["step"] == 3 and late.config["derived"]["source"]["step"] == 6
     assert losses(late)[0] < losses(early)[0]
     assert parse_flags(["--init-from", "a"]).init_from == "a:6"

@@ -45,7 +45,8 @@ def test_layers_of_one_shape_are_named_together():
 @pytest.mark.parametrize("dtype,size", [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_kept_bytes_by_hand(rank, dtype, size):
-    layer, x = make_linear(48, 32, rank), torch.randn(10, 48).to(dtype).requires_grad_()
+    layer = make_linear(48, 32, rank)
+    x = torch.randn(10, 48).to(dtype).requires_grad_()
     copies = 0 if size == 4 else size * sum(p.numel() for p in layer.parameters())
     assert kept_bytes(layer, x) == size * 10 * (48 + rank) + copies
 
@@ -129,7 +130,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
             str(out),
         ]
     )
-    result, table = json.loads((out / "layer_bench.json").read_text()), (out / "layer_bench.md").read_text()
+    result = json.loads((out / "layer_bench.json").read_text())
+    table = (out / "layer_bench.md").read_text()
     cases = {(case["layers"], case["mode"], case["tokens"]): case for case in result["cases"]}
     names = ["q, o", "k, v", "MLP up", "MLP down", "lm_head"]
     assert list(cases) == [(name, "training", n) for n in (16, 600, 700) for name in names] + [

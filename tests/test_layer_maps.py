@@ -156,11 +156,13 @@ def test_the_model_under_a_map_executes_its_layers_in_that_order():
 
 @pytest.mark.parametrize("changes", EVERY)
 def test_the_identity_map_changes_no_bit_and_tied_layers_are_copied_ones(changes):
-    model, idx = tiny(**changes), tokens(2, 16)
+    model = tiny(**changes)
+    idx = tokens(2, 16)
     for same in (with_layer_map(model, (0, 1, 2)), with_copied_layers(model, (0, 1, 2))):
         assert torch.equal(same(idx), model(idx)) and account(same) == account(model)
     assert asdict(same.config) == asdict(model.config)
-    tied, each = with_layer_map(model, MAP), with_copied_layers(model, MAP)
+    tied = with_layer_map(model, MAP)
+    each = with_copied_layers(model, MAP)
     assert (
         torch.equal(tied(idx), each(idx))
         and torch.equal(loaded(each)(idx), each(idx))
@@ -176,7 +178,9 @@ def test_the_identity_map_changes_no_bit_and_tied_layers_are_copied_ones(changes
 
 def test_the_gradient_of_a_tied_layer_is_the_sum_of_the_copies():
     model = tiny(value_embeddings=True, **LOW).double()
-    tied, each, idx = with_layer_map(model, MAP), with_copied_layers(model, MAP), tokens(2, 16)
+    tied = with_layer_map(model, MAP)
+    each = with_copied_layers(model, MAP)
+    idx = tokens(2, 16)
     for one in (tied, each):
         one(idx, idx, torch.float64).backward()
     for module in ("blocks", "value_embeds"):
@@ -218,7 +222,8 @@ def test_cached_decoding_of_repeated_layers_is_the_full_forward(form):
 def test_windows_and_value_tables_are_the_source_layers():
     model = tiny(value_embeddings=True, n_layer=4, window_pattern="SSSL")
     assert [model.config.kind(layer) for layer in range(4)] == ["S", "Sv", "S", "Lv"]
-    tied, each = with_layer_map(model, (3, 1, 1, 0)), with_copied_layers(model, (3, 1, 1, 0))
+    tied = with_layer_map(model, (3, 1, 1, 0))
+    each = with_copied_layers(model, (3, 1, 1, 0))
     assert [tied.config.window(layer) for layer in tied.config.positions] == [16, 8, 8, 8]
     assert each.config.layer_kinds == ("Lv", "Sv", "Sv", "S") and list(each.value_embeds) == ["0", "1", "2"]
     again = with_copied_layers(each, (3, 0, 1))
@@ -232,7 +237,8 @@ def test_windows_and_value_tables_are_the_source_layers():
 
 
 def test_a_tied_model_copied_out_keeps_the_scalars_of_its_positions():
-    model, idx = tiny(layer_map=MAP, value_embeddings=True, **LOW), tokens(2, 16)
+    model = tiny(layer_map=MAP, value_embeddings=True, **LOW)
+    idx = tokens(2, 16)
     assert len(set(model.x0_lambdas.tolist())) == 5, "trained by position"
     each = copied_out(model)
     assert torch.equal(each(idx), model(idx)) and each.config.n_layer == 5 and not each.config.layer_map
@@ -249,14 +255,14 @@ def test_a_tied_model_copied_out_keeps_the_scalars_of_its_positions():
 
 
 def test_layers_of_two_models_of_one_shape():
-    a, b, idx = tiny(0, value_embeddings=True, **LOW), tiny(1, value_embeddings=True, **LOW), tokens(2, 16)
+    a = tiny(0, value_embeddings=True, **LOW)
+    b = tiny(1, value_embeddings=True, **LOW)
+    idx = tokens(2, 16)
     both = with_copied_layers(a, (0, 4, 2), b)
     by_hand = loaded(a)
-    by_hand.blocks[1], by_hand.resid_lambdas.data[1], by_hand.x0_lambdas.data[1] = (
-        b.blocks[1],
-        b.resid_lambdas[1],
-        b.x0_lambdas[1],
-    )
+    by_hand.blocks[1] = b.blocks[1]
+    by_hand.resid_lambdas.data[1] = b.resid_lambdas[1]
+    by_hand.x0_lambdas.data[1] = b.x0_lambdas[1]
     assert torch.equal(both(idx), by_hand(idx)) and torch.equal(
         with_copied_layers(a, goliath(3), a)(idx), with_layer_map(a, (0, 1, 1, 2))(idx)
     )
@@ -278,11 +284,13 @@ def test_layers_of_two_models_of_one_shape():
 
 
 def test_an_adapted_model_is_copied_with_its_adapters():
-    model, idx = tiny(**LOW), tokens(2, 16)
+    model = tiny(**LOW)
+    idx = tokens(2, 16)
     adapters.attach(model, "wiki", AdapterConfig("lora", targets=r"attn\.q$|mlp\.down$", rank=2))
     for adapter in adapters.adapters_of(model, "wiki").values():
         torch.nn.init.normal_(adapter.B)
-    each, merged = with_copied_layers(model, MAP), with_copied_layers(model, MAP)
+    each = with_copied_layers(model, MAP)
+    merged = with_copied_layers(model, MAP)
     assert len(adapters.adapters_of(each, "wiki")) == 2 * len(MAP) and not each.x0_lambdas.requires_grad
     adapters.fold_in(merged)
     assert (merged(idx) - each(idx)).abs().max() < 1e-5

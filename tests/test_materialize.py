@@ -83,7 +83,8 @@ def test_truncation_is_the_nearest_matrix_in_balanced_factors_and_leaves_the_res
         model, {"blocks.0.attn.k": lambda S: 4, "blocks.1.mlp.down": lambda S: 9, "lm_head": lambda S: 11}
     )
     for name, r in (("blocks.0.attn.k", 4), ("blocks.1.mlp.down", 9), ("lm_head", 11)):
-        W, layer = linear_layers(model)[name].weight.detach().numpy().astype(float), linear_layers(cut)[name]
+        W = linear_layers(model)[name].weight.detach().numpy().astype(float)
+        layer = linear_layers(cut)[name]
         s = np.linalg.svd(W, compute_uv=False)
         error = np.linalg.norm(W - layer.dense_weight().detach().numpy())
         assert error == pytest.approx(
@@ -109,7 +110,8 @@ def test_truncation_is_the_nearest_matrix_in_balanced_factors_and_leaves_the_res
 def test_factors_are_truncated_as_the_matrix_that_they_are():
     model = random_model(attn_ranks=(12, 12))
     choose = {name: lambda S: 5 for name in linear_layers(model) if "attn" in name}
-    direct, via_dense = truncate(model, choose)[0], truncate(merge(model), choose)[0]
+    direct = truncate(model, choose)[0]
+    via_dense = truncate(merge(model), choose)[0]
     assert direct.config.attn_ranks == (5, 5) and (logits(direct) - logits(via_dense)).abs().max() < 1e-4
     same, kept = truncate(model, {name: lambda S: 12 for name in choose})
     assert not kept and torch.equal(logits(same), logits(model))
@@ -153,7 +155,8 @@ def test_merging_a_run_makes_a_whole_run_and_the_same_command_again_is_done(trai
         dense.summary[key] == low.summary[key]
         for key in ("step", "total_tokens", "total_training_flops", "total_training_time")
     )
-    source, meta = dense.config["derived"]["source"], load_checkpoint(metrics.runs_dir() / "low", 6)[1]
+    source = dense.config["derived"]["source"]
+    meta = load_checkpoint(metrics.runs_dir() / "low", 6)[1]
     assert (source["tag"], source["step"], source["sha256"]) == ("low", 6, meta["sha256"])
     A, B = (weights("low")[f"blocks.1.mlp.up.{key}"].double() for key in "AB")
     assert torch.equal(weights("dense")["blocks.1.mlp.up.weight"], (B @ A).float())

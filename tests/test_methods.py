@@ -231,10 +231,8 @@ def test_methods_have_names_and_bases_tell_them_apart():
 
 
 def test_they_are_no_full_rank_baseline_and_enter_no_verdict():
-    low, full = (
-        run("low", 3.2, attn=4, attn_rank=4, mlp_rank=4, total=800),
-        run("full", 3.0, attn_rank=0, mlp_rank=0),
-    )
+    low = run("low", 3.2, attn=4, attn_rank=4, mlp_rank=4, total=800)
+    full = run("full", 3.0, attn_rank=0, mlp_rank=0)
     others = [lora("a", loss=1.0), lora("b", loss=1.0, attn=4), subspace("e", 5, 1.0)]
     configs = configurations([low, full, *others])
     assert [c.method for c in configs] == ["", "", "LoRA", "LoRA", "basis"] and [

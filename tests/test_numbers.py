@@ -152,7 +152,8 @@ def test_every_number_that_base_train_takes_can_be_counted_with(base_dir, capsys
             if value in values:
                 continue
             values.add(value)
-            argv, started = [*TINY, "--vocab-size", "300", "--dry-run", f"{flag}={text}"], time.monotonic()
+            argv = [*TINY, "--vocab-size", "300", "--dry-run", f"{flag}={text}"]
+            started = time.monotonic()
             if flag in ("--target-flops", "--target-param-data-ratio"):
                 argv += ["--num-iterations", "-1"]
             try:

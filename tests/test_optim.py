@@ -58,12 +58,14 @@ def test_orthogonalize_of_a_batch_treats_each_matrix_alone():
 
 def test_the_steps_are_the_best_for_what_the_ones_before_leave():
     """Each quintic on its interval [l, u]: |1 - p| reaches its maximum at l with the same value as inside: equioscillation."""
-    low, high = 0.03, 1.0
+    low = 0.03
+    high = 1.0
     for a, b, c in optim.POLAR_EXPRESS:
         x = torch.linspace(low, high, 20001, dtype=torch.float64)
         error = a * x + b * x**3 + c * x**5 - 1
         assert error[0] < 0 and abs(error.min() - error[0]) < 1e-4 and abs(error.max() + error[0]) < 1e-4
-        low, high = 1 + error.min().item(), 1 + error.max().item()
+        low = 1 + error.min().item()
+        high = 1 + error.max().item()
     assert high - low < 1e-4
 
 
@@ -98,11 +100,9 @@ def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     muon = Muon([dict(params=params, scale=2.0)], lr=0.1, momentum=0.9, weight_decay=0.5, beta2=0.8)
-    expected, momentum, square = (
-        [p.detach().clone() for p in params],
-        [torch.zeros(shape) for _ in params],
-        [0.0] * 3,
-    )
+    expected = [p.detach().clone() for p in params]
+    momentum = [torch.zeros(shape) for _ in params]
+    square = [0.0] * 3
     for step in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(10 * step + i))
@@ -219,7 +219,8 @@ def test_pieces_cover_every_entry_once_and_share_the_work(processes):
 
 
 def test_the_shares_together_make_the_step_of_one_process():
-    one, shared = small_model(mlp_ranks=(4, 8)), small_model(mlp_ranks=(4, 8))
+    one = small_model(mlp_ranks=(4, 8))
+    shared = small_model(mlp_ranks=(4, 8))
     idx = torch.randint(0, 64, (2, 16))
     whole = build_optimizers(one, **LRS)
     shares = [build_optimizers(shared, **LRS, pieces=pieces) for pieces in optim.split_parameters(shared, 3)]

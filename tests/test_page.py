@@ -47,7 +47,8 @@ def page(*blocks, figures=None):
 def test_a_table_of_runs_is_whole_without_a_script():
     cells = Page(page(("runs", HEADER, ROWS, []))).all("td", "th")
     assert [text for _, text in cells[:4]] == HEADER and all(a["scope"] == "col" for a, _ in cells[:4])
-    texts, numbers = [text for _, text in cells[4:]], [a.get("data-value") for a, _ in cells[4:]]
+    texts = [text for _, text in cells[4:]]
+    numbers = [a.get("data-value") for a, _ in cells[4:]]
     assert texts == [
         "a <b>&\"'",
         "full",

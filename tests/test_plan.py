@@ -81,7 +81,8 @@ def test_flops_that_are_given_are_the_models_own_and_the_batch_is_full_ranks():
         "--target-flops",
         1e12,
     )
-    (full, of_full), (low, of_low) = plan_of(*free), plan_of(*free, *ARMS[0])
+    (full, of_full) = plan_of(*free)
+    (low, of_low) = plan_of(*free, *ARMS[0])
     assert of_low["total_batch_size"] == of_full["total_batch_size"]
     assert of_low["num_iterations"] > of_full["num_iterations"]
     for config, plan in ((full, of_full), (low, of_low)):

@@ -45,7 +45,9 @@ def test_schedule_of_one_layer_and_of_fractions():
 @pytest.mark.parametrize("seed", range(20))
 def test_monotone_schedules_are_monotone_and_stay_between_their_ends(seed):
     rng = random.Random(seed)
-    start, end, depth = rng.randint(1, 400), rng.randint(1, 400), rng.randint(2, 40)
+    start = rng.randint(1, 400)
+    end = rng.randint(1, 400)
+    depth = rng.randint(2, 40)
     for schedule in ("linear", "step", "exponential"):
         ranks = ranks_over_depth(schedule, start, end, depth)
         assert len(ranks) == depth and ranks[0] == start and ranks[-1] == end
@@ -76,9 +78,11 @@ def test_a_fraction_becomes_the_nearest_multiple_that_suits_the_width(width, nea
 def test_multiples_are_near_their_fraction_and_fit_the_matrix(seed):
     rng = random.Random(seed)
     for _ in range(200):
-        multiple, fraction = rng.choice([-1, -1, 1, 8, 48, 64]), rng.uniform(1e-4, 1 - 1e-4)
+        multiple = rng.choice([-1, -1, 1, 8, 48, 64])
+        fraction = rng.uniform(1e-4, 1 - 1e-4)
         sides = rng.randint(1, 3000), rng.randint(1, 3000)
-        smaller, rank = min(sides), resolve_rank(fraction, *sides, multiple)
+        smaller = min(sides)
+        rank = resolve_rank(fraction, *sides, multiple)
         step = rank_step(multiple, smaller)
         assert rank % step == 0 and step <= rank <= smaller
         assert abs(rank - fraction * smaller) <= step / 2 or rank == step or rank + step > smaller
@@ -161,7 +165,8 @@ def test_the_mlp_is_as_wide_as_its_ratio_says():
 
 def test_memory_of_weights_gradients_and_moments():
     counts = account(SHAPE)
-    matrices, rest = 12 * 64 * 64 * 4, 2 * 256 * 64 + 8 + 64
+    matrices = 12 * 64 * 64 * 4
+    rest = 2 * 256 * 64 + 8 + 64
     assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
     lines = 4 * (
         4 * 64 + 2 * 256

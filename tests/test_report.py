@@ -157,7 +157,8 @@ def rows_of(*given):
     runs = report.load_runs(list(given))
     broken, warnings, notes = report.check_comparable(runs)
     [(_, _, rows, _)] = report.result_tables(runs, broken)
-    found, section = {}, ""
+    found = {}
+    section = ""
     for row in rows:
         if len(row) == 1:
             section = row[0]
@@ -356,7 +357,10 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.tags, self.links, self.words = [], [], [], ""
+        self.open = []
+        self.tags = []
+        self.links = []
+        self.words = ""
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -551,7 +555,8 @@ def test_study_gives_verdict_figures_table_and_flags(base, capsys):
         if line.startswith("| attn 64, mlp 64")
     )
     low = [1.02 * ppl for ppl in (20, 20.3 * 1.001, 20.6)]
-    mean, sd = sum(low) / 3, math.sqrt(sum((p - sum(low) / 3) ** 2 for p in low) / 2)
+    mean = sum(low) / 3
+    sd = math.sqrt(sum((p - sum(low) / 3) ** 2 for p in low) / 2)
     assert f"{mean:.2f} ± {sd:.2f} ×1.020" in row and "×0.600" in row and "×0.750" in row
     flags = next(
         line
@@ -777,10 +782,10 @@ def test_runs_with_steps_that_were_not_applied_are_named_in_notes_table_and_verd
         history=[],
     )
     report.main([*tags, "half", "wild", "--out", str(base / "out")])
-    half, wild = (
-        "half: 15 of 30 steps not applied: loss or gradient not finite.",
+    half = "half: 15 of 30 steps not applied: loss or gradient not finite."
+    wild = (
         "wild: 11 of 40 steps not applied: loss or gradient not finite; it ended by --max-bad-steps, "
-        "before its last step.",
+        "before its last step."
     )
     markdown = (base / "out/report.md").read_text("utf-8")
     for note in (half, wild):

@@ -55,7 +55,8 @@ def test_no_value_of_a_run_raises_more_than_a_line_in_the_report(base):  # noqa:
     tags = write_study(base)
     first = metrics.load_run(base / "runs" / tags[0])
     whole = {**first.config, "summary": first.summary}
-    rng, outcomes = random.Random(0), []
+    rng = random.Random(0)
+    outcomes = []
     for path in [*places(whole), *EXTRA]:
         for odd in rng.sample(ODD_CONFIGS, rng.choice((0, 0, 1))):
             content = changed(whole, path, odd)

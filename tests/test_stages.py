@@ -260,7 +260,8 @@ def finish(tag):
 
 
 def test_slurm_gets_a_second_array_that_waits_for_the_first(read, monkeypatch, capsys):
-    sweep, sent = read(LORA, seeds=[1]), []
+    sweep = read(LORA, seeds=[1])
+    sent = []
     monkeypatch.setattr(slurm, "check", lambda _: None)
     monkeypatch.setattr(slurm, "jobs_in_queue", lambda _: {})
     monkeypatch.setattr(
@@ -333,7 +334,9 @@ def test_plan_and_task_of_a_later_run(read, adapter_train, monkeypatch, capsys):
 
 def test_reports_by_text_and_then_the_evals_once(read, monkeypatch, tmp_path):
     text = LORA + "data = 'wiki'\n[evals.maps]\nscript = 'layer_map_eval'\nbase = 'd2'\nall-monotone = 3\n"
-    sweep, reports, evals = read(text, seeds=[1], texts={"wiki": str(tmp_path / "w")}), [], []
+    sweep = read(text, seeds=[1], texts={"wiki": str(tmp_path / "w")})
+    reports = []
+    evals = []
     monkeypatch.setattr("scripts.report.main", reports.append)
     monkeypatch.setattr(
         "scripts.layer_map_eval.main",

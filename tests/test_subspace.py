@@ -86,7 +86,8 @@ def signs(matrix, seed, d):
 
 
 def test_a_basis_is_the_sum_of_its_matrices_and_its_gradient_autograds_whatever_the_pieces(monkeypatch):
-    matrix, d = subspace.matrices(SHAPE)[4], 7  # up, 64 x 16
+    matrix = subspace.matrices(SHAPE)[4]  # up, 64 x 16
+    d = 7
     alpha = torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grad = torch.randn(
         matrix.rows, matrix.columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
@@ -149,7 +150,8 @@ def test_projections_are_the_product_of_their_explicit_factors(make, explicit):
 
 
 def test_fastfoods_matrix_is_as_good_as_gaussian():
-    module, basis = generated.Fastfood(64, 3000, 0, 0, "cpu"), torch.eye(64)
+    module = generated.Fastfood(64, 3000, 0, 0, "cpu")
+    basis = torch.eye(64)
     P = torch.stack([module(alpha) for alpha in basis], dim=1).double()  # (3000, 64) of 4096 x 4096
     assert P.var().item() == pytest.approx(1, rel=0.03) and (
         P**4
@@ -208,7 +210,8 @@ def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_traine
         if not name.startswith(("subspace.", "blocks."))
     }
     plain.load_state_dict(matrices | rest)
-    loss, expected = model(idx[:, :-1], idx[:, 1:]), plain(idx[:, :-1], idx[:, 1:])
+    loss = model(idx[:, :-1], idx[:, 1:])
+    expected = plain(idx[:, :-1], idx[:, 1:])
     assert torch.equal(loss, expected)
     loss.backward()
     assert len(own) or config.kind == "none"
@@ -228,7 +231,9 @@ def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_traine
 def test_the_gradient_of_the_loss_is_that_through_explicit_matrices_and_finite_differences():
     model = inside(SubspaceConfig("basis", 4, seed=3)).double()
     wake(model)
-    idx, alpha, d = batch(), model.subspace.alpha, 4
+    idx = batch()
+    alpha = model.subspace.alpha
+    d = 4
     (grad,) = torch.autograd.grad(model(idx[:, :-1], idx[:, 1:], torch.float64), alpha)
     explicit = alpha.detach().clone().requires_grad_()
     for matrix in model.subspace.of:
@@ -283,7 +288,8 @@ def test_a_state_holds_what_is_trained_and_restores_the_model_to_the_bit(config,
 
 def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkeypatch):
     model = inside(SubspaceConfig("basis", 2))
-    made, calls = model.subspace.made, []
+    made = model.subspace.made
+    calls = []
     monkeypatch.setattr(model.subspace, "made", lambda dtype: calls.append(dtype) or made(dtype))
     wake(model)
     with torch.inference_mode():
@@ -351,7 +357,8 @@ def test_subspaces_that_cannot_be_are_refused_with_the_flag(config, message):
 
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch):
-    config, huge = SubspaceConfig("fastfood", 10), replace(SHAPE, n_embd=2**15, n_head=2, n_layer=40)
+    config = SubspaceConfig("fastfood", 10)
+    huge = replace(SHAPE, n_embd=2**15, n_head=2, n_layer=40)
     with pytest.raises(InputError, match=r"--subspace fastfood: needs [\d,.]+ GiB .*are free"):
         subspace.check_memory(config, huge, 4, "cpu")
     monkeypatch.setattr(subspace, "available_bytes", lambda device_type: 2**50)

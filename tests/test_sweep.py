@@ -210,7 +210,8 @@ def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the
 def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
     experiment, monkeypatch, capsys
 ):
-    path, reports = experiment("[points.low]\nattn-rank = 4\n", seeds=[1]), []
+    path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
+    reports = []
     monkeypatch.setattr(sweeps, "make_report", lambda *_: reports.append(1))
     monkeypatch.setattr(
         sweeps,

@@ -46,7 +46,8 @@ def test_vocabulary_has_the_size_asked_for_and_bos_last(base_dir):
 
 
 def test_training_is_deterministic_and_repeated_calls_do_nothing(base_dir, corpus_dir, capsys):
-    first, written = load_tokenizer().hash, tokenizer_path().stat().st_mtime_ns
+    first = load_tokenizer().hash
+    written = tokenizer_path().stat().st_mtime_ns
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "300"])
     assert "already trained" in capsys.readouterr().out and tokenizer_path().stat().st_mtime_ns == written
     tokenizer_path().unlink()
@@ -155,7 +156,8 @@ ALPHABET = [
 
 def test_a_text_may_be_cut_at_every_break(base_dir, monkeypatch):
     """In random texts of all kinds of characters the parts before and after have the tokens of the whole."""
-    encode, rng = load_tokenizer().encoding.encode_ordinary, random.Random(1)
+    encode = load_tokenizer().encoding.encode_ordinary
+    rng = random.Random(1)
     count = 0
     for _ in range(2000):
         text = "".join(rng.choice(ALPHABET) for _ in range(30))
@@ -167,7 +169,8 @@ def test_a_text_may_be_cut_at_every_break(base_dir, monkeypatch):
 
 @pytest.mark.parametrize("limit", [2, 16, 100, 999])
 def test_pieces_are_the_text_and_have_its_tokens(base_dir, monkeypatch, limit):
-    tokenizer, rng = load_tokenizer(), random.Random(limit)
+    tokenizer = load_tokenizer()
+    rng = random.Random(limit)
     parts = [
         "the cat ",
         "it's 2026,\n",

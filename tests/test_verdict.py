@@ -69,7 +69,8 @@ def test_the_interval_is_that_of_a_paired_t_test():
     ratios = [1.02, 1.035, 1.027, 1.01]
     h1, h2, _ = judge(full_runs() + low_runs(ratios), confidence=0.9)
     (e,) = h2.lines[0].estimates
-    low, high = np.log(np.multiply(FULL, ratios)), np.log(FULL)
+    low = np.log(np.multiply(FULL, ratios))
+    high = np.log(FULL)
     expected = stats.ttest_rel(low, high).confidence_interval(0.9)
     assert e.ratio == pytest.approx(np.prod(ratios) ** 0.25)
     assert (e.low, e.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
@@ -83,7 +84,9 @@ def test_the_interval_is_that_of_a_paired_t_test():
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
 def test_the_interval_covers_as_often_as_it_says(n):
-    rng, trials, covered = np.random.default_rng(n), 3000, 0
+    rng = np.random.default_rng(n)
+    trials = 3000
+    covered = 0
     for values in rng.normal(0.03, 0.01, (trials, n)):
         low, high = interval(list(values), 0.95)
         covered += low < 0.03 < high
@@ -93,7 +96,8 @@ def test_the_interval_covers_as_often_as_it_says(n):
 def test_more_seeds_settle_it():
     values = [0.03, 0.05, 0.055]
     n = seeds_to_settle(values, math.log(1.06), 0.95)
-    sd, distance = np.std(values, ddof=1), math.log(1.06) - np.mean(values)
+    sd = np.std(values, ddof=1)
+    distance = math.log(1.06) - np.mean(values)
     half = {m: stats.t.ppf(0.975, m - 1) * sd / math.sqrt(m) for m in (n - 1, n)}
     assert half[n] < distance <= half[n - 1] and n > 3
     assert half_width(sd, n, 0.95) == pytest.approx(half[n])
@@ -104,7 +108,8 @@ def test_more_seeds_settle_it():
 def test_choosing_a_rate_on_the_seed_compared_would_flatter_and_is_not_done():
     """Five rates that are all the same but for luck: picked on the same seed they look better than they are."""
     rng = np.random.default_rng(0)
-    fair, naive = [], []
+    fair = []
+    naive = []
     for _ in range(400):
         points = [dict(enumerate(row)) for row in rng.normal(0.0, 1.0, (5, 4))]
         fair += tuned(points).fair.values()
@@ -187,7 +192,8 @@ def test_the_best_of_many_configurations_is_not_enough():
             + [r for i, ratios in enumerate(noise) for r in low_runs(ratios, rank=16 + i)]
         )
 
-    near, clear = [1.030, 1.018, 1.012, 1.028], [1.0100, 1.0102, 1.0101, 1.0099]
+    near = [1.030, 1.018, 1.012, 1.028]
+    clear = [1.0100, 1.0102, 1.0101, 1.0099]
     assert judge(many(near, 1))[1].verdict == SUPPORTED
     h2 = judge(many(near, 20))[1]
     assert h2.verdict == UNDECIDED and h2.each == pytest.approx(1 - 0.05 / 20) and len(h2.lines) == 20
@@ -200,7 +206,8 @@ def test_the_best_of_many_configurations_is_not_enough():
 
 def test_noise_is_seldom_called_supported():
     """Ten configurations exactly at the margin, over one noisy baseline: at most 5 % of such studies may be called supported."""
-    rng, wrong = np.random.default_rng(5), 0
+    rng = np.random.default_rng(5)
+    wrong = 0
     for _ in range(400):
         base = rng.normal(0, 0.01, 4)
         gaps = [rng.normal(math.log(1.05), 0.01, 4) - base for _ in range(10)]
@@ -446,10 +453,8 @@ def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
 
 @pytest.mark.parametrize("flags", [{"factor_act": "silu"}, {"matrix_ranks": "v=128"}])
 def test_another_kind_of_low_rank_is_a_comparison_of_its_own_and_no_tuning(flags):
-    plain, other = (
-        low_runs([1.020, 1.022, 1.019, 1.021]),
-        low_runs([1.010, 1.012, 1.009, 1.011], tag="other", flags=flags),
-    )
+    plain = low_runs([1.020, 1.022, 1.019, 1.021])
+    other = low_runs([1.010, 1.012, 1.009, 1.011], tag="other", flags=flags)
     h2 = judge(full_runs() + plain + other)[1]
     assert sorted(line.estimates[0].ratio for line in h2.lines) == pytest.approx([1.0105, 1.0205], abs=1e-3)
 

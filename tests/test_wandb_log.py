@@ -19,7 +19,9 @@ from nanochat import metrics, wandb_log, wandb_worker
 from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
 from nanochat.metrics import RunRecord
 
-INIT, FINISH, LATER = 2, 2, 3  # seconds
+INIT = 2  # seconds
+FINISH = 2
+LATER = 3
 
 
 def row(step):
@@ -54,7 +56,8 @@ def server(monkeypatch):
 @pytest.fixture
 def workers(monkeypatch):
     """The processes that were started to talk to W&B."""
-    started, popen = [], subprocess.Popen
+    started = []
+    popen = subprocess.Popen
 
     def start(command, **options):
         process = popen(command, **options)

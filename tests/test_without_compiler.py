@@ -39,7 +39,8 @@ def before_the_first_step(output) -> list[str]:
 def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one_to_the_bit(
     train, corpus_dir, tmp_path, environment, reason
 ):
-    straight, output = train("--num-iterations", 3, "--attn-rank", 4, tag="straight"), tmp_path / "output"
+    straight = train("--num-iterations", 3, "--attn-rank", 4, tag="straight")
+    output = tmp_path / "output"
     flags = [
         *TINY,
         "--data",
@@ -59,7 +60,8 @@ def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one_to_the_bit(
 
 
 def test_what_was_asked_to_be_compiled_and_cannot_be_is_refused_in_a_line(base_dir, corpus_dir, tmp_path):
-    flags, output = [*TINY, "--data", str(corpus_dir), "--compile", "on"], tmp_path / "output"
+    flags = [*TINY, "--data", str(corpus_dir), "--compile", "on"]
+    output = tmp_path / "output"
     assert Launched(1, output, train_compiled, flags, {"CXX": "/bin/false"}).codes() == [2]
     assert before_the_first_step(output) == [
         f"error: --compile on: cannot compile here: {FALSE}; mend that, or give --compile off"
@@ -67,7 +69,8 @@ def test_what_was_asked_to_be_compiled_and_cannot_be_is_refused_in_a_line(base_d
 
 
 def test_where_one_process_cannot_compile_none_does(base_dir, corpus_dir, tmp_path):
-    flags, output = [*TINY, "--data", str(corpus_dir), "--num-iterations", "2"], tmp_path / "output"
+    flags = [*TINY, "--data", str(corpus_dir), "--num-iterations", "2"]
+    output = tmp_path / "output"
     assert Launched(2, output, train_where_rank_1_cannot_compile, flags).codes() == [0, 0], output.read_text()
     assert before_the_first_step(output) == [WARNING + FALSE]
 
@@ -83,7 +86,8 @@ def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
     assert compiler.useful_line(ValueError("first\nsecond")) == "first"
     assert compiler.useful_line(ValueError()) == "ValueError"
     monkeypatch.setattr(compiler, "PATIENCE", 0.3)
-    hanging, missing = tmp_path / "g++", tmp_path / "none"
+    hanging = tmp_path / "g++"
+    missing = tmp_path / "none"
     hanging.write_text("#!/bin/sh\nsleep 2 &\nwait\n")  # with a child that outlives it
     hanging.chmod(0o755)
     for path, reason in (

@@ -93,7 +93,8 @@ def main(argv=None):
         f"{args.vocab_size}; {args.questions} questions, prompts of up to {args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|"
     )
     for kind in KINDS:
-        rng, ratios = np.random.default_rng(0), []
+        rng = np.random.default_rng(0)
+        ratios = []
         asked = [question(kind, args.prompt_tokens, args.vocab_size, rng) for _ in range(args.questions)]
         np.testing.assert_allclose(together(model, asked, args.tokens), one_by_one(model, asked), atol=1e-5)
         for _ in range(args.repeats):

@@ -206,7 +206,8 @@ def measure_size(
 ):
     """Fill report["sizes"][size] comparison by comparison; what cannot be done goes to report["skipped"]."""
     here = report["sizes"][size] = {"batch": batch_size, "comparisons": {}}
-    dense, longest = None, 0.0
+    dense = None
+    longest = 0.0
     for label, fraction in FRACTIONS.items():
         started = time.monotonic()
         if started + longest > deadline:
@@ -253,7 +254,8 @@ def size_table(here: dict, peak: float | None) -> list[str]:
         for name, model in result["models"].items():
             if name == "dense" and number:
                 continue  # measured again beside each rank; the first will do here, all are in the JSON
-            ratio, seconds = result["ratios"].get(name), model["seconds"]
+            ratio = result["ratios"].get(name)
+            seconds = model["seconds"]
             cells = [
                 name,
                 str(max(model["config"]["mlp_ranks"], default=0) or "full"),
@@ -290,7 +292,8 @@ def target_lines(report: dict) -> list[str]:
         mfu = result["models"]["dense"]["flops per second"]["median"] / report["peak flops"]
         aims.append(("full rank, MFU", f"{100 * mfu:.1f}%", ">= 50%", mfu >= 0.5))
     for name, ratio in result["ratios"].items():
-        step, peak = ratio["seconds"]["step"]["median"], ratio["memory"]["peak"]
+        step = ratio["seconds"]["step"]["median"]
+        peak = ratio["memory"]["peak"]
         aims += [
             (f"{name}, step / dense", f"{step:.3f}", "<= 0.6", step <= 0.6),
             (f"{name}, peak / dense", f"{peak:.3f}", "<= 0.6", peak <= 0.6),
@@ -338,10 +341,8 @@ def markdown(report: dict) -> str:
     for size, here in report["sizes"].items():
         if here["comparisons"]:
             first = next(iter(here["comparisons"].values()))
-            config, ceiling = (
-                first["models"]["dense"]["config"],
-                shown(first["ceiling flops per second"], 1e-12),
-            )
+            config = first["models"]["dense"]["config"]
+            ceiling = shown(first["ceiling flops per second"], 1e-12)
             lines += [
                 f"## {size}",
                 "",

@@ -36,7 +36,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = common.init_process(args.device_type)[0]
     x = torch.randn(2**args.bits, generator=torch.Generator().manual_seed(0))
-    array, x = x.numpy(), x.to(device)
+    array = x.numpy()
+    x = x.to(device)
     ways = {
         "scipy.fft.dct": lambda: scipy.fft.dct(array, norm="ortho"),
         "walsh_hadamard": lambda: walsh_hadamard(x),

@@ -22,7 +22,8 @@ from nanochat.files import check_out, write_atomic
 from nanochat.flags import LONGEST, WIDEST
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
 
-MEMORY_TARGET, TIME_TARGET = 0.4, 1.10
+MEMORY_TARGET = 0.4
+TIME_TARGET = 1.10
 
 
 def plain_loss(x, weight, targets):
@@ -96,7 +97,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out:
         check_out("--out", args.out, is_file=True)
-    device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
+    device = common.init_process(args.device_type)[0]
+    dtype = getattr(torch, args.dtype)
     result = measure(
         args.device_batch_size * args.max_seq_len,
         args.model_dim,

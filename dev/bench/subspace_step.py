@@ -20,7 +20,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.subspace import SubspaceConfig, adamw_settings, attach
 
-TARGET, DIM = 2.0, 5  # of the time of a basis, and its d
+TARGET = 2.0  # of the time of a basis, and its d
+DIM = 5
 GROWING = (1, 5, 50)  # d of which the peaks are compared
 
 
@@ -62,7 +63,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
-    device, dtype = common.init_process(args.device_type)[0], getattr(torch, args.dtype)
+    device = common.init_process(args.device_type)[0]
+    dtype = getattr(torch, args.dtype)
     config = GPTConfig(
         args.max_seq_len,
         args.vocab_size,

@@ -69,10 +69,13 @@ NANOCHAT_PEAK = 1.12e9  # bytes
 class Noise:
     """Random text of random tokens: what `Rows` wants of a shard and of a tokenizer."""
 
-    name, fingerprint, bos_id = "noise", "noise", 0
+    name = "noise"
+    fingerprint = "noise"
+    bos_id = 0
 
     def __init__(self, vocab_size: int):
-        self.vocab_size, self.hash = vocab_size, f"noise{vocab_size}"
+        self.vocab_size = vocab_size
+        self.hash = f"noise{vocab_size}"
 
     def located(self):
         return ((f"document {i}", str(i)) for i in range(2000))
@@ -210,7 +213,9 @@ def allocated(run, device) -> dict:
 
 def allocated_cuda(run) -> dict:
     torch.cuda.synchronize()
-    before, highest, previous = torch.cuda.memory_allocated(), {}, []
+    before = torch.cuda.memory_allocated()
+    highest = {}
+    previous = []
 
     def boundary(part):
         if previous:
@@ -233,7 +238,9 @@ def allocated_cpu(run) -> dict:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run(boundary)
-    held, part, highest = 0, None, {}
+    held = 0
+    part = None
+    highest = {}
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name().startswith("boundary "):
             part = event.name().removeprefix("boundary ")
@@ -277,7 +284,8 @@ def resident_peak(config: GPTConfig, batch_size: int, dtype_name: str, compiled:
 
 def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
     common.keep_freed_memory()  # as in training
-    device, rows = torch.device("cpu"), noise_rows(config.vocab_size, config.sequence_len)
+    device = torch.device("cpu")
+    rows = noise_rows(config.vocab_size, config.sequence_len)
     before = metrics.peak_memory_bytes(device)  # Python, torch and the data
     subject = make_subject("", config, rows, batch_size, device, getattr(torch, dtype_name), compiled)
     for _ in range(5):
@@ -294,7 +302,9 @@ def measure(subjects: list[Subject], device, repeats: int) -> dict:
         for _ in range(WARMUP):
             timed_step(subject, device)
     matmul_rate(device, subjects[0].dtype)
-    ceiling, usual, seconds = [], [], {s.name: {part: [] for part in (*PARTS, "step")} for s in subjects}
+    ceiling = []
+    usual = []
+    seconds = {s.name: {part: [] for part in (*PARTS, "step")} for s in subjects}
     for r in range(repeats):
         ceiling.append(matmul_rate(device, subjects[0].dtype))
         usual.append(usual_matmul_rate(device, subjects[0].dtype))
@@ -318,7 +328,8 @@ def spread(values) -> dict:
 
 def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
     """All about one model, as it goes into the JSON."""
-    config, cost = subject.model.config, account(subject.model)
+    config = subject.model.config
+    cost = account(subject.model)
     seconds = {part: np.array(values) for part, values in raw["seconds"][subject.name].items()}
     tokens = batch_size * config.sequence_len
     rate = tokens * cost["flops/per_token"] / seconds["step"]
@@ -340,7 +351,8 @@ def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
 
 def ratios(low: str, dense: str, raw: dict, models: dict) -> dict:
     """low / dense of each figure; times round by round."""
-    a, b = models[low], models[dense]
+    a = models[low]
+    b = models[dense]
     time_ratio = {
         part: spread(np.array(raw["seconds"][low][part]) / raw["seconds"][dense][part])
         for part in (*PARTS, "step")
@@ -444,14 +456,13 @@ def table(result: dict) -> str:
 
 def targets(result: dict, dtype_name: str) -> list[dict]:
     """[{"what", "target", "reached", "ok"}] for the reference task. result: of `compare`, with "resident peak" of each model."""
-    dense, low, published = (
-        result["models"]["dense 256"],
-        result["ratios"]["low-rank 512"],
-        NANOCHAT[dtype_name],
-    )
+    dense = result["models"]["dense 256"]
+    low = result["ratios"]["low-rank 512"]
+    published = NANOCHAT[dtype_name]
     ceiling = result["usual ceiling"]["median"]
     wanted = published["factor"] * published["tok_per_sec"] * ceiling / published["ceiling"]
-    speed, peak = dense["tokens per second"]["median"], result["resident peak"]["dense 256"]["peak"]
+    speed = dense["tokens per second"]["median"]
+    peak = result["resident peak"]["dense 256"]["peak"]
     share = dense["share of step"]["optimizer"]["median"]
     data = max(model["share of step"]["data"]["median"] for model in result["models"].values())
     error = {
@@ -621,7 +632,8 @@ def chosen(args) -> tuple[dict, dict]:
             },
             {"low-rank 512": "dense 512"},
         )
-    configs, controls = {"dense": model_config(args, args.model_dim)}, {}
+    configs = {"dense": model_config(args, args.model_dim)}
+    controls = {}
     if args.attn_rank or args.mlp_rank or args.matrix_ranks:
         single = named_ranks(args.matrix_ranks, args.depth)
         configs["low-rank"] = model_config(
@@ -649,11 +661,9 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
-    device, dtype, compiled = (
-        common.init_process(args.device_type)[0],
-        getattr(torch, args.dtype),
-        args.compile == "on",
-    )
+    device = common.init_process(args.device_type)[0]
+    dtype = getattr(torch, args.dtype)
+    compiled = args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)
     if not rows.count:
         raise InputError(f"--max-seq-len {args.max_seq_len}: longer than the million tokens there are")

@@ -19,7 +19,28 @@ KINDS = {
     "files": f"{CHANGES},{READS}",
     "all": f"{CHANGES},{READS},chmod,close_write,stat",
 }
-WORDS = "the a cat dog bird sees finds likes red blue small big tree house and then it ran home again".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "finds",
+    "likes",
+    "red",
+    "blue",
+    "small",
+    "big",
+    "tree",
+    "house",
+    "and",
+    "then",
+    "it",
+    "ran",
+    "home",
+    "again",
+]
 
 
 @dataclass(frozen=True)
