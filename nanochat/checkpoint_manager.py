@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from nanochat.adapters import attach_saved
+from nanochat.adapters.attach import attach_saved
 from nanochat.common import InputError, first_line, out_of_memory, print0
-from nanochat.factorize import stacked
 from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.layer_maps import stacked
 from nanochat.naming import check_tag
 from nanochat.run_files import check_owner, read_meta, remove_unfinished, saved_steps, step_folder, write_meta
-from nanochat.subspace import restore
+from nanochat.subspace.model import restore
 from nanochat.tokenizer import load_tokenizer
 
 OWED = "evaluation_owed"  # in meta: the run was stopped before this step's evaluation was through

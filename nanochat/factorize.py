@@ -1,15 +1,12 @@
 """A finished model in another form: factors multiplied out, matrices cut down to factors by their singular values, layers in another order."""
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
-import torch.nn as nn
 
-from nanochat.adapters import plain
-from nanochat.common import InputError
+from nanochat.adapters.attach import plain
 from nanochat.gpt import GPT, MATRICES, GPTConfig, Linear, LowRankLinear
 from nanochat.rank import on_meta
 
@@ -105,140 +102,6 @@ def rebuild(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
 
 
 # ---- layers in another order, or more than once ---------------------------------------------------------------------
-
-
-def first_place(model: GPT, layer: int) -> int:
-    """The first position that executes a layer: its scalars are those that the layer has under another map. InputError if there is none."""
-    if layer not in model.config.positions:
-        raise InputError(
-            f"layer map: layer {layer} is at none of the model's positions, so it has no scalars; there are: "
-            f"{', '.join(map(str, sorted(set(model.config.positions))))}"
-        )
-    return model.config.positions.index(layer)
-
-
-def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
-    """The model that executes these of its layers, in this order, and shares its weights with them; scalars of a position are those that
-    its layer had where it first stood. No training in between.
-    """
-    first = [first_place(model, layer) for layer in layers]
-    new = deepcopy(
-        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    )  # adapters included
-    new.config = replace(model.config, layer_map=tuple(layers))
-    new.compiled = False
-    for name in ("resid_lambdas", "x0_lambdas"):
-        setattr(new, name, scalars_of(name, [(model, place) for place in first]))
-    return new
-
-
-def with_copied_layers(model: GPT, layers: tuple[int, ...], second: GPT | None = None) -> GPT:
-    """A model of len(layers) layers of its own, each a copy: the same function as `with_layer_map`, to the bit.
-
-    With n layers in each model, numbers from n on are the layers of the second (`nanochat.layer_maps`); everything outside the layers is
-    the first model's. Ranks, windows, value tables and adapters are those of the layer copied. InputError: models of unlike shape.
-    """
-    n = model.config.n_layer
-    both = (model, second)
-    if max(layers) >= n:
-        if second is None:
-            raise InputError("layer map: takes layers of a second model, and there is none")
-        check_same_shape(model.config, second.config)
-    return copies(
-        model, [(both[layer // n], layer % n, first_place(both[layer // n], layer % n)) for layer in layers]
-    )
-
-
-def copied_out(model: GPT) -> GPT:
-    """The model without a layer map: each of its positions a layer of its own, the same function to the bit."""
-    return copies(model, [(model, layer, place) for place, layer in enumerate(model.config.positions)])
-
-
-def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
-    """The model with copies of these for its layers. origins: (model, layer, position whose scalars it gets)."""
-    config = model.config
-    layers = [layer for _, layer, _ in origins]
-
-    def of_layers(ranks):
-        return tuple(ranks[layer] for layer in layers) if ranks else ()
-
-    own = replace(
-        config,
-        n_layer=len(layers),
-        layer_map=(),
-        layer_kinds=(),
-        attn_ranks=of_layers(config.attn_ranks),
-        mlp_ranks=of_layers(config.mlp_ranks),
-        matrix_ranks={name: of_layers(ranks) for name, ranks in config.matrix_ranks.items()},
-    )
-    kinds = tuple(config.kind(layer) for layer in layers)
-    if kinds != tuple(own.kind(layer) for layer in range(own.n_layer)):
-        own = replace(own, layer_kinds=kinds)
-    new = deepcopy(model)
-    new.config = own
-    new.compiled = False
-    new.blocks = nn.ModuleList(deepcopy(source.blocks[layer]) for source, layer, _ in origins)
-    new.value_embeds = nn.ModuleDict(
-        {
-            str(i): deepcopy(source.value_embeds[str(layer)])
-            for i, (source, layer, _) in enumerate(origins)
-            if own.has_value_embedding(i)
-        }
-    )
-    for name in ("resid_lambdas", "x0_lambdas"):
-        setattr(new, name, scalars_of(name, [(source, place) for source, _, place in origins]))
-    return new
-
-
-def scalars_of(name: str, places: list[tuple[GPT, int]]) -> nn.Parameter:
-    """resid_lambdas or x0_lambdas, of positions of models. (On the meta device torch.stack and cat would load torch's compiler.)"""
-    like = getattr(places[0][0], name)
-    scalars = torch.empty(len(places), dtype=like.dtype, device=like.device)
-    for i, (model, place) in enumerate(places):
-        scalars[i : i + 1].copy_(getattr(model, name).detach()[place : place + 1])
-    return nn.Parameter(scalars, like.requires_grad)
-
-
-def stacked(base: GPT, second: GPT | None = None, *, layers: tuple[int, ...] = (), tied: bool = True) -> GPT:
-    """The base with a module of its own at each position of a map (() = its own positions), so that each position can be adapted by
-    itself. tied: positions that execute one layer share its weights, as in `with_layer_map`; else each has a copy. Same function, to the bit.
-    """
-    positions = layers or base.config.positions
-    if second is None and positions == tuple(range(base.config.n_layer)) and not base.config.layer_map:
-        return base
-    model = with_copied_layers(base, layers, second) if layers else copied_out(base)
-    if tied:
-        for i, layer in enumerate(positions):
-            share(model.blocks[i], base.blocks[layer])
-            if str(i) in model.value_embeds:
-                share(model.value_embeds[str(i)], base.value_embeds[str(layer)])
-    return model
-
-
-def share(module: nn.Module, source: nn.Module):
-    """Let a copy of a module hold the very parameters of the other."""
-    for name, parameter in source.named_parameters():
-        owner, _, key = name.rpartition(".")
-        setattr(module.get_submodule(owner), key, parameter)
-
-
-def shapes_of_weights(config: GPTConfig) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in on_meta(config).named_parameters()}
-
-
-def check_same_shape(config: GPTConfig, second: GPTConfig, name: str = "second model"):
-    """InputError, beginning with the name, unless layers of one fit into the other as they are."""
-    here, there = (
-        json.loads(json.dumps(asdict(c))) for c in (config, second)
-    )  # a config read from a file has lists for tuples
-    alike = {"layer_map", "recompute"}
-    if shapes_of_weights(config) == shapes_of_weights(replace(config, rank_multiple=second.rank_multiple)):
-        alike.add("rank_multiple")
-    differing = [key for key in here if there[key] != here[key] and key not in alike]
-    if unlike := [f"{key} ({there[key]} there, {here[key]} here)" for key in differing]:
-        raise InputError(
-            f"{name}: of another shape than the first, so their layers do not go together: {', '.join(unlike)}"
-        )
 
 
 def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:

@@ -16,7 +16,7 @@ from nanochat.gpt import MATRICES
 from nanochat.layer_maps import FORM, well_formed
 from nanochat.naming import optional_tag, run_name
 from nanochat.rank import SCHEDULES
-from nanochat.subspace import KINDS, SCOPES
+from nanochat.subspace.model import KINDS, SCOPES
 from nanochat.whole_ranks import AUTOMATIC, matrix_ranks_text
 
 # what no model reaches: beyond it even counting takes minutes, and sizes overflow

@@ -6,6 +6,7 @@ name, a word of TAG[:STEP], and a word of batch scripts.
 """
 
 import difflib
+import os
 import re
 import shlex
 import unicodedata
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from nanochat.common import InputError, get_base_dir, quoted
 from nanochat.metrics import runs_dir
+from nanochat.whole_ranks import AUTOMATIC
 
 MARKS = " ._-+=,@()"  # what a tag may hold besides letters and digits of any script
 LONGEST_TAG = 150  # bytes: file systems take 255, and names of locks are longer than the tag
@@ -114,3 +116,80 @@ def no_such_run(text: str) -> str:
         return f"no such run in {runs_dir()}; did you mean {' or '.join(near)}?"
     shown = ", ".join(tags[:20]) + (f" and {len(tags) - 20} more" if len(tags) > 20 else "")
     return f"no such run in {runs_dir()}; " + (f"there are: {shown}" if tags else "it holds no runs")
+
+
+# ---- names made from flags -----------------------------------------------------------------------------------
+
+ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "ia3": "IA3", "none": "full fine-tuning"}
+
+
+SUBSPACES = {
+    "none": "embeddings only",
+    "basis": "basis",
+    "fastfood": "Fastfood",
+    "fft-fastfood": "FFT-Fastfood",
+    "lora-random": "LoRA on noise",
+}
+
+
+SCOPE_WORDS = {"global": "in all", "layer": "a layer", "matrix": "a matrix"}
+
+
+def method(settings: dict) -> str:
+    """'LoRA', 'Fastfood', …, from the flags; '' for an ordinary run, in which every number of the model is trained from scratch."""
+    if adapter := settings.get("adapter"):
+        return ADAPTERS.get(adapter, adapter)
+    subspace = settings.get("subspace") or ""
+    words = SUBSPACES.get(subspace, subspace)
+    words = f"structure-aware {words}" if words and settings.get("subspace_scales") else words
+    return words + ", no embeddings" if words and settings.get("freeze_embeddings") else words
+
+
+def with_size(settings: dict) -> str:
+    """'LoRA 8', 'basis 5 a layer', 'IA3'; '' for an ordinary run."""
+    name = method(settings)
+    subspace = settings.get("subspace")
+    if settings.get("adapter") in ("lora", "adalora"):
+        return f"{name} {settings.get('rank', 0):g}"
+    if settings.get("adapter") or subspace in (None, "", "none"):
+        return name
+    size = settings.get("subspace_rank") if subspace == "lora-random" else settings.get("subspace_dim")
+    scope = (
+        "" if subspace == "lora-random" else SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")
+    )
+    first, *rest = name.split(", ")
+    return ", ".join([f"{first} {size or 0:g} {scope}".rstrip(), *rest])
+
+
+def line_name(settings: dict) -> str:
+    """What runs of one method share that differ in the dimension of their subspace."""
+    return " ".join(
+        filter(None, [method(settings), SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")])
+    )
+
+
+def base_name(flags: dict) -> str:
+    """The run that an adapter's run starts from, without its seed and without what its name shares with the adapter's: the sweep's name."""
+    base = flags.get("model_tag") or ""
+    own = flags.get("run_tag") or ""
+    shared = os.path.commonprefix([base, own])
+    return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1 :])
+
+
+def default_tag(args, config) -> str:
+    """The tag of a run that was given none, from its flags and its GPTConfig: d4_w256_attn0.25_mlp0.25."""
+    tag = (
+        f"d{config.n_layer}"
+        + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
+        + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != type(config).mlp_ratio else "")
+    )
+    groups = {"attn": config.attn_ranks, "mlp": config.mlp_ranks, "head": (config.lm_head_rank,)}
+    for name, ranks in (groups | config.matrix_ranks).items():
+        if any(ranks) or name in config.matrix_ranks:
+            tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
+    asks_multiple = args.rank_multiple != AUTOMATIC and "rank_multiple" in getattr(args, "given", ())
+    tag += f"_multiple{args.rank_multiple}" if asks_multiple else ""
+    tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
+    tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
+    tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
+    return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")

@@ -35,8 +35,7 @@ from nanochat.layer_ranks import (
     rank_lines,
     ranks_in_short,
 )
-from nanochat.methods import with_size
-from nanochat.naming import is_tag, no_such_run, run_folder
+from nanochat.naming import is_tag, no_such_run, run_folder, with_size
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (
     account,
@@ -48,7 +47,6 @@ from nanochat.rank import (
     solve_rank,
 )
 from nanochat.run_files import read_config, saved_steps
-from nanochat.whole_ranks import AUTOMATIC
 
 SHAPE_FLAGS = (*group_defaults(add_shape_flags), *group_defaults(add_rank_flags))
 
@@ -444,24 +442,6 @@ def horizon_words(args) -> str:
         ratio = f"{args.target_param_data_ratio:g} tokens a matrix parameter of {of_model}"
         words.append(f"{' and '.join(derived)} from {ratio} (--horizon-from {args.horizon_from})")
     return ", ".join(words)
-
-
-def default_tag(args, config: GPTConfig) -> str:
-    tag = (
-        f"d{config.n_layer}"
-        + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
-        + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != GPTConfig.mlp_ratio else "")
-    )
-    groups = {"attn": config.attn_ranks, "mlp": config.mlp_ranks, "head": (config.lm_head_rank,)}
-    for name, ranks in (groups | config.matrix_ranks).items():
-        if any(ranks) or name in config.matrix_ranks:
-            tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
-    asks_multiple = args.rank_multiple != AUTOMATIC and "rank_multiple" in getattr(args, "given", ())
-    tag += f"_multiple{args.rank_multiple}" if asks_multiple else ""
-    tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
-    tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
-    tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
-    return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
 
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict, args):

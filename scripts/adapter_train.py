@@ -11,13 +11,12 @@ from argparse import ArgumentTypeError
 from dataclasses import replace
 
 from nanochat import common, metrics
-from nanochat.adalora import Allocator
-from nanochat.adapter_learner import AdapterLearner
-from nanochat.adapters import AdapterConfig, adapters_of, attach
+from nanochat.adapters.adalora import Allocator
+from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
+from nanochat.adapters.learner import AdapterLearner
 from nanochat.checkpoint_manager import ADAPTER, fitting_together, load_bases, step_or_newest
 from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
-from nanochat.factorize import check_same_shape, stacked, with_layer_map
 from nanochat.flags import (
     DEFAULTS_BEFORE,
     add_checkpoint_flags,
@@ -32,7 +31,7 @@ from nanochat.flags import (
     number,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layer_maps import of_two, parse_map
+from nanochat.layer_maps import check_same_shape, of_two, parse_map, stacked, with_layer_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
 from nanochat.optim import default_matrix_lr
 from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan, take_device_batch

@@ -12,15 +12,14 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat import common, metrics, subspace
+from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.gpt import GPT
-from nanochat.naming import check_tag, shell_command
+from nanochat.naming import check_tag, default_tag, shell_command
 from nanochat.plan import (
     check_memory,
-    default_tag,
     parse_flags,
     print_frontier,
     print_plan,
@@ -30,6 +29,7 @@ from nanochat.plan import (
     training_plan,
 )
 from nanochat.rank import account, predict_peak
+from nanochat.subspace import model as subspace
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.training import START, Learner, check_resume, run
 

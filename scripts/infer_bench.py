@@ -27,13 +27,13 @@ from nanochat import common, flags, plan
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
-from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.files import check_out, write_atomic
 from nanochat.flags import rank_flag, rank_multiple_flag
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
-from nanochat.page import to_markdown
 from nanochat.plan import full_rank
+from nanochat.report.page import to_markdown
+from nanochat.report.plotting import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.whole_ranks import AUTOMATIC
 from scripts.generate import open_model
 from scripts.layer_bench import bytes_of, digits, list_of, spread, take_turns, with_quartiles
@@ -182,7 +182,7 @@ def sizes(forms: dict[str, GPT], dtype) -> dict:
 
 
 def tables(result: dict) -> list[tuple]:
-    """Blocks of nanochat/page.py: weights, which is faster, then a line for each batch size and form."""
+    """Blocks of nanochat/report/page.py: weights, which is faster, then a line for each batch size and form."""
     MiB = lambda n: digits(n / 2**20)
     dense = result["forms"]["dense"]
     weights = [

@@ -26,13 +26,13 @@ import torch
 
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
-from nanochat.figures import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.files import check_out, write_atomic
 from nanochat.flags import LONGEST, WIDEST, add_rank_multiple, rank_flag
 from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear
-from nanochat.page import to_markdown
 from nanochat.rank import on_meta
+from nanochat.report.page import to_markdown
+from nanochat.report.plotting import COLOURS, colour_and_marker, new_figure, png, tidy
 from nanochat.whole_ranks import resolve_rank
 
 SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long: far more than the clock's grain and a kernel's launch
@@ -297,7 +297,7 @@ def cells(case: dict, v: dict) -> dict[str, str]:
 
 
 def tables(result: dict) -> list[tuple]:
-    """Blocks of nanochat/page.py: the break-even ranks, then a table for each batch size."""
+    """Blocks of nanochat/report/page.py: the break-even ranks, then a table for each batch size."""
     by_title = {}
     by_layer = {}
     for case in result["cases"]:

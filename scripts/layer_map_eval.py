@@ -18,14 +18,23 @@ from matplotlib.patches import Rectangle
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, whole_number
-from nanochat.factorize import check_same_shape, with_copied_layers, with_layer_map
-from nanochat.figures import new_figure, png
 from nanochat.files import check_out, write_atomic
 from nanochat.flags import DEEPEST
 from nanochat.gpt import GPT
-from nanochat.layer_maps import NAMED, drawn, map_text, monotone, of_two, parse_map
+from nanochat.layer_maps import (
+    NAMED,
+    check_same_shape,
+    drawn,
+    map_text,
+    monotone,
+    of_two,
+    parse_map,
+    with_copied_layers,
+    with_layer_map,
+)
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
+from nanochat.report.plotting import new_figure, png
 
 LARGEST_SIDE = 300  # inches of a figure: matplotlib draws no image of more than 65,536 dots
 MOST_MAPS = 100_000  # at a thousandth of a second each that is minutes

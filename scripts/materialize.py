@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from nanochat import common, metrics
-from nanochat.adapters import plain
+from nanochat.adapters.attach import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.continuation import deciding

@@ -13,22 +13,38 @@ from pathlib import Path
 
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, quoted, run_script
-from nanochat.equal_cost import equal_cost_table
 from nanochat.eval_results import newest_core
-from nanochat.figures import draw_all
 from nanochat.files import check_out, write_atomic
-from nanochat.like_for_like import TEXT, TOKENIZER, check_comparable, divergence_notes, look, names, number
-from nanochat.method_figures import method_section
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
-from nanochat.page import encode, in_markdown, to_markdown, to_page
-from nanochat.run_check import checked
-from nanochat.study import Configuration, configurations, finished
-from nanochat.study_figures import caption, study_figures
-from nanochat.study_tables import configurations_table, frontier_table, pair_keys, runs_table
-from nanochat.summaries import MEASURES, baseline
-from nanochat.tables import WIDE, core_tables, glance, result_tables, samples, to_csv, what_was_compared
-from nanochat.verdict import verdict, verdict_blocks
+from nanochat.report.adapter_figures import method_section
+from nanochat.report.comparable import (
+    TEXT,
+    TOKENIZER,
+    check_comparable,
+    divergence_notes,
+    look,
+    names,
+    number,
+)
+from nanochat.report.configurations import Configuration, configurations, finished
+from nanochat.report.equal_cost import equal_cost_table
+from nanochat.report.page import encode, in_markdown, to_markdown, to_page
+from nanochat.report.run_check import checked
+from nanochat.report.run_figures import draw_all
+from nanochat.report.summaries import MEASURES, baseline
+from nanochat.report.sweep_figures import caption, study_figures
+from nanochat.report.sweep_tables import configurations_table, frontier_table, pair_keys, runs_table
+from nanochat.report.tables import (
+    WIDE,
+    core_tables,
+    glance,
+    result_tables,
+    samples,
+    to_csv,
+    what_was_compared,
+)
+from nanochat.report.verdict import verdict, verdict_blocks
 
 FIGURES = [
     (
@@ -296,7 +312,7 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
         for run, folder in zip(runs, folders)
     ]
     if wandb_spec:
-        from nanochat.from_wandb import runs_from_wandb
+        from nanochat.report.wandb_import import runs_from_wandb
 
         fetched = runs_from_wandb(wandb_spec)
         if twice := [run.name for run in fetched if run.name in tags]:

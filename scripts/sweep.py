@@ -6,7 +6,7 @@ of them comes out.
     python -m scripts.sweep dev/experiments/low_rank_substitution.toml --preset full --launcher slurm --sbatch="--gpus-per-node=8"
 
 The same command again, after whatever ended it: finished runs are skipped, interrupted ones go on, failed ones are tried again.
-The format of the file is in nanochat/experiment.py; logs and report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
+The format of the file is in nanochat/sweep/experiment.py; logs and report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.continuation import differences, flags_given, flags_text, inheritance, read_record
 from nanochat.dataset import open_corpus
 from nanochat.environment import leave_process_group
-from nanochat.experiment import NAMED_TEXT, Point, Sweep, read_experiment
-from nanochat.figures import BYTES, COUNT, FLOP, TIME, human
 from nanochat.files import check_out, write_atomic
-from nanochat.local import claim_path, finished_rate, last_lines, log_of, places, run_all
 from nanochat.naming import LONGEST_RUN_NAME, is_tag, lock_path, option, part_of_tag, path_word, run_name
 from nanochat.rank import account, predict_peak
+from nanochat.sweep.experiment import NAMED_TEXT, Point, Sweep, read_experiment
+from nanochat.sweep.local import claim_path, finished_rate, last_lines, log_of, places, run_all
+from nanochat.sweep.trial import to_argv
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer, other_text, tokenizer_path
-from nanochat.variant import to_argv
+from nanochat.units import BYTES, COUNT, FLOP, TIME, human
 from nanochat.workers import run_workers
 
 
@@ -111,18 +111,18 @@ def main(argv=None):
     if args.launcher == "local":
         places(sweep, args.j)  # that there are any is known before anything is tokenised
     if args.launcher == "slurm":
-        from nanochat import slurm
+        from nanochat.sweep import slurm
 
         slurm.check(args.sbatch)
     if args.launcher == "wandb":
-        from nanochat import wandb_sweep
+        from nanochat.sweep import wandb_agent
 
-        wandb_sweep.check(sweep, args.run)
+        wandb_agent.check(sweep, args.run)
     prepare(sweep)
     if args.launcher == "slurm":
         return slurm.submit(sweep, args)
     if args.launcher == "wandb":
-        return wandb_sweep.register(sweep, args)
+        return wandb_agent.register(sweep, args)
     failed, stopped = run_all(sweep, args, task_command)
     if stopped:
         print(f"{sweep.name}: stopped; the same command goes on")

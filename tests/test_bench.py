@@ -54,7 +54,6 @@ def check(result: dict):
             GPTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in model["config"].items()})
         )
         assert model["accounting"] == cost
-        seconds = {part: spread["median"] for part, spread in model["seconds"].items()}
         assert all(
             0 < spread["low"] <= spread["median"] <= spread["high"] for spread in model["seconds"].values()
         )

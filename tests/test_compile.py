@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat import subspace
-from nanochat.adapters import AdapterConfig, adapters_of, attach
+from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.compiler import compile_blocks, knows_all_vector_instructions
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.subspace import model as subspace
 
 SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
 

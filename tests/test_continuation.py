@@ -16,7 +16,7 @@ from nanochat.continuation import PLACES, differences
 from nanochat.flags import DEFAULTS_BEFORE, build_parser
 from nanochat.gpt import GPTConfig
 from nanochat.plan import solve_budget, training_plan
-from nanochat.study import settings
+from nanochat.report.configurations import settings
 from scripts import adapter_train, base_eval, base_train, layer_map_eval, materialize
 from scripts import sweep as sweeps
 

@@ -13,9 +13,9 @@ from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
 from nanochat.plan import parse_flags
-from nanochat.study import configurations, paste_flags
+from nanochat.report.configurations import configurations, paste_flags
+from nanochat.sweep.trial import resolve
 from nanochat.tokenizer import load_tokenizer
-from nanochat.variant import resolve
 from scripts import base_train, materialize, tok_train
 
 NO_SHAPE = TINY[TINY.index("--device-batch-size") :]

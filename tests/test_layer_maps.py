@@ -7,13 +7,23 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from nanochat import adapters
-from nanochat.adapters import AdapterConfig
+from nanochat.adapters import attach
+from nanochat.adapters.attach import AdapterConfig
 from nanochat.common import InputError
 from nanochat.engine import generate, next_logits, prefill
-from nanochat.factorize import copied_out, with_copied_layers, with_layer_map
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layer_maps import drawn, goliath, map_text, mobilellm, monotone, parse_map, solar
+from nanochat.layer_maps import (
+    copied_out,
+    drawn,
+    goliath,
+    map_text,
+    mobilellm,
+    monotone,
+    parse_map,
+    solar,
+    with_copied_layers,
+    with_layer_map,
+)
 from nanochat.rank import account
 
 MAP = (0, 2, 2, 1, 0)
@@ -286,15 +296,15 @@ def test_layers_of_two_models_of_one_shape():
 def test_an_adapted_model_is_copied_with_its_adapters():
     model = tiny(**LOW)
     idx = tokens(2, 16)
-    adapters.attach(model, "wiki", AdapterConfig("lora", targets=r"attn\.q$|mlp\.down$", rank=2))
-    for adapter in adapters.adapters_of(model, "wiki").values():
+    attach.attach(model, "wiki", AdapterConfig("lora", targets=r"attn\.q$|mlp\.down$", rank=2))
+    for adapter in attach.adapters_of(model, "wiki").values():
         torch.nn.init.normal_(adapter.B)
     each = with_copied_layers(model, MAP)
     merged = with_copied_layers(model, MAP)
-    assert len(adapters.adapters_of(each, "wiki")) == 2 * len(MAP) and not each.x0_lambdas.requires_grad
-    adapters.fold_in(merged)
+    assert len(attach.adapters_of(each, "wiki")) == 2 * len(MAP) and not each.x0_lambdas.requires_grad
+    attach.fold_in(merged)
     assert (merged(idx) - each(idx)).abs().max() < 1e-5
-    adapters.use(each, None)
+    attach.use(each, None)
     plain = tiny(**LOW)
     assert torch.equal(each(idx), with_layer_map(plain, MAP)(idx))
 

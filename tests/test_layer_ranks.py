@@ -8,7 +8,8 @@ from nanochat.common import InputError
 from nanochat.flags import build_parser, matrix_ranks_flag
 from nanochat.gpt import GPTConfig
 from nanochat.layer_ranks import rank_lines
-from nanochat.plan import default_tag, model_config
+from nanochat.naming import default_tag
+from nanochat.plan import model_config
 from scripts import infer_bench, layer_bench, materialize
 
 

@@ -9,9 +9,9 @@ from conftest import tiny_experiment
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_bases
 from nanochat.common import InputError, get_base_dir
-from nanochat.experiment import read_experiment
-from nanochat.from_wandb import run_name
 from nanochat.naming import is_tag, lock_path, option, run_folder
+from nanochat.report.wandb_import import run_name
+from nanochat.sweep.experiment import read_experiment
 from scripts import (
     adapter_train,
     base_eval,

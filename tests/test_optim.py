@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat import optim
-from nanochat.adapters import AdapterConfig, attach
+from nanochat.adapters.attach import AdapterConfig, attach
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Muon, build_optimizers, orthogonalize, split_parameters, update_scale, uses_muon
 from nanochat.rank import account

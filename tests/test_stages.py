@@ -9,10 +9,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import tiny_experiment
 
-from nanochat import local, metrics, slurm, wandb_sweep
+from nanochat import metrics
 from nanochat.common import ArgumentParser, InputError
-from nanochat.experiment import read_experiment
 from nanochat.rank import count_parameters
+from nanochat.sweep import local, slurm, wandb_agent
+from nanochat.sweep.experiment import read_experiment
 from scripts import sweep as sweeps
 
 
@@ -305,7 +306,7 @@ def test_wandbs_agents_know_no_order(read):
         match="--launcher wandb: two_lora_s1 starts from the run two_d2_s1, and agents know no order",
     ):
         sweeps.main([str(read(LORA).file), "--launcher", "wandb"])
-    wandb_sweep.check(read(""))
+    wandb_agent.check(read(""))
 
 
 # ---- the whole way --------------------------------------------------------------------------------------------------

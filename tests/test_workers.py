@@ -103,7 +103,7 @@ def test_workers_notice_that_their_launcher_is_gone(launch, tmp_path):
 
 def test_a_second_signal_of_a_sweep_reaches_every_worker(launch, tmp_path):
     launcher = launch("hangs")
-    os.killpg(launcher.pid, signal.SIGKILL)  # as nanochat.local does it
+    os.killpg(launcher.pid, signal.SIGKILL)  # as nanochat.sweep.local does it
     wait_for(lambda: not alive(str(tmp_path / "worker.py")), 5)
 
 

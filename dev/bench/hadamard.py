@@ -18,7 +18,7 @@ from train_step import synchronize
 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number
-from nanochat.hadamard import cosine, walsh_hadamard
+from nanochat.subspace.hadamard import cosine, walsh_hadamard
 
 TARGET = 5.0
 

@@ -18,7 +18,7 @@ from nanochat.dataloader import training_batches
 from nanochat.flags import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
-from nanochat.subspace import SubspaceConfig, adamw_settings, attach
+from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach
 
 TARGET = 2.0  # of the time of a basis, and its d
 DIM = 5

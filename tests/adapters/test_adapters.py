@@ -1,0 +1,489 @@
+"""LoRA and IA3, and what all adapters share: the base to the bit, merging, switching, files. AdaLoRA's budget: test_adalora.py."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from processes import Launched
+from test_gpt import tiny, tokens
+
+from nanochat.adapters.attach import (
+    AdapterConfig,
+    adapter_state,
+    adapters_of,
+    attach,
+    base_hash,
+    base_state,
+    fold_in,
+    load_adapter,
+    load_adapter_state,
+    make_adapter,
+    matrices,
+    merge,
+    optimizer_groups,
+    remove,
+    save_adapter,
+    unmerge,
+    use,
+)
+from nanochat.adapters.layers import IA3, AdaptedLinear, LoRA
+from nanochat.common import InputError
+from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
+from nanochat.layer_maps import stacked, with_layer_map
+from nanochat.optim import AdamW
+from nanochat.rank import account, on_meta
+
+BASES = {
+    "full": {},
+    "low rank": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3),
+    "mixed": dict(matrix_ranks={"k": (4, 0, 4), "down": (0, 5, 5)}, n_kv_head=2),
+    "recomputed": dict(attn_ranks=(6,) * 3, mlp_ranks=(8,) * 3, recompute="bottleneck"),
+    "tables": dict(value_embeddings=True, tie_embeddings=True),
+}
+KINDS = {
+    "lora": AdapterConfig("lora", rank=4, alpha=6.0),
+    "adalora": AdapterConfig("adalora", rank=3),
+    "ia3": AdapterConfig("ia3"),
+}
+
+
+def awaken(model, name="a", seed=2):
+    """Adapter parameters as training might leave them: AdaLoRA's P and Q near to orthonormal, as they begin."""
+    rng = torch.Generator().manual_seed(seed)
+    for adapter in adapters_of(model, name).values():
+        for key, p in adapter.named_parameters():
+            p.data += (0.05 if key in "PQ" else 0.3) * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+
+
+def adapted(kind="lora", base="full", **changes):
+    model = tiny(**{**BASES[base], **changes})
+    attach(model, "a", KINDS[kind])
+    awaken(model)
+    return model
+
+
+def train(model, name="a", steps=3, lr=0.05):
+    optimizer = AdamW(optimizer_groups(model, name, lr, weight_decay=0.1))
+    for step in range(steps):
+        model(tokens(2, 16), tokens(2, 16) * 3 % 50).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---- against the base
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, base):
+    model = tiny(**BASES[base])
+    idx = tokens(2, 16)
+    expected = model(idx)
+    losses = model.token_losses(idx, idx)
+    attach(model, "a", KINDS[kind])
+    assert torch.equal(model(idx), expected) and torch.equal(model.token_losses(idx, idx), losses)
+    awaken(model)
+    assert (model(idx) - expected).abs().max() > 1e-3
+    use(model, None)
+    assert torch.equal(model(idx), expected)
+    remove(model)
+    assert torch.equal(model(idx), expected) and all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == list(tiny(**BASES[base]).state_dict())
+
+
+def test_trained_parameters_are_the_adapters_alone_and_as_many_as_the_formula_says():
+    shapes = {"q": 64, "k": 64, "v": 64, "o": 64, "up": 160, "down": 160}  # in + out at width 32
+    expected = {
+        "lora": 3 * 4 * sum(shapes.values()),
+        "adalora": 3 * 5 * (sum(shapes.values()) + 6),
+        "ia3": 3 * (32 + 32 + 128),
+    }
+    for kind, count in expected.items():
+        model = adapted(kind)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+        grouped = [p for group in optimizer_groups(model, "a", 1e-3) for p in group["params"]]
+        assert sum(p.numel() for p in grouped) == count and len({id(p) for p in grouped}) == len(grouped)
+        model(tokens(2, 16), tokens(2, 16)).backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", ["full", "low rank", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64(kind, base):
+    """Written out here: W0 + s·BA, W0 + s·P diag(λ) Q, diag(l) W0, and W0 diag(l) for `down`."""
+    model = tiny(**BASES[base]).double()
+    idx = tokens(2, 16)
+    attach(model, "a", KINDS[kind])
+    awaken(model)
+    plain = tiny(n_kv_head=model.config.n_kv_head).double()
+    state = {
+        name: t for name, t in base_state(model).items() if not any(f"{m}." in name for m in matrices(model))
+    }
+    for name, layer in matrices(model).items():
+        W = layer.base.dense_weight()
+        a = layer.adapters["a"] if "a" in layer.adapters else None
+        if a is None:
+            pass
+        elif kind == "lora":
+            W = W + 6 / 4 * a.B @ a.A
+        elif kind == "adalora":
+            W = W + 16 / 3 * a.P @ torch.diag(a.lam) @ a.Q
+        else:
+            W = W @ torch.diag(a.l) if name.endswith("down") else torch.diag(a.l) @ W
+        state[f"{name}.weight"] = W.detach()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(
+        model(idx, compute_dtype=torch.float64), plain(idx, compute_dtype=torch.float64), atol=1e-6, rtol=0
+    )  # logits are float32
+    loss = [m(idx, idx, torch.float64) for m in (model, plain)]
+    torch.testing.assert_close(*loss, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["full", "recomputed", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_equals_unmerged_and_unmerging_is_exact(kind, base):
+    model = adapted(kind, base)
+    idx = tokens(2, 16)
+    before = model(idx)
+    base_before = base_hash(model)
+    merge(model)
+    torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
+    assert base_hash(model) == base_before
+    unmerge(model)
+    assert torch.equal(model(idx), before)
+    merge(model)
+    use(model, None)
+    assert torch.equal(model(idx), tiny(**BASES[base])(idx))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_folded_in_it_is_a_plain_model_that_its_own_config_rebuilds(kind):
+    model = adapted(kind, "mixed")
+    idx = tokens(2, 16)
+    before = model(idx)
+    fold_in(model)
+    torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
+    again = GPT(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(idx), model(idx))
+    if kind == "ia3":  # a scale folds into one factor, so the ranks stay
+        assert [type(layer) for layer in matrices(model).values()] == [
+            type(layer) for layer in matrices(tiny(**BASES["mixed"])).values()
+        ]
+
+
+def test_an_update_of_a_layer_with_silu_inside_runs_but_does_not_merge():
+    model = adapted(factor_act="silu", base="low rank")
+    with pytest.raises(InputError, match="silu between its factors is no matrix"):
+        merge(model)
+    assert all(layer.merged is None for layer in matrices(model).values())
+    scaled = adapted("ia3", factor_act="silu", base="low rank")
+    idx = tokens(2, 16)
+    before = scaled(idx)
+    merge(scaled)
+    torch.testing.assert_close(scaled(idx), before, atol=1e-5, rtol=0)
+
+
+def test_training_and_a_thousand_switches_leave_the_base_untouched():
+    model = tiny(**BASES["mixed"])
+    idx = tokens(1, 16)
+    before = base_hash(model)
+    expected = model(idx)
+    logits = {None: expected}
+    for kind in KINDS:
+        attach(model, kind, KINDS[kind])
+        train(model, kind)
+        logits[kind] = model(idx)
+        assert (logits[kind] - expected).abs().max() > 1e-4
+    names = [*logits]
+    for i in range(1000):
+        use(model, names[i % 4])
+        if i % 200 < 4:
+            assert torch.equal(model(idx), logits[names[i % 4]])
+        if i % 100 == 0:
+            merge(model)
+    assert base_hash(model) == before
+    assert not any(p.grad is not None for p in base_state(model).values())
+
+
+# ---- LoRA
+
+
+def test_scale_and_dropout_are_those_of_the_formula():
+    layer = Linear(24, 40)
+    layer.init()
+    x = torch.randn(5, 24)
+    for config, s in (
+        (AdapterConfig(rank=4, alpha=6.0), 1.5),
+        (AdapterConfig(rank=4, alpha=6.0, rslora=True), 3.0),
+    ):
+        a = make_adapter(config, "blocks.0.mlp.up", layer, torch.Generator().manual_seed(0))
+        assert a.B.abs().max() == 0 and a.A.abs().max() <= 24**-0.5 and a.A.abs().max() > 0.9 * 24**-0.5
+        a.B.data.normal_()
+        y = torch.randn(5, 40)
+        torch.testing.assert_close(a.outer(y, a.inner(x)), y + s * (x @ a.A.T) @ a.B.T)
+    a = LoRA(24, 40, 4, 1.0, dropout=0.5)
+    a.init(torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    dropped = a.inner(x)
+    torch.manual_seed(7)
+    kept = (F.dropout(torch.ones_like(x), 0.5) > 0).float()
+    torch.testing.assert_close(dropped, (x * kept / 0.5) @ a.A.T)
+    with torch.no_grad():  # evaluation never drops
+        torch.testing.assert_close(a.inner(x), x @ a.A.T)
+
+
+def test_dropout_reaches_every_matrix_in_training_only():
+    model = tiny(**BASES["recomputed"])
+    idx = tokens(2, 16)
+    plain = model.token_losses(idx, idx)
+    for name in ("q", "k", "v", "o", "up", "down"):
+        attach(model, name, AdapterConfig(targets=rf"\.{name}$", rank=2, dropout=0.5))
+        awaken(model, name)
+        assert len({model(idx, idx).item() for _ in range(3)}) == 3, name
+        assert torch.equal(model.token_losses(idx, idx), model.token_losses(idx, idx)), name
+    use(model, None)
+    assert torch.equal(model.token_losses(idx, idx), plain)
+
+
+def test_recomputation_drops_the_same():
+    found = []
+    for base in ("low rank", "recomputed"):
+        model = tiny(**BASES[base])
+        attach(model, "a", AdapterConfig(rank=2, dropout=0.5))
+        awaken(model)
+        torch.manual_seed(5)
+        found.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def gradients(model):
+    model(tokens(2, 16), tokens(2, 16)).backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def test_recomputing_changes_no_gradient():
+    plain, again = (adapted(base=base) for base in ("low rank", "recomputed"))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(again)))
+    assert again.blocks[0].attn.recompute
+
+
+def test_bfloat16_compute_keeps_float32_adapters():
+    for kind in KINDS:
+        model = adapted(kind)
+        idx = tokens(2, 16)
+        loss = model(idx, idx, torch.bfloat16)
+        loss.backward()
+        assert loss.item() == pytest.approx(model(idx, idx).item(), abs=0.1)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+# ---- IA3
+
+
+def test_scales_do_not_decay_and_start_at_one():
+    model = tiny()
+    attach(model, "a", KINDS["ia3"])
+    assert all(torch.equal(a.l, torch.ones_like(a.l)) for a in adapters_of(model, "a").values())
+    assert {len(a.l) for a in adapters_of(model, "a").values()} == {32, 128}
+    assert [g["weight_decay"] for g in optimizer_groups(model, "a", 1e-3, weight_decay=0.1)] == [0.0]
+    attach(model, "b", KINDS["adalora"])
+    assert [
+        (g["weight_decay"], {n.rsplit(".", 1)[1] for n in g["names"]})
+        for g in optimizer_groups(model, "b", 1e-3, weight_decay=0.1)
+    ] == [(0.1, {"P", "Q"}), (0.0, {"lam"})]
+
+
+def test_qk_norm_takes_the_length_of_a_heads_scales_and_leaves_their_direction():
+    model = tiny().double()
+    idx = tokens(2, 16)
+    attach(model, "a", KINDS["ia3"])
+    awaken(model)
+    model(idx, tokens(2, 16) * 3 % 50, torch.float64).backward()
+    for name, a in adapters_of(model, "a").items():
+        along = (a.l.grad * a.l).view(-1, 8).sum(-1) if name.endswith("attn.k") else None  # by head
+        if along is not None:
+            assert along.abs().max() < 1e-5 * a.l.grad.abs().max() and a.l.grad.abs().max() > 1e-6
+
+
+# ---- which matrices
+
+
+def test_one_expression_chooses_and_patterns_give_ranks_and_alphas():
+    model = tiny()
+    attach(
+        model,
+        "a",
+        AdapterConfig(
+            targets=r"blocks\.[02]\.(attn\.[qv]|mlp)",
+            rank=2,
+            alpha=4,
+            ranks={r"2\.mlp": 5, "mlp": 3},
+            alphas={"attn": 8},
+        ),
+    )
+    assert {name: (len(a.A), a.scale) for name, a in adapters_of(model, "a").items()} == {
+        "blocks.0.attn.q": (2, 4),
+        "blocks.0.attn.v": (2, 4),
+        "blocks.0.mlp.up": (3, 4 / 3),
+        "blocks.0.mlp.down": (3, 4 / 3),
+        "blocks.2.attn.q": (2, 4),
+        "blocks.2.attn.v": (2, 4),
+        "blocks.2.mlp.up": (5, 4 / 5),
+        "blocks.2.mlp.down": (5, 4 / 5),
+    }
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (
+            dict(targets=r"attn\.query"),
+            r"no matrix has such a name; the nearest are blocks.0.attn.q, blocks.1.attn.q, blocks.2.attn.q",
+        ),
+        (dict(targets="blocks.7.mlp.up"), "the nearest are blocks.0.mlp.up"),
+        (dict(ranks={"attn.x": 3}), "pattern 'attn.x': no matrix"),
+        (dict(rank=33), "rank 33: blocks.0.attn.q is 32 x 32; give 1 to 32"),
+        (dict(ranks={"down": 40}), "rank 40: blocks.0.mlp.down is 32 x 128; give 1 to 32"),
+        (dict(rank=0), "rank 0: use a whole number >= 1"),
+        (dict(targets="attn.(q"), "not a regular expression"),
+        (dict(kind="dora"), "kind dora: use one of lora, adalora, ia3"),
+        (dict(dropout=1.0), "dropout 1.0: use a number from 0"),
+        (dict(alpha=0.0), "alpha 0.0: use a number above 0"),
+        (dict(kind="adalora", initial=0.5), "initial ranks 0.5: below 1 the budget would rise"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line_and_changes_nothing(config, message):
+    model = tiny()
+    with pytest.raises(InputError, match=message) as e:
+        attach(model, "a", AdapterConfig(**config))
+    assert "\n" not in str(e.value)
+    assert all(isinstance(layer, (Linear, LowRankLinear)) for layer in matrices(model).values()) and all(
+        p.requires_grad for p in model.parameters()
+    )
+
+
+def test_names_of_adapters():
+    model = adapted()
+    for name, message in (
+        ("a", "there is one of this name"),
+        ("x.y", "choose a word without dots"),
+        ("", "without dots"),
+        ("keys", "without dots"),
+    ):
+        with pytest.raises(InputError, match=message):
+            attach(model, name, AdapterConfig())
+    with pytest.raises(InputError, match="adapter 'b': not attached; there are: a"):
+        use(model, "b")
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_base(tmp_path, kind):
+    model = adapted(kind)
+    idx = tokens(2, 16)
+    path = tmp_path / "adapter.pt"
+    save_adapter(path, model, "a")
+    other = tiny()
+    description = load_adapter(path, other, "mine")
+    assert torch.equal(other(idx), model(idx))
+    assert json.loads(json.dumps(description)) == description and description["base"] == base_hash(tiny())
+    saved = torch.load(path, weights_only=True)["tensors"]
+    assert sum(t.numel() for t in saved.values() if t.is_floating_point()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
+    model = adapted()
+    path = tmp_path / "adapter.pt"
+    save_adapter(path, model, "a")
+    other = tiny()
+    other.smear.data[3] += 1e-6
+    with pytest.raises(
+        InputError, match="made for another base .*; give the checkpoint that it was trained on"
+    ):
+        load_adapter(path, other, "a")
+    content = path.read_bytes()
+    for damaged in (content[:300], b"no such thing", b"", content[:40] + b"\0" * 40 + content[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="adapter.pt: not an adapter, or damaged"):
+            load_adapter(path, tiny(), "a")
+    state = adapter_state(adapted("ia3"), "a")
+    with pytest.raises(InputError, match="the tensors do not fit it"):
+        load_adapter_state(model, "a", state)
+
+
+def train_all_kinds():
+    model = GPT(GPTConfig(8, 20, 1, 1, 1, 8))
+    model.init_weights()
+    x = torch.zeros(1, 8, dtype=torch.long)
+    shape = stacked(on_meta(model.config), layers=(0, 0))  # as a plan of a run does
+    attach(shape, "a", AdapterConfig(rank=2))
+    account(shape)
+    with_layer_map(on_meta(model.config), (0, 0))
+    for kind in KINDS:
+        attach(model, kind, AdapterConfig(kind, rank=2, dropout=0.1))
+        model(x, x).backward()
+        AdamW(optimizer_groups(model, kind, 0.1)).step()
+        merge(model)
+    print("loaded:", "torch._dynamo" in sys.modules)
+
+
+def test_eager_adapters_do_not_load_the_compiler(tmp_path):
+    launched = Launched(1, tmp_path / "output", train_all_kinds)
+    assert launched.codes() == [0] and launched.output.read_text() == "loaded: False\n"
+
+
+# ---- an independent oracle (opt-in: only where peft is installed)
+
+
+@pytest.mark.parametrize("case", ["lora", "rslora", "ia3 out", "ia3 in"])
+def test_outputs_and_gradients_equal_pefts(case):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 40, bias=False)).double()
+    base = Linear(24, 40).double()
+    base.weight.data.copy_(plain[0].weight)
+    if "lora" in case:
+        theirs = peft.get_peft_model(
+            plain, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], use_rslora=case == "rslora")
+        )
+        ours = make_adapter(
+            AdapterConfig(rank=4, alpha=6.0, rslora=case == "rslora"),
+            "blocks.0.mlp.up",
+            base,
+            torch.Generator(),
+        )
+        pairs = [(ours.A, ".lora_A."), (ours.B, ".lora_B.")]
+    else:
+        theirs = peft.get_peft_model(
+            plain, peft.IA3Config(target_modules=["0"], feedforward_modules=["0"] if case == "ia3 in" else [])
+        )
+        ours = IA3(24, 40, case.split()[1])
+        pairs = [(ours.l, ".ia3_l.")]
+    theirs = theirs.double()
+    ours = ours.double()
+    named = dict(theirs.named_parameters())
+    pairs = [(p, next(q for name, q in named.items() if part in name)) for p, part in pairs]
+    assert sum(q.numel() for q in named.values() if q.requires_grad) == sum(p.numel() for p, _ in pairs)
+    for p, q in pairs:
+        q.data.normal_()
+        p.data.copy_(q.data.view_as(p))
+    layer = AdaptedLinear(base.requires_grad_(False))
+    layer.adapters["a"] = ours
+    layer.active = "a"
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    grad = torch.randn(3, 7, 40, dtype=torch.float64)
+    y = [f(x) for f in (layer, theirs)]
+    torch.testing.assert_close(*y, atol=1e-6, rtol=1e-6)
+    for output in y:
+        output.backward(grad)
+    for p, q in pairs:
+        torch.testing.assert_close(p.grad, q.grad.view_as(p), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer.folded()(x), theirs.merge_and_unload()(x), atol=1e-6, rtol=1e-6)
