@@ -1,5 +1,6 @@
-# Sourced by speedrun.sh and dev/test.sh: an environment with the package and its test tools, made once in .venv.
-# On several nodes that share this folder the first one installs; the others wait, at most ten minutes.
+# speedrun.sh and dev/test.sh source this file. It makes an environment in .venv, once, with the package and
+# its test tools. If several nodes share this folder, the first node installs. The others wait for it, at most
+# ten minutes.
 installed() {
   [ -f .venv/installed-pyproject.toml ] && [ "$(<pyproject.toml)" = "$(<.venv/installed-pyproject.toml)" ]
 }

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A real Slurm cluster of one node, this machine, to try job arrays and preemption on (Debian or Ubuntu, as root).
-#   bash dev/slurm/local_cluster.sh start    installs slurm-wlm and munge if they are missing, starts them, shows the node
+# Make this machine a real Slurm cluster of one node, to try job arrays and preemption.
+# It needs Debian or Ubuntu, and root.
+#   bash dev/slurm/local_cluster.sh start    installs slurm-wlm and munge, starts them, shows the node
 #   bash dev/slurm/local_cluster.sh stop     cancels all jobs and stops the daemons
 set -euo pipefail
 
-CONF=/etc/slurm/slurm.conf        # where sbatch, squeue and the daemons look
-STATE=/var/tmp/local_cluster      # spool, state and logs: nothing here outlives a start
+CONF=/etc/slurm/slurm.conf        # where sbatch, squeue and the daemons find it
+STATE=/var/tmp/local_cluster      # spool, state and logs; every start deletes them
 MARK="# written by dev/slurm/local_cluster.sh"
 
 fail() { echo "error: $1" >&2; exit 2; }
@@ -13,16 +14,16 @@ running() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 
 install_slurm() {
   command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
-  command -v apt-get >/dev/null || fail "slurmctld, slurmd, munged: not all are installed, and there is no apt-get to install them with"
+  command -v apt-get >/dev/null || fail "slurmctld, slurmd or munged is missing, and so is apt-get"
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
 }
 
 write_conf() {
   mkdir -p "$(dirname "$CONF")"
-  # No cgroups (a container has none to give): processes are found through /proc, and nothing is confined.
-  # A job in the partition urgent preempts those in main.
-  # cred_expire: Slurm holds a requeued job back for so long, 2 minutes by default.
+  # No cgroups, because a container cannot use them. Slurm finds processes through /proc and limits nothing.
+  # A job in the partition `urgent` preempts jobs in the partition `main`.
+  # cred_expire: the time, in seconds, that a requeued job waits. The default is 2 minutes.
   cat > "$CONF" <<END
 $MARK
 ClusterName=local
