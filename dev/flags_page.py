@@ -1,0 +1,121 @@
+"""Print dev/FLAGS.md, the page of all flags, from the parsers of the scripts.
+
+python dev/flags_page.py > dev/FLAGS.md
+"""
+
+import argparse
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = (
+    ("Training", ("base_train", "adapter_train")),
+    ("Text and tokenizer", ("tok_train", "tok_eval")),
+    ("Using a trained model", ("base_eval", "generate", "materialize", "layer_map_eval")),
+    ("Experiments", ("sweep", "report")),
+    ("Measuring", ("layer_bench", "infer_bench")),
+)
+INTRODUCTION = """# All flags
+
+This page is made from the scripts by `python dev/flags_page.py > dev/FLAGS.md`; do not edit it. `--help` of each
+script prints the same. A flag without a default is empty, off, or not given. Flags have to be written out: `--dep`
+does not stand for `--depth`. -1 means off or automatic where the text says so; a 0 that would mean nothing is an error.
+
+Beside the flags, these environment variables count: `NANOCHAT_BASE_DIR` (folder of everything that is written;
+needed where there is no home folder), `NANOCHAT_DTYPE` (what `--dtype auto` means), `HF_ENDPOINT` and `HF_TOKEN`
+(host and login of downloads), and the `WANDB_*` variables of W&B.
+"""
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser of scripts/<script>.py: what its build_parser() returns, or the parser whose help --help prints."""
+    module = importlib.import_module(f"scripts.{script}")
+    if hasattr(module, "build_parser"):
+        return module.build_parser()
+    with (
+        mock.patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help,
+        mock.patch.object(sys, "argv", [script, "--help"]),
+        contextlib.suppress(SystemExit),
+    ):
+        module.main()
+    return print_help.call_args.args[0]
+
+
+def groups(parser: argparse.ArgumentParser) -> list[tuple[str, str, list[argparse.Action]]]:
+    """(title, description, visible flags) of every argument group that has some; "" titles the group of the rest."""
+    shown = []
+    for group in parser._action_groups:
+        actions = [
+            action
+            for action in group._group_actions
+            if action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
+        ]
+        title = "" if group in (parser._positionals, parser._optionals) else group.title
+        if actions:
+            shown.append((title, group.description or "", actions))
+    return shown
+
+
+def escaped(text: str) -> str:
+    """The text for a cell of a Markdown table: shown as it is."""
+    for character in "\\|*_<[":
+        text = text.replace(character, "\\" + character)
+    return " ".join(text.split())
+
+
+def flag(action: argparse.Action) -> str:
+    """The names of a flag and, where its parser says so, the form of its value: `--solve depth|rank`."""
+    if not action.option_strings:
+        return f"`{action.metavar or action.dest}`"
+    value = f" {action.metavar}" if action.metavar else ""
+    if action.choices:
+        value = " " + "|".join(str(choice) or "''" for choice in action.choices)
+    names = [f"`{name}{value}`" for name in action.option_strings]
+    return " ".join(names).replace("|", "\\|")
+
+
+def default(action: argparse.Action) -> str:
+    if action.required and action.option_strings:
+        return "required"
+    if action.nargs == 0 or action.default in (None, "", []):
+        return ""
+    if isinstance(action.default, (list, tuple)):
+        return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in action.default)
+    if isinstance(action.default, float):
+        return f"{action.default:g}"
+    return str(action.default)
+
+
+def meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
+    return escaped((action.help or "") % {**vars(action), "prog": parser.prog})
+
+
+def section(script: str) -> str:
+    """The part of the page that describes one script."""
+    parser = parser_of(script)
+    lines = [f"### {script}", "", f"{(parser.description or '').strip()} `python -m scripts.{script} --help`"]
+    for title, description, actions in groups(parser):
+        if title:
+            lines += ["", f"**{title[0].upper() + title[1:]}**"]
+        if description:
+            lines += ["", description]
+        lines += ["", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [f"| {flag(action)} | {default(action)} | {meaning(action, parser)} |" for action in actions]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    parts = [INTRODUCTION.rstrip()]
+    for heading, scripts in SCRIPTS:
+        parts.append(f"## {heading}")
+        parts += [section(script) for script in scripts]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.write(page())
