@@ -20,18 +20,19 @@ SCRIPTS = (
 )
 INTRODUCTION = """# All flags
 
-This page is made from the scripts by `python dev/flags_page.py > dev/FLAGS.md`; do not edit it. `--help` of each
-script prints the same. A flag without a default is empty, off, or not given. Flags have to be written out: `--dep`
-does not stand for `--depth`. -1 means off or automatic where the text says so; a 0 that would mean nothing is an error.
+This page is made from the scripts by `python dev/flags_page.py > dev/FLAGS.md`; do not edit it. `--help` of
+each script prints the same. A flag without a default is empty, off, or not given. Flags have to be written
+out: `--dep` does not stand for `--depth`. -1 means off or automatic where the text says so; a 0 that would
+mean nothing is an error.
 
-Beside the flags, these environment variables count: `NANOCHAT_BASE_DIR` (folder of everything that is written;
-needed where there is no home folder), `NANOCHAT_DTYPE` (what `--dtype auto` means), `HF_ENDPOINT` and `HF_TOKEN`
-(host and login of downloads), and the `WANDB_*` variables of W&B.
+These environment variables count too: `NANOCHAT_BASE_DIR` (folder of everything that is written, by default
+`~/.cache/nanochat-lowrank`; needed where there is no home folder), `NANOCHAT_DTYPE` (what `--dtype auto`
+means), `HF_ENDPOINT` and `HF_TOKEN` (host and login of downloads), and the `WANDB_*` variables of W&B.
 """
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """The parser of scripts/<script>.py: what its build_parser() returns, or the parser whose help --help prints."""
+    """What build_parser() of scripts/<script>.py returns; without one, the parser whose help --help prints."""
     module = importlib.import_module(f"scripts.{script}")
     if hasattr(module, "build_parser"):
         return module.build_parser()
@@ -45,7 +46,10 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def groups(parser: argparse.ArgumentParser) -> list[tuple[str, str, list[argparse.Action]]]:
-    """(title, description, visible flags) of every argument group that has some; "" titles the group of the rest."""
+    """(title, description, visible flags) of every argument group that has some.
+
+    Flags outside of the groups have the title "".
+    """
     shown = []
     for group in parser._action_groups:
         actions = [

@@ -5,7 +5,6 @@ import sys
 from importlib import import_module
 
 import pytest
-
 from conftest import ROOT
 
 
