@@ -20,22 +20,29 @@ SCRIPTS = (
 )
 INTRODUCTION = """# All flags
 
-This page is made from the scripts by `python dev/flags_page.py > dev/FLAGS.md`; do not edit it. `--help` of
-each script prints the same. A flag without a default is empty, off, or not given. Flags have to be written
-out: `--dep` does not stand for `--depth`. -1 means off or automatic where the text says so; a 0 that would
-mean nothing is an error.
+**Which flags are there, and what is their default?**
 
-These environment variables count too: `NANOCHAT_BASE_DIR` (folder of everything that is written, by default
-`~/.cache/nanochat-lowrank`; needed where there is no home folder), `NANOCHAT_DTYPE` (what `--dtype auto`
-means), `HF_ENDPOINT` and `HF_TOKEN` (host and login of downloads), and the `WANDB_*` variables of W&B.
+This page is made by `python dev/flags_page.py > dev/FLAGS.md`; do not edit it.
+`--help` of each script says the same.
+
+- A flag without a default is empty, off, or not given.
+- Flags are written out: `--dep` does not stand for `--depth`.
+- -1 means off or automatic where the text says so; a 0 that would mean nothing is an error.
+
+These environment variables count too:
+
+| variable | meaning |
+|---|---|
+| `NANOCHAT_BASE_DIR` | folder of everything that is written; by default `~/.cache/nanochat-lowrank` |
+| `NANOCHAT_DTYPE` | what `--dtype auto` means |
+| `HF_ENDPOINT`, `HF_TOKEN` | host and login of downloads |
+| `WANDB_*` | settings of W&B |
 """
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """What build_parser() of scripts/<script>.py returns; without one, the parser whose help --help prints."""
+    """The parser whose help `python -m scripts.<script> --help` prints."""
     module = importlib.import_module(f"scripts.{script}")
-    if hasattr(module, "build_parser"):
-        return module.build_parser()
     with (
         mock.patch.object(argparse.ArgumentParser, "print_help", autospec=True) as print_help,
         mock.patch.object(sys, "argv", [script, "--help"]),
@@ -100,7 +107,7 @@ def meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 def section(script: str) -> str:
     """The part of the page that describes one script."""
     parser = parser_of(script)
-    lines = [f"### {script}", "", f"{(parser.description or '').strip()} `python -m scripts.{script} --help`"]
+    lines = [f"### {script}", "", (parser.description or "").strip()]
     for title, description, actions in groups(parser):
         if title:
             lines += ["", f"**{title[0].upper() + title[1:]}**"]

@@ -1,4 +1,4 @@
-"""Every command of the README is run as it stands there, in the order of the README, on a tiny text.
+"""Every command of the README and the guides is run as it stands there, in their order, on a tiny text.
 
 Only what makes it big is replaced: DIR becomes a folder of tiny stories, and flags that make a model small
 are added at the end.
@@ -19,8 +19,21 @@ from test_speedrun import SMALL
 
 from nanochat import metrics
 
-README = (ROOT / "README.md").read_text("utf-8")
-SHELL_BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = ["README.md"] + [
+    f"dev/{name}.md"
+    for name in (
+        "RANKS",
+        "RUNS",
+        "DATA",
+        "EXPERIMENTS",
+        "REPORT",
+        "ADAPTERS",
+        "SUBSPACES",
+        "INFERENCE",
+        "SCALE",
+        "bench/README",
+    )
+]
 
 STEPS = [
     "--max-seq-len",
@@ -74,15 +87,25 @@ ELSEWHERE = {  # commands that another test runs, or that no test can
     "bash dev/test.sh": "this suite",
     "bash dev/bench/gpu.sh": "needs a GPU; test_bench runs its parts",
     "dev/bench/": "test_bench",
-    "dev/experiments/low_rank_substitution.toml": "test_the_experiment_of_the_readme",
+    "dev/experiments/low_rank_substitution.toml": "test_the_experiment_of_the_guide",
+    "source .venv/bin/activate": "speedrun.sh does it too",
     "srun": "test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
     "DATA=": "the same",
 }
 
 
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
 def commands() -> list[str]:
-    lines = "\n".join(SHELL_BLOCKS).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip()]
+    """Each command once, where it stands first."""
+    text = "\n".join("\n".join(blocks(page, "bash")) for page in PAGES)
+    lines = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := " ".join(shlex.split(line, comments=True)):
+            lines.setdefault(words, line)
+    return list(lines.values())
 
 
 def words_of(command: str, corpus: str) -> list[str]:
@@ -95,10 +118,10 @@ def smaller(words: list[str]) -> list[str]:
     return SMALLER.get(f"{script} --init-from" if "--init-from" in words else script, [])
 
 
-def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp_path, monkeypatch, command):
+def test_every_command_runs_in_the_order_of_the_pages(base_dir, corpus_dir, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    bundle = tmp_path / "bundle"  # the README's command downloads it
+    bundle = tmp_path / "bundle"  # the command of the guide downloads it
     write_bundle(bundle)
     ran = []
     for text in commands():
@@ -117,7 +140,7 @@ def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp
             code, stdout, stderr = command(words[1], *words[2:])
         assert not code, f"{text}\n{stdout[-2000:]}\n{stderr[-2000:]}"
         ran.append(words[2])
-    assert len(ran) >= 22 and {
+    assert len(ran) >= 38 and {
         "scripts.base_train",
         "scripts.adapter_train",
         "scripts.materialize",
@@ -133,9 +156,9 @@ def test_every_command_runs_in_the_order_of_the_readme(base_dir, corpus_dir, tmp
         assert (tmp_path / picture).stat().st_size > 500, picture
 
 
-def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch, command):
-    """The file in the README under the commands beside it; the model and the text are made small."""
-    text = re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1]
+def test_the_experiment_of_the_guide(tmp_path, corpus_dir, monkeypatch, command):
+    """The file in the guide under the commands beside it; the model and the text are made small."""
+    (text,) = blocks("dev/EXPERIMENTS.md", "toml")
     flags = dict(zip(STEPS[::2], STEPS[1::2]))
     small = "\n".join(f"{flag[2:]} = {value}" for flag, value in flags.items())
     for given, instead in (
@@ -164,6 +187,14 @@ def test_the_experiment_of_the_readme(tmp_path, corpus_dir, monkeypatch, command
         code, stdout, stderr = command("scripts/sweep.py", *words[3:])
         assert code == 0, stdout[-2000:] + stderr[-2000:]
     assert (tmp_path / "base/sweeps/experiment/report/report.html").stat().st_size > 10_000
+
+
+def test_the_experiment_of_the_readme_is_planned(tmp_path, corpus_dir, monkeypatch, command):
+    (text,) = blocks("README.md", "toml")
+    (tmp_path / "experiment.toml").write_text(text.replace("tinystories", str(corpus_dir)))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    code, stdout, stderr = command("scripts/sweep.py", tmp_path / "experiment.toml", "--plan")
+    assert code == 0 and "9 runs" in stdout, stdout[-2000:] + stderr[-2000:]
 
 
 def readme_speedrun(command: str, folder, corpus_dir, **variables):
