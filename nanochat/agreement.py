@@ -291,7 +291,7 @@ def differing(first: dict, own: dict) -> list[str]:
 
 def load_same(place, load, where: Path):
     """What load() returns, (…, meta of a checkpoint), in each process; of all the same checkpoint."""
-    loaded = load() if place[1] == 0 else None
+    loaded: tuple = load() if place[1] == 0 else ()
     meta = from_first(place, lambda: loaded[-1])
     return loaded or load_confirmed(load, where, meta)
 
@@ -310,7 +310,7 @@ def load_confirmed(load, where: Path, meta: dict):
             names = differing(meta, own)
             if not names:
                 return *loaded, own
-            problem = InputError(
+            problem: InputError | OSError = InputError(
                 f"{where}: is another checkpoint than process 0 has read: "
                 f"{', '.join(names[:3])}; let all processes see the same folder"
             )

@@ -6,7 +6,7 @@ its SHA-256 and its own, so a truncated or altered file is noticed before it is 
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -81,10 +81,10 @@ def amend_checkpoint(run_folder: Path, step: int, changes: dict):
 
 def system_error(e: BaseException) -> str:
     """What the system said. Of a full disk torch makes an error of its own; the system's is its context."""
-    cause = e
+    cause: BaseException | None = e
     while cause and not isinstance(cause, OSError):
         cause = cause.__context__
-    return (cause.strerror if cause else "") or first_line(e)
+    return getattr(cause, "strerror", "") or first_line(e)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def load_newest(run_folder: Path) -> tuple[dict, dict] | None:
 
 def named_tensors(state, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in nested dicts and lists, by the keys that lead to them."""
-    entries = ()
+    entries: Iterable[tuple] = ()
     if isinstance(state, torch.Tensor):
         yield name, state
     elif isinstance(state, dict):

@@ -117,7 +117,7 @@ def can_be(action: argparse.Action, value) -> bool:
         return type(value) is type(action.default)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
-        parsed = action.type(text) if action.type else text
+        parsed = action.type(text) if callable(action.type) else text
     except (argparse.ArgumentTypeError, ValueError, TypeError):
         return False
     return parsed == value and (action.choices is None or value in action.choices)
@@ -133,7 +133,7 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
-    def parse_args(self, args=None) -> Flags:
+    def parse_args(self, args=None) -> Flags:  # type: ignore[override]  # no namespace of the caller's
         # argparse fills in a default only where there is no value yet, so None stays where no flag was given
         nothing = argparse.Namespace(**{action.dest: None for action in self._actions})
         values = vars(super().parse_args(args, nothing))
@@ -261,6 +261,7 @@ def get_base_dir() -> Path:
 def locked(path: Path):
     """Hold an exclusive lock on `path` (created if needed). It is freed if its holder dies: see locks.py."""
     lock = locks.acquire(path, wait=True)
+    assert lock is not None  # as it waits
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ def open_bundle(folder: str = "") -> Bundle:
             )
         return read_bundle(Path(folder))
     place = get_base_dir() / "core"
-    failures = [None]
+    failures: list[str | None] = [None]
     if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
         try:
             with locked(place / ".lock"):  # another run waits, and then finds it
@@ -249,11 +249,11 @@ def read_task(files: Files, entry: dict, baselines: dict) -> Task:
     delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(delimiter, str) or not encodable(delimiter):
         raise InputError(f"{where}: continuation_delimiter {in_words(delimiter, repr)} is not text")
-    given = baselines.get(label)
+    given = baselines.get(label) or ""
     if (baseline := percent(given)) is None:
         raise InputError(
             f"{files.folder / 'eval_meta_data.csv'}: "
-            f'no "Random baseline" in percent for task {label}: {quoted(given or "")}; '
+            f'no "Random baseline" in percent for task {label}: {quoted(given)}; '
             "give 0, or a number from 1 to below 100, such as 25 for one of four answers"
         )
     name = data_file(entry["dataset_uri"], where)
@@ -363,3 +363,4 @@ def download(url: str, place: Path) -> str | None:
         )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return None

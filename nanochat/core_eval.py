@@ -154,7 +154,7 @@ def batches(rows: list, tokens: int) -> list[list[int]]:
     """
     out = []
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][1]), -row_length(rows[i]))):
-        first = rows[out[-1][0]] if out else None
+        first = rows[out[-1][0]] if out else rows[i]
         n = len(rows[i][1])
         if (
             not out
@@ -212,7 +212,7 @@ def score(
     """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process
     was asked to stop before the last.
     """
-    out = [None] * len(rows)
+    out: list[list[tuple[float, bool]]] = [[]] * len(rows)
     for batch in batches(rows, tokens):
         if stop.is_set():
             return None

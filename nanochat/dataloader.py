@@ -40,8 +40,8 @@ class Rows:
         self.dropped = 1 - self.count * T / max(
             1, int(self.starts[-1])
         )  # fraction of slots in no row: the tail
-        self._epoch = None
-        self._order = None
+        self._epoch = -1  # none yet
+        self._order = np.empty(0, dtype=np.uint32)
 
     def row(self, i: int) -> np.ndarray:
         """(T + 1,) int64. InputError: numbers that are no token."""

@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
 from nanochat.downloads import complete
@@ -109,7 +110,9 @@ class Corpus:
 
     def record(self) -> dict:
         """Which files are which, for a run's config.json; of many the first and the last."""
-        record = {"left_out": {reason: shortened(names, 100) for reason, names in self.left_out.items()}}
+        record: dict[str, dict] = {
+            "left_out": {reason: shortened(names, 100) for reason, names in self.left_out.items()}
+        }
         for split in ("train", "val"):
             names = self.files(split)
             record[split] = {"count": len(names), "files": shortened(names, 100)}
@@ -118,7 +121,7 @@ class Corpus:
     def announced(self) -> "Corpus":
         """This corpus, listed and hashed by process 0, for another process."""
         folder = self.folder if self.path else set_folder(self.name)
-        splits = {}
+        splits: dict[str, Any] = {}
         for split in ("train", "val"):
             splits[split] = tuple(announced_shard(shard, self.folder, folder) for shard in self.split(split))
         return replace(self, folder=folder, **splits)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -109,7 +110,7 @@ def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
 
     attn_ranks and mlp_ranks where all matrices of the group have one rank in all layers, else matrix_ranks.
     """
-    groups = {"attn_ranks": (), "mlp_ranks": ()}
+    groups: dict[str, Any] = {"attn_ranks": (), "mlp_ranks": ()}
     single = {}
     for group, matrices in (("attn_ranks", MATRICES[:4]), ("mlp_ranks", MATRICES[4:])):
         own = {

@@ -52,7 +52,7 @@ DEFAULTS_BEFORE = {
 
 
 def rank_flag(text: str) -> float:
-    value = as_whole_number(text)
+    value: float | None = as_whole_number(text)
     if value is None:
         try:
             value = float(text)

@@ -101,12 +101,13 @@ class Table:
 
 def joined(column: array | list, values: tuple) -> array | list:
     """The column with these values behind it, which keep their types."""
-    values = packed(values)
+    new = packed(values)
     if not column:
-        return values
-    if type(column) is not type(values) or (isinstance(column, array) and column.typecode != values.typecode):
-        return [*column, *values]
-    column.extend(values)
+        return new
+    same_code = getattr(column, "typecode", None) == getattr(new, "typecode", None)
+    if not same_code:  # lists have none
+        return [*column, *new]
+    column.extend(new)
     return column
 
 
@@ -135,7 +136,7 @@ class Rows:
             steps.append(row["step"])
             self.add(row)
         self.flush()
-        self.order = range(len(steps))
+        self.order: range | array = range(len(steps))
         if any(a >= b for a, b in itertools.pairwise(steps)):
             self.order = self.merged(steps)
             self.flush()
@@ -222,7 +223,7 @@ class History(Sequence):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as the language asks of what compares but may change
 
     def __repr__(self):
         return f"History({list(self)!r})"

@@ -104,7 +104,7 @@ def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, d
 
 def is_file(entry) -> bool:
     """Whether an entry of the listing is a file of which path and size make sense."""
-    size = getattr(entry, "size", None)  # a folder has none
+    size = getattr(entry, "size", -1)  # a folder has none
     return isinstance(entry.path, str) and is_kind(size, int) and 0 <= size <= LARGEST_INTEGER
 
 

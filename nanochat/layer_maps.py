@@ -144,13 +144,14 @@ def with_copied_layers(model: GPT, layers: tuple[int, ...], second: GPT | None =
     the first model's. Ranks, windows, value tables and adapters are those of the layer copied. InputError: models of unlike shape.
     """
     n = model.config.n_layer
-    both = (model, second)
+    models = [model] if second is None else [model, second]
     if max(layers) >= n:
         if second is None:
             raise InputError("layer map: takes layers of a second model, and there is none")
         check_same_shape(model.config, second.config)
     return copies(
-        model, [(both[layer // n], layer % n, first_place(both[layer // n], layer % n)) for layer in layers]
+        model,
+        [(models[layer // n], layer % n, first_place(models[layer // n], layer % n)) for layer in layers],
     )
 
 

@@ -66,7 +66,7 @@ def acquire(path: Path, wait: bool) -> Lock | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    lock = Lock(path, file)
+    lock: Lock | None = Lock(path, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -254,7 +254,7 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
         )
         return done.stdout.strip()
 
-    state = {"commit": None, "dirty": None}
+    state: dict[str, str | bool | None] = {"commit": None, "dirty": None}
     if not (root / ".git").exists():
         return state
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -267,7 +267,7 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
 def versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("nanochat-lowrank", "torch", "numpy", "tiktoken", "rustbpe", "wandb"):
         try:
             found[package] = version(package)

@@ -73,8 +73,9 @@ def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
     }
     if world_size == 1:
         return mine
-    everyone = [None] * world_size if rank == 0 else None
-    dist.gather_object(mine, everyone)  # CPU tensors: over gloo, also where the gradients go over NCCL
+    everyone: list[dict] = [{}] * world_size
+    # CPU tensors: over gloo, also where the gradients go over NCCL
+    dist.gather_object(mine, everyone if rank == 0 else None)
     if rank > 0:
         return {}
     whole = {}
@@ -111,7 +112,7 @@ def names_anywhere(place, names: list[str]) -> list[str]:
     """The names that any process has: the same list on all."""
     if place[2] == 1:
         return names
-    everyone = [None] * place[2]
+    everyone: list[list[str]] = [[]] * place[2]
     dist.all_gather_object(everyone, names)
     return list(dict.fromkeys(chain.from_iterable(everyone)))
 

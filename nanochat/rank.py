@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ class Level:
 
     group: str
     places: list[tuple[str, int]]  # (field that gives the rank, layer)
-    shapes: Counter  # (in, out) of its matrices, counted
+    shapes: Counter[tuple[int, int]]  # (in, out) of its matrices, counted
     wanted: float  # steps, before scaling
     largest: int
     unit: int  # 0 where a step is a fraction
@@ -104,7 +105,8 @@ def rank_levels(config: GPTConfig) -> list[Level]:
     for group in GROUPS:
         if matrices := matrices_by_field(config, group).get(group):
             largest = min(min(config.matrix_shape(matrix)) for matrix in matrices)
-            factored = replace(config, **{group: (largest,) * config.n_layer})
+            field: dict[str, Any] = {group: (largest,) * config.n_layer}
+            factored = replace(config, **field)
             levels += levels_of_group(factored, group, given_by_user=False)
     return levels
 
@@ -147,11 +149,13 @@ def step_under_budget(multiple: int, smaller: int) -> int:
 
 
 def with_ranks(config: GPTConfig, levels: list[Level], steps: list[int]) -> GPTConfig:
-    ranks = {field: [0] * config.n_layer for level in levels for field, _ in level.places}
+    ranks: dict[str, list[float]] = {
+        field: [0] * config.n_layer for level in levels for field, _ in level.places
+    }
     for level, n in zip(levels, steps):
         for field, layer in level.places:
             ranks[field][layer] = level.rank(n)
-    groups = {field: tuple(values) for field, values in ranks.items() if field in GROUPS}
+    groups: dict[str, Any] = {field: tuple(values) for field, values in ranks.items() if field in GROUPS}
     single = {field: tuple(values) for field, values in ranks.items() if field not in GROUPS}
     return replace(config, **groups, matrix_ranks=config.matrix_ranks | single)
 

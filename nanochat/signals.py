@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 class StopRequest(threading.Event):
     """Set once this process, or another one of its group, is asked to stop."""
 
-    number = signal.SIGTERM
+    number: int = signal.SIGTERM
 
     def hear(self, number: int):
         if not self.is_set():

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import first_line
 from nanochat.files import write_atomic
@@ -62,7 +63,7 @@ class WandbLog:
         self.folder = folder.absolute()
         self.pid = os.getpid()
         self.environment = dict(os.environ)  # of now: the thread may look later
-        self.job = {
+        self.job: dict[str, Any] = {
             "folder": str(self.folder),
             "name": name[:128],
             "accounting": accounting,
@@ -180,9 +181,11 @@ class Worker:
         self._order(json.dumps({**job, "mode": mode}))
 
     def _order(self, line: str):
+        pipe = self.process.stdin
+        assert pipe is not None
         with contextlib.suppress(OSError):  # it may be gone: messages() says so
-            self.process.stdin.write(f"{line}\n".encode())
-            self.process.stdin.flush()
+            pipe.write(f"{line}\n".encode())
+            pipe.flush()
 
     def end(self, status: str):
         """The run has ended."""
@@ -192,8 +195,10 @@ class Worker:
     def messages(self) -> list[dict]:
         """What it has said by now; waits POLL for it. Trouble where it has died."""
         dead = self.process.poll() is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], 0 if dead else POLL)
-        data = os.read(self.process.stdout.fileno(), 2**16) if ready else b""
+        pipe = self.process.stdout
+        assert pipe is not None
+        ready, _, _ = select.select([pipe], [], [], 0 if dead else POLL)
+        data = os.read(pipe.fileno(), 2**16) if ready else b""
         *lines, self.text = (self.text + data).split(b"\n")
         messages = []
         for line in (line.decode("utf-8", "replace") for line in lines):

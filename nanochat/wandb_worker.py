@@ -169,7 +169,7 @@ class Record:
         self.offset = job["offset"]
         self.resumed_step = job["resumed_step"]
         self.file = open(self.folder / "metrics.jsonl", "rb")
-        self.written = None  # when summary.json was
+        self.written: tuple[int, int] | None = None  # when summary.json was, and its inode
 
     def new_rows(self) -> Iterator[dict]:
         """The rows of whole lines since the last call; at first also those of earlier starts, before them."""

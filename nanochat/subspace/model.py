@@ -315,7 +315,7 @@ class Subspace(nn.Module):
         super().__init__()
         self.config = config
         self.of = of
-        self.kept = None
+        self.kept: tuple | None = None
         groups = grouped(config, of)
         self.group = [group_of(config, matrix, number) for number, matrix in enumerate(of)]
         if config.kind != "basis":
