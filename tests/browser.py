@@ -36,7 +36,8 @@ class Browser:
         (to_us, from_it) = os.pipe()
         (to_it, from_us) = os.pipe()
 
-        def connect():  # Chromium reads commands from descriptor 3 and writes to 4, which may be the pipes' own numbers
+        def connect():
+            # Chromium reads commands from descriptor 3 and writes to 4; the pipes may have these very numbers
             ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_it, from_it)]
             for fd, number in zip(ends, (3, 4)):
                 os.dup2(fd, number)
@@ -52,7 +53,8 @@ class Browser:
         )
         os.close(to_it)
         os.close(from_it)
-        self.reads, self.writes = os.fdopen(to_us, "rb"), os.fdopen(from_us, "wb")
+        self.reads = os.fdopen(to_us, "rb")
+        self.writes = os.fdopen(from_us, "wb")
         self.buffer = b""
         self.count = 0
         self.events = []

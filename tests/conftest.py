@@ -1,4 +1,4 @@
-"""A tiny world for the tests: a corpus of simple sentences, its tokenizer, and a function that trains a tiny model."""
+"""What tests share: a corpus of simple sentences, its tokenizer, a function that trains a tiny model."""
 
 import json
 import random
@@ -127,7 +127,7 @@ TINY = [
 
 @pytest.fixture
 def train(base_dir, corpus_dir):
-    """train('--flag', value, …, tag='name') -> the finished Run of a tiny model; later flags override the tiny ones."""
+    """train('--flag', value, …, tag='name') -> the finished Run of a tiny model; flags win over TINY."""
     from scripts import base_train
 
     def run(*flags, tag="tiny"):
@@ -139,7 +139,10 @@ def train(base_dir, corpus_dir):
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """command('scripts/x.py', '--flag', value, …) -> (exit code, stdout, stderr) of `python scripts/x.py --flag value …`, run in this process."""
+    """command('scripts/x.py', '--flag', value, …) -> (exit code, stdout, stderr) of that script.
+
+    It runs in this process, as `python scripts/x.py --flag value …` would in one of its own.
+    """
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
@@ -188,7 +191,7 @@ def losses(run) -> list[float]:
 
 
 def tiny_experiment(path, text: str, seeds, data: str = ""):
-    """Write an experiment file of runs with TINY's flags and these points, on a text if it names one; returns its path."""
+    """Write an experiment file of runs with TINY's flags and these points; returns its path."""
     flags = {
         "vocab-size": 300,
         **({"data": f"'{data}'"} if data else {}),

@@ -1,4 +1,4 @@
-"""One process, or those of one run as torchrun starts them, forked from one that has torch loaded already: that saves each of them seconds."""
+"""Processes as torchrun starts them, forked from one that has loaded torch: each starts seconds sooner."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ fork_server.set_forkserver_preload(["torch", "scripts.base_train"])
 
 
 class Launched:
-    """function(*arguments) in a process or in a group of `count`, which end as a script does. `output` takes what they print."""
+    """function(*arguments) in `count` processes, which end as a script does; output: what they print."""
 
     def __init__(self, count, output, function, *arguments):
         self.output = output

@@ -22,10 +22,9 @@ RESUME = ("--save-every", 3, "--resume", "auto", "--ppl-thresholds", "290")
 def contents(folder):
     """Of a run folder, without what differs between two runs: clocks, memory, versions."""
     differ = ("total_training_time", "train/dt", "train/tok_per_sec", "mem/")
-    history = [
-        {key: value for key, value in row.items() if not key.startswith(differ)}
-        for row in metrics.read_history(folder)
-    ]
+    history = []
+    for row in metrics.read_history(folder):
+        history.append({key: value for key, value in row.items() if not key.startswith(differ)})
     return history, cm.load_checkpoint(folder, 6)[0]
 
 

@@ -32,13 +32,23 @@ def train_on(base_dir, corpus_dir):
     return run
 
 
+def optimizer_shapes(state) -> dict:
+    """{(parameter, entry of its optimizer state): shape}."""
+    return {
+        (name, key): tuple(tensor.shape)
+        for name, entries in state["optimizer"].items()
+        for key, tensor in entries.items()
+    }
+
+
 @pytest.mark.parametrize(
     "processes,steps,flags",
     [
         (2, 50, ["--device-batch-size", "6"]),
         # ranks, tables and scalars that 3 does not divide
         (3, 50, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
-        # three micro-steps on each; at higher rates the losses agree too, but an entry of the tables whose gradient is rounding error moves otherwise
+        # three micro-steps on each. At higher rates the losses agree too, but a table's entry whose
+        # gradient is a rounding error moves in another way.
         (4, 50, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"]),
     ],
 )
@@ -52,16 +62,10 @@ def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps
     assert np.abs(np.subtract(losses(many), losses(one))).max() < 1e-4
     assert many.summary["val/loss"] == pytest.approx(one.summary["val/loss"], abs=1e-4)
     assert many.summary["val/bpb"] == pytest.approx(one.summary["val/bpb"], abs=1e-4)
-    # rank 0 holds its share of the optimizer state; the checkpoint holds all of it, as one process would have written it
+    # rank 0 holds its share of the optimizer state; the checkpoint holds all of it, as one process writes it
     assert many.summary["mem/optimizer_bytes"] < one.summary["mem/optimizer_bytes"] * (1 / processes + 0.15)
     a, b = (load_checkpoint(metrics.runs_dir() / tag, steps)[0] for tag in ("many", "one"))
-    shapes = [
-        {
-            name: {key: tuple(t.shape) for key, t in entries.items()}
-            for name, entries in state["optimizer"].items()
-        }
-        for state in (a, b)
-    ]
+    shapes = [optimizer_shapes(state) for state in (a, b)]
     assert shapes[0] == shapes[1]
     for name, weight in b["model"].items():
         np.testing.assert_allclose(a["model"][name], weight, atol=0.02, err_msg=name)

@@ -1,4 +1,7 @@
-"""Killed at any moment, a run comes to the weights of one that never was. Slow: python -m pytest tests -m faults"""
+"""A run that is killed at any moment ends with the weights of one that was not.
+
+Slow: python -m pytest tests -m faults
+"""
 
 import contextlib
 import os

@@ -65,10 +65,12 @@ def main():
         sys.exit(reason)
     results = args.work / "results.jsonl"
     if args.summary:
-        return summarise(results)
+        summarise(results)
+        return
     world = World(args.work, args.tree)
     if args.cuts:
-        return run_power_cuts(args, world, results)
+        run_power_cuts(args, world, results)
+        return
     servers = [world.server() for _ in range(args.jobs)]
     done = set()
     if results.exists():

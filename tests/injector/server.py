@@ -4,6 +4,7 @@ It is started with LD_PRELOAD=<the library of faulty_files.c> in the folder of t
 a line of JSON on standard input, the answer a line on standard output: see `supervise`.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -119,10 +120,8 @@ def wait_for_orphans(deadline) -> int:
 
 def send(pids, number):
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def free_port() -> int:
