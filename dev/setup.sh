@@ -1,8 +1,9 @@
-# speedrun.sh and dev/test.sh source this file. It makes an environment in .venv, once, with the package and
-# its test tools. If several nodes share this folder, the first node installs. The others wait for it, at most
-# ten minutes.
+# speedrun.sh and dev/test.sh source this file. It makes an environment in .venv, once, with the package and,
+# for dev/test.sh, the tools of EXTRAS=[dev]. If several nodes share this folder, the first node installs. The
+# others wait for it, at most ten minutes.
+EXTRAS=${EXTRAS:-}
 installed() {
-  [ -f .venv/installed-pyproject.toml ] && [ "$(<pyproject.toml)" = "$(<.venv/installed-pyproject.toml)" ]
+  [ -f ".venv/installed$EXTRAS.toml" ] && [ "$(<pyproject.toml)" = "$(<".venv/installed$EXTRAS.toml")" ]
 }
 for ((i = 0; i < 120 && ${NODE_RANK:-0} > 0; i++)); do
   installed && break
@@ -21,6 +22,6 @@ fi
 source .venv/bin/activate
 # install again only when the dependencies change
 if ! installed; then
-  python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-  cp pyproject.toml .venv/installed-pyproject.toml
+  python -m pip install --quiet --disable-pip-version-check -e ".$EXTRAS"
+  for MARK in installed "installed$EXTRAS"; do cat pyproject.toml > ".venv/$MARK.toml"; done
 fi

@@ -4,7 +4,7 @@
 [ -n "${BASH_VERSION:-}" ] || { echo "error: dev/test.sh is written for bash: bash dev/test.sh" >&2; exit 2; }
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
-source dev/setup.sh
+EXTRAS='[dev]' source dev/setup.sh
 if [ $# -eq 0 ]; then
   for TOOL in ruff mypy; do
     command -v "$TOOL" >/dev/null || { echo "error: no $TOOL in .venv: pip install -e '.[dev]'" >&2; exit 2; }
