@@ -6,18 +6,24 @@ and with other defaults.
 
 import contextlib
 import json
+import operator
 from argparse import Namespace
+from operator import itemgetter
 from pathlib import Path
 
-from nanochat.common import InputError, print0
-from nanochat.flags import DEFAULTS_BEFORE
-from nanochat.metrics import FREE, differing_keys, runs_dir
+from nanochat.common import InputError, differing_entries, print0
+from nanochat.flag_types import Role
+from nanochat.flags import DEFAULTS_BEFORE, FLAGS, flag_names
+from nanochat.metrics import runs_dir
 from nanochat.run_files import read_config
 
+# What may change when a run is resumed: it changes neither the model nor its text. grad_accum_steps is
+# derived from the device's batch size.
+FREE = {*(flag.name for flag in FLAGS if flag.free), "grad_accum_steps"}
 # Flags that say where something is. What is there is compared, by its fingerprint or hash.
-PLACES = {"data", "tokenizer_tag"}
+PLACES = {*flag_names(Role.PLACE)}
 # Flags that name the run. Its folder may be copied under another name.
-NAMES = {"model_tag", "run_tag"}
+NAMES = {*flag_names(Role.NAME)}
 
 
 def read_record(folder: Path) -> dict:
@@ -103,6 +109,16 @@ def differences(record: dict, flags: dict, derived: dict) -> list[str]:
     return differing_keys(before, flags, "flags.") + differing_keys(
         *common_values(derived_before, derived), "derived."
     )
+
+
+def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
+    """'prefix.key (1 there, 2 now)' of each entry of nested dicts that differs, those in FREE left out."""
+    entries = sorted(differing_entries(before, now, operator.eq), key=itemgetter(0))
+    return [
+        f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)"
+        for names, a, b in entries
+        if names[-1] not in FREE
+    ]
 
 
 def text_fingerprints(derived: dict) -> dict:

@@ -3,9 +3,9 @@
 from argparse import ArgumentTypeError
 
 from nanochat.common import InputError
-from nanochat.flags import matrix_ranks, rank_flag
+from nanochat.flag_types import SCHEDULES, matrix_ranks, rank_flag
 from nanochat.gpt import MATRICES, GPTConfig
-from nanochat.rank import GROUPS, SCHEDULES, matrices_by_field, ranks_of_field, ranks_over_depth
+from nanochat.rank import GROUPS, matrices_by_field, ranks_of_field, ranks_over_depth
 from nanochat.whole_ranks import resolve_rank
 
 

@@ -8,42 +8,18 @@ runs/<model-tag>/config.json     written once, before the first step
 
 import contextlib
 import math
-import operator
 import os
 import platform
 import resource
 import subprocess
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
-from nanochat.common import InputError, differing_entries, get_base_dir
+from nanochat.common import InputError, get_base_dir
 from nanochat.files import remove_temporary, write_json
 from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_config, read_summary, remove_unfinished
-
-# what may differ between a run and its continuation: it changes neither the model nor its data
-FREE = {
-    "run",
-    "resume",
-    "dry_run",
-    "plan",
-    "save_every",
-    "sample_every",
-    "device_batch_size",
-    "grad_accum_steps",
-    "compile",
-    "recompute",
-    "stop_at_ppl",
-    "keep",
-    "max_bad_steps",
-    "core_metric_every",
-    "core_metric_max_per_task",
-    "core_dir",
-    "verify",
-}
-
 
 # what only the process that has the run's lock writes
 WRITTEN = ("config.json", "summary.json", "tokenizer.json", "wandb_id.txt")
@@ -82,16 +58,6 @@ def dtype_so_far(folder: Path, device_type: str) -> str:
     """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
     device = read_config(folder).get("device", {}) if (folder / "config.json").exists() else {}
     return device.get("dtype", "") if device.get("type") == device_type else ""
-
-
-def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
-    """Names of the entries of nested dicts that differ, those in FREE left out."""
-    entries = sorted(differing_entries(before, now, operator.eq), key=itemgetter(0))
-    return [
-        f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)"
-        for names, a, b in entries
-        if names[-1] not in FREE
-    ]
 
 
 class RunRecord:

@@ -16,14 +16,8 @@ from nanochat.common import (
     quoted,
     shortened,
 )
-from nanochat.flags import (
-    DEEPEST,
-    DEFAULTS_BEFORE,
-    add_rank_flags,
-    add_shape_flags,
-    build_parser,
-    group_defaults,
-)
+from nanochat.flag_types import DEEPEST
+from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import of_two, parse_map
 from nanochat.layer_ranks import (
@@ -35,6 +29,7 @@ from nanochat.layer_ranks import (
     rank_lines,
     ranks_in_short,
 )
+from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import is_tag, no_such_run, run_folder, with_size
 from nanochat.optim import default_matrix_lr
 from nanochat.rank import (
@@ -47,9 +42,6 @@ from nanochat.rank import (
     solve_rank,
 )
 from nanochat.run_files import read_config, saved_steps
-
-SHAPE_FLAGS = (*group_defaults(add_shape_flags), *group_defaults(add_rank_flags))
-
 
 MOST_PARAMETERS = 10**15
 
@@ -331,7 +323,7 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
         own = f"  ({named_in_short(config)})" if config.matrix_ranks else ""
         print0(f"{config.n_layer:5}{config.n_embd:7}{ranks}{''.join(cells)}{own}{note}")
 
-    full = model_config(Namespace(**{**vars(args), **group_defaults(add_rank_flags)}), vocab_size)
+    full = model_config(Namespace(**{**vars(args), **RANK_GROUP.defaults()}), vocab_size)
     configs = budget_frontier(args, vocab_size)
     of_full = costs(full)
     budget = parameter_budget(args)

@@ -14,9 +14,6 @@ from nanochat.gpt import GPT, MATRICES, GPTConfig, LowRankLinear
 from nanochat.optim import uses_muon
 from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank
 
-SCHEDULES = ("constant", "linear", "step", "exponential", "quadratic")
-
-
 # ---- schedules ------------------------------------------------------------------------------------------------------
 
 

@@ -15,31 +15,32 @@ from nanochat.adapters.adalora import Allocator
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.adapters.learner import AdapterLearner
 from nanochat.checkpoint_manager import ADAPTER, fitting_together, load_bases, step_or_newest
-from nanochat.common import ArgumentParser, InputError, print0, quoted, whole_number
+from nanochat.common import ArgumentParser, InputError, number, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
-from nanochat.flags import (
-    DEFAULTS_BEFORE,
-    add_checkpoint_flags,
-    add_core_flags,
-    add_evaluation_flags,
-    add_horizon_flags,
-    add_machine_flags,
-    add_rate_flags,
-    add_schedule_flags,
-    add_verify,
-    layer_map_flag,
-    number,
-)
+from nanochat.flag_types import layer_map_flag
+from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import check_same_shape, of_two, parse_map, stacked, with_layer_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
 from nanochat.optim import default_matrix_lr
-from nanochat.plan import SHAPE_FLAGS, batch_and_horizon, check_schedule, print_plan, take_device_batch
+from nanochat.plan import batch_and_horizon, check_schedule, print_plan, take_device_batch
 from nanochat.rank import account, on_meta
 from nanochat.run_files import read_meta, step_folder
 from nanochat.run_text import note_on_text, open_run_text
 from nanochat.tokenizer import load_tokenizer
 from nanochat.training import START, Learner, check_resume, run
+from nanochat.training_flags import (
+    CHECK_GROUP,
+    CORE_GROUP,
+    EVALUATION_GROUP,
+    LENGTH_GROUP,
+    MACHINE_GROUP,
+    RATE_GROUP,
+    RUN_TAG,
+    SAVING_GROUP,
+    SCHEDULE_GROUP,
+    WANDB_RUN,
+)
 
 # The best of factors of 3 for lora, adalora on a story model (width 256) given 40 small steps on an encyclopedia; for ia3 and none
 # one step below the best, which was the largest tried.
@@ -74,10 +75,10 @@ def patterns(text: str, value_of) -> dict:
 def parse(argv=None):
     """The flags, checked as far as they can be without a file."""
     parser = ArgumentParser("Train an adapter, or all of a finished model, on further text.")
-    add = parser.add_argument
+    add = parser.add_argument_group("Base and text", "What is trained, and on what.").add_argument
     add("--model-tag", type=tag, required=True, help="the base: a finished run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
-    add("--run-tag", type=tag, required=True, help="name of the new run folder")
+    RUN_TAG.add_to(add)
     add("--data", default="", help="text to train on, as of base_train; '' = what the base was trained on")
     add(
         "--seed",
@@ -85,8 +86,9 @@ def parse(argv=None):
         default=42,
         help="of the adapter's first numbers, dropout and the order of the data",
     )
-    add_machine_flags(add)
-    # what is trained
+    WANDB_RUN.add_to(add)
+    MACHINE_GROUP.add_to(parser)
+    add = parser.add_argument_group("Adapter", "What is added to the model, and trained.").add_argument
     add(
         "--adapter",
         choices=["lora", "adalora", "ia3", "none"],
@@ -127,7 +129,8 @@ def parse(argv=None):
         help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss",
     )
     add("--adalora-per-parameter", action="store_true", help="the budget counts parameters, not triplets")
-    # on which model
+    layers = parser.add_argument_group("Layers", "Which layers of the base run, and how often.")
+    add = layers.add_argument
     add(
         "--layer-map",
         type=layer_map_flag,
@@ -141,7 +144,7 @@ def parse(argv=None):
         metavar="TAG",
         help="the run whose newest checkpoint is B in such a map",
     )
-    tying = parser.add_mutually_exclusive_group()
+    tying = layers.add_mutually_exclusive_group()
     tying.add_argument(
         "--tied",
         dest="tied",
@@ -150,7 +153,7 @@ def parse(argv=None):
         help="positions of one layer share its weights; each has an adapter of its own",
     )
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
-    # how
+    add = parser.add_argument_group("Learning rate", "").add_argument
     add(
         "--lr",
         type=number(0, off=-1),
@@ -159,13 +162,8 @@ def parse(argv=None):
         + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()),
     )
     add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
-    add_horizon_flags(add)
-    add_schedule_flags(add)
-    add_evaluation_flags(add)
-    add_core_flags(add)
-    add_checkpoint_flags(add)
-    add_verify(add)
-    add("--dry-run", action="store_true", help="print what would be trained and what it costs, and exit")
+    for group in (LENGTH_GROUP, SCHEDULE_GROUP, EVALUATION_GROUP, CORE_GROUP, SAVING_GROUP, CHECK_GROUP):
+        group.add_to(parser)
     args = parser.parse_args(argv)
 
     check_resume(args.resume)
@@ -280,9 +278,7 @@ def budget_over(args, model: GPT, steps: int) -> Allocator | None:
 
 def rates(args, steps: int) -> dict:
     """Learning rates of --adapter none: base_train's own, times --lr."""
-    parser = ArgumentParser("")
-    add_rate_flags(parser.add_argument)
-    usual = vars(parser.parse_args([])) | {"matrix_lr": default_matrix_lr(steps)}
+    usual = RATE_GROUP.defaults() | {"matrix_lr": default_matrix_lr(steps)}
     return {name: args.lr * rate for name, rate in usual.items()} | {"weight_decay": args.weight_decay}
 
 

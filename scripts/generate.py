@@ -14,9 +14,8 @@ from pathlib import Path
 
 from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
-from nanochat.common import InputError, whole_number
+from nanochat.common import InputError, number, whole_number
 from nanochat.engine import generate, what_fits
-from nanochat.flags import number
 from nanochat.naming import optional_tag, run_folder
 from nanochat.run_files import read_summary, saved_steps
 

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nanochat import common, flags, plan
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat import common, plan
+from nanochat.common import ArgumentParser, InputError, number, whole_number
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.factorize import merge
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import rank_flag, rank_multiple_flag
+from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, rank_flag, rank_multiple_flag
+from nanochat.flags import build_parser as base_train_parser
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
 from nanochat.plan import full_rank
@@ -345,10 +346,10 @@ def build_parser():
     )
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     for flag, most in (
-        ("--depth", flags.DEEPEST),
-        ("--model-dim", flags.WIDEST),
-        ("--head-dim", flags.WIDEST),
-        ("--max-seq-len", flags.LONGEST),
+        ("--depth", DEEPEST),
+        ("--model-dim", WIDEST),
+        ("--head-dim", WIDEST),
+        ("--max-seq-len", LONGEST),
     ):
         add(
             flag,
@@ -358,7 +359,7 @@ def build_parser():
         )
     add(
         "--vocab-size",
-        type=whole_number(2, flags.LONGEST),
+        type=whole_number(2, LONGEST),
         default=None,
         help=f"{SHAPE['vocab_size']} without a run",
     )
@@ -370,7 +371,7 @@ def build_parser():
     )
     add(
         "--mlp-ratio",
-        type=flags.number(above=0),
+        type=number(above=0),
         default=None,
         help="hidden width of the MLP / width; 4 without a run",
     )
@@ -400,7 +401,7 @@ def build_parser():
 def shape_of(args) -> GPTConfig:
     """The model that the shape's flags describe, by base_train's rules."""
     given = {key: getattr(args, key) for key in SHAPE if getattr(args, key) is not None}
-    asked = Namespace(**{**vars(flags.build_parser().parse_args([])), **SHAPE, **given})
+    asked = Namespace(**{**vars(base_train_parser().parse_args([])), **SHAPE, **given})
     return plan.model_config(asked, asked.vocab_size)
 
 

@@ -27,7 +27,8 @@ import torch
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import LONGEST, WIDEST, add_rank_multiple, rank_flag
+from nanochat.flag_types import LONGEST, WIDEST, rank_flag
+from nanochat.flags import add_rank_multiple
 from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear
 from nanochat.rank import on_meta

@@ -19,7 +19,7 @@ from nanochat import common, metrics
 from nanochat.checkpoint_manager import load_model, step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import DEEPEST
+from nanochat.flag_types import DEEPEST
 from nanochat.gpt import GPT
 from nanochat.layer_maps import (
     NAMED,

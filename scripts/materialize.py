@@ -19,8 +19,8 @@ import torch
 from nanochat import common, metrics
 from nanochat.adapters.attach import plain
 from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
-from nanochat.common import InputError, whole_number
-from nanochat.continuation import deciding
+from nanochat.common import InputError, number, whole_number
+from nanochat.continuation import deciding, differing_keys
 from nanochat.factorize import (
     block_matrix,
     check_linear,
@@ -31,14 +31,8 @@ from nanochat.factorize import (
     truncate,
 )
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import (
-    DEFAULTS_BEFORE,
-    add_rank_multiple,
-    build_parser,
-    matrix_ranks_flag,
-    number,
-    rank_flag,
-)
+from nanochat.flag_types import matrix_ranks_flag, rank_flag
+from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser
 from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
@@ -269,7 +263,7 @@ def is_done(out: Path, wanted: dict) -> bool:
     before = {"source": derived["source"], "eval_tokens": flags["eval_tokens"]}
     if "rank_multiple" not in before["source"] and wanted["source"]["rank_multiple"] == AUTOMATIC:
         before["source"]["rank_multiple"] = AUTOMATIC  # made before there was the flag: it stays as it is
-    if differing := metrics.differing_keys(before, wanted):
+    if differing := differing_keys(before, wanted):
         raise InputError(
             f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}"
         )

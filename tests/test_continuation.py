@@ -12,7 +12,7 @@ from conftest import TINY, Killed, losses, tiny_experiment
 from nanochat import metrics, plan
 from nanochat.checkpoint_manager import saved_steps, step_folder
 from nanochat.common import InputError
-from nanochat.continuation import PLACES, differences
+from nanochat.continuation import FREE, PLACES, differences
 from nanochat.flags import DEFAULTS_BEFORE, build_parser
 from nanochat.gpt import GPTConfig
 from nanochat.plan import solve_budget, training_plan
@@ -103,7 +103,7 @@ def narrow_before(monkeypatch):
 def test_every_later_flag_has_a_value_with_which_the_flags_of_then_mean_what_they_meant():
     args = build_parser().parse_args([])
     later = vars(args).keys() - OF_THEN["flags"].keys()
-    assert not later - DEFAULTS_BEFORE.keys() - metrics.FREE - PLACES, "DEFAULTS_BEFORE lacks them"
+    assert not later - DEFAULTS_BEFORE.keys() - FREE - PLACES, "DEFAULTS_BEFORE lacks them"
     vars(args).update({**DEFAULTS_BEFORE, **OF_THEN["flags"]})
     config = solve_budget(args, 300)
     assert json.dumps(asdict(config)) == json.dumps(asdict(GPTConfig(**MODEL_OF_THEN)))

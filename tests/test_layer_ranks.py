@@ -5,7 +5,8 @@ import torch
 from conftest import TINY
 
 from nanochat.common import InputError
-from nanochat.flags import build_parser, matrix_ranks_flag
+from nanochat.flag_types import matrix_ranks_flag
+from nanochat.flags import build_parser
 from nanochat.gpt import GPTConfig
 from nanochat.layer_ranks import rank_lines
 from nanochat.naming import default_tag

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.core_eval import score
-from nanochat.flags import DEEPEST, LONGEST, WIDEST
+from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 
 KINDS = ("multiple_choice", "schema", "language_modeling")

@@ -19,7 +19,7 @@ from train_step import allocated, shown, spread, synchronize  # first: it finds 
 from nanochat import common
 from nanochat.common import ArgumentParser, whole_number
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import LONGEST, WIDEST
+from nanochat.flag_types import LONGEST, WIDEST
 from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
 
 MEMORY_TARGET = 0.4

@@ -15,7 +15,7 @@ from train_step import RATES, Subject, allocated, noise_rows  # first: it finds 
 from nanochat import common
 from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.dataloader import training_batches
-from nanochat.flags import DEEPEST, LONGEST, WIDEST
+from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach

@@ -38,11 +38,12 @@ import numpy as np
 import torch
 
 from nanochat import common, metrics
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat.common import ArgumentParser, InputError, number, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
 from nanochat.files import check_out, write_atomic
-from nanochat.flags import DEEPEST, LONGEST, WIDEST, add_rank_multiple, matrix_ranks_flag, number, rank_flag
+from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, rank_flag
+from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
 from nanochat.optim import build_optimizers

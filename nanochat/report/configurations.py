@@ -6,48 +6,17 @@ import shlex
 from dataclasses import dataclass
 from statistics import median
 
+from nanochat.flag_types import Role
+from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser, flag_names
 from nanochat.history import series
 from nanochat.metrics import Run
 from nanochat.naming import base_name, method, with_size
 from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
-FREE = {
-    "run",
-    "model_tag",
-    "run_tag",
-    "seed",
-    "resume",
-    "dry_run",
-    "plan",
-    "save_every",
-    "sample_every",
-    "keep",
-    "max_bad_steps",
-    "eval_every",
-    "ppl_thresholds",
-    "core_metric_every",
-    "core_metric_max_per_task",
-    "core_dir",
-    "verify",
-}
+IGNORED = {*flag_names(Role.NAME, Role.NEUTRAL)}
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
-RESOLVED = {
-    "aspect_ratio",
-    "rank_end",
-    "attn_rank_end",
-    "mlp_rank_end",
-    "budget_params",
-    "solve",
-    "target_flops",
-    "target_param_data_ratio",
-    "horizon_from",
-    "data",
-    "eval_tokens",
-    "device_type",
-    "dtype",
-    "tokenizer_tag",
-}
+RESOLVED = {*flag_names(Role.PLACE, Role.REQUEST)}
 MODEL = {
     "n_layer": "depth",
     "n_embd": "model_dim",
@@ -56,7 +25,7 @@ MODEL = {
     "mlp_ranks": "mlp_rank",
 }
 PLAN = ("num_iterations", "total_batch_size", "matrix_lr", "tokenizer_hash", "val_tokens")
-RANKS = ("attn_rank", "mlp_rank", "lm_head_rank")
+RANKS = flag_names(Role.GROUP_RANK)
 MACHINE = ("device_type", "device_name", "dtype", "processes", "threads")
 
 
@@ -121,7 +90,7 @@ def settings(run: Run, defaults: dict) -> dict:
     model = derived.get("model", {})
     corpus = derived.get("corpus", {})
     flags = run.config.get("flags", {})
-    found = {k: v for k, v in (defaults | flags).items() if k not in FREE | RESOLVED}
+    found = {k: v for k, v in (defaults | flags).items() if k not in IGNORED | RESOLVED}
     unsaid = {"n_head", "matrix_ranks", "rank_multiple"}
     if not model.get("layer_kinds"):
         unsaid.add("layer_kinds")  # of copied layers alone; older runs lack it
@@ -197,9 +166,6 @@ def rank_over_depth(ranks) -> float | str:
 
 @functools.cache
 def flag_defaults() -> dict:
-    # here, since it loads torch: a second or two that most reports need not pay
-    from nanochat.flags import DEFAULTS_BEFORE, build_parser
-
     return vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
 
 
@@ -330,9 +296,6 @@ def pareto(points: list[tuple[float, float]]) -> list[int]:
 
 def paste_flags(config: Configuration) -> str:
     """The flags of scripts.base_train that make these runs, defaults left out, without tag, wandb name and seed; shell-quoted."""
-    from nanochat.flags import DEFAULTS_BEFORE, build_parser
-    from nanochat.plan import SHAPE_FLAGS
-
     run = config.runs[0]
     defaults = vars(build_parser().parse_args([]))
     flags = run.config.get("flags", {})

@@ -9,46 +9,19 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtrit  # the t quantile alone; scipy.stats takes a second to import
 
-from nanochat.report.configurations import MACHINE, RANKS, Configuration, finished, seed, value
+from nanochat.flag_types import Role
+from nanochat.flags import flag_names
+from nanochat.report.configurations import MACHINE, Configuration, finished, seed, value
 
 # The data and their order (a function of text, tokenizer, length and seed), the number of tokens, the schedule, the arithmetic.
-CONTEXT = (
-    "train_fingerprint",
-    "val_fingerprint",
-    "tokenizer_hash",
-    "val_tokens",
-    "max_seq_len",
-    "total_batch_size",
-    "num_iterations",
-    "warmup_steps",
-    "warmdown_ratio",
-    "final_lr_frac",
-    "dtype",
-    "init_from",
-    "materialized_from",
-)
-FAMILY = ("window_pattern", "tie_embeddings", "value_embeddings")
-SHAPE = ("depth", "model_dim", "head_dim", "n_kv_head", "mlp_ratio", "layer_map", "layer_kinds", *FAMILY)
-RANK = (
-    *RANKS,
-    "rank_schedule",
-    "attn_rank_schedule",
-    "mlp_rank_schedule",
-    "rank_multiple",
-    "matrix_ranks",
-    "factor_act",
-)
-COST = (*MACHINE, "device_batch_size", "compile", "recompute")  # change time and memory, not what is learned
-LEARNING = {
-    "embedding_lr",
-    "unembedding_lr",
-    "matrix_lr",
-    "scalar_lr",
-    "subspace_lr",
-    "weight_decay",
-    "grad_clip",
-}  # the other way round
-NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, "vocab_size", "stop_at_ppl"}
+CORPUS = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens")
+CONTEXT = (*CORPUS, *flag_names(Role.CONTEXT), "dtype", "materialized_from")
+FAMILY = flag_names(Role.FAMILY)
+SHAPE = (*flag_names(Role.SHAPE), "layer_kinds", *FAMILY)
+RANK = flag_names(Role.GROUP_RANK, Role.RANK)
+COST = (*MACHINE, *flag_names(Role.COST))  # change time and memory, not what is learned
+LEARNING = {*flag_names(Role.RATE)}  # the other way round
+NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, *flag_names(Role.OTHER)}
 MOST = 100  # more seeds than that are no advice
 
 

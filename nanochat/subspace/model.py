@@ -31,12 +31,12 @@ import torch.nn as nn
 
 from nanochat.common import InputError
 from nanochat.gpt import GPT, MATRICES, GPTConfig
+from nanochat.model_flags import SUBSPACE_KINDS as KINDS
+from nanochat.model_flags import SUBSPACE_SCOPES as SCOPES
 from nanochat.optim import SCALAR_EPS
 from nanochat.subspace import noise
 from nanochat.subspace.operators import Combination, Fastfood, FFTFastfood, padded
 
-KINDS = ("none", "basis", "fastfood", "fft-fastfood", "lora-random")
-SCOPES = ("global", "layer", "matrix")
 PROJECTED = ("fastfood", "fft-fastfood")
 SCALARS = ("resid_lambdas", "x0_lambdas", "smear")
 

@@ -27,8 +27,9 @@ from pathlib import Path
 from nanochat import metrics
 from nanochat.common import InputError, get_base_dir, printable
 from nanochat.dataset import HUB_SETS
-from nanochat.flags import add_rank_flags, group_defaults
+from nanochat.flags import FLAGS
 from nanochat.gpt import GPTConfig
+from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import LONGEST_TAG, check_tag, option, part_of_tag
 from nanochat.rank import count_parameters
 from nanochat.run_files import read_summary
@@ -46,32 +47,8 @@ from nanochat.sweep.schema import (
 from nanochat.sweep.trial import Variant, identity, known, low_rank, resolved, to_argv
 
 NAMED_TEXT = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)  # of --data NAME=TEXT
-RANK_FLAGS = (*(name.replace("_", "-") for name in group_defaults(add_rank_flags)), "recompute")
-SHORT = {
-    "attn-rank": "attn",
-    "mlp-rank": "mlp",
-    "lm-head-rank": "head",
-    "matrix-lr": "lr",
-    "depth": "d",
-    "model-dim": "w",
-    "mlp-ratio": "ratio",
-    "rank-schedule": "",
-    "rank-end": "end",
-    "attn-rank-schedule": "attn-",
-    "attn-rank-end": "attn-end",
-    "mlp-rank-schedule": "mlp-",
-    "mlp-rank-end": "mlp-end",
-    "rank-multiple": "multiple",
-    "horizon-from": "horizon-",
-    "budget-params": "budget",
-    "max-seq-len": "t",
-    "total-batch-size": "batch",
-    "num-iterations": "steps",
-    "layer-map": "map",
-    "subspace-dim": "dim",
-    "subspace-scope": "",
-    "subspace-rank": "rank",
-}
+RANK_FLAGS = (*(flag.option[2:] for flag in RANK_GROUP.flags), "recompute")
+SHORT = {flag.option[2:]: flag.short for flag in FLAGS if flag.short is not None}
 
 
 @dataclass(frozen=True)
