@@ -1,4 +1,4 @@
-"""From the flags of rank to one rank a layer, and every check of them; and ranks as they are printed."""
+"""The flags of rank become one rank a layer, with every check of them. And how ranks are printed."""
 
 from argparse import ArgumentTypeError
 
@@ -10,6 +10,7 @@ from nanochat.whole_ranks import resolve_rank
 
 
 def is_list(schedule: str) -> bool:
+    """Whether a --rank-schedule is a list of ranks, not the name of a schedule."""
     return "," in schedule or schedule[:1].isdigit()
 
 
@@ -47,6 +48,7 @@ def layer_ranks(args, group: str, depth: int) -> tuple[float, ...]:
 
 
 def listed_ranks(flag: str, schedule: str, depth: int) -> tuple[float, ...]:
+    """'64,32,16' -> (64, 32, 16)"""
     try:
         ranks = tuple(rank_flag(part.strip()) for part in schedule.split(","))
     except ArgumentTypeError as e:
@@ -57,7 +59,7 @@ def listed_ranks(flag: str, schedule: str, depth: int) -> tuple[float, ...]:
 
 
 def changing_ranks(args, group: str, flag: str, schedule: str, depth: int) -> tuple[float, ...]:
-    """Those of a schedule from one rank to another; () where the schedule is for the other group alone."""
+    """The ranks of a named schedule; () where the schedule is for the other group alone."""
     start = getattr(args, f"{group}_rank")
     own_end = getattr(args, f"{group}_rank_end")
     end_flag, end = (f"--{group}-rank-end", own_end) if own_end else ("--rank-end", args.rank_end)
@@ -124,7 +126,7 @@ def fields_with_ranks(config: GPTConfig) -> dict[str, tuple[str, ...]]:
     return matrices_by_field(config, "attn_ranks") | matrices_by_field(config, "mlp_ranks")
 
 
-# ---- printed ----------------------------------------------------------------------------------------------
+# ---- printed ---------------------------------------------------------------------------------------------
 
 
 def ranks_in_short(ranks: tuple[float, ...]) -> str:

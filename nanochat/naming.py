@@ -1,4 +1,4 @@
-"""Names that a user gives to runs: what can be one, and what is said of one that is not there.
+"""Names of runs: which texts can be one, errors for names that no run has, and names made from flags.
 
 Runs, tokenizers, sweeps, their presets, points and evaluations have names of one kind, the tag, also where a
 file of another run names them. A tag becomes the name of a folder, of locks and other files, a part of a W&B
@@ -30,7 +30,7 @@ RULE = (
 
 
 def is_tag(text) -> bool:
-    """Whether a value is a text that can name a run: one part of a path, which no command takes for a flag."""
+    """Whether a value can name a run: a text that is one part of a path, and no flag to any command."""
     if not isinstance(text, str) or not text or text[0] in ".-" or text != text.strip():
         return False
     if len(text.encode("utf-8", "replace")) > LONGEST_TAG:
@@ -82,9 +82,13 @@ def lock_path(name: str, kind: str = "") -> Path:
 
 
 def option(flag: str, value: str) -> tuple[str, ...]:
-    """A flag and its value as words of a command. A word that begins with - and is no number would be a flag."""
-    apart = not value.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", value)
-    return (flag, value) if apart else (f"{flag}={value}",)
+    """A flag and its value as words of a command.
+
+    They are one word, --flag=value, where the value begins with - and is no number: alone it would be a flag.
+    """
+    if not value.startswith("-") or re.fullmatch(r"-\d+|-\d*\.\d+", value):
+        return (flag, value)
+    return (f"{flag}={value}",)
 
 
 def path_word(path: Path) -> str:
@@ -109,20 +113,20 @@ def run_folder(flag: str, text: str) -> Path:
 
 
 def no_such_run(text: str) -> str:
-    """That there is none of this name, where it was looked for, and which names come near."""
+    """Words for an error: where runs were looked for, and which names there come near."""
     tags = sorted(path.parent.name for path in runs_dir().glob("*/config.json"))
     near = difflib.get_close_matches(text, tags, 3)
     if near:
         return f"no such run in {runs_dir()}; did you mean {' or '.join(near)}?"
-    shown = ", ".join(tags[:20]) + (f" and {len(tags) - 20} more" if len(tags) > 20 else "")
-    return f"no such run in {runs_dir()}; " + (f"there are: {shown}" if tags else "it holds no runs")
+    if not tags:
+        return f"no such run in {runs_dir()}; it holds no runs"
+    more = f" and {len(tags) - 20} more" if len(tags) > 20 else ""
+    return f"no such run in {runs_dir()}; there are: {', '.join(tags[:20])}{more}"
 
 
-# ---- names made from flags -----------------------------------------------------------------------------------
+# ---- names made from flags ---------------------------------------------------------------------------------
 
 ADAPTERS = {"lora": "LoRA", "adalora": "AdaLoRA", "ia3": "IA3", "none": "full fine-tuning"}
-
-
 SUBSPACES = {
     "none": "embeddings only",
     "basis": "basis",
@@ -130,19 +134,27 @@ SUBSPACES = {
     "fft-fastfood": "FFT-Fastfood",
     "lora-random": "LoRA on noise",
 }
-
-
 SCOPE_WORDS = {"global": "in all", "layer": "a layer", "matrix": "a matrix"}
 
 
 def method(settings: dict) -> str:
-    """'LoRA', 'Fastfood', …, from the flags; '' for an ordinary run, in which every number of the model is trained from scratch."""
+    """'LoRA', 'Fastfood', …, from the flags; '' for a run that trains all of its model from scratch."""
     if adapter := settings.get("adapter"):
         return ADAPTERS.get(adapter, adapter)
-    subspace = settings.get("subspace") or ""
+    subspace = settings.get("subspace")
+    if not subspace:
+        return ""
     words = SUBSPACES.get(subspace, subspace)
-    words = f"structure-aware {words}" if words and settings.get("subspace_scales") else words
-    return words + ", no embeddings" if words and settings.get("freeze_embeddings") else words
+    if settings.get("subspace_scales"):
+        words = f"structure-aware {words}"
+    if settings.get("freeze_embeddings"):
+        words += ", no embeddings"
+    return words
+
+
+def scope_words(settings: dict) -> str:
+    """What shares the numbers of a subspace: 'in all', 'a layer' or 'a matrix'."""
+    return SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")
 
 
 def with_size(settings: dict) -> str:
@@ -153,43 +165,49 @@ def with_size(settings: dict) -> str:
         return f"{name} {settings.get('rank', 0):g}"
     if settings.get("adapter") or subspace in (None, "", "none"):
         return name
-    size = settings.get("subspace_rank") if subspace == "lora-random" else settings.get("subspace_dim")
-    scope = (
-        "" if subspace == "lora-random" else SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")
-    )
+    if subspace == "lora-random":
+        size = f"{settings.get('subspace_rank') or 0:g}"
+    else:
+        size = f"{settings.get('subspace_dim') or 0:g} {scope_words(settings)}".rstrip()
     first, *rest = name.split(", ")
-    return ", ".join([f"{first} {size or 0:g} {scope}".rstrip(), *rest])
+    return ", ".join([f"{first} {size}", *rest])
 
 
 def line_name(settings: dict) -> str:
     """What runs of one method share that differ in the dimension of their subspace."""
-    return " ".join(
-        filter(None, [method(settings), SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")])
-    )
+    return " ".join(filter(None, [method(settings), scope_words(settings)]))
 
 
 def base_name(flags: dict) -> str:
-    """The run that an adapter's run starts from, without its seed and without what its name shares with the adapter's: the sweep's name."""
+    """The run that an adapter's run starts from, without its seed and without the name of their sweep.
+
+    The sweep's name is what the tags of both begin with, up to the last _.
+    """
     base = flags.get("model_tag") or ""
-    own = flags.get("run_tag") or ""
-    shared = os.path.commonprefix([base, own])
+    shared = os.path.commonprefix([base, flags.get("run_tag") or ""])
     return re.sub(r"_s\d+$", "", base[shared.rfind("_") + 1 :])
 
 
 def default_tag(args, config) -> str:
     """The tag of a run that was given none, from its flags and its GPTConfig: d4_w256_attn0.25_mlp0.25."""
-    tag = (
-        f"d{config.n_layer}"
-        + (f"_w{config.n_embd}" if args.model_dim > 0 else "")
-        + (f"_ratio{config.mlp_ratio:g}" if config.mlp_ratio != type(config).mlp_ratio else "")
-    )
+    parts = [f"d{config.n_layer}"]
+    if args.model_dim > 0:
+        parts.append(f"w{config.n_embd}")
+    if config.mlp_ratio != type(config).mlp_ratio:
+        parts.append(f"ratio{config.mlp_ratio:g}")
     groups = {"attn": config.attn_ranks, "mlp": config.mlp_ranks, "head": (config.lm_head_rank,)}
     for name, ranks in (groups | config.matrix_ranks).items():
         if any(ranks) or name in config.matrix_ranks:
-            tag += f"_{name}{ranks[0]:g}" + (f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else "")
-    asks_multiple = args.rank_multiple != AUTOMATIC and "rank_multiple" in getattr(args, "given", ())
-    tag += f"_multiple{args.rank_multiple}" if asks_multiple else ""
-    tag += f"_{config.factor_act}" if config.factor_act != "none" else ""
-    tag += f"_map{args.layer_map.replace(',', '-')}" if args.layer_map else ""
-    tag += "_" + with_size(vars(args)).replace(",", "").replace(" ", "-") if args.subspace else ""
-    return tag + (f"_from_{args.init_from.replace(':', '_')}" if args.init_from else "")
+            last = f"-{ranks[-1]:g}" if len(set(ranks)) > 1 else ""
+            parts.append(f"{name}{ranks[0]:g}{last}")
+    if args.rank_multiple != AUTOMATIC and "rank_multiple" in getattr(args, "given", ()):
+        parts.append(f"multiple{args.rank_multiple}")
+    if config.factor_act != "none":
+        parts.append(config.factor_act)
+    if args.layer_map:
+        parts.append(f"map{args.layer_map.replace(',', '-')}")
+    if args.subspace:
+        parts.append(with_size(vars(args)).replace(",", "").replace(" ", "-"))
+    if args.init_from:
+        parts.append(f"from_{args.init_from.replace(':', '_')}")
+    return "_".join(parts)

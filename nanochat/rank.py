@@ -1,6 +1,7 @@
 """Ranks over depth, budgets, and the accounting of what a model costs: parameters, FLOPs, bytes."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -14,11 +15,13 @@ from nanochat.gpt import GPT, MATRICES, GPTConfig, LowRankLinear
 from nanochat.optim import uses_muon
 from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank
 
-# ---- schedules ------------------------------------------------------------------------------------------------------
+# ---- schedules -------------------------------------------------------------------------------------------
 
 
 def ranks_over_depth(schedule: str, start: float, end: float, depth: int) -> tuple[float, ...]:
-    """The rank of each layer, first to last. With t from 0 at the first layer to 1 at the last:
+    """The rank of each layer, first to last. schedule: one of flag_types.SCHEDULES.
+
+    With t from 0 at the first layer to 1 at the last:
 
     constant     start everywhere
     linear       start + (end - start)·t
@@ -28,21 +31,23 @@ def ranks_over_depth(schedule: str, start: float, end: float, depth: int) -> tup
 
     Integer ranks are rounded; if start and end are fractions (of min(in, out)) so are the results.
     """
-
-    def at(t, layer):
-        return {
-            "constant": start,
-            "linear": start + (end - start) * t,
-            "step": start if layer < depth / 2 else end,
-            "exponential": start * (end / start) ** t if start > 0 < end else 0,
-            "quadratic": start - (start - end) * (2 * t - 1) ** 2,
-        }[schedule]
-
-    ranks = [at(layer / max(1, depth - 1), layer) for layer in range(depth)]
-    return tuple(ranks) if 0 < start < 1 else tuple(round(r) for r in ranks)
+    ranks = [rank_at(schedule, start, end, layer / max(1, depth - 1)) for layer in range(depth)]
+    return tuple(ranks) if 0 < start < 1 else tuple(round(rank) for rank in ranks)
 
 
-# ---- budgets --------------------------------------------------------------------------------------------------------
+def rank_at(schedule: str, start: float, end: float, t: float) -> float:
+    if schedule == "constant":
+        return start
+    if schedule == "linear":
+        return start + (end - start) * t
+    if schedule == "step":
+        return start if t <= 0.5 else end
+    if schedule == "exponential":
+        return start * (end / start) ** t if start > 0 and end > 0 else 0
+    return start - (start - end) * (2 * t - 1) ** 2  # quadratic
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -53,7 +58,7 @@ GROUPS = {"attn_ranks": MATRICES[:4], "mlp_ranks": MATRICES[4:]}  # field of GPT
 
 
 def matrices_by_field(config: GPTConfig, group: str) -> dict[str, tuple[str, ...]]:
-    """{field that gives ranks: its matrices} of a group: itself, and each matrix named in matrix_ranks."""
+    """{field that gives ranks: its matrices} of a group: the group, and each matrix named in matrix_ranks."""
     named = [matrix for matrix in GROUPS[group] if config.matrix_ranks.get(matrix)]
     others = tuple(matrix for matrix in GROUPS[group] if matrix not in named)
     fields = {group: others} if others else {}
@@ -93,17 +98,20 @@ class Level:
 
 
 def rank_levels(config: GPTConfig) -> list[Level]:
-    """The levels of each factored group, lowest first. If nothing is factored, then all matrices that are not
-    named in matrix_ranks are, at their largest rank.
+    """The levels of each factored group, lowest first.
+
+    If nothing is factored, then all matrices that are not named in matrix_ranks are, at their largest rank.
     """
-    levels = [level for group in GROUPS for level in levels_of_group(config, group)]
+    levels = []
+    for group in GROUPS:
+        levels += levels_of_group(config, group)
     if levels:
         return levels
     for group in GROUPS:
         if matrices := matrices_by_field(config, group).get(group):
             largest = min(min(config.matrix_shape(matrix)) for matrix in matrices)
-            field: dict[str, Any] = {group: (largest,) * config.n_layer}
-            factored = replace(config, **field)
+            ranks: dict[str, Any] = {group: (largest,) * config.n_layer}
+            factored = replace(config, **ranks)
             levels += levels_of_group(factored, group, given_by_user=False)
     return levels
 
@@ -114,22 +122,31 @@ def levels_of_group(config: GPTConfig, group: str, given_by_user: bool = True) -
     given = []
     for field in fields:
         given += [(field, layer, rank) for layer, rank in enumerate(ranks_of_field(config, field)) if rank]
-    smaller = {field: [min(config.matrix_shape(matrix)) for matrix in fields[field]] for field, _, _ in given}
-    sides = set(chain.from_iterable(smaller.values()))
+    if not given:
+        return []
+    sides = {}  # field -> the smaller side of each of its matrices
+    for field, _, _ in given:
+        sides[field] = [min(config.matrix_shape(matrix)) for matrix in fields[field]]
+    distinct = set(chain.from_iterable(sides.values()))
+    largest_side = max(distinct)
     fractions = all(rank < 1 for _, _, rank in given)
-    apart = fractions and len(sides) > 1  # the same fraction is another rank for each of them
-    any_number = apart or (given_by_user and not fractions)
-    unit = 1 if any_number or not given else step_under_budget(config.rank_multiple, min(sides))
+    stay_fractions = fractions and len(distinct) > 1  # the same fraction is another rank for each matrix
+    unit = step_under_budget(config.rank_multiple, min(distinct))
+    if given_by_user and not fractions:
+        unit = 1
 
-    by_rank = {}  # wanted rank, of the longest of the smaller sides if they are apart -> places
+    places_by_rank = {}  # wanted rank; of the largest side where fractions stay fractions
     for field, layer, rank in given:
-        whole = max(sides) if apart else min(smaller[field])
-        by_rank.setdefault(rank * whole if rank < 1 else rank, []).append((field, layer))
+        side = largest_side if stay_fractions else min(sides[field])
+        wanted = rank * side if rank < 1 else rank
+        places_by_rank.setdefault(wanted, []).append((field, layer))
     levels = []
-    for wanted, places in sorted(by_rank.items()):
-        shapes = Counter(config.matrix_shape(matrix) for field, _ in places for matrix in fields[field])
-        if apart:
-            levels.append(Level(group, places, shapes, wanted, max(sides) - 1, 0, config.rank_multiple))
+    for wanted, places in sorted(places_by_rank.items()):
+        shapes = Counter()
+        for field, _ in places:
+            shapes.update(config.matrix_shape(matrix) for matrix in fields[field])
+        if stay_fractions:
+            levels.append(Level(group, places, shapes, wanted, largest_side - 1, 0, config.rank_multiple))
         else:
             largest = min(map(min, shapes)) // unit
             levels.append(Level(group, places, shapes, wanted / unit, largest, unit, config.rank_multiple))
@@ -146,27 +163,28 @@ def step_under_budget(multiple: int, smaller: int) -> int:
 
 
 def with_ranks(config: GPTConfig, levels: list[Level], steps: list[int]) -> GPTConfig:
-    ranks: dict[str, list[float]] = {
-        field: [0] * config.n_layer for level in levels for field, _ in level.places
-    }
-    for level, n in zip(levels, steps):
+    """The config in which each level has the rank of so many steps."""
+    ranks: dict[str, list[float]] = {}  # field -> one rank a layer
+    for level, count in zip(levels, steps):
         for field, layer in level.places:
-            ranks[field][layer] = level.rank(n)
+            ranks.setdefault(field, [0] * config.n_layer)[layer] = level.rank(count)
     groups: dict[str, Any] = {field: tuple(values) for field, values in ranks.items() if field in GROUPS}
     single = {field: tuple(values) for field, values in ranks.items() if field not in GROUPS}
     return replace(config, **groups, matrix_ranks=config.matrix_ranks | single)
 
 
 def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
-    """Scale the ranks of attention and MLP so that the total parameters come as near to `budget` as they can from below.
+    """Scale the ranks of attention and MLP: as many parameters as possible, but at most `budget`.
 
-    All ranks grow from 1 by one common factor, rounded. Where the next rank of some layers is too much, the others go on with
-    what is left, so that at the end no rank can grow without breaking the budget or the shape: matrices of a
-    group that were given equal ranks keep equal ranks, and none passes one that was given more.
+    All ranks grow from 1 by one common factor, rounded. Where the next rank of some layers costs too much,
+    the others go on with what is left. At the end no rank can grow without breaking the budget or the shape:
+    matrices of a group that were given equal ranks keep equal ranks, and none passes one that was given more.
+
     A group at full rank stays so, unless all are: then all are factored. So does a matrix that `matrix_ranks`
     has at 0; one that it gives a rank is scaled as the others. The head stays as it is. Fractions become
     whole ranks, in steps of `step_under_budget`. Where the same fraction is another rank for each matrix, as
     under grouped queries for q and k, they stay fractions.
+
     ValueError if even the smallest ranks are over the budget.
     """
     levels = rank_levels(config)
@@ -178,52 +196,58 @@ def solve_rank(config: GPTConfig, budget: int) -> GPTConfig:
         smallest = max(1, *(level.unit for level in levels))
         raise ValueError(f"even rank {smallest} in every layer has {least:,} parameters")
     spare = budget - least
-    queue = [
-        (1.5 / level.wanted, i) for i, level in enumerate(levels)
-    ]  # the common factor at which a level rounds to its next rank
+    # (the common factor at which a level's rank rounds to its next step, the level)
+    queue = [(1.5 / level.wanted, i) for i, level in enumerate(levels)]
     heapify(queue)
     while queue:
         _, i = heappop(queue)
         level = levels[i]
-        n = steps[i]
-        above = i + 1 if i + 1 < len(levels) and levels[i + 1].group == level.group else None
-        if n == level.largest or (above is not None and steps[above] == n):
+        larger = steps[i] + 1
+        has_level_above = i + 1 < len(levels) and levels[i + 1].group == level.group
+        if larger > level.largest or (has_level_above and larger > steps[i + 1]):
             continue
-        price = level.parameters(n + 1) - level.parameters(n)
-        if price <= spare:  # else never again: what is spare only shrinks
-            steps[i] = n + 1
-            spare = spare - price
-            heappush(queue, ((n + 1.5) / level.wanted, i))
+        price = level.parameters(larger) - level.parameters(steps[i])
+        if price > spare:
+            continue  # for good: what is spare only shrinks
+        steps[i] = larger
+        spare -= price
+        heappush(queue, ((larger + 0.5) / level.wanted, i))
     return with_ranks(config, levels, steps)
 
 
-def solve_depth(config_at, budget: int) -> GPTConfig:
-    """The deepest config_at(depth) whose total parameters do not exceed `budget`. ValueError if the shallowest is too much.
+def solve_depth(config_at: Callable[[int], GPTConfig], budget: int) -> GPTConfig:
+    """The deepest config_at(depth) with at most `budget` parameters. ValueError if the shallowest has more.
 
     config_at(depth) never has fewer parameters at a greater depth, with one exception: where its width grows
     with the depth, a fraction may become another multiple at the next width, and lose a third of its rank.
     """
-    least = config_at(1)
-    if count_parameters(least) > budget:
-        raise ValueError(f"even {least.n_layer} layer(s) have {count_parameters(least):,} parameters")
-    low = 1
-    high = 2
+    shallowest = config_at(1)
+    least = count_parameters(shallowest)
+    if least > budget:
+        raise ValueError(f"even {shallowest.n_layer} layer(s) have {least:,} parameters")
+    low = 1  # within the budget
+    high = 2  # beyond it, after this loop
     while count_parameters(config_at(high)) <= budget:
         low = high
         high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count_parameters(config_at(middle)) <= budget else (low, middle)
+        if count_parameters(config_at(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
     deepest = config_at(low)
     if config_at(high).n_embd == deepest.n_embd:
         return deepest
+    # the exception: look on, as far as a lost third of the rank could make up for
     while (count := count_parameters(config_at(high))) <= 1.5 * budget:
-        deepest = config_at(high) if count <= budget else deepest
+        if count <= budget:
+            deepest = config_at(high)
         high += 1
     return deepest
 
 
-# ---- accounting -----------------------------------------------------------------------------------------------------
+# ---- accounting ------------------------------------------------------------------------------------------
 
 
 def account(model: GPT | GPTConfig) -> dict:
@@ -232,30 +256,26 @@ def account(model: GPT | GPTConfig) -> dict:
     params/{total,embedding,lm_head,attention,mlp,other}
     params/trained   those that require a gradient
     params/stored_bits   of a checkpoint's weights
-    flops/per_token  training FLOPs (forward + backward): 6 for each entry of each matrix that multiplies the token, the
-                     factors of a low-rank layer counted as they are, embedding look-ups not counted; plus attention
-                     scores and values, 12·H·D·window a layer (PaLM, arXiv 2204.02311, appendix B: the causal half of
-                     the scores is not taken off). Of a frozen entry 4: it has no gradient, but passes one on; where nothing
-                     before it is trained 2, and a third of the attention
-    mem/{weights,grads,optimizer}_bytes  float32 masters; of what is trained the gradients, and Muon's momentum with a number for
-                     each line of the longer side, or AdamW's two moments
+    flops/per_token  FLOPs of training, forward and backward: see `flops_per_token`
+    mem/weights_bytes    float32 master weights
+    mem/grads_bytes      float32 gradients of what is trained
+    mem/optimizer_bytes  of what is trained: Muon's momentum and a number for each line of the longer side, or
+                         AdamW's two moments
     """
     model = on_meta(model) if isinstance(model, GPTConfig) else model
     params = dict.fromkeys(("embedding", "lm_head", "attention", "mlp", "other"), 0)
-    trained = moments = 0
+    trained = 0
+    moments = 0
     for name, parameter in model.named_parameters():
-        params[parameter_group(name)] += parameter.numel()
+        entries = parameter.numel()
+        params[parameter_group(name)] += entries
         if parameter.requires_grad:
-            trained += parameter.numel()
-            moments += (
-                parameter.numel() + max(parameter.shape)
-                if uses_muon(name, parameter)
-                else 2 * parameter.numel()
-            )
+            trained += entries
+            moments += entries + max(parameter.shape) if uses_muon(name, parameter) else 2 * entries
     total = sum(params.values())
     return {
         "params/total": total,
-        **{f"params/{group}": n for group, n in params.items()},
+        **{f"params/{group}": entries for group, entries in params.items()},
         "params/trained": trained,
         "params/stored_bits": 32 * total,
         "flops/per_token": flops_per_token(model),
@@ -361,53 +381,61 @@ def on_meta(config: GPTConfig) -> GPT:
 
 
 def parameter_group(name: str) -> str:
-    for part, group in (
-        ("wte.", "embedding"),
-        ("value_embeds.", "embedding"),
-        ("lm_head.", "lm_head"),
-        (".attn.", "attention"),
-        (".mlp.", "mlp"),
-    ):
-        if part in name:
-            return group
-    return "other"
+    """Which of account's params/… a parameter counts for, by its name in the model."""
+    groups = {
+        "wte.": "embedding",
+        "value_embeds.": "embedding",
+        "lm_head.": "lm_head",
+        ".attn.": "attention",
+        ".mlp.": "mlp",
+    }
+    return next((group for part, group in groups.items() if part in name), "other")
+
+
+def matrix_parameters(model: GPT) -> int:
+    """Entries of all matrices that multiply every token: linear layers and head, not the look-up tables."""
+    return matrix_entries(model.blocks) + matrix_entries(head_of(model))
 
 
 def matrix_entries(module) -> int:
-    """Entries of the matrices, or factors, of blocks or a head; tied ones once."""
+    """Entries of the matrices, or factors, of blocks or a head; tied ones count once."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def head_of(model: GPT):
-    return model.lm_head if model.lm_head is not None else model.wte  # a tied head multiplies too
-
-
-def matrix_parameters(model: GPT) -> int:
-    """Entries of all matrices that multiply every token: the linear layers and the head, not the look-up tables."""
-    return matrix_entries(model.blocks) + matrix_entries(head_of(model))
+    """What makes the logits; a tied head is the embedding table."""
+    return model.lm_head if model.lm_head is not None else model.wte
 
 
 def flops_per_token(model: GPT) -> int:
+    """Training FLOPs a token, forward and backward, of the matrices (factors as they are) and of attention.
+
+    An entry of a matrix costs 6: 2 forward, 2 for the gradient of the input, 2 for its own gradient. The last
+    two fall away where nothing asks for them: of a frozen entry, and before the first trained parameter.
+    Embedding look-ups do not count. Scores and values of attention: 12·H·D·window a layer, of which 4 forward
+    (PaLM, arXiv 2204.02311, appendix B; the causal half of the scores is not taken off).
+    """
     config = model.config
     flops = 0
-    reached = (
+    backward = (
         model.wte.weight.requires_grad or model.smear.requires_grad
-    )  # by the backward pass: something before is trained
+    )  # whether it comes back to this layer
     for layer in config.positions:
         block = model.blocks[layer]
-        reached = reached or trains(block)
-        flops += multiplications(block, reached) + (12 if reached else 4) * config.n_embd * config.window(
-            layer
-        )  # H·D = n_embd
-    return flops + multiplications(head_of(model), reached)
+        backward = backward or any(p.requires_grad for p in block.parameters())
+        flops += matrix_flops(block, backward)
+        flops += (12 if backward else 4) * config.n_embd * config.window(layer)  # H·D = n_embd
+    return flops + matrix_flops(head_of(model), backward)
 
 
-def trains(module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def multiplications(module, reached: bool) -> int:
-    """FLOPs of its matrices: forward 2 an entry, backward 2 for the input's gradient, where that is asked for, and 2 for its own."""
-    return sum(
-        (2 + 2 * reached + 2 * p.requires_grad) * p.numel() for p in module.parameters() if p.ndim == 2
-    )
+def matrix_flops(module, backward: bool) -> int:
+    """FLOPs a token of the matrices of a module. backward: whether its input's gradient is asked for."""
+    flops = 0
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            flops += 2 * parameter.numel()
+            if backward:
+                flops += 2 * parameter.numel()
+            if parameter.requires_grad:
+                flops += 2 * parameter.numel()
+    return flops

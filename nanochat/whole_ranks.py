@@ -38,13 +38,16 @@ def resolve_rank(rank: float, in_features: int, out_features: int, multiple: int
 
 def matrix_ranks_text(ranks: dict[str, tuple[float, ...]]) -> str:
     """{'v': (0,), 'down': (64, 128)} -> 'down=64/128,v=0', as --matrix-ranks takes it."""
-    words = {name: [f"{rank:g}" for rank in of_layers] for name, of_layers in ranks.items()}
-    return ",".join(f"{name}={'/'.join(words[name])}" for name in sorted(words))
+    parts = []
+    for name in sorted(ranks):
+        words = [f"{rank:g}" for rank in ranks[name]]
+        parts.append(f"{name}={'/'.join(words)}")
+    return ",".join(parts)
 
 
 def shortest_ranks_text(ranks: dict[str, tuple[float, ...]]) -> str:
-    """The same of one rank a layer, written once where it is the same in all layers."""
+    """The same, but a rank that all layers share is written once."""
     shortest = {}
-    for name, of_layers in ranks.items():
-        shortest[name] = of_layers[:1] if len(set(of_layers)) == 1 else of_layers
+    for name, layers in ranks.items():
+        shortest[name] = layers[:1] if len(set(layers)) == 1 else layers
     return matrix_ranks_text(shortest)
