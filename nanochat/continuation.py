@@ -21,9 +21,9 @@ from nanochat.run_files import read_config
 # derived from the device's batch size.
 FREE = {*(flag.name for flag in FLAGS if flag.free), "grad_accum_steps"}
 # Flags that say where something is. What is there is compared, by its fingerprint or hash.
-PLACES = {*flag_names(Role.PLACE)}
+PLACES = set(flag_names(Role.PLACE))
 # Flags that name the run. Its folder may be copied under another name.
-NAMES = {*flag_names(Role.NAME)}
+NAMES = set(flag_names(Role.NAME))
 
 
 def read_record(folder: Path) -> dict:
@@ -68,7 +68,7 @@ def flags_text(values: dict) -> str:
 def tag_by_default(args, tag_of) -> str:
     """The tag that tag_of(flags) makes, or that an earlier version made of this command if it began a run."""
     tag = tag_of(args)
-    names = vars(args).keys() & DEFAULTS_BEFORE.keys() - args.given
+    names = vars(args).keys() & (DEFAULTS_BEFORE.keys() - args.given)
     before = {name: DEFAULTS_BEFORE[name] for name in names}
     if read_record(runs_dir() / tag) or before.items() <= vars(args).items():
         return tag

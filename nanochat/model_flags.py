@@ -153,7 +153,7 @@ RANK_GROUP = FlagGroup(
         Flag(
             "--matrix-ranks",
             "ranks of single matrices (q, k, v, o, up, down), in place of --attn-rank and --mlp-rank: "
-            "v=128,down=0.5, or one rank a layer: v=64/64/128",
+            "v=128,down=0.5, or one rank a layer: v=64/64/128. '' = no matrix has a rank of its own",
             type=matrix_ranks_flag,
             role=Role.RANK,
             before="",
@@ -221,7 +221,7 @@ RANK_GROUP = FlagGroup(
         Flag(
             "--budget-params",
             "largest number of parameters that --solve or --plan may use: a number such as 10_000_000, or "
-            "the tag of a run whose number is taken",
+            "the tag of a run whose number is taken. '' = no budget",
             role=Role.REQUEST,
             short="budget",
         ),

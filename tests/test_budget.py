@@ -27,7 +27,9 @@ from scripts import base_train
 
 
 def random_config(rng: random.Random) -> GPTConfig:
-    """A small model with random ranks: any schedule or a list, whole or fractions, one group or both or none, grouped queries or not."""
+    """A small model with random ranks: of any schedule or a list, whole or fractions, of none, one or both
+    groups, with grouped queries or without.
+    """
     head_dim = 2 * rng.randint(2, 8)
     heads = rng.randint(1, 4)
     depth = rng.randint(1, 6)
@@ -61,11 +63,8 @@ def random_config(rng: random.Random) -> GPTConfig:
 
 def same_order(before, after) -> bool:
     """Equal stays equal, and none passes one that was given more."""
-    return all(
-        a <= b if x < y else a == b if x == y else True
-        for x, a in zip(before, after)
-        for y, b in zip(before, after)
-    )
+    pairs = sorted(zip(before, after))
+    return all(a <= b and (x < y or a == b) for (x, a), (y, b) in itertools.pairwise(pairs))
 
 
 def next_larger(config: GPTConfig, given: GPTConfig):
@@ -73,11 +72,13 @@ def next_larger(config: GPTConfig, given: GPTConfig):
     for group in GROUPS:
         ranks = getattr(config, group)
         before = getattr(given, group) or (0,) * given.n_layer
-        for value in set(before) if ranks else ():
-            grown = tuple(
-                r + (1 / config.n_embd if 0 < r < 1 else 1) if b == value else r
-                for r, b in zip(ranks, before)
-            )
+        if not ranks:
+            continue
+        for value in set(before):
+            grown = list(ranks)
+            for layer, rank in enumerate(ranks):
+                if before[layer] == value:
+                    grown[layer] = rank + (1 / config.n_embd if 0 < rank < 1 else 1)
             yield group, before, grown
 
 
@@ -85,9 +86,10 @@ def next_larger(config: GPTConfig, given: GPTConfig):
 def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
     rng = random.Random(seed)
     given = random_config(rng)
-    smallest = replace(
-        given, **{g: tuple((1 / given.n_embd if r < 1 else 1) for r in getattr(given, g)) for g in GROUPS}
-    )
+    smallest = given
+    for group in GROUPS:
+        ranks = tuple(1 / given.n_embd if rank < 1 else 1 for rank in getattr(given, group))
+        smallest = replace(smallest, **{group: ranks})
     if not any(given.attn_ranks + given.mlp_ranks):
         smallest = replace(given, **dict.fromkeys(GROUPS, (1,) * given.n_layer))
     low = count_parameters(smallest)
@@ -112,7 +114,7 @@ def test_solved_ranks_are_the_largest_of_their_shape_within_any_budget(seed):
         limit = kv_dim if group == "attn_ranks" else C
         possible = all(r < 1 - 1e-9 if s < 1 else r <= limit for r, s in zip(grown, getattr(config, group)))
         if possible and same_order(before, grown):
-            assert count_parameters(replace(config, **{group: grown})) > budget
+            assert count_parameters(replace(config, **{group: tuple(grown)})) > budget
 
 
 def named_config(rng: random.Random) -> GPTConfig:
@@ -136,7 +138,7 @@ def named_config(rng: random.Random) -> GPTConfig:
 def places(config: GPTConfig, group: str) -> dict:
     """{(matrix, layer): rank as given} of the factored matrices of a group."""
     every = itertools.product(GROUPS[group], range(config.n_layer))
-    return {place: rank for place in every if (rank := config.rank(*place))}
+    return {place: config.rank(*place) for place in every if config.rank(*place)}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -165,7 +167,10 @@ def test_matrices_with_ranks_of_their_own_keep_their_ratio_and_none_can_grow(see
         step = rank_step(given.rank_multiple, min(sides.values())) if fractions and sides else 1
         assert all(rank % step == 0 for rank in after.values())
         for value in set(wanted.values()):
-            grown = {place: rank + step * (wanted[place] == value) for place, rank in after.items()}
+            grown = dict(after)
+            for place, rank in wanted.items():
+                if rank == value:
+                    grown[place] += step
             fits = max(grown.values()) <= min(sides.values())
             if fits and same_order(list(wanted.values()), list(grown.values())):
                 named = dict(config.matrix_ranks)
@@ -177,18 +182,10 @@ def test_matrices_with_ranks_of_their_own_keep_their_ratio_and_none_can_grow(see
 def test_ranks_keep_their_proportions():
     given = GPTConfig(16, 100, 4, 4, 4, 256, attn_ranks=(80, 60, 40, 20), mlp_ranks=(16, 16, 8, 8))
     for factor in (0.25, 1.6, 3):
-        config = solve_rank(
-            given,
-            count_parameters(
-                replace(
-                    given,
-                    attn_ranks=tuple(round(factor * r) for r in given.attn_ranks),
-                    mlp_ranks=tuple(round(factor * r) for r in given.mlp_ranks),
-                )
-            ),
-        )
-        assert config.attn_ranks == tuple(round(factor * r) for r in given.attn_ranks)
-        assert config.mlp_ranks == tuple(round(factor * r) for r in given.mlp_ranks)
+        attn_ranks = tuple(round(factor * rank) for rank in given.attn_ranks)
+        mlp_ranks = tuple(round(factor * rank) for rank in given.mlp_ranks)
+        scaled = replace(given, attn_ranks=attn_ranks, mlp_ranks=mlp_ranks)
+        assert solve_rank(given, count_parameters(scaled)) == scaled
 
 
 def test_what_is_left_over_takes_no_layer_past_one_that_was_given_more():
@@ -225,27 +222,17 @@ def test_deepest_model_of_every_schedule(schedule):
         )
 
     counts = [count_parameters(at(depth)) for depth in range(1, 20)]
-    for budget in (n + more for n in counts[:9:2] for more in (-1, 0) if n + more >= counts[0]):
-        assert solve_depth(at, budget).n_layer == max(
-            depth for depth, n in enumerate(counts, 1) if n <= budget
-        )
+    budgets = {*counts[:9:2], *(count - 1 for count in counts[2:9:2])}
+    for budget in budgets:
+        deepest = max(depth for depth, count in enumerate(counts, 1) if count <= budget)
+        assert solve_depth(at, budget).n_layer == deepest
 
 
 # ---- flags
 
 SMALL = [
-    "--depth",
-    "3",
-    "--model-dim",
-    "32",
-    "--head-dim",
-    "16",
-    "--max-seq-len",
-    "32",
-    "--device-batch-size",
-    "4",
-    "--vocab-size",
-    "300",
+    *("--depth", "3", "--model-dim", "32", "--head-dim", "16"),
+    *("--max-seq-len", "32", "--device-batch-size", "4", "--vocab-size", "300"),
 ]
 
 
@@ -256,28 +243,17 @@ def flags(*more):
 def test_depths_at_which_the_flags_do_not_fit_together_are_passed_over():
     """Width 16 × depth: 2 key/value heads need an even number of heads, rank 40 a width of 40."""
 
-    def at(budget, *more):
-        return flags(
-            "--model-dim",
-            -1,
-            "--aspect-ratio",
-            16,
-            "--n-kv-head",
-            2,
-            "--mlp-rank",
-            40,
-            "--budget-params",
-            budget,
-            *more,
-        )
+    shape = ("--model-dim", -1, "--aspect-ratio", 16, "--n-kv-head", 2, "--mlp-rank", 40)
 
-    counts = {
-        depth: count_parameters(model_config(at(1, "--depth", depth), 300)) for depth in (4, 6, 8, 10, 12)
-    }
+    def at(budget, *more):
+        return flags(*shape, "--budget-params", budget, *more)
+
+    counts = {}
+    for depth in (4, 6, 8, 10, 12):
+        counts[depth] = count_parameters(model_config(at(1, "--depth", depth), 300))
     for budget in (200_000, 400_000, 10**6):
-        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == max(
-            depth for depth, n in counts.items() if n <= budget
-        )
+        deepest = max(depth for depth, count in counts.items() if count <= budget)
+        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == deepest
     frontier = budget_frontier(at(400_000), 300)
     assert len(frontier) > 1 and [config.n_layer for config in frontier] == [4, 6, 8, 10, 12][: len(frontier)]
     with pytest.raises(InputError, match=r"--budget-params 10000: even 4 layer\(s\) have"):
@@ -353,9 +329,8 @@ def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch
     assert not (tmp_path / "nothing").exists()
     assert lines[2].split()[:6] == ["3", "32", "full", "full", f"{full['params/total']:,}", "1.00"]
     rows = [line.split() for line in lines[3:] if re.match(r" *\d", line)]
-    assert [int(row[0]) for row in rows] == list(range(1, 13)) and lines[-1].startswith(
-        "deeper models may fit too"
-    )
+    assert [int(row[0]) for row in rows] == list(range(1, 13))
+    assert lines[-1].startswith("deeper models may fit too")
     for row in rows:
         config = solve_budget(flags("--depth", row[0], *more, "--solve", "rank"), 300)
         cost = account(config)
@@ -375,9 +350,8 @@ def test_plan_predicts_the_memory_that_a_dry_run_predicts(capsys):
     row = [line.split() for line in capsys.readouterr().out.splitlines()][5]
     assert row[0] == "3"
     base_train.main([*SMALL, *more, "--solve", "rank", "--dry-run"])
-    predicted = int(
-        re.search(r"mem/predicted_peak_bytes +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")
-    )
+    predicted = re.search(r"mem/predicted_peak_bytes +([\d,]+)", capsys.readouterr().out)[1]
+    predicted = int(predicted.replace(",", ""))
     assert row[8] == f"{predicted / 2**20:,.0f}"
 
 
@@ -426,17 +400,11 @@ def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):
 
 
 def test_a_list_of_ranks_leaves_no_depth_to_solve_for():
+    args = flags("--budget-params", 40_000, "--solve", "depth", "--rank-schedule", "8,4,2")
     with pytest.raises(InputError, match=r"--solve depth: --rank-schedule 8,4,2 .* use --solve rank"):
-        solve_budget(
-            flags("--budget-params", 40_000, "--solve", "depth", "--mlp-rank", 8, "--rank-schedule", "8,4,2"),
-            300,
-        )
+        solve_budget(args, 300)
 
 
 def test_ranks_in_short():
-    assert [ranks_in_short(r) for r in ((), (8, 8, 8), (10, 90, 10), (100, 46, 22, 10))] == [
-        "full",
-        "8",
-        "10…90…10",
-        "100…22…10",
-    ]
+    ranks = ((), (8, 8, 8), (10, 90, 10), (100, 46, 22, 10))
+    assert list(map(ranks_in_short, ranks)) == ["full", "8", "10…90…10", "100…22…10"]

@@ -25,14 +25,8 @@ OF_THEN = json.loads((Path(__file__).parent / "data/record_983a6dc.json").read_t
 MODEL_OF_THEN = OF_THEN["derived"]["model"]
 GO_ON = ("--save-every", 2, "--resume", "auto")
 ADAPTER = [
-    "--device-batch-size",
-    "4",
-    "--total-batch-size",
-    "256",
-    "--eval-tokens",
-    "512",
-    "--sample-every",
-    "-1",
+    *("--device-batch-size", "4", "--total-batch-size", "256"),
+    *("--eval-tokens", "512", "--sample-every", "-1"),
 ]
 
 
@@ -56,12 +50,15 @@ def keep(values: dict, names):
         del values[name]
 
 
-def as_of_then(tag, flags=OF_THEN["flags"].keys()):
-    """Leave in the record and the checkpoints of a run only what commit 983a6dc wrote there."""
+def as_of_then(tag, flags=None):
+    """Leave in the record and the checkpoints of a run only what commit 983a6dc wrote there.
+
+    flags: names of the flags to leave, if not those of base_train.
+    """
 
     def shorten(record):
         record.pop("given")
-        keep(record["flags"], flags)
+        keep(record["flags"], flags or OF_THEN["flags"].keys())
         keep(record["derived"]["model"], MODEL_OF_THEN)
         keep(record["derived"]["corpus"], OF_THEN["derived"]["corpus"])
 

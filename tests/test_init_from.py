@@ -26,18 +26,8 @@ def go_on(base_dir, corpus_dir):
     """go_on('TAG[:STEP]', '--flag', value, …, tag='name') -> the finished run."""
 
     def run(source, *flags, tag="on"):
-        base_train.main(
-            [
-                *NO_SHAPE,
-                "--data",
-                str(corpus_dir),
-                "--model-tag",
-                tag,
-                "--init-from",
-                source,
-                *map(str, flags),
-            ]
-        )
+        command = [*NO_SHAPE, "--data", str(corpus_dir), "--model-tag", tag, "--init-from", source]
+        base_train.main([*command, *map(str, flags)])
         return metrics.load_run(metrics.runs_dir() / tag)
 
     return run
@@ -105,9 +95,8 @@ def test_a_given_step_and_the_newest(train, go_on):
     assert early.config["derived"]["source"]["step"] == 3 and late.config["derived"]["source"]["step"] == 6
     assert losses(late)[0] < losses(early)[0]
     assert parse_flags(["--init-from", "a"]).init_from == "a:6"
-    args, config, _ = resolve(
-        (*NO_SHAPE, "--init-from", "a:3", "--vocab-size", "300"), 1
-    )  # as a sweep sees it
+    as_in_a_sweep = (*NO_SHAPE, "--init-from", "a:3", "--vocab-size", "300")
+    args, config, _ = resolve(as_in_a_sweep, 1)
     assert config.n_embd == args.model_dim == 32
     base_train.main([*NO_SHAPE, "--data", early.config["flags"]["data"], "--init-from", "a:3"])
     assert (metrics.runs_dir() / "d2_w32_from_a_3").is_dir(), "its own name, not the source's"
@@ -140,19 +129,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(train, go_on, c
     state.write_bytes(content)
 
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
-    with pytest.raises(
-        InputError, match="has a vocabulary of 300 tokens, here it is 290; put .*tokenizer.json in its place"
-    ):
+    message = "has a vocabulary of 300 tokens, here it is 290; put .*tokenizer.json in its place"
+    with pytest.raises(InputError, match=message):
         go_on("a")
+    text = "quick other words with more letters make another vocabulary, jumping over just as many ids"
     for name in ("a", "val"):
-        (tmp_path / f"{name}.txt").write_text(
-            "quick other words with more letters make another vocabulary, jumping over just as many ids of the very same size "
-            * 20
-        )
+        (tmp_path / f"{name}.txt").write_text(f"{text} of the very same size " * 20)
     tok_train.main(["--data", str(tmp_path), "--vocab-size", "300"])
-    with pytest.raises(
-        InputError,
-        match=f"--init-from a:6: learned with tokenizer {source.config['derived']['tokenizer_hash']}",
-    ):
+    tokenizer = source.config["derived"]["tokenizer_hash"]
+    with pytest.raises(InputError, match=f"--init-from a:6: learned with tokenizer {tokenizer}"):
         go_on("a")
     assert not (metrics.runs_dir() / "on").exists() and load_checkpoint(metrics.runs_dir() / "a", 6)

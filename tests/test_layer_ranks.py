@@ -60,7 +60,8 @@ def test_each_group_has_its_own_schedule_or_the_common_one(flags, attn, mlp):
     [
         (
             ("--attn-rank", 8, "--rank-schedule", "8,4,2,1"),
-            r"^--rank-schedule 8,4,2,1: gives the ranks that --attn-rank 8 gives too; leave --attn-rank out, or ",
+            r"^--rank-schedule 8,4,2,1: gives the ranks that --attn-rank 8 gives too; "
+            "leave --attn-rank out, or ",
         ),
         (
             ("--mlp-rank", 0.5, "--rank-schedule", "8,4,2,1"),
@@ -82,7 +83,8 @@ def test_each_group_has_its_own_schedule_or_the_common_one(flags, attn, mlp):
         ),
         (
             ("--attn-rank", 8, "--attn-rank-end", 4),
-            r"^--attn-rank-end 4: means nothing under --rank-schedule constant; give --attn-rank-schedule linear",
+            r"^--attn-rank-end 4: means nothing under --rank-schedule constant; "
+            "give --attn-rank-schedule linear",
         ),
         (
             ("--attn-rank", 8, "--attn-rank-schedule", "linear", "--attn-rank-end", 0.5),

@@ -71,21 +71,13 @@ def test_d20_and_its_low_rank_arm_differ_in_rank_alone():
 
 
 def test_flops_that_are_given_are_the_models_own_and_the_batch_is_full_ranks():
-    free = (
-        "--num-iterations",
-        -1,
-        "--total-batch-size",
-        -1,
-        "--target-param-data-ratio",
-        2000,
-        "--target-flops",
-        1e12,
-    )
-    (full, of_full) = plan_of(*free)
-    (low, of_low) = plan_of(*free, *ARMS[0])
-    assert of_low["total_batch_size"] == of_full["total_batch_size"]
-    assert of_low["num_iterations"] > of_full["num_iterations"]
-    for config, plan in ((full, of_full), (low, of_low)):
+    free = ["--num-iterations", -1, "--total-batch-size", -1]
+    free += ["--target-param-data-ratio", 2000, "--target-flops", 1e12]
+    full, full_plan = plan_of(*free)
+    low, low_plan = plan_of(*free, *ARMS[0])
+    assert low_plan["total_batch_size"] == full_plan["total_batch_size"]
+    assert low_plan["num_iterations"] > full_plan["num_iterations"]
+    for config, plan in ((full, full_plan), (low, low_plan)):
         assert plan["tokens"] * account(config)["flops/per_token"] == pytest.approx(1e12, rel=0.05)
 
 
@@ -136,12 +128,12 @@ def test_learning_rate_schedule_by_hand():
 
 
 def test_matrix_learning_rate_follows_the_number_of_steps_unless_given():
-    rate = lambda *flags: plan_of(*flags)[1]["matrix_lr"]
+    def rate(*flags):
+        return plan_of(*flags)[1]["matrix_lr"]
+
     assert rate("--num-iterations", 50) == rate("--num-iterations", 200) == 0.08
-    assert (
-        rate("--num-iterations", 1600) == pytest.approx(0.08 / 2)
-        and rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
-    )
+    assert rate("--num-iterations", 1600) == pytest.approx(0.08 / 2)
+    assert rate("--num-iterations", 14000) == rate("--num-iterations", 10**6) == 0.02
     assert rate("--matrix-lr", 0.01) == 0.01
 
 
@@ -154,29 +146,17 @@ def test_a_device_batch_is_what_memory_allows_and_divides():
     assert plan(256, 8, 32)["device_batch_size"] == 32 and plan(2, 2, 32) == plan(2, 2, 1)
     six = plan(36, 6, 4)
     assert (six["device_batch_size"], six["grad_accum_steps"], six["total_batch_size"]) == (3, 2, 36 * 32)
-    said = (
+    message = (
         r"^--total-batch-size 8192: not a multiple of --max-seq-len 32 × 6 process\(es\) = 192; "
         "nearest: 8064 or 8256$"
     )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         plan(256, 6, 32)
 
 
 def test_two_nodes_of_eight_processes_share_the_batch_of_one(capsys):
-    flags = [
-        "--depth",
-        1,
-        "--model-dim",
-        128,
-        "--head-dim",
-        128,
-        "--max-seq-len",
-        2048,
-        "--device-batch-size",
-        32,
-        "--total-batch-size",
-        524288,
-    ]
+    flags = ["--depth", 1, "--model-dim", 128, "--head-dim", 128, "--max-seq-len", 2048]
+    flags += ["--device-batch-size", 32, "--total-batch-size", 524288]
     args = build_parser().parse_args([*TINY, *map(str, flags)])
     plan = training_plan(args, model_config(args, 300), 16)
     take_device_batch(args, plan, 16)

@@ -52,9 +52,8 @@ def test_monotone_schedules_are_monotone_and_stay_between_their_ends(seed):
         ranks = ranks_over_depth(schedule, start, end, depth)
         assert len(ranks) == depth and ranks[0] == start and ranks[-1] == end
         assert list(ranks) == sorted(ranks, reverse=start > end)
-    assert all(
-        min(start, end) <= r <= max(start, end) for r in ranks_over_depth("quadratic", start, end, depth)
-    )
+    quadratic = ranks_over_depth("quadratic", start, end, depth)
+    assert min(start, end) <= min(quadratic) and max(quadratic) <= max(start, end)
 
 
 @pytest.mark.parametrize(
@@ -94,30 +93,24 @@ def test_multiples_are_near_their_fraction_and_fit_the_matrix(seed):
 )
 @pytest.mark.parametrize("more", [0, 5_000, 17_123, 60_000, 10**9])
 def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, more):
-    ones = (
-        {"attn_ranks": attn and (1,) * 4, "mlp_ranks": mlp and (1,) * 4}
-        if attn
-        else {"attn_ranks": (1,) * 4, "mlp_ranks": (1,) * 4}
-    )
-    budget = count_parameters(replace(SHAPE, **ones)) + more
+    smallest = replace(SHAPE, attn_ranks=(1,) * 4, mlp_ranks=() if attn and not mlp else (1,) * 4)
+    budget = count_parameters(smallest) + more
     config = solve_rank(replace(SHAPE, attn_ranks=attn, mlp_ranks=mlp), budget)
     ranks = [r for group in (config.attn_ranks, config.mlp_ranks) for r in group]
     assert count_parameters(config) <= budget and all(1 <= r <= 64 for r in ranks)
     if attn and not mlp:
         assert config.mlp_ranks == ()  # a full-rank group stays so
     if min(ranks) < 64 and (not attn or len(set(attn)) == 1):  # one step more in every rank is too much
-        more = replace(
-            config,
-            **{
-                name: tuple(min(64, r + 1) for r in getattr(config, name))
-                for name in ("attn_ranks", "mlp_ranks")
-            },
-        )
-        assert more == config or count_parameters(more) > budget
+        attn_ranks = tuple(min(64, rank + 1) for rank in config.attn_ranks)
+        mlp_ranks = tuple(min(64, rank + 1) for rank in config.mlp_ranks)
+        larger = replace(config, attn_ranks=attn_ranks, mlp_ranks=mlp_ranks)
+        assert larger == config or count_parameters(larger) > budget
 
 
 def test_solved_depth_is_the_deepest_within_the_budget():
-    at = lambda depth: replace(SHAPE, n_layer=depth, attn_ranks=(8,) * depth, mlp_ranks=(8,) * depth)
+    def at(depth):
+        return replace(SHAPE, n_layer=depth, attn_ranks=(8,) * depth, mlp_ranks=(8,) * depth)
+
     for depth in (1, 2, 7, 30):
         budget = count_parameters(at(depth))
         assert solve_depth(at, budget).n_layer == depth
@@ -150,9 +143,8 @@ def test_the_published_sizes_of_d20():
     """20 layers of width 1280 and 65,536 tokens: 561 M; 227 M with rank 128 in attention and MLP."""
     d20 = GPTConfig(vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
     assert count_parameters(d20) == pytest.approx(561e6, rel=0.01)
-    assert count_parameters(replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)) == pytest.approx(
-        227e6, rel=0.01
-    )
+    low = replace(d20, attn_ranks=(128,) * 20, mlp_ranks=(128,) * 20)
+    assert count_parameters(low) == pytest.approx(227e6, rel=0.01)
 
 
 def test_the_mlp_is_as_wide_as_its_ratio_says():
@@ -168,9 +160,8 @@ def test_memory_of_weights_gradients_and_moments():
     matrices = 12 * 64 * 64 * 4
     rest = 2 * 256 * 64 + 8 + 64
     assert counts["mem/weights_bytes"] == counts["mem/grads_bytes"] == 4 * (matrices + rest)
-    lines = 4 * (
-        4 * 64 + 2 * 256
-    )  # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
+    # Muon: one moment, and a number for each line of the longer side; AdamW: two moments
+    lines = 4 * (4 * 64 + 2 * 256)
     assert counts["mem/optimizer_bytes"] == 4 * (matrices + lines) + 8 * rest
 
 
@@ -221,6 +212,5 @@ def two_steps(config, rows: int, passes: int):
 def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes):
     config = replace(SHAPE, **{"sequence_len": 128, "vocab_size": 512, **changes})
     measured = live_bytes(lambda: two_steps(config, rows, passes))[0]
-    assert predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"] == pytest.approx(
-        measured, rel=0.1
-    )
+    predicted = predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"]
+    assert predicted == pytest.approx(measured, rel=0.1)

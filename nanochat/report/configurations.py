@@ -14,9 +14,9 @@ from nanochat.naming import base_name, method, with_size
 from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
-IGNORED = {*flag_names(Role.NAME, Role.NEUTRAL)}
+IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
-RESOLVED = {*flag_names(Role.PLACE, Role.REQUEST)}
+RESOLVED = set(flag_names(Role.PLACE, Role.REQUEST))
 MODEL = {
     "n_layer": "depth",
     "n_embd": "model_dim",
