@@ -256,7 +256,8 @@ SUBSPACE_GROUP = FlagGroup(
         ),
         Flag(
             "--subspace-dim",
-            "how many numbers are trained for each part of --subspace-scope (basis, fastfood, fft-fastfood)",
+            "how many numbers are trained for each part of --subspace-scope (basis, fastfood, fft-fastfood); "
+            "0 stands for not given",
             default=0,
             type=whole_number(1),
             before=0,
@@ -272,7 +273,7 @@ SUBSPACE_GROUP = FlagGroup(
         ),
         Flag(
             "--subspace-rank",
-            "rank of the trained factors that lora-random adds to frozen random matrices",
+            "rank of the trained factors that lora-random adds to frozen random matrices; 0 stands for not given",
             default=0,
             type=whole_number(1),
             before=0,

@@ -368,7 +368,7 @@ SAVING_GROUP = FlagGroup(
 
 CHECK_GROUP = FlagGroup(
     "Checks before training",
-    "",
+    "What is looked at before the first step.",
     (
         Flag(
             "--verify",

@@ -153,7 +153,7 @@ def parse(argv=None):
         help="positions of one layer share its weights; each has an adapter of its own",
     )
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
-    add = parser.add_argument_group("Learning rate", "").add_argument
+    add = parser.add_argument_group("Learning rate", "Of the adapter, or of the model.").add_argument
     add(
         "--lr",
         type=number(0, off=-1),

@@ -20,7 +20,7 @@ FAMILY = flag_names(Role.FAMILY)
 SHAPE = (*flag_names(Role.SHAPE), "layer_kinds", *FAMILY)
 RANK = flag_names(Role.GROUP_RANK, Role.RANK)
 COST = (*MACHINE, *flag_names(Role.COST))  # change time and memory, not what is learned
-LEARNING = set(flag_names(Role.RATE))  # the other way round
+LEARNING = set(flag_names(Role.RATE))  # change what is learned, not time and memory
 NO_TUNING = {*CONTEXT, *SHAPE, *RANK, *COST, *flag_names(Role.OTHER)}
 MOST = 100  # more seeds than that are no advice
 
