@@ -273,7 +273,8 @@ SUBSPACE_GROUP = FlagGroup(
         ),
         Flag(
             "--subspace-rank",
-            "rank of the trained factors that lora-random adds to frozen random matrices; 0 stands for not given",
+            "rank of the trained factors that lora-random adds to frozen random matrices; "
+            "0 stands for not given",
             default=0,
             type=whole_number(1),
             before=0,
