@@ -19,32 +19,33 @@ from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
 from nanochat.report.adapter_figures import method_section
 from nanochat.report.comparable import (
-    TEXT,
-    TOKENIZER,
+    SAME_TEXT,
+    SAME_TOKENIZER,
     check_comparable,
+    config_value,
     divergence_notes,
-    look,
-    names,
-    number,
+    join_names,
+    summary_number,
 )
 from nanochat.report.configurations import Configuration, configurations, finished
+from nanochat.report.csv_export import pair_keys, to_csv
 from nanochat.report.equal_cost import equal_cost_table
 from nanochat.report.page import encode, in_markdown, to_markdown, to_page
-from nanochat.report.run_check import checked
+from nanochat.report.run_check import checked_run
 from nanochat.report.run_figures import draw_all
+from nanochat.report.run_tables import (
+    MAX_COLUMNS,
+    core_tables,
+    ratio_summary,
+    result_tables,
+    sample_tables,
+    setup_tables,
+)
 from nanochat.report.summaries import MEASURES, baseline
 from nanochat.report.sweep_figures import caption, study_figures
-from nanochat.report.sweep_tables import configurations_table, frontier_table, pair_keys, runs_table
-from nanochat.report.tables import (
-    WIDE,
-    core_tables,
-    glance,
-    result_tables,
-    samples,
-    to_csv,
-    what_was_compared,
-)
-from nanochat.report.verdict import verdict, verdict_blocks
+from nanochat.report.sweep_tables import configurations_table, frontier_table, runs_table
+from nanochat.report.verdict import verdict
+from nanochat.report.verdict_page import verdict_blocks
 
 FIGURES = [
     (
@@ -114,7 +115,7 @@ def main(argv=None):
 
     runs = load_runs(args.runs, args.from_wandb)
     configs = configurations(runs)
-    is_study = len(configs) > WIDE or any(len(c.runs) > 1 for c in configs)
+    is_study = len(configs) > MAX_COLUMNS or any(len(c.runs) > 1 for c in configs)
     title, blocks, figures, said = (study if is_study else few)(runs, configs, margins)
     blocks += [
         ("heading", "How to read this"),
@@ -192,12 +193,12 @@ def few(runs: list[Run], configs: list[Configuration], margins: dict):
     notes += divergence_notes(runs)
     tables = result_tables(runs, broken)
     both = {c.low_rank for c in configs if not c.method} == {True, False}
-    measure = "bpb" if broken[TEXT] or broken[TOKENIZER] else "loss"
+    measure = "bpb" if broken[SAME_TEXT] or broken[SAME_TOKENIZER] else "loss"
     section, more = method_section(configs, measure)
     blocks = [
         ("heading", "Results"),
         *(("warning", w) for w in warnings),
-        *glance(runs, broken),
+        *ratio_summary(runs, broken),
         *tables,
         *([("list", notes)] if notes else []),
         *core_tables(runs),
@@ -206,12 +207,12 @@ def few(runs: list[Run], configs: list[Configuration], margins: dict):
         *(("figure", name, caption_) for name, caption_ in FIGURES),
         *section,
         ("heading", "What was compared"),
-        *what_was_compared(runs),
-        *samples(runs),
+        *setup_tables(runs),
+        *sample_tables(runs),
     ]
     figures = draw_all(runs, measure) | more
     return (
-        "Training report: " + names([run.name for run in runs]),
+        "Training report: " + join_names([run.name for run in runs]),
         blocks,
         figures,
         [*(("warning", w) for w in warnings), *tables],
@@ -223,25 +224,25 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
     done = [run for run in runs if finished(run)]
     if not done:
         raise InputError(
-            f"none of the {len(runs)} runs is finished: {names([run.name for run in runs])}; finish them, or report a few at a time"
+            f"none of the {len(runs)} runs is finished: {join_names([run.name for run in runs])}; finish them, or report a few at a time"
         )
     broken, warnings, notes = check_comparable(done)
-    if broken[TEXT]:
+    if broken[SAME_TEXT]:
         raise InputError(
-            f"{names(broken[TEXT])}: not evaluated, on record, on the validation text of {done[0].name}, so neither perplexity nor "
+            f"{join_names(broken[SAME_TEXT])}: not evaluated, on record, on the validation text of {done[0].name}, so neither perplexity nor "
             "bits per byte compares; report each text by itself"
         )
-    measure = "bpb" if broken[TOKENIZER] else "loss"
+    measure = "bpb" if broken[SAME_TOKENIZER] else "loss"
     notes = [
         note for note in notes if not note.startswith("Different seed")
     ]  # seeds are what a study repeats
     notes += divergence_notes(runs)
     if len(done) < len(runs):
         notes.append(
-            f"Unfinished, and left out of the verdict, the means and the figures: {names([run.name for run in runs if run not in done])}."
+            f"Unfinished, and left out of the verdict, the means and the figures: {join_names([run.name for run in runs if run not in done])}."
         )
     if wild := [c.name for c in configs if any(map(finished, c.runs)) and not c.values(MEASURES[measure][0])]:
-        notes.append(f"Diverged on every seed, so without a mean: {names(wild)}.")
+        notes.append(f"Diverged on every seed, so without a mean: {join_names(wild)}.")
     ordinary = not any(c.method for c in configs) or any(
         c.low_rank for c in configs
     )  # else there is no low rank to judge, and nobody asked
@@ -269,8 +270,8 @@ def study(runs: list[Run], configs: list[Configuration], margins: dict):
         *core_tables(done),
         ("heading", "What was compared"),
         ("paragraph", "One run of each configuration."),
-        *what_was_compared(one_each),
-        *samples(two_ends(configs, measure)),
+        *setup_tables(one_each),
+        *sample_tables(two_ends(configs, measure)),
     ]
     brief = [block for block in conclusions if block[0] in ("warning", "paragraph")]
     title = f"Training report: {len(configs)} configuration{'s' * (len(configs) > 1)}, {len(runs)} runs"
@@ -317,10 +318,10 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
         fetched = runs_from_wandb(wandb_spec)
         if twice := [run.name for run in fetched if run.name in tags]:
             raise InputError(
-                f"--from-wandb {wandb_spec}: {names(twice)} is given as a folder too; leave one of them out"
+                f"--from-wandb {wandb_spec}: {join_names(twice)} is given as a folder too; leave one of them out"
             )
         runs += fetched
-    return [with_newest_values(checked(run)) for run in runs]
+    return [with_newest_values(checked_run(run)) for run in runs]
 
 
 def with_newest_values(run: Run) -> Run:
@@ -346,14 +347,16 @@ def find_run(text: str) -> Path:
 def derived(run: Run) -> dict:
     """What follows from the summary: tokens/s over the whole run, and what the known parts leave of a CUDA peak (bytes)."""
     values = {}
-    tokens = number(run, "total_tokens")
-    seconds = number(run, "total_training_time")
+    tokens = summary_number(run, "total_tokens")
+    seconds = summary_number(run, "total_training_time")
     if tokens and seconds:
         values["mean_tok_per_sec"] = (
             tokens / seconds
         )  # train/tok_per_sec is the last step's alone: too noisy to compare
-    peak, *parts = (number(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer"))
-    if look(run, "device.type") == "cuda" and None not in (peak, *parts) and sum(parts) <= peak:
+    peak, *parts = (
+        summary_number(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer")
+    )
+    if config_value(run, "device.type") == "cuda" and None not in (peak, *parts) and sum(parts) <= peak:
         values["mem/rest_bytes"] = peak - sum(parts)
     return values
 

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from nanochat.history import series
 from nanochat.naming import line_name, method
-from nanochat.report.configurations import Configuration, finished, seed, value
+from nanochat.report.configurations import Configuration, finished, run_seed, run_value
 from nanochat.report.plotting import (
     BLACK,
     COLOURS,
@@ -23,7 +23,7 @@ from nanochat.report.plotting import (
     tidy,
 )
 from nanochat.report.statistics import d90, loss_at_start, rank_grid, rank_shares, spearman, spearman_interval
-from nanochat.report.summaries import baseline, describe, mean_at, outcome, rank_words
+from nanochat.report.summaries import baseline, hover_text, mean_over_runs, outcome, rank_words
 from nanochat.units import COUNT, human, is_finite, unit_of
 
 BITS = [(1, "bit"), (1e3, "kbit"), (1e6, "Mbit"), (1e9, "Gbit")]
@@ -64,19 +64,19 @@ def method_section(configs: list[Configuration], measure: str) -> tuple[list[tup
 
 
 def trained_numbers(run) -> float | None:
-    return value(run, "params/trained") or value(run, "params/total")
+    return run_value(run, "params/trained") or run_value(run, "params/total")
 
 
 def stored_bits(run) -> float | None:
-    total = value(run, "params/total")
-    return value(run, "params/stored_bits") or (32 * total if total else None)
+    total = run_value(run, "params/total")
+    return run_value(run, "params/stored_bits") or (32 * total if total else None)
 
 
 def trained_in_blocks(run) -> float | None:
     """What is trained beside embedding and head, which a subspace leaves as they are."""
     trained = trained_numbers(run)
     flags = run.config.get("flags", {})
-    apart = [value(run, f"params/{part}") for part in ("embedding", "lm_head")]
+    apart = [run_value(run, f"params/{part}") for part in ("embedding", "lm_head")]
     return (
         trained
         if trained is None or flags.get("adapter") or flags.get("freeze_embeddings")
@@ -99,9 +99,11 @@ def tied(c: Configuration) -> bool:
 def trained_part(configs: list[Configuration]):
     """Final loss against what is trained (with subspaces also: in the blocks) and against what is stored."""
     shown = [
-        c for c in configs if c.values("val/loss") and mean_at(c, trained_numbers) and mean_at(c, stored_bits)
+        c
+        for c in configs
+        if c.values("val/loss") and mean_over_runs(c, trained_numbers) and mean_over_runs(c, stored_bits)
     ]
-    if len(shown) < 2 or all(mean_at(c, trained_numbers) == c.mean("params/total") for c in shown):
+    if len(shown) < 2 or all(mean_over_runs(c, trained_numbers) == c.mean("params/total") for c in shown):
         return None
     axes_ = [(trained_numbers, "trained parameters", COUNT), (stored_bits, "stored bits", BITS)]
     if any(c.settings.get("subspace") for c in shown):
@@ -116,7 +118,7 @@ def trained_part(configs: list[Configuration]):
     labels = []
     panels = fig.subplots(1, len(axes_), sharey=True)
     for panel, (quantity, words, ladder) in zip(panels, axes_):
-        at = {c.name: x for c in shown if (x := mean_at(c, quantity))}
+        at = {c.name: x for c in shown if (x := mean_over_runs(c, quantity))}
         for c in shown:
             if c.name not in at:  # nothing, which has no place on a logarithmic axis
                 panel.axhline(
@@ -139,7 +141,7 @@ def trained_part(configs: list[Configuration]):
                 linestyle="none",
             )
             spots.append(
-                (panel, at[c.name], c.mean("val/loss"), f"{describe(c, 'loss')}\n{words} {at[c.name]:,.0f}")
+                (panel, at[c.name], c.mean("val/loss"), f"{hover_text(c, 'loss')}\n{words} {at[c.name]:,.0f}")
             )
         log_axis(panel.xaxis, subs=(1,) if max(at.values()) > 100 * min(at.values()) else (1, 2, 5))
         panel.xaxis.set_major_formatter(
@@ -165,13 +167,13 @@ def trained_part(configs: list[Configuration]):
     rows = [
         [
             c.name,
-            f"{mean_at(c, trained_numbers):,.0f}",
-            f"{mean_at(c, trained_in_blocks):,.0f}",
-            human(mean_at(c, stored_bits), BITS),
+            f"{mean_over_runs(c, trained_numbers):,.0f}",
+            f"{mean_over_runs(c, trained_in_blocks):,.0f}",
+            human(mean_over_runs(c, stored_bits), BITS),
             f"{c.mean('val/loss'):.4f}",
             outcome(c, "val/ppl"),
         ]
-        for c in sorted(shown, key=lambda c: (mean_at(c, trained_numbers), c.mean("val/loss")))
+        for c in sorted(shown, key=lambda c: (mean_over_runs(c, trained_numbers), c.mean("val/loss")))
     ]
     header = [
         "configuration",
@@ -258,7 +260,9 @@ def subspace_part(configs: list[Configuration]):
         }
         draw_line(panel, [(c.settings["subspace_dim"], c.values("val/loss")) for c in line], **look)
         handles += panel.plot([], [], **look, label=name)
-        spots += [(panel, c.settings["subspace_dim"], c.mean("val/loss"), describe(c, "loss")) for c in line]
+        spots += [
+            (panel, c.settings["subspace_dim"], c.mean("val/loss"), hover_text(c, "loss")) for c in line
+        ]
     log_axis(panel.xaxis, subs=(1,))
     draw_band(panel, full.values("val/loss") if full else [])
     rows = d90_rows(lines, full)
@@ -308,17 +312,19 @@ def subspace_part(configs: list[Configuration]):
 def d90_rows(lines: dict[str, list[Configuration]], full: Configuration | None) -> list[list[str]]:
     """A row for each method and seed that full rank has too."""
     rows = []
-    of_full = {seed(run): value(run, "val/loss") for run in full.runs if finished(run)} if full else {}
+    of_full = (
+        {run_seed(run): run_value(run, "val/loss") for run in full.runs if finished(run)} if full else {}
+    )
     for name, line in lines.items():
         runs = [
             (c.settings["subspace_dim"], run)
             for c in line
             for run in c.runs
-            if finished(run) and value(run, "val/loss") is not None
+            if finished(run) and run_value(run, "val/loss") is not None
         ]
-        for s in sorted({seed(run) for _, run in runs if of_full.get(seed(run)) is not None}):
-            points = [(d, value(run, "val/loss")) for d, run in runs if seed(run) == s]
-            start = loss_at_start(next(run for _, run in runs if seed(run) == s))
+        for s in sorted({run_seed(run) for _, run in runs if of_full.get(run_seed(run)) is not None}):
+            points = [(d, run_value(run, "val/loss")) for d, run in runs if run_seed(run) == s]
+            start = loss_at_start(next(run for _, run in runs if run_seed(run) == s))
             if start is None:
                 continue
             found = d90(points, start, of_full[s])
@@ -347,7 +353,7 @@ def d90_rows(lines: dict[str, list[Configuration]], full: Configuration | None) 
 def untrained_part(configs: list[Configuration]):
     groups = {}
     for c in configs:
-        if c.settings.get("adapter") and mean_at(c, at_start) and c.values("val/ppl"):
+        if c.settings.get("adapter") and mean_over_runs(c, at_start) and c.values("val/ppl"):
             rest = tuple(
                 sorted(
                     (k, str(v))
@@ -364,10 +370,10 @@ def untrained_part(configs: list[Configuration]):
     words = []
     panels = fig.subplots(1, len(groups), squeeze=False)[0]
     for panel, group in zip(panels, groups):
-        points = [(mean_at(c, at_start), c.mean("val/ppl")) for c in group]
+        points = [(mean_over_runs(c, at_start), c.mean("val/ppl")) for c in group]
         for i, (x, y) in enumerate(points):
             panel.plot([x], [y], color=COLOURS[0], marker="o", linestyle="none", markeredgecolor="white")
-            spots.append((panel, x, y, f"{describe(group[i], 'loss')}\nuntrained {x:.2f}"))
+            spots.append((panel, x, y, f"{hover_text(group[i], 'loss')}\nuntrained {x:.2f}"))
         log_axis(panel.xaxis)
         panel.margins(0.12)
         name = f"{method(group[0].settings)} on {group[0].settings.get('base')}"
@@ -380,7 +386,7 @@ def untrained_part(configs: list[Configuration]):
     fig.draw_without_rendering()
     for panel, group in zip(panels, groups):
         points = [
-            (mean_at(c, at_start), c.mean("val/ppl"), c.settings.get("layer_map") or "as it is")
+            (mean_over_runs(c, at_start), c.mean("val/ppl"), c.settings.get("layer_map") or "as it is")
             for c in group
         ]
         label_points(fig, panel, points, [(x, y) for x, y, _ in points])

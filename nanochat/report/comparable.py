@@ -4,13 +4,13 @@ from nanochat.metrics import Run
 from nanochat.report.configurations import finished
 
 # What has to be the same in two runs before a quantity of one may be divided by the other's. See check_comparable.
-TEXT = "text"
-TOKENIZER = "tokenizer"
-MACHINE = "machine"
-END = "end"
+SAME_TEXT = "text"
+SAME_TOKENIZER = "tokenizer"
+SAME_MACHINE = "machine"
+BOTH_FINISHED = "end"
 
 
-def look(run: Run, path: str):
+def config_value(run: Run, path: str):
     """A value of config.json by its dotted path; None where any part of it is missing."""
     value = run.config
     for part in path.split("."):
@@ -18,7 +18,7 @@ def look(run: Run, path: str):
     return value
 
 
-def number(run: Run, key: str):
+def summary_number(run: Run, key: str):
     """A number of summary.json (it may be NaN), or None."""
     value = run.summary.get(key)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -30,39 +30,43 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
 
     def differing(*paths):
         """Names of the runs that differ from the first in any of the paths, or where the first path is not recorded."""
-        ours = [look(first, p) for p in paths]
-        return [run.name for run in runs[1:] if ours[0] is None or [look(run, p) for p in paths] != ours]
+        ours = [config_value(first, p) for p in paths]
+        return [
+            run.name for run in runs[1:] if ours[0] is None or [config_value(run, p) for p in paths] != ours
+        ]
 
     broken = {
-        TOKENIZER: differing("derived.tokenizer_hash"),
-        TEXT: differing("derived.corpus.val_fingerprint"),
-        MACHINE: differing(
+        SAME_TOKENIZER: differing("derived.tokenizer_hash"),
+        SAME_TEXT: differing("derived.corpus.val_fingerprint"),
+        SAME_MACHINE: differing(
             "device.type", "device.name", "device.dtype", "device.processes", "device.threads"
         ),
-        END: [run.name for run in runs if not (finished(run) and finished(first))],
+        BOTH_FINISHED: [run.name for run in runs if not (finished(run) and finished(first))],
     }
     # Under one tokenizer, another number of validation tokens is another text. (Two tokenizers always count differently.)
-    broken[TEXT] += [
-        name for name in differing("derived.val_tokens") if name not in broken[TEXT] + broken[TOKENIZER]
+    broken[SAME_TEXT] += [
+        name
+        for name in differing("derived.val_tokens")
+        if name not in broken[SAME_TEXT] + broken[SAME_TOKENIZER]
     ]
     warnings = []
     notes = []
 
-    if broken[TOKENIZER]:
+    if broken[SAME_TOKENIZER]:
         warnings.append(
-            f"{names(broken[TOKENIZER])} did not, on record, use the tokenizer of {first.name}, so perplexity is "
+            f"{join_names(broken[SAME_TOKENIZER])} did not, on record, use the tokenizer of {first.name}, so perplexity is "
             "not comparable and no ratio of it is shown; bits per byte is comparable across tokenizers only on the "
             "same validation text."
         )
-    if broken[TEXT]:
+    if broken[SAME_TEXT]:
         warnings.append(
-            f"{names(broken[TEXT])} did not, on record, use the validation text of {first.name} (another "
+            f"{join_names(broken[SAME_TEXT])} did not, on record, use the validation text of {first.name} (another "
             "corpus, or another part of it), so neither perplexity nor bits per byte is comparable and no ratio of "
             "them is shown; bits per byte is comparable across tokenizers only on the same validation text."
         )
-    if broken[MACHINE]:
+    if broken[SAME_MACHINE]:
         warnings.append(
-            f"{names(broken[MACHINE])} did not, on record, run on the device of {first.name}, with its dtype, "
+            f"{join_names(broken[SAME_MACHINE])} did not, on record, run on the device of {first.name}, with its dtype, "
             "processes and threads, so times and memory are not comparable and no ratio of them is shown."
         )
     for run in runs:
@@ -80,11 +84,11 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
         ("seed", "seed"),
         ("code (git commit)", "git.commit"),
     ):
-        if look(first, path) is not None and (others := differing(path)):
-            notes.append(f"Different {what} from {first.name}: {names(others)}.")
-    dirty = [run.name for run in runs if look(run, "git.dirty")]
+        if config_value(first, path) is not None and (others := differing(path)):
+            notes.append(f"Different {what} from {first.name}: {join_names(others)}.")
+    dirty = [run.name for run in runs if config_value(run, "git.dirty")]
     if dirty:
-        notes.append(f"Ran from a source tree with uncommitted changes: {names(dirty)}.")
+        notes.append(f"Ran from a source tree with uncommitted changes: {join_names(dirty)}.")
     settings = [sorted((k, str(v)) for k, v in flags(run).items() if k != "seed") for run in runs]
     if len(runs) > 1 and all(settings.count(s) == 1 for s in settings):
         notes.append(
@@ -93,12 +97,12 @@ def check_comparable(runs: list[Run]) -> tuple[dict, list[str], list[str]]:
     return broken, warnings, notes
 
 
-def names(some: list[str]) -> str:
+def join_names(some: list[str]) -> str:
     return ", ".join(some) if len(some) <= 6 else ", ".join(some[:5]) + f" and {len(some) - 5} more"
 
 
 def progress(run: Run) -> str:
-    total = look(run, "derived.num_iterations")
+    total = config_value(run, "derived.num_iterations")
     return f"step {run.summary.get('step', 0)}" + (f" of {total}" if total else "")
 
 
@@ -117,7 +121,7 @@ def diverged(run: Run) -> bool:
 
 def unapplied(run: Run) -> int:
     """Steps that left the weights as they were, because the loss or the gradient was not finite."""
-    count = number(run, "train/bad_steps")
+    count = summary_number(run, "train/bad_steps")
     return int(count) if count and 0 < count < 1e18 else 0
 
 
@@ -127,7 +131,7 @@ def divergence_notes(runs: list[Run]) -> list[str]:
     for run in runs:
         parts = []
         if unapplied(run):
-            steps = f"{unapplied(run):,} of {number(run, 'step') or 0:,} steps"
+            steps = f"{unapplied(run):,} of {summary_number(run, 'step') or 0:,} steps"
             parts.append(f"{steps} not applied: loss or gradient not finite")
         if diverged(run):
             parts.append("it ended by --max-bad-steps, before its last step")
@@ -138,4 +142,6 @@ def divergence_notes(runs: list[Run]) -> list[str]:
 
 def flags(run: Run) -> dict:
     """The flags that shape a run; its names on disk and on wandb, and whether it was resumed, do not."""
-    return {k: v for k, v in (look(run, "flags") or {}).items() if k not in ("model_tag", "run", "resume")}
+    return {
+        k: v for k, v in (config_value(run, "flags") or {}).items() if k not in ("model_tag", "run", "resume")
+    }

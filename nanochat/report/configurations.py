@@ -17,7 +17,7 @@ from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
 RESOLVED = set(flag_names(Role.PLACE, Role.REQUEST))
-MODEL = {
+MODEL_FLAGS = {
     "n_layer": "depth",
     "n_embd": "model_dim",
     "sequence_len": "max_seq_len",
@@ -46,7 +46,7 @@ class Configuration:
 
     def values(self, key: str) -> list[float]:
         """Finite values of a summary key, or of step_time (seconds), over the finished runs."""
-        return [v for run in self.runs if finished(run) and (v := value(run, key)) is not None]
+        return [v for run in self.runs if finished(run) and (v := run_value(run, key)) is not None]
 
     def mean(self, key: str) -> float | None:
         found = self.values(key)
@@ -60,7 +60,7 @@ def finished(run: Run) -> bool:
     return run.summary.get("status") == "finished"
 
 
-def value(run: Run, key: str) -> float | None:
+def run_value(run: Run, key: str) -> float | None:
     """A finite number of the summary, or step_time (seconds); None where there is none."""
     number = step_seconds(run) if key == "step_time" else run.summary.get(key)
     return (
@@ -77,7 +77,7 @@ def step_seconds(run: Run) -> float | None:
     return median(times) if times else None
 
 
-def seed(run: Run) -> int:
+def run_seed(run: Run) -> int:
     return run.config.get("seed", run.config.get("flags", {}).get("seed", 0))
 
 
@@ -94,9 +94,9 @@ def settings(run: Run, defaults: dict) -> dict:
     unsaid = {"n_head", "matrix_ranks", "rank_multiple"}
     if not model.get("layer_kinds"):
         unsaid.add("layer_kinds")  # of copied layers alone; older runs lack it
-    found |= {MODEL.get(k, k): v for k, v in model.items() if k not in unsaid}
+    found |= {MODEL_FLAGS.get(k, k): v for k, v in model.items() if k not in unsaid}
     found |= {
-        k: whole_ranks(found[k], model, k)
+        k: resolved_ranks(found[k], model, k)
         for k in RANKS
         if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))
     }
@@ -119,7 +119,7 @@ def settings(run: Run, defaults: dict) -> dict:
     }
 
 
-def whole_ranks(ranks, model: dict, group: str):
+def resolved_ranks(ranks, model: dict, group: str):
     """Fractions of the smaller side as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
 
     def whole(rank):
@@ -187,7 +187,7 @@ def configurations(runs: list[Run]) -> list[Configuration]:
     return [
         Configuration(
             name,
-            tuple(sorted(members, key=seed)),
+            tuple(sorted(members, key=run_seed)),
             not method(s) and any(s.get(key) for key in (*RANKS, "matrix_ranks")),
             s,
             method(s),
@@ -268,7 +268,7 @@ def setting_name(key: str, setting) -> str:
     }.get(key, f"{words} {shown}")
 
 
-def axes(configs: list[Configuration]) -> dict[str, list]:
+def varying_settings(configs: list[Configuration]) -> dict[str, list]:
     """{flag: its distinct values, numbers in order before words} of the settings that differ between configurations."""
     found = {}
     for key in dict.fromkeys(key for c in configs for key in c.settings):
@@ -280,7 +280,7 @@ def axes(configs: list[Configuration]) -> dict[str, list]:
     return found
 
 
-def pareto(points: list[tuple[float, float]]) -> list[int]:
+def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other point equals or beats in both coordinates (smaller is better), by the first coordinate.
 
     Of points that coincide the first is kept. A point that is not finite is never among them.

@@ -11,7 +11,7 @@ from scipy.special import stdtrit  # the t quantile alone; scipy.stats takes a s
 
 from nanochat.flag_types import Role
 from nanochat.flags import flag_names
-from nanochat.report.configurations import MACHINE, Configuration, finished, seed, value
+from nanochat.report.configurations import MACHINE, Configuration, finished, run_seed, run_value
 
 # The data and their order (a function of text, tokenizer, length and seed), the number of tokens, the schedule, the arithmetic.
 CORPUS = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens")
@@ -54,9 +54,9 @@ def by_seed(configs: list[Configuration], quantity, usable=finished) -> dict[int
     """{seed: mean logarithm} of a positive quantity (a summary key, or a function of a run) over all usable runs of that seed."""
     found = {}
     for run in (run for config in configs for run in config.runs if usable(run)):
-        number = quantity(run) if callable(quantity) else value(run, quantity)
+        number = quantity(run) if callable(quantity) else run_value(run, quantity)
         if number is not None and number > 0:
-            found.setdefault(seed(run), []).append(math.log(number))
+            found.setdefault(run_seed(run), []).append(math.log(number))
     return {s: fmean(logs) for s, logs in sorted(found.items())}
 
 

@@ -12,14 +12,14 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from nanochat.report.configurations import Configuration, axes, rank_name
+from nanochat.report.configurations import Configuration, rank_name, varying_settings
 from nanochat.report.summaries import (
     depth,
-    factored,
+    factored_groups,
     mean_rank,
-    pairs,
     rank_words,
     ranks_in_order,
+    run_points,
     spread,
     whiskers,
 )
@@ -95,7 +95,7 @@ def looks(configs: list[Configuration]) -> dict[str, dict]:
 
     Of many ranks: one colour for each combination of factored matrices, paler the lower the rank; of one combination a scale of colours.
     """
-    ranks = {rank_words(c): factored(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
+    ranks = {rank_words(c): factored_groups(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
     ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
     kinds = list(dict.fromkeys(ranks.values()))
     depths = sorted({depth(c) for c in configs})
@@ -131,7 +131,7 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
     many = len(configs) > FEW
     ranks = {rank_words(c) for c in configs if not c.full_rank}
     depths = {depth(c) for c in configs}
-    rates = {key for key in axes(configs) if key.endswith("_lr")}
+    rates = {key for key in varying_settings(configs) if key.endswith("_lr")}
     found = {}
     for c in configs:
         known = rank_name(c.settings).split(", ") + [f"{depth(c)} layers"]
@@ -158,7 +158,7 @@ def draw_point(
     panel, config: Configuration, x_key: str, y_key: str, size: float, look: dict, opacity: float = 0.3
 ) -> tuple[float, float]:
     """The means over the seeds with error bars, and the seeds as smaller points of that opacity. Returns the means, x in units of `size`."""
-    points = pairs(config, x_key, y_key)
+    points = run_points(config, x_key, y_key)
     xs = [x / size for x, _ in points]
     ys = [y for _, y in points]
     panel.errorbar(

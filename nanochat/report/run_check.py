@@ -14,7 +14,7 @@ MAX_LAYERS = 100_000
 SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head")
 
 
-def checked(run: Run) -> Run:
+def checked_run(run: Run) -> Run:
     """The run, without nulls. InputError unless its values have the types that the report counts on."""
     config = {key: value if key == "flags" else without_nulls(value) for key, value in run.config.items()}
     config = {key: value for key, value in config.items() if value is not None}

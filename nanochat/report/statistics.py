@@ -42,7 +42,7 @@ def d90(points: list[tuple[float, float]], start: float, full: float) -> float |
 # ---- does one order predict the other -------------------------------------------------------------------------------
 
 
-def ranks(values) -> np.ndarray:
+def sample_ranks(values) -> np.ndarray:
     """1 for the smallest; equal values share the mean of their places."""
     _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
@@ -50,7 +50,7 @@ def ranks(values) -> np.ndarray:
 
 def spearman(x, y) -> float:
     """Correlation of the ranks; NaN where either has one value only."""
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    a, b = (r - r.mean() for r in (sample_ranks(x), sample_ranks(y)))
     size = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size else math.nan
 

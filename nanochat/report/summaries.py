@@ -10,11 +10,11 @@ from nanochat.report.configurations import (
     RANKS,
     Configuration,
     finished,
-    pareto,
+    pareto_front,
     rank_name,
-    seed,
-    value,
-    whole_ranks,
+    resolved_ranks,
+    run_seed,
+    run_value,
 )
 from nanochat.units import BYTES, COUNT, FLOP, TIME, human
 
@@ -57,14 +57,14 @@ def outcome(config: Configuration, y_key: str) -> str:
     )
 
 
-def describe(config: Configuration, measure: str) -> str:
+def hover_text(config: Configuration, measure: str) -> str:
     """The hover text of a configuration."""
     y_key, what = MEASURES[measure]
     runs = [run for run in config.runs if finished(run)]
     lines = [
         config.name,
         f"{what} {outcome(config, y_key)}",
-        f"{len(runs)} run{'s' * (len(runs) > 1)}, seed {', '.join(str(seed(run)) for run in runs)}",
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, seed {', '.join(str(run_seed(run)) for run in runs)}",
     ]
     if len(config.values(y_key)) < len(runs):
         lines.append(f"{len(runs) - len(config.values(y_key))} of them not finite: left out")
@@ -83,33 +83,35 @@ def baseline(configs: list[Configuration], y_key: str) -> Configuration | None:
     return min((c for c in full if len(c.values(y_key)) == most), key=lambda c: c.mean(y_key), default=None)
 
 
-def pairs(config: Configuration, x_key: str, y_key: str) -> list[tuple[float, float]]:
+def run_points(config: Configuration, x_key: str, y_key: str) -> list[tuple[float, float]]:
     """(x, y) of the finished runs that have both."""
-    found = [(value(run, x_key), value(run, y_key)) for run in config.runs if finished(run)]
+    found = [(run_value(run, x_key), run_value(run, y_key)) for run in config.runs if finished(run)]
     return [(x, y) for x, y in found if x is not None and y is not None]
 
 
-def mean_at(config: Configuration, quantity) -> float | None:
+def mean_over_runs(config: Configuration, quantity) -> float | None:
     """The mean of a function of a run over the finished runs for which it is not None."""
     found = [number for run in config.runs if finished(run) and (number := quantity(run)) is not None]
     return fmean(found) if found else None
 
 
-def diverged(config: Configuration, key: str) -> bool:
+def any_diverged(config: Configuration, key: str) -> bool:
     """Whether a finished run has no finite value: a mean over the other seeds flatters."""
-    return any(finished(run) and value(run, key) is None for run in config.runs)
+    return any(finished(run) and run_value(run, key) is None for run in config.runs)
 
 
 def frontier(configs: list[Configuration], x_key: str, y_key: str) -> list[Configuration]:
     """Those whose means no other configuration's equal or beat in both, cheapest first. One that diverged on a seed is not among them."""
-    able = [c for c in configs if c.values(x_key) and c.values(y_key) and not diverged(c, y_key)]
-    return [able[i] for i in pareto([(c.mean(x_key), c.mean(y_key)) for c in able])]
+    able = [c for c in configs if c.values(x_key) and c.values(y_key) and not any_diverged(c, y_key)]
+    return [able[i] for i in pareto_front([(c.mean(x_key), c.mean(y_key)) for c in able])]
 
 
-def times_to(config: Configuration, threshold: float) -> list[float]:
+def times_to_perplexity(config: Configuration, threshold: float) -> list[float]:
     """Seconds of training to a perplexity, a value a finished run, interpolated where it can be; empty unless all of them got there."""
     key = f"time_to_ppl/{threshold:g}/seconds"
-    found = [value(run, key + "_interpolated") or value(run, key) for run in config.runs if finished(run)]
+    found = [
+        run_value(run, key + "_interpolated") or run_value(run, key) for run in config.runs if finished(run)
+    ]
     return [] if None in found else found
 
 
@@ -119,7 +121,7 @@ def memory_key(configs: list[Configuration]) -> str:
     return PREDICTED if on_cpu and all(c.values(PREDICTED) for c in configs) else PEAK
 
 
-def one_machine(configs: list[Configuration]) -> bool:
+def same_machine(configs: list[Configuration]) -> bool:
     return len({tuple(c.settings.get(key) for key in MACHINE) for c in configs}) == 1
 
 
@@ -131,7 +133,7 @@ def mean_rank(config: Configuration) -> float:
     ranks = [
         r
         for group in ("attn_rank", "mlp_rank")
-        for r in whole_ranks(model.get(f"{group}s") or [], model, group)
+        for r in resolved_ranks(model.get(f"{group}s") or [], model, group)
         if r
     ]
     return fmean(ranks) if ranks else math.inf
@@ -149,14 +151,14 @@ def rank_words(config: Configuration) -> str:
     return rank_name({**s, "mlp_rank": 0}).replace("attn", "rank") if same else rank_name(s)
 
 
-def factored(config: Configuration) -> tuple:
+def factored_groups(config: Configuration) -> tuple:
     return (
         *(not config.method and bool(config.settings.get(key)) for key in RANKS),
         *filter(None, [config.method]),
     )
 
 
-def best_of(configs: list[Configuration], key, y_key: str) -> dict:
+def best_by_key(configs: list[Configuration], key, y_key: str) -> dict:
     """{key(config): the configuration that ended best among those of this key}, in order of first appearance."""
     best = {}
     for c in configs:
@@ -168,7 +170,7 @@ def best_of(configs: list[Configuration], key, y_key: str) -> dict:
 def ranks_in_order(configs: list[Configuration]) -> list[str]:
     """The distinct rank descriptions, what is factored together, from low to high, full rank last."""
     order = {
-        rank_words(c): (not c.low_rank, factored(c), mean_rank(c)) for c in configs
+        rank_words(c): (not c.low_rank, factored_groups(c), mean_rank(c)) for c in configs
     }  # other methods come after full rank
     return sorted(order, key=order.get)
 
@@ -192,7 +194,7 @@ def representatives(configs: list[Configuration]) -> list[Run]:
     ]
 
 
-def error_bars(configs: list[Configuration]) -> str:
+def error_bar_caption(configs: list[Configuration]) -> str:
     counts = sorted({len([run for run in c.runs if finished(run)]) for c in configs} - {0})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     meaning = [

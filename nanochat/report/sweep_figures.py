@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from nanochat.history import series
-from nanochat.report.configurations import Configuration, finished, rank_name, seed, value
+from nanochat.report.configurations import Configuration, finished, rank_name, run_seed, run_value
 from nanochat.report.plotting import (
     BLACK,
     COLOURS,
@@ -40,23 +40,23 @@ from nanochat.report.run_figures import draw_memory, draw_parameters, loss_limit
 from nanochat.report.summaries import (
     COSTS,
     MEASURES,
+    any_diverged,
     baseline,
-    best_of,
+    best_by_key,
     depth,
-    describe,
-    diverged,
-    error_bars,
-    factored,
+    error_bar_caption,
+    factored_groups,
     frontier,
+    hover_text,
     mean_rank,
     memory_key,
-    one_machine,
     outcome,
-    pairs,
     rank_words,
     ranks_in_order,
     representatives,
-    times_to,
+    run_points,
+    same_machine,
+    times_to_perplexity,
 )
 from nanochat.units import COUNT, TIME, human, is_finite, three_digits, unit_of
 
@@ -116,7 +116,7 @@ def study_figures(configs: list[Configuration], measure: str) -> dict:
 def caption(name: str, configs: list[Configuration]) -> str:
     """What a figure shows, and what its error bars are."""
     return CAPTIONS[name] + (
-        "" if name in ("loss_time.png", "parameters.png", "memory.png") else " " + error_bars(configs)
+        "" if name in ("loss_time.png", "parameters.png", "memory.png") else " " + error_bar_caption(configs)
     )
 
 
@@ -140,16 +140,16 @@ def draw_frontier(configs: list[Configuration], measure: str):
         if cost[0] in ("params/total", memory, "total_training_time", "total_training_flops")
     ]
     for panel, (x_key, words, ladder) in zip(panels.flat, costs):
-        shown = [c for c in configs if pairs(c, x_key, y_key)]
+        shown = [c for c in configs if run_points(c, x_key, y_key)]
         size, unit = unit_of(max((c.mean(x_key) for c in shown), default=0), ladder)
         panel.set_xlabel(f"{words} ({unit})" if unit else words)
         tidy(panel)
         draw_band(panel, base.values(y_key) if base else [])
-        if not shown or not one_machine(configs) and x_key in (memory, "total_training_time"):
+        if not shown or not same_machine(configs) and x_key in (memory, "total_training_time"):
             say_empty(panel, f"different machines:\n{words} is not comparable" if shown else "not recorded")
             continue
         points = {c.name: draw_point(panel, c, x_key, y_key, size, style[c.name]) for c in shown}
-        spots += [(panel, *points[c.name], describe(c, measure)) for c in shown]
+        spots += [(panel, *points[c.name], hover_text(c, measure)) for c in shown]
         log_if_wide(panel.xaxis, [x for x, _ in points.values()])
         panel.margins(x=0.1)
         front = [c.name for c in frontier(shown, x_key, y_key)]
@@ -176,7 +176,7 @@ def draw_frontier(configs: list[Configuration], measure: str):
 def draw_clusters(configs: list[Configuration], measure: str):
     """Loss against parameters: every configuration's name beside its mean, and its seeds. Of many, the best of each size is named."""
     y_key, y_words = ("val/loss", "validation loss (nats/token)") if measure == "loss" else MEASURES[measure]
-    shown = [c for c in configs if pairs(c, "params/total", y_key)]
+    shown = [c for c in configs if run_points(c, "params/total", y_key)]
     if len({c.mean("params/total") for c in shown}) < 2:
         return None
     style = looks(shown)
@@ -192,17 +192,17 @@ def draw_clusters(configs: list[Configuration], measure: str):
     }
     for c in shown:
         seeds = [
-            (run, value(run, "params/total") / size, value(run, y_key))
+            (run, run_value(run, "params/total") / size, run_value(run, y_key))
             for run in c.runs
-            if finished(run) and value(run, y_key) is not None
+            if finished(run) and run_value(run, y_key) is not None
         ]
         obstacles += [(x, y) for _, x, y in seeds] + fences(c, "params/total", y_key, size)
         if len(seeds) > 1:
             spots += [
-                (panel, x, y, f"{run.name}\n{c.name}, seed {seed(run)}\n{y_words} {y:.4f}")
+                (panel, x, y, f"{run.name}\n{c.name}, seed {run_seed(run)}\n{y_words} {y:.4f}")
                 for run, x, y in seeds
             ]
-        spots.append((panel, *points[c.name], describe(c, measure)))
+        spots.append((panel, *points[c.name], hover_text(c, measure)))
     draw_band(panel, base.values(y_key) if base else [])
     panel.set_xlabel(f"parameters ({unit})" if unit else "parameters")
     panel.set_ylabel(y_words)
@@ -211,7 +211,9 @@ def draw_clusters(configs: list[Configuration], measure: str):
     panel.margins(x=0.14)
     cut_above(panel, [c.values(y_key) for c in shown], [base.mean(y_key)] if base else [])
     legend_below(fig, shown, style, base)
-    named = shown if len(shown) <= FEW else best_of(shown, lambda c: c.mean("params/total"), y_key).values()
+    named = (
+        shown if len(shown) <= FEW else best_by_key(shown, lambda c: c.mean("params/total"), y_key).values()
+    )
     fig.draw_without_rendering()
     obstacles += [*points.values(), *across(panel, base and base.mean(y_key))]
     label_points(fig, panel, [(*points[c.name], names[c.name]) for c in named], obstacles)
@@ -225,7 +227,7 @@ def draw_depth_rank(configs: list[Configuration], measure: str):
     """Rows: depth, columns: rank; the mean and its spread in each cell."""
     y_key, y_words = MEASURES[measure]
     configs = [c for c in configs if not c.method]
-    cells = best_of(configs, lambda c: (depth(c), rank_words(c)), y_key)
+    cells = best_by_key(configs, lambda c: (depth(c), rank_words(c)), y_key)
     rows = sorted({layers for layers, _ in cells})
     columns = ranks_in_order(configs)
     if sum(sum(layers == row for layers, _ in cells) > 1 for row in rows) < 2:
@@ -250,20 +252,24 @@ def draw_depth_rank(configs: list[Configuration], measure: str):
             x,
             y,
             outcome(c, y_key).replace(" ± ", "\n± ").replace(" to ", "\nto ")
-            + (" †" if diverged(c, y_key) else ""),
+            + (" †" if any_diverged(c, y_key) else ""),
             ha="center",
             va="center",
             fontsize=8.5,
             color="white" if shade < 0.55 else "black",
         )
-        spots.append((panel, x, y, describe(c, measure)))
+        spots.append((panel, x, y, hover_text(c, measure)))
     panel.set_xticks(
         range(len(columns)), [plain(column.removeprefix("rank ")).replace(", ", "\n") for column in columns]
     )
     panel.set_yticks(range(len(rows)), rows)
     panel.set_xlabel(
         "rank"
-        + (" († a seed diverged and is left out)" if any(diverged(c, y_key) for c in cells.values()) else "")
+        + (
+            " († a seed diverged and is left out)"
+            if any(any_diverged(c, y_key) for c in cells.values())
+            else ""
+        )
     )
     panel.set_ylabel("layers")
     panel.spines[:].set_visible(False)
@@ -287,9 +293,9 @@ def draw_learning_rates(configs: list[Configuration], measure: str):
         for line in lines:
             look = {**style[line[0].name], "linestyle": LINES[depths.index(depth(line[0])) % len(LINES)]}
             draw_line(panel, [(c.settings[flag], c.values(y_key)) for c in line if c.values(y_key)], **look)
-            mark_at_top(panel, [c.settings[flag] for c in line if diverged(c, y_key)], look["color"])
+            mark_at_top(panel, [c.settings[flag] for c in line if any_diverged(c, y_key)], look["color"])
             if best := min(
-                (c for c in line if not diverged(c, y_key)), key=lambda c: c.mean(y_key), default=None
+                (c for c in line if not any_diverged(c, y_key)), key=lambda c: c.mean(y_key), default=None
             ):
                 panel.plot(
                     best.settings[flag],
@@ -301,7 +307,7 @@ def draw_learning_rates(configs: list[Configuration], measure: str):
                     zorder=4,
                 )
             spots += [
-                (panel, c.settings[flag], c.mean(y_key), describe(c, measure))
+                (panel, c.settings[flag], c.mean(y_key), hover_text(c, measure))
                 for c in line
                 if c.values(y_key)
             ]
@@ -337,9 +343,9 @@ def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list
 
 def over_common_seeds(line: list[Configuration]) -> list[Configuration]:
     """The same over the seeds that all of them finished, if there are any: where a rate tuned on one seed is run on others, rates would else compare seeds."""
-    common = set.intersection(*({seed(run) for run in c.runs if finished(run)} for c in line))
+    common = set.intersection(*({run_seed(run) for run in c.runs if finished(run)} for c in line))
     return (
-        [replace(c, runs=tuple(run for run in c.runs if seed(run) in common)) for c in line]
+        [replace(c, runs=tuple(run for run in c.runs if run_seed(run) in common)) for c in line]
         if common
         else line
     )
@@ -356,22 +362,28 @@ def draw_thresholds(configs: list[Configuration], measure: str):
         if not c.settings.get("matrix_ranks") and c.settings.get("factor_act", "none") == "none"
     ]
     chosen = list(
-        best_of(configs, lambda c: (factored(c), depth(c), rank_words(c)), MEASURES[measure][0]).values()
+        best_by_key(
+            configs, lambda c: (factored_groups(c), depth(c), rank_words(c)), MEASURES[measure][0]
+        ).values()
     )
     low = [c for c in chosen if c.low_rank]
     full = {depth(c): c for c in chosen if c.full_rank}
     asked = [
         p
         for p in thresholds_of(chosen)
-        if sum(bool(times_to(c, p)) for c in chosen) > 1 and any(times_to(c, p) for c in low)
+        if sum(bool(times_to_perplexity(c, p)) for c in chosen) > 1
+        and any(times_to_perplexity(c, p) for c in low)
     ][-3:]
-    if measure != "loss" or not asked or len({mean_rank(c) for c in low}) < 2 or not one_machine(configs):
+    if measure != "loss" or not asked or len({mean_rank(c) for c in low}) < 2 or not same_machine(configs):
         return None
     series = {}
-    for c in sorted(low, key=lambda c: (factored(c), depth(c), mean_rank(c))):
-        series.setdefault((factored(c), depth(c)), []).append(c)
+    for c in sorted(low, key=lambda c: (factored_groups(c), depth(c), mean_rank(c))):
+        series.setdefault((factored_groups(c), depth(c)), []).append(c)
     references = [layers for layers in full if layers in {depth(c) for c in low}]
-    size, unit = unit_of(max(fmean(times_to(c, p)) for c in chosen for p in asked if times_to(c, p)), TIME)
+    size, unit = unit_of(
+        max(fmean(times_to_perplexity(c, p)) for c in chosen for p in asked if times_to_perplexity(c, p)),
+        TIME,
+    )
     fig = new_figure(max(6, 4 * len(asked)), 4.7)
     spots = []
     panels = fig.subplots(1, len(asked), squeeze=False)[0]
@@ -380,19 +392,20 @@ def draw_thresholds(configs: list[Configuration], measure: str):
         for i, ((parts, layers), line) in enumerate(series.items()):
             color = COLOURS[i % len(COLOURS)]
             colours.setdefault(layers, color if len(references) > 1 else BLACK)
-            reached = [c for c in line if times_to(c, p)]
+            reached = [c for c in line if times_to_perplexity(c, p)]
             draw_line(
                 panel,
-                [(mean_rank(c), [t / size for t in times_to(c, p)]) for c in reached],
+                [(mean_rank(c), [t / size for t in times_to_perplexity(c, p)]) for c in reached],
                 color=color,
                 marker=MARKERS[i % len(MARKERS)],
             )
             mark_at_top(panel, [mean_rank(c) for c in line if c not in reached], color)
             spots += [
-                (panel, mean_rank(c), fmean(times_to(c, p)) / size, describe_time(c, p)) for c in reached
+                (panel, mean_rank(c), fmean(times_to_perplexity(c, p)) / size, describe_time(c, p))
+                for c in reached
             ]
         for layers in references:
-            draw_band(panel, [t / size for t in times_to(full[layers], p)], colours[layers])
+            draw_band(panel, [t / size for t in times_to_perplexity(full[layers], p)], colours[layers])
         panel.set_title(f"to perplexity {p:g}", fontsize=10.5)
         one_rank = all(len(ranks := ranks_of(c)) == 1 and is_finite(*ranks) for c in low)
         panel.set_xlabel("rank" if one_rank else "mean rank of the factored layers")
@@ -418,8 +431,10 @@ def draw_thresholds(configs: list[Configuration], measure: str):
 
 
 def describe_time(config: Configuration, threshold: float) -> str:
-    times = times_to(config, threshold)
-    lines = [f"seed {seed(run)}: {human(t, TIME)}" for run, t in zip(filter(finished, config.runs), times)]
+    times = times_to_perplexity(config, threshold)
+    lines = [
+        f"seed {run_seed(run)}: {human(t, TIME)}" for run, t in zip(filter(finished, config.runs), times)
+    ]
     return "\n".join([config.name, f"perplexity {threshold:g} after {human(fmean(times), TIME)}", *lines])
 
 
@@ -457,7 +472,7 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     key = "val/" + measure
     curves = {c.name: points for c in configs if len(points := mean_curve(c, key)) > 1}
     configs = [c for c in configs if c.name in curves]
-    if len(configs) < 2 or not one_machine(configs):
+    if len(configs) < 2 or not same_machine(configs):
         return None
     base = base if base and base.name in curves else None
     reading = sooner(configs, base) if base and measure == "loss" else None
@@ -551,8 +566,10 @@ def mean_curve(config: Configuration, key: str) -> list[tuple[float, float]]:
 def sooner(configs: list[Configuration], base: Configuration) -> tuple | None:
     """(perplexity, configuration, its seconds, the baseline's): the fastest low-rank one to the hardest threshold that both reach."""
     for p in reversed(thresholds_of(configs)):
-        reached = [(fmean(times), c.name, c) for c in configs if c.low_rank and (times := times_to(c, p))]
-        if reached and times_to(base, p):
+        reached = [
+            (fmean(times), c.name, c) for c in configs if c.low_rank and (times := times_to_perplexity(c, p))
+        ]
+        if reached and times_to_perplexity(base, p):
             ours, _, fastest = min(reached)
-            return p, fastest, ours, fmean(times_to(base, p))
+            return p, fastest, ours, fmean(times_to_perplexity(base, p))
     return None

@@ -7,26 +7,26 @@ from nanochat.metrics import Run
 from nanochat.report.comparable import status_words
 from nanochat.report.configurations import (
     Configuration,
-    axes,
     finished,
     paste_flags,
-    seed,
+    run_seed,
+    run_value,
     step_seconds,
-    value,
+    varying_settings,
 )
-from nanochat.report.pairing import CONTEXT, SHAPE, by_seed, differences, key
+from nanochat.report.pairing import by_seed, differences
+from nanochat.report.run_tables import number_text, thresholds
 from nanochat.report.summaries import (
     COSTS,
     MEASURES,
+    any_diverged,
     baseline,
-    diverged,
     frontier,
     memory_key,
-    one_machine,
     outcome,
-    times_to,
+    same_machine,
+    times_to_perplexity,
 )
-from nanochat.report.tables import shown, thresholds
 from nanochat.units import TIME, human
 
 QUALITY = {
@@ -37,19 +37,23 @@ QUALITY = {
 
 def runs_table(configs: list[Configuration], measure: str) -> tuple:
     """A row a run, its axes as filters. What is unfinished has no values: they would be read as final."""
-    varying = [axis for axis in axes(configs) if not axis.endswith("_fingerprint")]
+    varying = [axis for axis in varying_settings(configs) if not axis.endswith("_fingerprint")]
     runs = [run for c in configs for run in c.runs]
     columns = QUALITY[measure] + [
-        column for column in COSTS if any(value(run, column[0]) is not None for run in runs)
+        column for column in COSTS if any(run_value(run, column[0]) is not None for run in runs)
     ]
-    asked = [p for p in thresholds(runs) if any(times_to(c, p) for c in configs)] if measure == "loss" else []
+    asked = (
+        [p for p in thresholds(runs) if any(times_to_perplexity(c, p) for c in configs)]
+        if measure == "loss"
+        else []
+    )
     columns += [(f"time_to_ppl/{p:g}/seconds_interpolated", f"time to perplexity {p:g}", TIME) for p in asked]
     labels = [axis.replace("_", " ") for axis in varying]
     rows = []
     for c in configs:
         for run in c.runs:
             ours = [cell(number_of(run, key_), form) if finished(run) else None for key_, _, form in columns]
-            of_run = [seed(run), status_words(run)]
+            of_run = [run_seed(run), status_words(run)]
             rows.append([run.name, c.name, *(c.settings.get(axis) for axis in varying), *of_run, *ours])
     return (
         "runs",
@@ -65,7 +69,7 @@ def number_of(run: Run, key_: str):
 
 
 def cell(number, form):
-    return (shown(number, form), number) if isinstance(number, (int, float)) else None
+    return (number_text(number, form), number) if isinstance(number, (int, float)) else None
 
 
 def configurations_table(configs: list[Configuration], measure: str) -> list[tuple]:
@@ -73,12 +77,12 @@ def configurations_table(configs: list[Configuration], measure: str) -> list[tup
     y_key, y_words = MEASURES[measure]
     done = [c for c in configs if c.values(y_key)]
     base = baseline(done, y_key)
-    alike = one_machine(done)
+    alike = same_machine(done)
     wanted = ["params/total"] + [memory_key(done), "step_time", "total_training_time"] * alike
     columns = [column for column in COSTS if column[0] in wanted]
     rows = []
     for c in done:
-        cells = [(outcome(c, y_key) + " †" * diverged(c, y_key) + against(c, base, y_key), c.mean(y_key))]
+        cells = [(outcome(c, y_key) + " †" * any_diverged(c, y_key) + against(c, base, y_key), c.mean(y_key))]
         cells += [
             (human(mean, form) + against(c, base, key_), mean) if (mean := c.mean(key_)) is not None else None
             for key_, _, form in columns
@@ -88,7 +92,7 @@ def configurations_table(configs: list[Configuration], measure: str) -> list[tup
     words += f" × is the ratio to {base.name}, over the seeds that both have." if base else ""
     words += (
         " † A run diverged; the mean is over the others, which flatters."
-        if any(diverged(c, y_key) for c in done)
+        if any(any_diverged(c, y_key) for c in done)
         else ""
     )
     words += "" if alike else " Different machines: times and memory are not compared."
@@ -114,7 +118,7 @@ def frontier_table(configs: list[Configuration], measure: str) -> list[tuple]:
     y_key, y_words = MEASURES[measure]
     costs = [("params/total", "parameters"), ("total_training_flops", "FLOPs")]
     costs += (
-        [(memory_key(configs), "memory"), ("total_training_time", "time")] if one_machine(configs) else []
+        [(memory_key(configs), "memory"), ("total_training_time", "time")] if same_machine(configs) else []
     )
     on = {}
     for x_key, words in costs:
@@ -137,16 +141,3 @@ def frontier_table(configs: list[Configuration], measure: str) -> list[tuple]:
         if rows
         else []
     )
-
-
-def pair_keys(configs: list[Configuration]) -> dict[str, str]:
-    """{run's name: "group:seed"}: in one group are the runs whose data, tokens, batch, schedule, depth and width are the same."""
-    groups = {}
-    alike = {
-        c.name: (*key(c, (*CONTEXT, *SHAPE)), c.name if c.method else "") for c in configs
-    }  # of another method none may be paired
-    return {
-        run.name: f"{groups.setdefault(alike[c.name], len(groups) + 1)}:{seed(run)}"
-        for c in configs
-        for run in c.runs
-    }

@@ -9,12 +9,12 @@ import pytest
 from nanochat.flags import build_parser
 from nanochat.metrics import Run
 from nanochat.report.configurations import (
-    axes,
     configurations,
     flag_defaults,
-    pareto,
+    pareto_front,
     paste_flags,
     step_seconds,
+    varying_settings,
 )
 
 
@@ -250,7 +250,7 @@ def test_axes_are_the_settings_that_differ():
             a_run(attn=[9, 5, 2, 1], derived={"matrix_lr": 0.02}),
         ]
     )
-    found = axes(configs)
+    found = varying_settings(configs)
     assert (
         found["depth"] == [4, 8]
         and found["attn_rank"] == [0, 32, 96, "9-5-2-1"]
@@ -264,11 +264,11 @@ def test_pareto_against_the_definition():
     rng = random.Random(0)
     for _ in range(50):
         points = [(rng.randrange(12) / 4, rng.randrange(12) / 4) for _ in range(20)]
-        front = pareto(points)
+        front = pareto_front(points)
         assert [points[i] for i in front] == sorted(
             {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
         )
-    assert pareto([(1.0, float("nan")), (2.0, 1.0), (float("inf"), 0.0)]) == [1]
+    assert pareto_front([(1.0, float("nan")), (2.0, 1.0), (float("inf"), 0.0)]) == [1]
 
 
 def test_pasted_flags_make_the_same_run():

@@ -11,9 +11,10 @@ from test_report import base, write_study  # noqa: F401  a fixture
 from nanochat import metrics
 from nanochat.common import InputError
 from nanochat.report.configurations import configurations
+from nanochat.report.csv_export import to_csv
 from nanochat.report.equal_cost import equal_cost_table
 from nanochat.report.page import to_markdown
-from nanochat.report.tables import result_tables, to_csv, what_was_compared
+from nanochat.report.run_tables import result_tables, setup_tables
 from scripts import report
 
 ODD_CONFIGS = [*ODD, 0, float("inf"), 10**25, "x", "q=1", [None], [1, "x"], {"a": [1]}, "\ud800"]
@@ -77,7 +78,7 @@ def outcome(tags) -> bool:
         broken, *_ = report.check_comparable(runs)
         blocks = [
             *result_tables(runs, broken),
-            *what_was_compared(runs),
+            *setup_tables(runs),
             *equal_cost_table(configs),
             *report.judge(configs, {}),
             report.runs_table(configs, "loss"),

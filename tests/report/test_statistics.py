@@ -10,17 +10,17 @@ from nanochat.naming import base_name
 from nanochat.report import adapter_figures
 from nanochat.report.adapter_figures import d90_rows, mean_steps, method_section, rho_words, trained_part
 from nanochat.report.configurations import configurations
+from nanochat.report.csv_export import pair_keys
 from nanochat.report.statistics import (
     d90,
     loss_at_start,
     rank_grid,
     rank_shares,
-    ranks,
+    sample_ranks,
     spearman,
     spearman_interval,
 )
 from nanochat.report.summaries import baseline
-from nanochat.report.sweep_tables import pair_keys
 from nanochat.report.verdict import verdict
 from scripts import report
 
@@ -149,7 +149,7 @@ def test_rank_correlation_is_scipys_ties_included(x, y):
 
 
 def test_rank_correlation_of_little():
-    assert ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2] and math.isnan(spearman([1, 1], [1, 2]))
+    assert sample_ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2] and math.isnan(spearman([1, 1], [1, 2]))
     assert (
         spearman_interval([1, 2, 3], [1, 2, 3]) is None
         and rho_words([(1, 1), (2, 2), (3, 3)]) == "1.00 (too few for an interval), 3 maps"

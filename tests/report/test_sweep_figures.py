@@ -10,7 +10,15 @@ import pytest
 from nanochat.metrics import Run
 from nanochat.report.configurations import configurations
 from nanochat.report.plotting import label_points, looks, new_figure
-from nanochat.report.summaries import baseline, diverged, error_bars, frontier, outcome, spread, times_to
+from nanochat.report.summaries import (
+    any_diverged,
+    baseline,
+    error_bar_caption,
+    frontier,
+    outcome,
+    spread,
+    times_to_perplexity,
+)
 from nanochat.report.sweep_figures import caption, mean_curve, rate_lines, sooner, study_figures
 
 
@@ -96,14 +104,14 @@ def test_outcome_and_the_error_bars_sentence_say_how_many_seeds():
         ]
     )
     assert [outcome(c, "val/ppl") for c in (three, two, one)] == ["21.00 ± 1.00", "20.00 to 21.00", "20.00"]
-    words = error_bars([three, two, one])
+    words = error_bar_caption([three, two, one])
     assert (
         "standard deviation" in words
         and "two seeds" in words
         and "one seed" in words
         and "n = 1 to 3" in words
     )
-    assert "standard deviation" not in error_bars([two]) and "n = 2 " in error_bars([two])
+    assert "standard deviation" not in error_bar_caption([two]) and "n = 2 " in error_bar_caption([two])
     assert "n = 3 " in caption("frontier.png", [three]) and "n = 3" not in caption("parameters.png", [three])
 
 
@@ -126,7 +134,7 @@ def test_frontier_is_what_nothing_beats_and_holds_no_diverged_seed():
             run("good", ppl=20),
         ]
     )
-    assert diverged(lucky[0], "val/ppl") and lucky[0].mean("val/ppl") == 10
+    assert any_diverged(lucky[0], "val/ppl") and lucky[0].mean("val/ppl") == 10
     assert frontier(lucky, "params/total", "val/ppl") == lucky[1:]
 
 
@@ -154,7 +162,11 @@ def test_time_to_a_threshold_needs_every_seed():
             run("d", 2, attn=8, reach=None),
         ]
     )
-    assert times_to(both, 30) == [30, 40] and times_to(one, 30) == [] and times_to(both, 50) == []
+    assert (
+        times_to_perplexity(both, 30) == [30, 40]
+        and times_to_perplexity(one, 30) == []
+        and times_to_perplexity(both, 50) == []
+    )
     assert sooner([both, one], both) is None
     fast, slow = configurations([run("a", attn=8, reach=20, ppl=25), run("b", attn=16, reach=60)])
     threshold, config, ours, theirs = sooner([both, fast, slow], both)

@@ -18,12 +18,10 @@ from nanochat.report.verdict import (
     UNDECIDED,
     Comparison,
     Hypothesis,
-    conclusion,
     judged,
-    number,
     verdict,
-    verdict_blocks,
 )
+from nanochat.report.verdict_page import conclusion, number, verdict_blocks
 
 FULL = [30.0, 30.9, 29.6, 30.3]
 FULL_DT = [0.50, 0.52, 0.49, 0.51]

@@ -1,26 +1,32 @@
-"""The tables of the report, and the same as CSV: runs in, blocks of nanochat/report/page.py out."""
+"""The tables of a few runs side by side: runs in, blocks of nanochat/report/page.py out."""
 
-import csv
-import io
 import re
 
 from nanochat.history import series
 from nanochat.metrics import Run
-from nanochat.report.comparable import END, MACHINE, TEXT, TOKENIZER, flags, look, names, number, status_words
-from nanochat.report.configurations import step_seconds
+from nanochat.report.comparable import (
+    BOTH_FINISHED,
+    SAME_MACHINE,
+    SAME_TEXT,
+    SAME_TOKENIZER,
+    config_value,
+    flags,
+    join_names,
+    status_words,
+    summary_number,
+)
 from nanochat.report.page import align_ratios
 from nanochat.units import BYTES, COUNT, FLOP, TIME, human, is_finite, three_digits
 
-FORMULA = re.compile(r"\s*[=+@\t\r-]")  # begins what a spreadsheet computes
-WIDE = 4  # up to so many runs stand side by side as columns; more become rows
+MAX_COLUMNS = 4  # up to so many runs stand side by side as columns; more become rows
 
 # (section, [(key in summary.json, label, unit ladder or number of decimals, what its ratio needs; None: no ratio shown)])
 SECTIONS = [
     (
         "Outcome",
         [
-            ("val/ppl", "validation perplexity", 2, (TEXT, TOKENIZER, END)),
-            ("val/bpb", "validation bits per byte", 4, (TEXT, END)),
+            ("val/ppl", "validation perplexity", 2, (SAME_TEXT, SAME_TOKENIZER, BOTH_FINISHED)),
+            ("val/bpb", "validation bits per byte", 4, (SAME_TEXT, BOTH_FINISHED)),
             ("val/loss", "validation loss, nats/token", 4, None),
         ],
     ),
@@ -38,35 +44,35 @@ SECTIONS = [
     (
         "Memory of a process",
         [
-            ("mem/peak_bytes", "peak", BYTES, (MACHINE,)),
-            ("mem/weights_bytes", "weights", BYTES, (MACHINE,)),
-            ("mem/grads_bytes", "gradients", BYTES, (MACHINE,)),
-            ("mem/optimizer_bytes", "optimizer state", BYTES, (MACHINE,)),
-            ("mem/rest_bytes", "activations and other", BYTES, (MACHINE,)),
+            ("mem/peak_bytes", "peak", BYTES, (SAME_MACHINE,)),
+            ("mem/weights_bytes", "weights", BYTES, (SAME_MACHINE,)),
+            ("mem/grads_bytes", "gradients", BYTES, (SAME_MACHINE,)),
+            ("mem/optimizer_bytes", "optimizer state", BYTES, (SAME_MACHINE,)),
+            ("mem/rest_bytes", "activations and other", BYTES, (SAME_MACHINE,)),
         ],
     ),
     (
         "Training",
         [
-            ("total_training_time", "time", TIME, (MACHINE, END)),
-            ("mean_tok_per_sec", "tokens/s", 0, (MACHINE,)),
-            ("total_tokens", "tokens", COUNT, (END,)),
+            ("total_training_time", "time", TIME, (SAME_MACHINE, BOTH_FINISHED)),
+            ("mean_tok_per_sec", "tokens/s", 0, (SAME_MACHINE,)),
+            ("total_tokens", "tokens", COUNT, (BOTH_FINISHED,)),
             ("flops/per_token", "FLOPs per token", FLOP, ()),
-            ("total_training_flops", "FLOPs", FLOP, (END,)),
+            ("total_training_flops", "FLOPs", FLOP, (BOTH_FINISHED,)),
         ],
     ),
 ]
 THRESHOLD_ROWS = [
-    ("seconds", "time", TIME, (TEXT, TOKENIZER, MACHINE)),
-    ("seconds_interpolated", "time, interpolated", TIME, (TEXT, TOKENIZER, MACHINE)),
-    ("tokens", "tokens", COUNT, (TEXT, TOKENIZER)),
-    ("tokens_interpolated", "tokens, interpolated", COUNT, (TEXT, TOKENIZER)),
-    ("flops", "FLOPs", FLOP, (TEXT, TOKENIZER)),
-    ("flops_interpolated", "FLOPs, interpolated", FLOP, (TEXT, TOKENIZER)),
+    ("seconds", "time", TIME, (SAME_TEXT, SAME_TOKENIZER, SAME_MACHINE)),
+    ("seconds_interpolated", "time, interpolated", TIME, (SAME_TEXT, SAME_TOKENIZER, SAME_MACHINE)),
+    ("tokens", "tokens", COUNT, (SAME_TEXT, SAME_TOKENIZER)),
+    ("tokens_interpolated", "tokens, interpolated", COUNT, (SAME_TEXT, SAME_TOKENIZER)),
+    ("flops", "FLOPs", FLOP, (SAME_TEXT, SAME_TOKENIZER)),
+    ("flops_interpolated", "FLOPs, interpolated", FLOP, (SAME_TEXT, SAME_TOKENIZER)),
 ]
 
 
-def shown(value, form) -> str:
+def number_text(value, form) -> str:
     """A number as text: `form` is a unit ladder or a number of decimals."""
     if value is None:
         return "–"
@@ -77,8 +83,8 @@ def shown(value, form) -> str:
 
 def ratio(runs: list[Run], run: Run, key: str, needs, broken: dict) -> str:
     """ " ×0.53" against the first run, or nothing where the two may not be divided."""
-    value = number(run, key)
-    base = number(runs[0], key)
+    value = summary_number(run, key)
+    base = summary_number(runs[0], key)
     if run is runs[0] or needs is None or any(run.name in broken[need] for need in needs):
         return ""
     if not (is_finite(value) and is_finite(base) and base > 0):
@@ -93,8 +99,8 @@ def threshold_cell(
     runs: list[Run], run: Run, threshold: float, name: str, ladder, needs, broken: dict
 ) -> str:
     key = f"time_to_ppl/{threshold:g}/{name}"
-    if number(run, key) is not None:
-        return shown(number(run, key), ladder) + ratio(runs, run, key, needs, broken)
+    if summary_number(run, key) is not None:
+        return number_text(summary_number(run, key), ladder) + ratio(runs, run, key, needs, broken)
     evaluated = [perplexity for (perplexity,) in series(run.history, "val/ppl") if is_finite(perplexity)]
     # otherwise it was reached, but the run was not asked to note when; or no estimate is possible
     return "not reached" if evaluated and min(evaluated) > threshold else "–"
@@ -104,7 +110,7 @@ def thresholds(runs: list[Run]) -> list[float]:
     """Every perplexity that any run was asked for or reached, easiest first."""
     found = {key.split("/")[1] for run in runs for key in run.summary if key.startswith("time_to_ppl/")}
     for run in runs:
-        found |= set(re.findall(r"[\d.]+", str(look(run, "flags.ppl_thresholds") or "")))
+        found |= set(re.findall(r"[\d.]+", str(config_value(run, "flags.ppl_thresholds") or "")))
     return sorted({float(p) for p in found if re.fullmatch(r"\d+(\.\d+)?", p)}, reverse=True)
 
 
@@ -114,8 +120,11 @@ def result_tables(runs: list[Run], broken: dict) -> list[tuple]:
     for section, metrics in SECTIONS:
         rows = [] if sections else [status]
         for key, label, form, needs in metrics:
-            cells = [shown(number(run, key), form) + ratio(runs, run, key, needs, broken) for run in runs]
-            if key == "mem/peak_bytes" and all(look(run, "device.type") == "cpu" for run in runs):
+            cells = [
+                number_text(summary_number(run, key), form) + ratio(runs, run, key, needs, broken)
+                for run in runs
+            ]
+            if key == "mem/peak_bytes" and all(config_value(run, "device.type") == "cpu" for run in runs):
                 label = "peak (whole process)"
             if key != "mem/rest_bytes" or any(c != "–" for c in cells):  # no such row on CPU
                 rows.append((label, cells))
@@ -137,7 +146,7 @@ def result_tables(runs: list[Run], broken: dict) -> list[tuple]:
 
 def grid(runs: list[Run], sections: list, kind: str) -> list[tuple]:
     """Few runs: one table with a column a run. Many: one table a section, with a row a run."""
-    if len(runs) <= WIDE:
+    if len(runs) <= MAX_COLUMNS:
         rows = [
             row
             for section, lines in sections
@@ -161,7 +170,7 @@ def core_tables(runs: list[Run]) -> list[tuple]:
         return []
     tasks = (
         list(dict.fromkeys(label for run in measured for label in run.core["tasks"]))
-        if len(runs) <= WIDE
+        if len(runs) <= MAX_COLUMNS
         else []
     )
     rows = [
@@ -180,12 +189,14 @@ def core_tables(runs: list[Run]) -> list[tuple]:
         (
             "questions",
             [
-                shown(sum(t["examples"] for t in run.core["tasks"].values()), 0) if run.core else "–"
+                number_text(sum(t["examples"] for t in run.core["tasks"].values()), 0) if run.core else "–"
                 for run in runs
             ],
         )
     )
-    rows.append(("at step", [shown(run.core["settings"]["step"], 0) if run.core else "–" for run in runs]))
+    rows.append(
+        ("at step", [number_text(run.core["settings"]["step"], 0) if run.core else "–" for run in runs])
+    )
     text_ = (
         "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right; CORE is the mean over the tasks. "
         "In brackets 95% bootstrap intervals over the questions asked, which know nothing of the spread between seeds."
@@ -209,17 +220,17 @@ def with_interval(value, interval) -> str:
     return "–" if value is None else f"{value:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
 
 
-def glance(runs: list[Run], broken: dict) -> list[tuple]:
+def ratio_summary(runs: list[Run], broken: dict) -> list[tuple]:
     """One line a run, for a few: what it costs and buys against the first."""
     lines = []
-    perplexity = ("val/ppl", "validation perplexity", (TEXT, TOKENIZER, END))
-    bpb = ("val/bpb", "validation bits per byte", (TEXT, END))
+    perplexity = ("val/ppl", "validation perplexity", (SAME_TEXT, SAME_TOKENIZER, BOTH_FINISHED))
+    bpb = ("val/bpb", "validation bits per byte", (SAME_TEXT, BOTH_FINISHED))
     for run in runs[1:]:
         wanted = [
             ("params/total", "parameters", ()),
-            bpb if run.name in broken[TOKENIZER] else perplexity,
-            ("total_training_time", "training time", (MACHINE, END)),
-            ("mem/peak_bytes", "peak memory", (MACHINE,)),
+            bpb if run.name in broken[SAME_TOKENIZER] else perplexity,
+            ("total_training_time", "training time", (SAME_MACHINE, BOTH_FINISHED)),
+            ("mem/peak_bytes", "peak memory", (SAME_MACHINE,)),
         ]
         parts = [
             f"{r.strip()} {what}"
@@ -228,46 +239,46 @@ def glance(runs: list[Run], broken: dict) -> list[tuple]:
         ]
         if parts:
             lines.append(f"**{run.name}** against {runs[0].name}: " + ", ".join(parts) + ".")
-    return [("list", lines)] if lines and len(runs) <= WIDE else []
+    return [("list", lines)] if lines and len(runs) <= MAX_COLUMNS else []
 
 
-def set_up(run: Run) -> dict[str, str]:
+def setup_words(run: Run) -> dict[str, str]:
     """What a run was, in words, from its config.json."""
 
     def get(path):
-        return text(look(run, path))
+        return text(config_value(run, path))
 
     def model(key):
         return get(f"derived.model.{key}")
 
     return {
-        "model": f"{model('n_layer')} layers × {model('n_embd')} wide, {model('n_head')} heads, MLP × {look(run, 'derived.model.mlp_ratio') or 4:g}, "
+        "model": f"{model('n_layer')} layers × {model('n_embd')} wide, {model('n_head')} heads, MLP × {config_value(run, 'derived.model.mlp_ratio') or 4:g}, "
         f"vocabulary {model('vocab_size')}",
-        "attention rank": describe_ranks(look(run, "derived.model.attn_ranks")),
-        "MLP rank": describe_ranks(look(run, "derived.model.mlp_ranks")),
-        "lm_head rank": describe_ranks([look(run, "derived.model.lm_head_rank")]),
+        "attention rank": describe_ranks(config_value(run, "derived.model.attn_ranks")),
+        "MLP rank": describe_ranks(config_value(run, "derived.model.mlp_ranks")),
+        "lm_head rank": describe_ranks([config_value(run, "derived.model.lm_head_rank")]),
         "corpus": get("derived.corpus.name"),
-        "tokens": shown(look(run, "derived.tokens"), COUNT),
+        "tokens": number_text(config_value(run, "derived.tokens"), COUNT),
         "batch": f"{get('derived.total_batch_size')} tokens × {get('derived.num_iterations')} steps",
         "schedule": f"warmup {get('flags.warmup_steps')} steps, warmdown over the last {get('flags.warmdown_ratio')} of the run "
         f"to {get('flags.final_lr_frac')} of the peak",
         "device": f"{get('device.name')}, processes: {get('device.processes')}, threads: {get('device.threads')}",
         "dtype": get("device.dtype"),
         "seed": get("seed"),
-        "commit": get("git.commit")[:10] + (" (dirty)" if look(run, "git.dirty") else ""),
+        "commit": get("git.commit")[:10] + (" (dirty)" if config_value(run, "git.dirty") else ""),
         "python, torch": f"{get('versions.python')}, {get('versions.torch')}",
     }
 
 
-def what_was_compared(runs: list[Run]) -> list[tuple]:
-    set_ups = [set_up(run) for run in runs]
+def setup_tables(runs: list[Run]) -> list[tuple]:
+    set_ups = [setup_words(run) for run in runs]
     rows = [(label, [each[label] for each in set_ups]) for label in set_ups[0]]
     keys = list(dict.fromkeys(key for run in runs for key in flags(run)))
     given = [("--" + key.replace("_", "-"), [text(flags(run).get(key)) for run in runs]) for key in keys]
     differing = [(flag, values) for flag, values in given if len(set(values)) > 1]
     shared = [f"{flag} {values[0]}" for flag, values in given if len(set(values)) == 1]
     blocks = []
-    if len(runs) > WIDE:  # what all share would be a column of repetitions
+    if len(runs) > MAX_COLUMNS:  # what all share would be a column of repetitions
         blocks = [
             (
                 "list",
@@ -297,7 +308,7 @@ def describe_ranks(ranks) -> str:
     return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
-def samples(runs: list[Run]) -> list[tuple]:
+def sample_tables(runs: list[Run]) -> list[tuple]:
     """The last texts each run wrote, side by side."""
     last = [last_sample(run) for run in runs]
     rows = max((len(h.get("sample", ())) for h in last), default=0)
@@ -307,7 +318,7 @@ def samples(runs: list[Run]) -> list[tuple]:
         (f"sample {i + 1}", [clean(h["sample"][i]) if i < len(h.get("sample", ())) else "–" for h in last])
         for i in range(rows)
     ]
-    steps = names([f"{run.name} at step {h.get('step')}" for run, h in zip(runs, last) if h])
+    steps = join_names([f"{run.name} at step {h.get('step')}" for run, h in zip(runs, last) if h])
     return [
         ("heading", "Samples"),
         ("paragraph", f"Written by {steps}."),
@@ -327,59 +338,3 @@ def clean(sample) -> str:
     """A sample as a document can hold it: control characters visible, of bounded length."""
     sample = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(sample).strip())
     return sample if len(sample) <= 600 else sample[:600] + " …"
-
-
-# ---- CSV -------------------------------------------------------------------------------------------------------------
-
-
-def to_csv(runs: list[Run], configurations: dict[str, str], pairs: dict[str, str]) -> str:
-    """One row a run, numbers as recorded: what the tables show, every other summary value, the set-up, all flags.
-
-    configurations, pairs: {run's name: its configuration; "group:seed", the same in runs that the verdict may pair}. step_time: seconds.
-    """
-    paths = (
-        "device.type",
-        "device.name",
-        "device.processes",
-        "device.dtype",
-        "seed",
-        "git.commit",
-        "git.dirty",
-        "derived.corpus.name",
-        "derived.corpus.val_fingerprint",
-        "derived.tokenizer_hash",
-        "derived.num_iterations",
-        "derived.total_batch_size",
-        "derived.model.n_layer",
-        "derived.model.n_embd",
-        "derived.model.attn_ranks",
-        "derived.model.mlp_ranks",
-        "derived.model.lm_head_rank",
-    )
-    listed = ["status", "step"] + [key for _, metrics in SECTIONS for key, *_ in metrics]
-    others = sorted(
-        {k for run in runs for k, v in run.summary.items() if isinstance(v, (int, float, str))} - set(listed)
-    )
-    rows = [
-        {
-            "run": run.name,
-            "configuration": configurations[run.name],
-            "pair": pairs[run.name],
-            "step_time": step_seconds(run),
-            **{key: run.summary.get(key) for key in listed + others},
-            **{path: look(run, path) for path in paths},
-            **{f"flags.{k}": v for k, v in (look(run, "flags") or {}).items()},
-        }
-        for run in runs
-    ]
-    out = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(in_csv, columns))
-    writer.writerows([in_csv(row.get(column)) for column in columns] for row in rows)
-    return out.getvalue()
-
-
-def in_csv(cell):
-    """A cell that no spreadsheet takes for a formula: text that looks like one begins with an apostrophe."""
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
