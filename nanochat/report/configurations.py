@@ -1,4 +1,8 @@
-"""Many runs as configurations: which runs differ in the seed alone, what tells the others apart, which of them nothing beats."""
+"""Runs grouped into configurations: the runs of one configuration differ in the seed alone.
+
+A configuration is described by its settings, each by the name of its flag, and named by the settings in which
+it differs from the others.
+"""
 
 import functools
 import math
@@ -11,13 +15,14 @@ from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser, flag_name
 from nanochat.history import series
 from nanochat.metrics import Run
 from nanochat.naming import base_name, method, with_size
+from nanochat.units import is_finite
 from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
 IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
 # ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
 RESOLVED = set(flag_names(Role.PLACE, Role.REQUEST))
-MODEL_FLAGS = {
+MODEL_FLAGS = {  # key of the recorded model -> name of its flag
     "n_layer": "depth",
     "n_embd": "model_dim",
     "sequence_len": "max_seq_len",
@@ -31,29 +36,30 @@ MACHINE = ("device_type", "device_name", "dtype", "processes", "threads")
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed (and free things such as names)."""
+    """Runs that differ in nothing but the seed, and in what shapes no run, such as their names."""
 
-    name: str  # short: what tells it from the other configurations, e.g. "attn 96, mlp 96"; "full rank" where that is all
+    name: str  # what tells it from the other configurations: "attn 96, mlp 96", or "full rank"
     runs: tuple[Run, ...]  # ordered by seed
     low_rank: bool  # any rank above 0
-    settings: dict  # flag (underscored) -> what it was resolved to; a rank is a number, or "100-50-20-5" where it varies over depth
-    method: str = ""  # "LoRA", "Fastfood", … of runs that train a part of their numbers, or a trained model; "" of ordinary ones
+    settings: dict  # flag -> resolved value; a rank is a number, or "100-50-20-5" where it varies over depth
+    method: str = ""  # "LoRA", "Fastfood", ...: an adapter or a subspace; "" if every number is trained
 
     @property
     def full_rank(self) -> bool:
-        """An ordinary run without low rank: what low rank is compared with."""
+        """Full rank, every number trained from scratch: the baseline of low rank."""
         return not self.low_rank and not self.method
 
     def values(self, key: str) -> list[float]:
         """Finite values of a summary key, or of step_time (seconds), over the finished runs."""
-        return [v for run in self.runs if finished(run) and (v := run_value(run, key)) is not None]
+        values = [run_value(run, key) for run in self.runs if finished(run)]
+        return [value for value in values if value is not None]
 
     def mean(self, key: str) -> float | None:
-        found = self.values(key)
-        return sum(found) / len(found) if found else None
+        values = self.values(key)
+        return sum(values) / len(values) if values else None
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 
 def finished(run: Run) -> bool:
@@ -61,17 +67,13 @@ def finished(run: Run) -> bool:
 
 
 def run_value(run: Run, key: str) -> float | None:
-    """A finite number of the summary, or step_time (seconds); None where there is none."""
-    number = step_seconds(run) if key == "step_time" else run.summary.get(key)
-    return (
-        number
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
-        else None
-    )
+    """A finite number of the summary, or step_time (seconds); None if it is missing or not finite."""
+    value = step_seconds(run) if key == "step_time" else run.summary.get(key)
+    return value if is_finite(value) else None
 
 
 def step_seconds(run: Run) -> float | None:
-    """Median of train/dt, seconds a step, after the first 10 steps (of a shorter run: all but the first)."""
+    """The median of train/dt, seconds a step, after the first 10 steps (in a shorter run: after the first)."""
     times = [seconds for (seconds,) in series(run.history, "train/dt") if seconds is not None]
     times = times[10:] or times[1:]
     return median(times) if times else None
@@ -82,53 +84,75 @@ def run_seed(run: Run) -> int:
 
 
 def settings(run: Run, defaults: dict) -> dict:
-    """What shaped the run, by the names of the flags, as resolved: a budget as the depth and ranks it gave, -1 as what it stood for,
-    the data by their fingerprints; and the machine. defaults: of flags that the run's version did not have.
+    """What shaped the run: {flag: number, text, boolean or None}, each as it was resolved.
+
+    A budget appears as the depth and the ranks that it gave, -1 as the value that it stood for, data as their
+    fingerprints. The machine is included. defaults: values of the flags that the run's version did not have.
     """
+    flags = run.config.get("flags", {})
     derived = run.config.get("derived", {})
     device = run.config.get("device", {})
     model = derived.get("model", {})
     corpus = derived.get("corpus", {})
-    flags = run.config.get("flags", {})
-    found = {k: v for k, v in (defaults | flags).items() if k not in IGNORED | RESOLVED}
-    unsaid = {"n_head", "matrix_ranks", "rank_multiple"}
-    if not model.get("layer_kinds"):
-        unsaid.add("layer_kinds")  # of copied layers alone; older runs lack it
-    found |= {MODEL_FLAGS.get(k, k): v for k, v in model.items() if k not in unsaid}
-    found |= {
-        k: resolved_ranks(found[k], model, k)
-        for k in RANKS
-        if k in found and (k != "attn_rank" or model.get("n_kv_head") == model.get("n_head"))
-    }
-    found["rank_multiple"] = multiple_in_use(model)
+    values = {key: value for key, value in (defaults | flags).items() if key not in IGNORED | RESOLVED}
+    values |= model_settings(model)
+    grouped_queries = model.get("n_kv_head") != model.get("n_head")
+    for key in RANKS:
+        # with grouped queries, one fraction in attention stands for two ranks, so it stays a fraction
+        if key in values and not (key == "attn_rank" and grouped_queries):
+            values[key] = resolved_ranks(values[key], model, key)
+    values["rank_multiple"] = effective_multiple(model)
     if flags.get("solve") == "rank" and model.get("matrix_ranks"):
-        found["matrix_ranks"] = shortest_ranks_text(model["matrix_ranks"])
+        values["matrix_ranks"] = shortest_ranks_text(model["matrix_ranks"])
     if model.get("n_head"):
-        found["head_dim"] = model["n_embd"] // model["n_head"]
-    found |= {k: derived[k] for k in PLAN if k in derived}
-    found |= {f"{split}_fingerprint": corpus.get(f"{split}_fingerprint") for split in ("train", "val")}
-    found |= {key: device.get(key.removeprefix("device_")) for key in MACHINE}
+        values["head_dim"] = model["n_embd"] // model["n_head"]
+    values |= {key: derived[key] for key in PLAN if key in derived}
+    values |= {f"{split}_fingerprint": corpus.get(f"{split}_fingerprint") for split in ("train", "val")}
+    values |= {key: device.get(key.removeprefix("device_")) for key in MACHINE}
     if flags.get("adapter"):
-        found["base"] = base_name(flags)
-        found |= (
-            {"layer_map": flags["layer_map"]} if flags.get("layer_map") else {}
-        )  # the model on record may be the base alone
-    return {
-        k: rank_over_depth(v) if k in RANKS else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v
-        for k, v in found.items()
-    }
+        values["base"] = base_name(flags)
+        if flags.get("layer_map"):  # the recorded model may be the base, without the layer map
+            values["layer_map"] = flags["layer_map"]
+    return {key: setting_text(key, value) for key, value in values.items()}
+
+
+def model_settings(model: dict) -> dict:
+    """The recorded model by names of flags. n_head becomes head_dim; settings() resolves the other keys left out."""
+    left_out = {"n_head", "matrix_ranks", "rank_multiple"}
+    if not model.get("layer_kinds"):  # only models with copied layers have it; older runs lack the key
+        left_out.add("layer_kinds")
+    return {MODEL_FLAGS.get(key, key): value for key, value in model.items() if key not in left_out}
+
+
+def setting_text(key: str, value):
+    """A list as text, so that settings can be compared, counted and printed; other values as they are."""
+    if key in RANKS:
+        return rank_over_depth(value)
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def rank_over_depth(ranks) -> float | str:
+    """0 for full rank, a number for one rank in every layer, else "100-50-20-5"."""
+    if not isinstance(ranks, (list, tuple)):
+        return ranks
+    if len(set(ranks)) < 2:
+        return ranks[0] if ranks else 0
+    return "-".join(f"{rank:g}" for rank in ranks)
 
 
 def resolved_ranks(ranks, model: dict, group: str):
-    """Fractions of the smaller side as the ranks that they are. (Under grouped queries those of attention stand for two, and stay.)"""
+    """A group's rank, or its list of ranks by layer, with fractions of the smaller side as whole numbers."""
+    matrix = "up" if group == "mlp_rank" else "q"
+    if isinstance(ranks, (list, tuple)):
+        return [resolved_rank(rank, model, matrix) for rank in ranks]
+    return resolved_rank(ranks, model, matrix)
 
-    def whole(rank):
-        if not (rank and 0 < rank < 1):
-            return rank
-        side = smaller_side(model, "up" if group == "mlp_rank" else "q")
-        return resolve_rank(rank, side, side, model.get("rank_multiple", 1))
 
-    return [whole(r) for r in ranks] if isinstance(ranks, (list, tuple)) else whole(ranks)
+def resolved_rank(rank, model: dict, matrix: str):
+    if not (rank and 0 < rank < 1):
+        return rank
+    side = smaller_side(model, matrix)
+    return resolve_rank(rank, side, side, model.get("rank_multiple", 1))
 
 
 def smaller_side(model: dict, matrix: str) -> int:
@@ -140,16 +164,16 @@ def smaller_side(model: dict, matrix: str) -> int:
     return model["n_embd"]
 
 
-def multiple_in_use(model: dict) -> int:
-    """--rank-multiple where it rounds a rank that the settings have as a fraction, else 1.
+def effective_multiple(model: dict) -> int:
+    """--rank-multiple if it rounds a rank that the settings keep as a fraction, else 1.
 
-    They do for single matrices and, under grouped queries, for attention.
+    The settings keep fractions of single matrices, and with grouped queries those of attention.
     """
     multiple = model.get("rank_multiple", 1)
-    fractions = dict(model.get("matrix_ranks") or {})
+    ranks_by_matrix = dict(model.get("matrix_ranks") or {})
     if model.get("n_kv_head") != model.get("n_head"):
-        fractions = dict.fromkeys("qkvo", model.get("attn_ranks") or ()) | fractions
-    for matrix, ranks in fractions.items():
+        ranks_by_matrix = dict.fromkeys("qkvo", model.get("attn_ranks") or ()) | ranks_by_matrix
+    for matrix, ranks in ranks_by_matrix.items():
         for rank in set(ranks):
             side = smaller_side(model, matrix) if 0 < rank < 1 else 0
             if side and resolve_rank(rank, side, side, multiple) != resolve_rank(rank, side, side):
@@ -157,133 +181,153 @@ def multiple_in_use(model: dict) -> int:
     return 1
 
 
-def rank_over_depth(ranks) -> float | str:
-    """0 for full rank, a number for one rank in every layer, else "100-50-20-5"."""
-    if not isinstance(ranks, (list, tuple)):
-        return ranks
-    return (ranks[0] if ranks else 0) if len(set(ranks)) < 2 else "-".join(f"{r:g}" for r in ranks)
-
-
 @functools.cache
 def flag_defaults() -> dict:
     return vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
 
 
-# ---- many -----------------------------------------------------------------------------------------------------------
+# ---- many runs ---------------------------------------------------------------------------------------------
 
 
 def configurations(runs: list[Run]) -> list[Configuration]:
     """The runs by configuration, in the order of their first appearance."""
     flags = [run.config.get("flags", {}).keys() for run in runs]
-    defaults = flag_defaults() if any(f != flags[0] for f in flags) else {}  # runs of different versions
-    groups = []  # [(settings, [run, ...])]
+    same_version = all(names == flags[0] for names in flags)
+    defaults = {} if same_version else flag_defaults()
+    groups: list[tuple[dict, list[Run]]] = []
     for run in runs:
-        ours = settings(run, defaults)
-        members = next((members for theirs, members in groups if theirs == ours), None)
-        if members is None:
-            groups.append((ours, members := []))
-        members.append(run)
-    names = short_names([s for s, _ in groups], [members[0].name for _, members in groups])
-    return [
-        Configuration(
-            name,
-            tuple(sorted(members, key=run_seed)),
-            not method(s) and any(s.get(key) for key in (*RANKS, "matrix_ranks")),
-            s,
-            method(s),
-        )
-        for name, (s, members) in zip(names, groups)
-    ]
+        run_settings = settings(run, defaults)
+        for group_settings, members in groups:
+            if group_settings == run_settings:
+                members.append(run)
+                break
+        else:
+            groups.append((run_settings, [run]))
+    names = short_names([described for described, _ in groups], [members[0].name for _, members in groups])
+    return [make_configuration(name, *group) for name, group in zip(names, groups)]
 
 
-def short_names(described: list[dict], tags: list[str]) -> list[str]:
-    """The ranks or the method, and then one differing setting after the other until all names differ."""
-    mixed = (
-        len({bool(s.get("adapter")) for s in described}) > 1
-    )  # of two scripts, whose flags are not the same
-    names = [[rank_name(s)] for s in described]
-    order = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
-    others = sorted(
-        {key for s in described for key in s}
-        - set(order)
-        - set(RANKS)
-        - {"matrix_ranks", "factor_act", "mlp_ratio"}
-    )
-    for key in order + others:
-        kinds = {}  # name so far -> values of this setting among those that bear it
-        for name, s in zip(names, described):
-            kinds.setdefault(tuple(name), set()).add(s.get(key))
-        if any(len(values) > 1 for values in kinds.values()) or (
-            key in order[:2] and len({s.get(key) for s in described}) > 1
-        ):
-            for name, s in zip(names, described):
-                name.append("" if mixed and s.get(key) is None else setting_name(key, s.get(key)))
+def make_configuration(name: str, described: dict, members: list[Run]) -> Configuration:
+    kind = method(described)
+    low_rank = not kind and any(described.get(key) for key in (*RANKS, "matrix_ranks"))
+    return Configuration(name, tuple(sorted(members, key=run_seed)), low_rank, described, kind)
+
+
+def short_names(all_settings: list[dict], tags: list[str]) -> list[str]:
+    """A name for each configuration: ranks or method, then differing settings until the names differ.
+
+    tags: of a run of each, to tell apart configurations whose names are still equal.
+    """
+    mixed_scripts = len({bool(each.get("adapter")) for each in all_settings}) > 1
+    names = [[rank_name(each)] for each in all_settings]
+    for key in naming_order(all_settings):
+        if not tells_apart(key, names, all_settings):
+            continue
+        for name, each in zip(names, all_settings):
+            # of two scripts, one may not have the flag at all: "unset" would mislead
+            unknown = mixed_scripts and each.get(key) is None
+            name.append("" if unknown else setting_name(key, each.get(key)))
     joined = [", ".join(filter(None, name)) for name in names]
     return [name if joined.count(name) == 1 else f"{name} ({tag})" for name, tag in zip(joined, tags)]
 
 
-def rank_name(s: dict) -> str:
-    """ "attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, or "full rank", and then an MLP of
-    another width than four: "full rank, MLP × 1.5"; "LoRA 8" of another method.
+def naming_order(all_settings: list[dict]) -> list[str]:
+    """The settings that can follow the ranks in a name, in the order in which they are tried."""
+    first = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
+    in_rank_name = {*RANKS, "matrix_ranks", "factor_act", "mlp_ratio"}
+    return first + sorted(set().union(*all_settings) - set(first) - in_rank_name)
+
+
+def tells_apart(key: str, names: list[list[str]], all_settings: list[dict]) -> bool:
+    """Whether two configurations of the same name so far differ in this setting.
+
+    Depth and width are told wherever they vary.
     """
-    if method(s):
-        return with_size(s)
+    values_by_name: dict[tuple, set] = {}
+    for name, each in zip(names, all_settings):
+        values_by_name.setdefault(tuple(name), set()).add(each.get(key))
+    if any(len(values) > 1 for values in values_by_name.values()):
+        return True
+    return key in ("depth", "model_dim") and len({each.get(key) for each in all_settings}) > 1
+
+
+def rank_name(settings: dict) -> str:
+    """The ranks in words: "attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, "full rank".
+
+    An MLP that is not four times as wide as the model follows: "full rank, MLP × 1.5". Another method is named
+    with its size: "LoRA 8".
+    """
+    if method(settings):
+        return with_size(settings)
     parts = []
     for key, label in zip(RANKS, ("attn", "mlp", "head")):
-        rank = s.get(key)
-        if isinstance(rank, str) and rank.count("-") > 5:
-            rank = f"{rank.split('-')[0]}…{rank.split('-')[-1]}"
-        if rank:
-            parts.append(f"{label} {rank if isinstance(rank, str) else format(rank, 'g')}")
-    parts += [single_name(part) for part in (s.get("matrix_ranks") or "").split(",") if part]
-    parts += [s["factor_act"]] if parts and s.get("factor_act", "none") != "none" else []
-    parts = parts or ["full rank"]
-    ratio = s.get("mlp_ratio") or 4
-    return ", ".join(parts + ([f"MLP × {ratio:g}"] if ratio != 4 else []))
+        if rank := settings.get(key):
+            parts.append(f"{label} {rank_text(rank)}")
+    parts += [matrix_rank_name(part) for part in (settings.get("matrix_ranks") or "").split(",") if part]
+    if parts and settings.get("factor_act", "none") != "none":
+        parts.append(settings["factor_act"])
+    if not parts:
+        parts.append("full rank")
+    ratio = settings.get("mlp_ratio") or 4
+    if ratio != 4:
+        parts.append(f"MLP × {ratio:g}")
+    return ", ".join(parts)
 
 
-def single_name(part: str) -> str:
-    """'v=128' -> 'v 128'; of one rank a layer the first and the last where there are many: 'v 128…16'."""
+def rank_text(rank: float | str) -> str:
+    if not isinstance(rank, str):
+        return f"{rank:g}"
+    ranks = rank.split("-")
+    return f"{ranks[0]}…{ranks[-1]}" if len(ranks) > 6 else rank
+
+
+def matrix_rank_name(part: str) -> str:
+    """'v=128' -> 'v 128'. Of more than six ranks, one a layer, the first and the last: 'v 128…16'."""
     name, _, ranks = part.partition("=")
     layers = ranks.split("/")
     return f"{name} {layers[0]}…{layers[-1]}" if len(layers) > 6 else f"{name} {ranks}"
 
 
-def setting_name(key: str, setting) -> str:
+def setting_name(key: str, value) -> str:
     words = key.replace("_", " ")
-    if setting is None:
-        return f"{words} unset"  # in a run of a version without it
-    if isinstance(setting, bool):
-        return words if setting else f"no {words}"
-    if setting == "":
+    if value is None:
+        return f"{words} unset"  # in a run whose version did not have the flag
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    if value == "":
         return ""  # such as no layer map
-    shown = f"{setting:g}" if isinstance(setting, float) else str(setting)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     return {
-        "depth": f"{shown} layers",
-        "model_dim": f"width {shown}",
-        "rank_schedule": shown,
-        "device_name": f"on {shown}",
-        "threads": f"{shown} threads",
-        "processes": f"{shown} processes",
-    }.get(key, f"{words} {shown}")
+        "depth": f"{text} layers",
+        "model_dim": f"width {text}",
+        "rank_schedule": text,
+        "device_name": f"on {text}",
+        "threads": f"{text} threads",
+        "processes": f"{text} processes",
+    }.get(key, f"{words} {text}")
 
 
 def varying_settings(configs: list[Configuration]) -> dict[str, list]:
-    """{flag: its distinct values, numbers in order before words} of the settings that differ between configurations."""
-    found = {}
-    for key in dict.fromkeys(key for c in configs for key in c.settings):
-        distinct = list(dict.fromkeys(c.settings.get(key) for c in configs))
+    """The settings that differ between configurations: {flag: distinct values, numbers in order before words}."""
+    varying = {}
+    keys = [key for config in configs for key in config.settings]
+    for key in dict.fromkeys(keys):
+        distinct = dict.fromkeys(config.settings.get(key) for config in configs)
         if len(distinct) > 1:
-            found[key] = sorted(
-                distinct, key=lambda v: (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v))
-            )
-    return found
+            varying[key] = sorted(distinct, key=numbers_first)
+    return varying
+
+
+def numbers_first(value) -> tuple:
+    """Sorts a mixed list: numbers by size, then all else as text."""
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point equals or beats in both coordinates (smaller is better), by the first coordinate.
+    """Indices of the points that no other point equals or beats in both coordinates (smaller is better).
 
-    Of points that coincide the first is kept. A point that is not finite is never among them.
+    They are ordered by the first coordinate. Of points that coincide, the first is kept. A point that is not
+    finite is never on the front.
     """
     front = []
     best = math.inf
@@ -294,41 +338,52 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     return front
 
 
+# ---- flags to paste ----------------------------------------------------------------------------------------
+
+
 def paste_flags(config: Configuration) -> str:
-    """The flags of scripts.base_train that make these runs, defaults left out, without tag, wandb name and seed; shell-quoted."""
+    """The flags that make these runs again, shell-quoted, without defaults, tag, W&B name and seed."""
     run = config.runs[0]
-    defaults = vars(build_parser().parse_args([]))
     flags = run.config.get("flags", {})
-    words = []
     if flags.get("adapter"):
-        given = {
-            key: flag
-            for key, flag in flags.items()
-            if key not in ("run", "run_tag", "seed", "resume") and flag not in (None, False, "")
-        }
-        names = {key: shlex.quote(f"--{key.replace('_', '-')}") for key in given}
-        words = [
-            names[key] + ("" if flag is True else f" {shlex.quote(str(flag))}") for key, flag in given.items()
-        ]
-        return f"(behind python -m scripts.adapter_train) {' '.join(words)}"
+        return f"(behind python -m scripts.adapter_train) {adapter_words(flags)}"
     if "materialized_from" in flags:
         return f"made by scripts.materialize from {flags['materialized_from']}"
-    for key, given in (DEFAULTS_BEFORE | flags).items():  # an older run is made with the defaults of then
-        if (
-            key in ("run", "model_tag", "seed", "resume", "dry_run")
-            or given is None
-            or (key in defaults and given == defaults[key])
-        ):
+    return base_train_words(run, flags)
+
+
+def adapter_words(flags: dict) -> str:
+    words = []
+    for key, value in flags.items():
+        if key in ("run", "run_tag", "seed", "resume") or value in (None, False, ""):
+            continue
+        words.append(flag_word(key))
+        if value is not True:
+            words.append(shlex.quote(str(value)))
+    return " ".join(words)
+
+
+def base_train_words(run: Run, flags: dict) -> str:
+    defaults = vars(build_parser().parse_args([]))
+    words = []
+    # today's default may differ from the one that an older run was made with
+    for key, value in (DEFAULTS_BEFORE | flags).items():
+        if key in ("run", "model_tag", "seed", "resume", "dry_run") or value is None:
+            continue
+        if key in defaults and value == defaults[key]:
             continue
         if flags.get("init_from") and key in SHAPE_FLAGS:
-            continue  # the checkpoint's, and not to be given beside it
-        if key == "budget_params" and not str(given).replace("_", "").isdigit():
-            given = run.summary.get(
-                "params/total", given
-            )  # it named a run, which need not exist where this is pasted
-        words.append(shlex.quote("--" + key.replace("_", "-")))
-        if given is not True:
-            numbers = given if isinstance(given, list) else []
-            text = ",".join(f"{v:g}" for v in numbers if isinstance(v, (int, float)))
-            words.append(text if numbers else shlex.quote(str(given)))
+            continue  # the checkpoint has the shape, so the flag is refused beside it
+        if key == "budget_params" and not str(value).replace("_", "").isdigit():
+            # a run's name: where this is pasted, that run may not exist
+            value = run.summary.get("params/total", value)
+        words.append(flag_word(key))
+        if isinstance(value, list) and value:
+            words.append(",".join(f"{number:g}" for number in value if isinstance(number, (int, float))))
+        elif value is not True:
+            words.append(shlex.quote(str(value)))
     return " ".join(words)
+
+
+def flag_word(key: str) -> str:
+    return shlex.quote("--" + key.replace("_", "-"))
