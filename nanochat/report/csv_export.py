@@ -7,7 +7,7 @@ import re
 from nanochat.metrics import Run
 from nanochat.report.comparable import config_value
 from nanochat.report.configurations import Configuration, run_seed, step_seconds
-from nanochat.report.pairing import CONTEXT, SHAPE, key
+from nanochat.report.pairing import CONTEXT, SHAPE, values_of
 from nanochat.report.run_tables import SECTIONS
 
 FORMULA = re.compile(r"\s*[=+@\t\r-]")  # begins what a spreadsheet computes
@@ -70,7 +70,7 @@ def pair_keys(configs: list[Configuration]) -> dict[str, str]:
     """{run's name: "group:seed"}: in one group are the runs whose data, tokens, batch, schedule, depth and width are the same."""
     groups = {}
     alike = {
-        c.name: (*key(c, (*CONTEXT, *SHAPE)), c.name if c.method else "") for c in configs
+        c.name: (*values_of(c, (*CONTEXT, *SHAPE)), c.name if c.method else "") for c in configs
     }  # of another method none may be paired
     return {
         run.name: f"{groups.setdefault(alike[c.name], len(groups) + 1)}:{run_seed(run)}"

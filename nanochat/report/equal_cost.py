@@ -1,146 +1,150 @@
-"""At equal cost: what other models end at for the tokens, the FLOPs or the training time that the largest full-rank model took."""
+"""At equal cost: the loss of other models at the tokens, FLOPs or training time of the largest full-rank model."""
 
 import math
 from statistics import fmean
 
+from nanochat.report.comparisons import common_name
 from nanochat.report.configurations import Configuration
 from nanochat.report.pairing import (
     CONTEXT,
     FAMILY,
-    RANK,
+    RANK_SETTINGS,
     SHAPE,
-    by_seed,
-    differences,
-    ended,
-    grouped,
+    best_settings,
+    group_by,
     interval,
-    key,
-    tuned,
-    tuning,
+    mean_logs,
+    seed_differences,
+    trained_in_full,
+    tuned_settings,
+    values_of,
 )
-from nanochat.report.verdict import common_name
 
-COSTS = [
+BUDGETS = [
     ("total_tokens", "tokens"),
     ("total_training_flops", "FLOPs"),
     ("total_training_time", "training time"),
 ]
-ALIKE = tuple(name for name in (*CONTEXT, *FAMILY) if name != "num_iterations")
-MODEL = (*SHAPE, *RANK)
-NEAR = math.log(1.02)  # costs within 2 % of one another are equal
+SAME_TRAINING = tuple(name for name in (*CONTEXT, *FAMILY) if name != "num_iterations")
+ARCHITECTURE = (*SHAPE, *RANK_SETTINGS)
+EQUAL_COST = math.log(1.02)  # costs within 2 % of each other are equal
+
+# The configurations of one architecture: one or more for each length of training.
+Model = list[Configuration]
 
 
 def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
-    """Blocks of nanochat/report/page.py: differences of loss to the control, in nats, with 95 % intervals over seeds. Nothing without a control."""
-    models = grouped(
-        [c for c in configs if not c.method and c.values("val/ppl")], lambda c: key(c, (*ALIKE, *MODEL))
-    )
-    control = largest(models)
+    """Differences of loss to the control, in nats, with 95 % intervals over seeds.
+
+    Returns blocks of nanochat/report/page.py; none if there is no control or nothing to compare with it.
+    """
+    usable = [config for config in configs if not config.method and config.values("val/ppl")]
+    models = group_by(usable, lambda config: values_of(config, (*SAME_TRAINING, *ARCHITECTURE)))
+    control = choose_control(models)
     if not control:
         return []
     rows = []
-    for model in sorted(models, key=lambda model: -share(model, control, parameters_of_blocks)):
-        cells = [difference(model, control, cost) for cost, _ in COSTS]
-        if key(model[0], ALIKE) == key(control[0], ALIKE) and model[0] is not control[0] and any(cells):
-            sizes = [
-                f"× {ratio:.3f}"
-                for ratio in (
-                    share(model, control, parameters_of_blocks),
-                    share(model, control, "flops/per_token"),
-                )
-            ]
-            rows.append([model_name(model), *sizes, *(in_words(cell) for cell in cells)])
+    for model in sorted(models, key=lambda model: -share(model, control, block_parameters)):
+        same_training = values_of(model[0], SAME_TRAINING) == values_of(control[0], SAME_TRAINING)
+        if model[0] is control[0] or not same_training:
+            continue
+        differences = [loss_differences(model, control, cost) for cost, _ in BUDGETS]
+        if any(differences):
+            parameters = f"× {share(model, control, block_parameters):.3f}"
+            flops = f"× {share(model, control, 'flops/per_token'):.3f}"
+            rows.append([model_name(model), parameters, flops, *map(difference_text, differences)])
     if not rows:
         return []
     words = (
-        f"Loss minus that of {model_name(control)}, in nats (× {math.e:.3f} in perplexity for each), mean over the seeds of both and 95 % interval, not corrected for "
-        "the number of lines. Each seed at the settings that are best on the other seeds. Where a model was trained for several "
-        "lengths, its loss at the control's cost is interpolated between them, linearly in the logarithm of the cost; every length has its "
-        "own learning rate schedule. A line without a cell was not trained up to, or from, that cost."
+        f"Loss minus that of {model_name(control)}, in nats (× {math.e:.3f} in perplexity for each), mean over the "
+        "seeds of both and 95 % interval, not corrected for the number of lines. Each seed at the settings that are "
+        "best on the other seeds. Where a model was trained for several lengths, its loss at the control's cost is "
+        "interpolated between them, linearly in the logarithm of the cost; every length has its own learning rate "
+        "schedule. A line without a cell was not trained up to, or from, that cost."
     )
+    budgets = [f"at equal {words}" for _, words in BUDGETS]
+    header = ["model", "block parameters", "FLOPs a token", *budgets]
     return [
         ("subheading", "At equal cost"),
         ("paragraph", words),
-        (
-            "table",
-            ["model", "block parameters", "FLOPs a token", *(f"at equal {words}" for _, words in COSTS)],
-            rows,
-            "numbers",
-        ),
+        ("table", header, rows, "numbers"),
     ]
 
 
-def largest(models: list[list[Configuration]]) -> list[Configuration]:
-    """Of the full-rank models with the most seeds, the one of most parameters, at its shortest length."""
-    full = [
-        [c for c in model if key(c, ("num_iterations",)) == min(key(c, ("num_iterations",)) for c in model)]
-        for model in models
-        if model[0].full_rank
-    ]
-    seeds = max((len(losses(model)) for model in full), default=0)
-    return max(
-        (model for model in full if len(losses(model)) == seeds),
-        key=lambda model: model[0].mean("params/total") or 0,
-        default=[],
-    )
+def choose_control(models: list[Model]) -> Model:
+    """Of the full-rank models with the most seeds, the one with the most parameters, at its shortest length."""
+    full = [shortest_length(model) for model in models if model[0].full_rank]
+    most_seeds = max((len(losses(model)) for model in full), default=0)
+    candidates = [model for model in full if len(losses(model)) == most_seeds]
+    return max(candidates, key=lambda model: model[0].mean("params/total") or 0, default=[])
 
 
-def losses(model: list[Configuration]) -> dict[int, float]:
-    """{seed: loss in nats} at the best settings; where these could only be chosen on the seed itself, it is left out, unless all were."""
-    found = tuned([by_seed(group, "val/ppl", ended) for group in grouped(model, tuning)])
-    return found.fair or found.peeked
+def shortest_length(model: Model) -> Model:
+    shortest = min(values_of(config, ("num_iterations",)) for config in model)
+    return [config for config in model if values_of(config, ("num_iterations",)) == shortest]
 
 
-def difference(model: list[Configuration], control: list[Configuration], cost: str) -> dict[int, float]:
-    """{seed: loss of the model at the control's cost − loss of the control}, of the seeds where the model's lengths reach it."""
+def losses(model: Model) -> dict[int, float]:
+    """{seed: loss in nats} at the best settings.
+
+    A seed on which the settings had to be chosen is left out, unless that holds for all seeds.
+    """
+    groups = group_by(model, tuned_settings)
+    best = best_settings([mean_logs(group, "val/ppl", trained_in_full) for group in groups])
+    return best.unbiased or best.biased
+
+
+def loss_differences(model: Model, control: Model, cost: str) -> dict[int, float]:
+    """{seed: loss of the model at the control's cost − loss of the control}, where the model's lengths reach it."""
     lengths = [
-        (by_seed(group, cost, ended), losses(group))
-        for group in grouped(model, lambda c: key(c, ("num_iterations",)))
+        (mean_logs(group, cost, trained_in_full), losses(group))
+        for group in group_by(model, lambda config: values_of(config, ("num_iterations",)))
     ]
-    found = {}
-    for seed, wanted in by_seed(control, cost, ended).items():
-        points = sorted(
-            (costs[seed], loss[seed]) for costs, loss in lengths if seed in costs and seed in loss
-        )
-        at = interpolated(points, wanted)
-        if at is not None:
-            found[seed] = at
-    return differences(found, losses(control))
+    at_cost = {}
+    for seed, control_cost in mean_logs(control, cost, trained_in_full).items():
+        points = [
+            (costs[seed], losses_[seed]) for costs, losses_ in lengths if seed in costs and seed in losses_
+        ]
+        loss = interpolate(sorted(points), control_cost)
+        if loss is not None:
+            at_cost[seed] = loss
+    return seed_differences(at_cost, losses(control))
 
 
-def interpolated(points: list[tuple[float, float]], x: float) -> float | None:
-    """y at x between two neighbours of the (x, y), or of one that is NEAR; None outside of them."""
-    near = min(points, key=lambda point: abs(point[0] - x), default=(math.inf, None))
-    if abs(near[0] - x) <= NEAR:
-        return near[1]
+def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
+    """y at x: of a point at equal cost, or between the neighbours of x; None outside of the points."""
+    nearest = min(points, key=lambda point: abs(point[0] - x), default=(math.inf, None))
+    if abs(nearest[0] - x) <= EQUAL_COST:
+        return nearest[1]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if x0 < x < x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return None
 
 
-def parameters_of_blocks(run) -> float:
+def block_parameters(run) -> float:
+    """Parameters of attention and MLP: what a rank can change."""
     return run.summary.get("params/attention", math.nan) + run.summary.get("params/mlp", math.nan)
 
 
-def share(model, control, quantity) -> float:
-    ours, theirs = (
-        fmean(by_seed(side, quantity).values()) if by_seed(side, quantity) else math.nan
-        for side in (model, control)
-    )
-    return math.exp(ours - theirs)
+def share(model: Model, control: Model, quantity) -> float:
+    """The model's geometric mean over the control's; NaN if either is unknown."""
+    ours = mean_logs(model, quantity).values()
+    base = mean_logs(control, quantity).values()
+    return math.exp(fmean(ours) - fmean(base)) if ours and base else math.nan
 
 
-def model_name(model: list[Configuration]) -> str:
-    """What the names of its lengths and settings share, without a length or a rate that happens to be the same in all of them."""
+def model_name(model: Model) -> str:
+    """The common name of the model's configurations, without a length or a rate that all of them happen to share."""
     parts = common_name(model).split(", ")
     return ", ".join(part for part in parts if not part.startswith(("num iterations", "matrix lr")))
 
 
-def in_words(found: dict[int, float]) -> str:
-    """ "−0.142 ± 0.011 (3)"; without an interval where there is one seed."""
-    if not found:
+def difference_text(differences: dict[int, float]) -> str:
+    """ "−0.142 ± 0.011 (3)": mean, half the interval, number of seeds. One seed has no interval."""
+    if not differences:
         return "–"
-    bounds = interval(list(found.values()), 0.95)
+    values = list(differences.values())
+    bounds = interval(values, 0.95)
     half = f" ± {(bounds[1] - bounds[0]) / 2:.3f}" if bounds else ""
-    return f"{fmean(found.values()):+.3f}{half} ({len(found)})".replace("-", "−")
+    return f"{fmean(values):+.3f}{half} ({len(values)})".replace("-", "−")

@@ -14,7 +14,7 @@ from nanochat.report.configurations import (
     step_seconds,
     varying_settings,
 )
-from nanochat.report.pairing import by_seed, differences
+from nanochat.report.pairing import mean_logs, seed_differences
 from nanochat.report.run_tables import number_text, thresholds
 from nanochat.report.summaries import (
     COSTS,
@@ -106,7 +106,7 @@ def configurations_table(configs: list[Configuration], measure: str) -> list[tup
 def against(config: Configuration, base: Configuration | None, key_: str) -> str:
     """ " ×0.705", the geometric mean over the seeds that both have: a mean over other seeds would compare seeds too."""
     shared = (
-        list(differences(by_seed([config], key_), by_seed([base], key_)).values())
+        list(seed_differences(mean_logs([config], key_), mean_logs([base], key_)).values())
         if base and config is not base
         else []
     )

@@ -1,152 +1,180 @@
 """The verdict in words and tables: hypotheses in, blocks of nanochat/report/page.py out."""
 
-from nanochat.report.pairing import MOST
+from nanochat.report.pairing import MAX_SEEDS
 from nanochat.report.verdict import (
-    ALIKE,
     NOT_APPLICABLE,
     NOT_SUPPORTED,
     OPEN,
+    SAME_IN_PAIRS,
     SUPPORTED,
     UNDECIDED,
+    CaseVerdict,
     Estimate,
     Hypothesis,
-    Line,
 )
 
 
 def verdict_blocks(hypotheses: list[Hypothesis]) -> list[tuple]:
-    """The verdict as blocks of a page (nanochat/report/page.py)."""
     blocks = [("heading", "The verdict")]
-    left = {}  # item -> names of the hypotheses that leave it out
-    for h in hypotheses:
-        blocks += [("subheading", f"{h.name}: {h.verdict}"), ("paragraph", conclusion(h))]
-        if h.lines:
-            header = [
-                "ratio to full rank",
-                "estimate",
-                f"{percent(h.each)} interval",
-                "asked",
-                "pairs (seeds)",
-                "finding",
-            ]
-            blocks.append(("table", header, table_rows(h), "numbers"))
-        if any(line.notes for line in h.lines):
-            blocks.append(("list", noted(h.lines)))
-        for item in h.left_out:
-            left.setdefault(item, []).append(h.name)
-    if left:
-        items = [
-            item if len(names) == len(hypotheses) else f"{item} ({', '.join(names)})"
-            for item, names in left.items()
-        ]
-        blocks += [("subheading", "Left out of the verdict"), ("list", items)]
-    return blocks + [("subheading", "How the verdict is made"), ("list", method(hypotheses))]
+    for hypothesis in hypotheses:
+        blocks += hypothesis_blocks(hypothesis)
+    left_out = left_out_lines(hypotheses)
+    if left_out:
+        blocks += [("subheading", "Left out of the verdict"), ("list", left_out)]
+    return [*blocks, ("subheading", "How the verdict is made"), ("list", method_notes(hypotheses))]
 
 
-def noted(lines: tuple[Line, ...]) -> list[str]:
-    """Each note once, with whom it concerns."""
-    concerned = {}
-    for line in lines:
-        for note in line.notes:
-            concerned.setdefault(note, []).append(line.name)
+def hypothesis_blocks(hypothesis: Hypothesis) -> list[tuple]:
+    blocks = [
+        ("subheading", f"{hypothesis.claim.name}: {hypothesis.verdict}"),
+        ("paragraph", conclusion(hypothesis)),
+    ]
+    if hypothesis.cases:
+        interval = f"{percent(hypothesis.case_confidence)} interval"
+        header = ["ratio to full rank", "estimate", interval, "asked", "pairs (seeds)", "finding"]
+        blocks.append(("table", header, table_rows(hypothesis), "numbers"))
+    notes = note_lines(hypothesis.cases)
+    if notes:
+        blocks.append(("list", notes))
+    return blocks
+
+
+def left_out_lines(hypotheses: list[Hypothesis]) -> list[str]:
+    """What is left out, each once, with the hypotheses that leave it out unless all of them do."""
+    names_by_item = {}
+    for hypothesis in hypotheses:
+        for item in hypothesis.left_out:
+            names_by_item.setdefault(item, []).append(hypothesis.claim.name)
     return [
-        f"{'all' if len(names) == len(lines) > 1 else '; '.join(names)}: {note}."
-        for note, names in concerned.items()
+        item if len(names) == len(hypotheses) else f"{item} ({', '.join(names)})"
+        for item, names in names_by_item.items()
     ]
 
 
-def conclusion(h: Hypothesis) -> str:
-    head = f"{h.claim[0].upper() + h.claim[1:]} ({h.asked}): **{h.verdict}**."
-    if h.verdict == NOT_APPLICABLE:
-        return f"{head} No runs speak to it: it needs {h.needs}."
-    of = {v: [line for line in h.lines if line.verdict == v] for v in (SUPPORTED, NOT_SUPPORTED, UNDECIDED)}
-    parts = [
-        f"{label} for {len(of[v])} of {len(h.lines)}: {'; '.join(map(in_words, of[v]))}."
-        for v, label in ((SUPPORTED, "Shown"), (NOT_SUPPORTED, "The contrary is shown"), (UNDECIDED, "Open"))
-        if of[v]
+def note_lines(cases: tuple[CaseVerdict, ...]) -> list[str]:
+    """Each note once, with the cases that it concerns."""
+    names_by_note = {}
+    for case in cases:
+        for note in case.notes:
+            names_by_note.setdefault(note, []).append(case.name)
+    return [
+        f"{'all' if len(names) == len(cases) > 1 else '; '.join(names)}: {note}."
+        for note, names in names_by_note.items()
     ]
-    return " ".join([head, *parts])
 
 
-def in_words(line: Line) -> str:
-    ratios = ", ".join(f"{e.of.quantity} × {e.ratio:.3f}" for e in line.estimates if e.of.limit and e.ratio)
-    words = f"{line.name} ({ratios})" if ratios else line.name
-    return words + f", {wanted(line)}" * (line.verdict == UNDECIDED)
+def conclusion(hypothesis: Hypothesis) -> str:
+    claim = hypothesis.claim
+    text = f"{claim.text[0].upper() + claim.text[1:]} ({claim.criterion}): **{hypothesis.verdict}**."
+    if hypothesis.verdict == NOT_APPLICABLE:
+        return f"{text} No runs speak to it: it needs {claim.needs}."
+    for verdict, label in (
+        (SUPPORTED, "Shown"),
+        (NOT_SUPPORTED, "The contrary is shown"),
+        (UNDECIDED, "Open"),
+    ):
+        cases = [case_text(case) for case in hypothesis.cases if case.verdict == verdict]
+        if cases:
+            text += f" {label} for {len(cases)} of {len(hypothesis.cases)}: {'; '.join(cases)}."
+    return text
 
 
-def wanted(line: Line) -> str:
-    more = line.more
-    if more is None:
-        return f"so near to the margin that more than {MOST} seeds would be needed"
-    no_spread = any(e.finding == OPEN and e.low is None for e in line.estimates)
-    seeds = f"{'at least ' * no_spread}{more} more seed{'s' * (more > 1)} needed"
-    return seeds if more else "measured and predicted memory disagree"
+def case_text(case: CaseVerdict) -> str:
+    ratios = [
+        f"{estimate.comparison.quantity} × {estimate.ratio:.3f}"
+        for estimate in case.estimates
+        if estimate.comparison.limit and estimate.ratio
+    ]
+    text = f"{case.name} ({', '.join(ratios)})" if ratios else case.name
+    return f"{text}, {what_would_settle(case)}" if case.verdict == UNDECIDED else text
 
 
-def table_rows(h: Hypothesis) -> list[list[str]]:
+def what_would_settle(case: CaseVerdict) -> str:
+    needed = case.seeds_needed
+    if needed is None:
+        return f"so near to the margin that more than {MAX_SEEDS} seeds would be needed"
+    if needed == 0:
+        return "measured and predicted memory disagree"
+    seeds = "1 more seed" if needed == 1 else f"{needed} more seeds"
+    no_spread = any(estimate.finding == OPEN and estimate.low is None for estimate in case.estimates)
+    return f"at least {seeds} needed" if no_spread else f"{seeds} needed"
+
+
+def table_rows(hypothesis: Hypothesis) -> list[list[str]]:
+    """For each case a row of its own with its verdict, and then a row for each quantity."""
     rows = []
-    for line in h.lines:
-        rows.append([f"{line.name} against {line.baseline}: {line.verdict}"])
-        for e in line.estimates:
-            seeds = list(map(str, e.of.differences))
-            rows.append(
-                [
-                    e.of.quantity,
-                    number(e.ratio),
-                    "–" if e.low is None else f"{number(e.low)} to {number(e.high)}",
-                    f"below {e.of.limit:g}" if e.of.limit else "–",
-                    f"{len(seeds)} ({', '.join(seeds)})" if 0 < len(seeds) <= 6 else f"{len(seeds)}",
-                    in_short(e),
-                ]
-            )
+    for case in hypothesis.cases:
+        rows.append([f"{case.name} against {case.baseline}: {case.verdict}"])
+        rows += [estimate_row(estimate) for estimate in case.estimates]
     return rows
 
 
-def in_short(e: Estimate) -> str:
-    if e.finding != OPEN or e.more == 0:
-        return e.finding or "–"
-    return f"open: {f'over {MOST}' if e.more is None else e.more} more"
+def estimate_row(estimate: Estimate) -> list[str]:
+    comparison = estimate.comparison
+    bounds = "–" if estimate.low is None else f"{ratio_text(estimate.low)} to {ratio_text(estimate.high)}"
+    seeds = list(map(str, comparison.differences))
+    count = f"{len(seeds)} ({', '.join(seeds)})" if 0 < len(seeds) <= 6 else f"{len(seeds)}"
+    return [
+        comparison.quantity,
+        ratio_text(estimate.ratio),
+        bounds,
+        f"below {comparison.limit:g}" if comparison.limit else "–",
+        count,
+        finding_text(estimate),
+    ]
 
 
-def number(ratio: float | None) -> str:
-    """Two noisy pairs can leave an interval of many powers of ten: that it is wide is all that can be read off."""
-    return (
-        "–"
-        if ratio is None
-        else "over 1000"
-        if ratio > 1000
-        else "under 0.001"
-        if ratio < 0.001
-        else f"{ratio:.4f}"
-    )
+def finding_text(estimate: Estimate) -> str:
+    if estimate.finding != OPEN or estimate.seeds_needed == 0:
+        return estimate.finding or "–"
+    if estimate.seeds_needed is None:
+        return f"open: over {MAX_SEEDS} more"
+    return f"open: {estimate.seeds_needed} more"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """Two noisy pairs can have an interval of many powers of ten: the table says no more than that it is wide."""
+    if ratio is None:
+        return "–"
+    if ratio > 1000:
+        return "over 1000"
+    if ratio < 0.001:
+        return "under 0.001"
+    return f"{ratio:.4f}"
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def method(hypotheses: list[Hypothesis]) -> list[str]:
-    """What was done, for whoever checks it."""
-    each = ", ".join(f"{h.name} {percent(h.each)}" for h in hypotheses)
+def method_notes(hypotheses: list[Hypothesis]) -> list[str]:
+    """How the verdict is made, for a reader who checks it."""
+    each = ", ".join(f"{h.claim.name} {percent(h.case_confidence)}" for h in hypotheses)
+    error_rate = percent(1 - hypotheses[0].confidence)
     return [
-        f"**Pairs**: a low-rank and a full-rank run of the same {ALIKE}, so they saw the same rows in the same order; for H1 and H2 of "
-        "the same depth and width too. Runs that repeat a seed and all settings count once, as their mean.",
-        "**Interval**: of the pairs' differences of logarithms, mean ± Student's t × sd / √pairs, exponentiated. One pair has no interval "
-        "and decides nothing.",
-        f"**Several configurations**: Bonferroni. With so many configurations of two pairs or more, each interval is wider (H1 wants both time "
-        f"and memory of one configuration): {each}. So the chance that any configuration is called supported wrongly is at most "
-        f"{percent(1 - hypotheses[0].confidence)} a hypothesis. “Supported” means for at least one configuration, and the text names which.",
-        "**Findings**: below, the whole interval is below the margin; not below, the whole interval is above it; open, neither. “Not "
-        "supported”: the contrary is shown for every configuration. More seeds: the smallest number whose half-width would exclude the "
-        "margin if the estimate and the spread stayed as they are. A spread from few seeds is itself uncertain.",
-        "**Tuning**: where settings such as learning rates were scanned, best against best. A seed's setting is the one that is best on "
-        "the other seeds; what was chosen on the seed itself is not counted. One setting on each side is no tuning: it may suit one of "
-        "them better.",
-        "**Time**: the median training step after a run's first 10, on the same device, dtype, processes, threads and rows a pass. The runs "
-        "of a pair were made in separate processes at separate times: what else the machine did is in the spread over seeds as far as it "
-        "changed from pair to pair; a drift between all runs of one kind and all of the other is not.",
-        "**Memory**: on a GPU the measured peak of what torch allocated decides. On a CPU the resident set holds Python, libraries and "
-        "what the allocator kept, so the predicted peak decides (all tensors at the highest point of a step that is not compiled: "
-        "arithmetic, hence without spread) unless the resident set surely says the contrary; without a prediction the resident set "
-        "decides. Weights, gradients and optimizer state leave out activations, which low rank can add to, so they decide nothing.",
+        "**Pairs**: a low-rank and a full-rank run of the same "
+        f"{SAME_IN_PAIRS}, so they saw the same rows in the same order; for H1 and H2 of the same depth and width "
+        "too. Runs that repeat a seed and all settings count once, as their mean.",
+        "**Interval**: of the pairs' differences of logarithms, mean ± Student's t × sd / √pairs, exponentiated. "
+        "One pair has no interval and decides nothing.",
+        "**Several configurations**: Bonferroni. With so many configurations of two pairs or more, each interval "
+        f"is wider (H1 wants both time and memory of one configuration): {each}. So the chance that any "
+        f"configuration is called supported wrongly is at most {error_rate} a hypothesis. “Supported” means for at "
+        "least one configuration, and the text names which.",
+        "**Findings**: below, the whole interval is below the margin; not below, the whole interval is above it; "
+        "open, neither. “Not supported”: the contrary is shown for every configuration. More seeds: the smallest "
+        "number whose half-width would exclude the margin if the estimate and the spread stayed as they are. A "
+        "spread from few seeds is itself uncertain.",
+        "**Tuning**: where settings such as learning rates were scanned, best against best. A seed's setting is "
+        "the one that is best on the other seeds; what was chosen on the seed itself is not counted. One setting "
+        "on each side is no tuning: it may suit one of them better.",
+        "**Time**: the median training step after a run's first 10, on the same device, dtype, processes, threads "
+        "and rows a pass. The runs of a pair were made in separate processes at separate times: what else the "
+        "machine did is in the spread over seeds as far as it changed from pair to pair; a drift between all runs "
+        "of one kind and all of the other is not.",
+        "**Memory**: on a GPU the measured peak of what torch allocated decides. On a CPU the resident set holds "
+        "Python, libraries and what the allocator kept, so the predicted peak decides (all tensors at the highest "
+        "point of a step that is not compiled: arithmetic, hence without spread) unless the resident set surely "
+        "says the contrary; without a prediction the resident set decides. Weights, gradients and optimizer state "
+        "leave out activations, which low rank can add to, so they decide nothing.",
     ]

@@ -240,8 +240,8 @@ def test_they_are_no_full_rank_baseline_and_enter_no_verdict():
     ] == [True, False, False, False, False]
     assert baseline(configs, "val/ppl").runs[0].name == "full"
     assert verdict(configs) == verdict(configurations([low, full])) or [
-        h.lines for h in verdict(configs)
-    ] == [h.lines for h in verdict(configs[:2])]
+        h.cases for h in verdict(configs)
+    ] == [h.cases for h in verdict(configs[:2])]
     keys = pair_keys(configs)
     assert keys["low"] == keys["full"] and len({keys[name] for name in ("full", "a", "b", "e")}) == 4
 

@@ -8,20 +8,21 @@ from scipy import stats
 from test_configurations import a_run
 
 from nanochat.common import InputError
+from nanochat.report.comparisons import Case, Comparison
 from nanochat.report.configurations import configurations
 from nanochat.report.page import to_markdown, to_page
-from nanochat.report.pairing import MOST, half_width, interval, seeds_to_settle, tuned
+from nanochat.report.pairing import MAX_SEEDS, best_settings, half_width, interval, seeds_to_settle
 from nanochat.report.verdict import (
     NOT_APPLICABLE,
     NOT_SUPPORTED,
     SUPPORTED,
     UNDECIDED,
-    Comparison,
+    Claim,
     Hypothesis,
-    judged,
+    judge_case,
     verdict,
 )
-from nanochat.report.verdict_page import conclusion, number, verdict_blocks
+from nanochat.report.verdict_page import conclusion, ratio_text, verdict_blocks
 
 FULL = [30.0, 30.9, 29.6, 30.3]
 FULL_DT = [0.50, 0.52, 0.49, 0.51]
@@ -66,13 +67,13 @@ def text_of(hypotheses) -> str:
 def test_the_interval_is_that_of_a_paired_t_test():
     ratios = [1.02, 1.035, 1.027, 1.01]
     h1, h2, _ = judge(full_runs() + low_runs(ratios), confidence=0.9)
-    (e,) = h2.lines[0].estimates
+    (e,) = h2.cases[0].estimates
     low = np.log(np.multiply(FULL, ratios))
     high = np.log(FULL)
     expected = stats.ttest_rel(low, high).confidence_interval(0.9)
     assert e.ratio == pytest.approx(np.prod(ratios) ** 0.25)
     assert (e.low, e.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
-    time, memory = h1.lines[0].estimates[:2]
+    time, memory = h1.cases[0].estimates[:2]
     expected = stats.ttest_rel(
         np.log(np.multiply(FULL_DT, (0.70, 0.71, 0.69, 0.70))), np.log(FULL_DT)
     ).confidence_interval(0.9)
@@ -110,7 +111,7 @@ def test_choosing_a_rate_on_the_seed_compared_would_flatter_and_is_not_done():
     naive = []
     for _ in range(400):
         points = [dict(enumerate(row)) for row in rng.normal(0.0, 1.0, (5, 4))]
-        fair += tuned(points).fair.values()
+        fair += best_settings(points).unbiased.values()
         naive += [min(p[s] for p in points) for s in range(4)]
     assert np.mean(naive) < -1 and abs(np.mean(fair)) < 4 / math.sqrt(len(fair))
 
@@ -133,7 +134,7 @@ def test_h3_wants_depth_and_equal_parameters():
         return low_runs([0.970, 0.975, 0.972, 0.971], depth=8, summary={"params/total": 4_950_000, **summary})
 
     h1, h2, h3 = judge(full_runs() + deep())
-    assert h3.verdict == SUPPORTED and "parameters × 0.990" in h3.lines[0].baseline
+    assert h3.verdict == SUPPORTED and "parameters × 0.990" in h3.cases[0].baseline
     assert h1.verdict == h2.verdict == NOT_APPLICABLE  # there is no full-rank run of that depth
     assert judge(full_runs() + deep(), equal_params=0.005)[2].verdict == NOT_APPLICABLE
     more = judge(full_runs() + deep(**{"params/total": 5_600_000}))[2]
@@ -162,20 +163,20 @@ def test_h3_is_held_against_the_best_full_rank_shape():
     deep = low_runs([0.985, 0.987, 0.986, 0.985], depth=8, summary={"params/total": 5_000_000})
     better = full_runs([p * 0.95 for p in FULL], depth=5)
     h3 = judge(full_runs() + better + deep)[2]
-    assert h3.verdict == NOT_SUPPORTED and "5 layers" in h3.lines[0].baseline
+    assert h3.verdict == NOT_SUPPORTED and "5 layers" in h3.cases[0].baseline
 
 
 def test_one_pair_decides_nothing():
     h1, h2, _ = judge(full_runs()[:1] + low_runs([1.0])[:1])
     assert h1.verdict == h2.verdict == UNDECIDED
-    assert h2.lines[0].estimates[0].low is None and h2.lines[0].more == 1
+    assert h2.cases[0].estimates[0].low is None and h2.cases[0].seeds_needed == 1
     assert "at least 1 more seed needed" in conclusion(h2)
 
 
 def test_an_estimate_on_the_margin_asks_for_no_absurd_number():
     _, h2, _ = judge(full_runs() + low_runs([1.04, 1.06, 1.03, 1.0701]))
-    assert h2.verdict == UNDECIDED and h2.lines[0].more is None
-    assert f"more than {MOST} seeds" in conclusion(h2) and f"over {MOST}" in text_of([h2])
+    assert h2.verdict == UNDECIDED and h2.cases[0].seeds_needed is None
+    assert f"more than {MAX_SEEDS} seeds" in conclusion(h2) and f"over {MAX_SEEDS}" in text_of([h2])
 
 
 def test_the_best_of_many_configurations_is_not_enough():
@@ -194,9 +195,11 @@ def test_the_best_of_many_configurations_is_not_enough():
     clear = [1.0100, 1.0102, 1.0101, 1.0099]
     assert judge(many(near, 1))[1].verdict == SUPPORTED
     h2 = judge(many(near, 20))[1]
-    assert h2.verdict == UNDECIDED and h2.each == pytest.approx(1 - 0.05 / 20) and len(h2.lines) == 20
+    assert (
+        h2.verdict == UNDECIDED and h2.case_confidence == pytest.approx(1 - 0.05 / 20) and len(h2.cases) == 20
+    )
     h2 = judge(many(clear, 20))[1]
-    assert h2.verdict == SUPPORTED and [line.name for line in h2.lines if line.verdict == SUPPORTED] == [
+    assert h2.verdict == SUPPORTED and [line.name for line in h2.cases if line.verdict == SUPPORTED] == [
         "attn 8, mlp 8"
     ]
     assert "Shown for 1 of 20: attn 8, mlp 8 (perplexity × 1.010)" in conclusion(h2)
@@ -210,10 +213,14 @@ def test_noise_is_seldom_called_supported():
         base = rng.normal(0, 0.01, 4)
         gaps = [rng.normal(math.log(1.05), 0.01, 4) - base for _ in range(10)]
         lines = [
-            judged(("low", "full", [Comparison("perplexity", dict(enumerate(gap)), 1.05)], []), 1 - 0.05 / 10)
+            judge_case(
+                Case("low", "full", [Comparison("perplexity", dict(enumerate(gap)), 1.05)], []), 1 - 0.05 / 10
+            )
             for gap in gaps
         ]
-        wrong += Hypothesis("H2", "", "", "", tuple(lines), 0.95, 1 - 0.05 / 10, ()).verdict == SUPPORTED
+        wrong += (
+            Hypothesis(Claim("H2", "", "", ""), tuple(lines), 0.95, 1 - 0.05 / 10, ()).verdict == SUPPORTED
+        )
     assert wrong / 400 <= 0.05
 
 
@@ -258,16 +265,16 @@ def test_pairs_are_by_seed_and_runs_of_one_seed_count_once():
         "again", 1, attn=64, mlp=64, ppl=FULL[0] * 1.06, summary=low[0].summary | {"val/ppl": FULL[0] * 1.06}
     )
     _, h2, _ = judge(full_runs()[:3] + low + [again])
-    (e,) = h2.lines[0].estimates
-    assert list(e.of.differences) == [1, 2, 3]
-    assert e.of.differences[1] == pytest.approx(math.log(math.sqrt(1.02 * 1.06)))
+    (e,) = h2.cases[0].estimates
+    assert list(e.comparison.differences) == [1, 2, 3]
+    assert e.comparison.differences[1] == pytest.approx(math.log(math.sqrt(1.02 * 1.06)))
     assert "seed 4 has no full-rank run" in text_of([h2])
 
 
 def test_h2_is_about_both_attention_and_mlp():
     only = [a_run(f"a{s}", s, attn=64, ppl=p) for s, p in enumerate(FULL, 1)]
     h1, h2, _ = judge(full_runs() + only)
-    assert h2.verdict == NOT_APPLICABLE and len(h1.lines) == 1
+    assert h2.verdict == NOT_APPLICABLE and len(h1.cases) == 1
 
 
 def test_unfinished_and_shortened_runs_are_left_out_and_listed():
@@ -275,8 +282,8 @@ def test_unfinished_and_shortened_runs_are_left_out_and_listed():
     low[0].summary["status"] = "stopped"
     low[1].summary["total_tokens"] = 4096  # --stop-at-ppl
     h1, h2, _ = judge(full_runs() + low)
-    assert list(h2.lines[0].estimates[0].of.differences) == [3, 4] and list(
-        h1.lines[0].estimates[0].of.differences
+    assert list(h2.cases[0].estimates[0].comparison.differences) == [3, 4] and list(
+        h1.cases[0].estimates[0].comparison.differences
     ) == [2, 3, 4]
     assert (
         "low64_1: stopped, not finished" in h2.left_out
@@ -308,7 +315,7 @@ def test_best_tuned_against_best_tuned():
         low_runs([1.08, 1.081, 1.079, 1.08]), 0.02, 1.05
     )
     _, h2, _ = judge(runs + low)
-    (line,) = h2.lines
+    (line,) = h2.cases
     assert line.estimates[0].ratio == pytest.approx(1.08, abs=1e-3) and line.verdict == NOT_SUPPORTED
     assert "2 settings were tried on each side (matrix lr)" in text_of([h2])
 
@@ -327,16 +334,18 @@ def test_seeds_that_served_to_choose_are_not_counted():
         run for rate, factor in ((0.02, 1.1), (0.08, 1.05)) for run in at_rate(full_runs()[:1], rate, factor)
     ]
     _, h2, _ = judge(full_runs() + scan + low_runs([1.02, 1.021, 1.02, 1.019]))
-    assert list(h2.lines[0].estimates[0].of.differences) == [
+    assert list(h2.cases[0].estimates[0].comparison.differences) == [
         2,
         3,
         4,
     ] and "seed 1 served to choose" in text_of([h2])
     _, h2, _ = judge(full_runs()[:1] + scan + low_runs([1.02])[:1])
-    (e,) = h2.lines[0].estimates
-    assert (e.ratio, e.low, e.more) == (pytest.approx(1.02), None, 2) and "which flatters them" in text_of(
-        [h2]
-    )
+    (e,) = h2.cases[0].estimates
+    assert (e.ratio, e.low, e.seeds_needed) == (
+        pytest.approx(1.02),
+        None,
+        2,
+    ) and "which flatters them" in text_of([h2])
 
 
 def test_a_run_that_diverged_is_not_averaged_away():
@@ -353,7 +362,7 @@ def test_on_a_gpu_the_measured_peak_decides():
     gpu = {"device": {"type": "cuda", "name": "H100"}}
     h1 = judge(full_runs(**gpu) + low_runs([1.0] * 4, summary={"mem/peak_bytes": 700e6}, **gpu))[0]
     assert h1.verdict == NOT_SUPPORTED
-    assert [e.of.quantity for e in h1.lines[0].estimates if e.of.limit] == [
+    assert [e.comparison.quantity for e in h1.cases[0].estimates if e.comparison.limit] == [
         "time per step",
         "measured peak memory",
     ]
@@ -373,7 +382,7 @@ def test_on_a_cpu_the_prediction_decides_unless_the_measurement_contradicts_it()
     without = full_runs() + low_runs([1.0] * 4)
     for run in without:
         del run.summary["mem/predicted_peak_bytes"]
-    assert judge(without)[0].lines[0].estimates[1].of.quantity == "measured peak memory"
+    assert judge(without)[0].cases[0].estimates[1].comparison.quantity == "measured peak memory"
 
 
 # ---- bad input, and the page ------------------------------------------------------------------------------------------
@@ -443,7 +452,7 @@ def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
         )
     ]
     h2 = verdict(configurations(runs))[1]
-    assert [line.name for line in h2.lines] == ["attn 32, mlp 32"] and h2.lines[0].baseline.endswith(
+    assert [line.name for line in h2.cases] == ["attn 32, mlp 32"] and h2.cases[0].baseline.endswith(
         "parameters × 0.600"
     )
     assert any("attn 160, mlp 160: spares nothing, it has × 1.000" in item for item in h2.left_out)
@@ -454,7 +463,7 @@ def test_another_kind_of_low_rank_is_a_comparison_of_its_own_and_no_tuning(flags
     plain = low_runs([1.020, 1.022, 1.019, 1.021])
     other = low_runs([1.010, 1.012, 1.009, 1.011], tag="other", flags=flags)
     h2 = judge(full_runs() + plain + other)[1]
-    assert sorted(line.estimates[0].ratio for line in h2.lines) == pytest.approx([1.0105, 1.0205], abs=1e-3)
+    assert sorted(line.estimates[0].ratio for line in h2.cases) == pytest.approx([1.0105, 1.0205], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -481,11 +490,11 @@ def test_h2_wants_a_factored_matrix_in_attention_and_one_in_the_mlp(mlp, ranks, 
         )
         for s, p in enumerate(FULL, 1)
     ]
-    assert len(judge(full_runs() + low)[1].lines) == speaks
+    assert len(judge(full_runs() + low)[1].cases) == speaks
 
 
 def test_an_interval_of_many_powers_of_ten_is_only_said_to_be_wide():
-    assert [number(ratio) for ratio in (1e30, 1.5, 0.02, 1e-9, None)] == [
+    assert [ratio_text(ratio) for ratio in (1e30, 1.5, 0.02, 1e-9, None)] == [
         "over 1000",
         "1.5000",
         "0.0200",
