@@ -62,7 +62,7 @@ Cases = tuple[list[Case], list[str]]  # and a line on each configuration that co
 def cost_cases(
     low: list[Configuration], full: list[Configuration], time_limit: float, memory_limit: float
 ) -> Cases:
-    """Time and memory do not depend on learning rates: runs of one seed at several of them count as their mean."""
+    """Runs of one seed at several learning rates count as their mean: neither quantity depends on them."""
     names = (*CONTEXT, *SHAPE, *COST_SETTINGS)
     cases = []
     excluded = []
@@ -121,7 +121,7 @@ def state_bytes(run) -> float:
 
 
 def perplexity_cases(low: list[Configuration], full: list[Configuration], limit: float) -> Cases:
-    """Each rank that spares parameters, at its best settings, against full rank of the same shape at its best."""
+    """Each rank that spares parameters against full rank of the same shape, both at their best settings."""
     names = (*CONTEXT, *SHAPE)
     cases = []
     excluded = []
@@ -256,8 +256,8 @@ def tuning_notes(low: BestSettings, full: BestSettings, varied: str) -> list[str
         ]
     if low.count > 1:
         return [
-            f"{low.count} settings were tried on each side ({varied}); each seed is compared at the setting that "
-            "is best on the other seeds"
+            f"{low.count} settings were tried on each side ({varied}); each seed is compared at the setting "
+            "that is best on the other seeds"
         ]
     return []
 
@@ -273,8 +273,8 @@ def seed_notes(low: BestSettings, full: BestSettings, unbiased: dict, all_seeds:
         notes.append(f"seed {numbers_text(unpaired)} has no full-rank run and is not counted")
     if not unbiased:
         notes.append(
-            "the settings were chosen on the very seeds compared, which flatters them: run the chosen ones on "
-            "other seeds"
+            "the settings were chosen on the very seeds compared, which flatters them: run the chosen ones "
+            "on other seeds"
         )
     return notes
 

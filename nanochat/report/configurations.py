@@ -20,7 +20,7 @@ from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # Flags that change neither the model nor its training nor what it costs ...
 IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
-# ... and those that the run's derived values, and its device, say better: what was asked for here is resolved there.
+# ... and those that ask for something that the run's derived values, or its device, record as resolved.
 RESOLVED = set(flag_names(Role.PLACE, Role.REQUEST))
 MODEL_FLAGS = {  # key of the recorded model -> name of its flag
     "n_layer": "depth",
@@ -73,7 +73,7 @@ def run_value(run: Run, key: str) -> float | None:
 
 
 def step_seconds(run: Run) -> float | None:
-    """The median of train/dt, seconds a step, after the first 10 steps (in a shorter run: after the first)."""
+    """The median of train/dt (seconds a step) after the first 10 steps, or in a short run after the first."""
     times = [seconds for (seconds,) in series(run.history, "train/dt") if seconds is not None]
     times = times[10:] or times[1:]
     return median(times) if times else None
@@ -117,7 +117,7 @@ def settings(run: Run, defaults: dict) -> dict:
 
 
 def model_settings(model: dict) -> dict:
-    """The recorded model by names of flags. n_head becomes head_dim; settings() resolves the other keys left out."""
+    """The recorded model by names of flags, without the keys that settings() resolves itself."""
     left_out = {"n_head", "matrix_ranks", "rank_multiple"}
     if not model.get("layer_kinds"):  # only models with copied layers have it; older runs lack the key
         left_out.add("layer_kinds")
@@ -252,10 +252,10 @@ def tells_apart(key: str, names: list[list[str]], all_settings: list[dict]) -> b
 
 
 def rank_name(settings: dict) -> str:
-    """The ranks in words: "attn 96, mlp 96", "mlp 96, v 128, silu", "attn 100…5" over many layers, "full rank".
+    """The ranks in words: "attn 96, mlp 96", "mlp 96, v 128, silu", "full rank".
 
-    An MLP that is not four times as wide as the model follows: "full rank, MLP × 1.5". Another method is named
-    with its size: "LoRA 8".
+    Over more than six layers: "attn 100…5". An MLP that is not four times as wide as the model follows: "full
+    rank, MLP × 1.5". Another method is named with its size: "LoRA 8".
     """
     if method(settings):
         return with_size(settings)
@@ -308,7 +308,7 @@ def setting_name(key: str, value) -> str:
 
 
 def varying_settings(configs: list[Configuration]) -> dict[str, list]:
-    """The settings that differ between configurations: {flag: distinct values, numbers in order before words}."""
+    """{flag: distinct values} of the settings that differ between configurations, numbers before words."""
     varying = {}
     keys = [key for config in configs for key in config.settings]
     for key in dict.fromkeys(keys):

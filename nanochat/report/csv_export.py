@@ -10,70 +10,74 @@ from nanochat.report.configurations import Configuration, run_seed, step_seconds
 from nanochat.report.pairing import CONTEXT, SHAPE, values_of
 from nanochat.report.run_tables import SECTIONS
 
-FORMULA = re.compile(r"\s*[=+@\t\r-]")  # begins what a spreadsheet computes
+FORMULA = re.compile(r"\s*[=+@\t\r-]")  # a text that begins so is computed by a spreadsheet
+CONFIG_PATHS = (
+    "device.type",
+    "device.name",
+    "device.processes",
+    "device.dtype",
+    "seed",
+    "git.commit",
+    "git.dirty",
+    "derived.corpus.name",
+    "derived.corpus.val_fingerprint",
+    "derived.tokenizer_hash",
+    "derived.num_iterations",
+    "derived.total_batch_size",
+    "derived.model.n_layer",
+    "derived.model.n_embd",
+    "derived.model.attn_ranks",
+    "derived.model.mlp_ranks",
+    "derived.model.lm_head_rank",
+)
 
 
 def to_csv(runs: list[Run], configurations: dict[str, str], pairs: dict[str, str]) -> str:
-    """One row a run, numbers as recorded: what the tables show, every other summary value, the set-up, all flags.
+    """One row for each run: names, summary, set-up and all flags; numbers as they were recorded.
 
-    configurations, pairs: {run's name: its configuration; "group:seed", the same in runs that the verdict may pair}. step_time: seconds.
+    configurations: {run's name: its configuration}. pairs: see pair_keys. The column step_time is in seconds.
     """
-    paths = (
-        "device.type",
-        "device.name",
-        "device.processes",
-        "device.dtype",
-        "seed",
-        "git.commit",
-        "git.dirty",
-        "derived.corpus.name",
-        "derived.corpus.val_fingerprint",
-        "derived.tokenizer_hash",
-        "derived.num_iterations",
-        "derived.total_batch_size",
-        "derived.model.n_layer",
-        "derived.model.n_embd",
-        "derived.model.attn_ranks",
-        "derived.model.mlp_ranks",
-        "derived.model.lm_head_rank",
-    )
-    listed = ["status", "step"] + [key for _, metrics in SECTIONS for key, *_ in metrics]
-    others = sorted(
-        {k for run in runs for k, v in run.summary.items() if isinstance(v, (int, float, str))} - set(listed)
-    )
-    rows = [
-        {
-            "run": run.name,
-            "configuration": configurations[run.name],
-            "pair": pairs[run.name],
-            "step_time": step_seconds(run),
-            **{key: run.summary.get(key) for key in listed + others},
-            **{path: config_value(run, path) for path in paths},
-            **{f"flags.{k}": v for k, v in (config_value(run, "flags") or {}).items()},
-        }
-        for run in runs
-    ]
-    out = io.StringIO()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(in_csv, columns))
-    writer.writerows([in_csv(row.get(column)) for column in columns] for row in rows)
-    return out.getvalue()
+    table_keys = [key for _, metrics in SECTIONS for key, *_ in metrics]
+    keys = ["status", "step", *table_keys, *other_summary_keys(runs, {"status", "step", *table_keys})]
+    rows = []
+    for run in runs:
+        flags = config_value(run, "flags") or {}
+        names = {"run": run.name, "configuration": configurations[run.name], "pair": pairs[run.name]}
+        summary = {"step_time": step_seconds(run)} | {key: run.summary.get(key) for key in keys}
+        config = {path: config_value(run, path) for path in CONFIG_PATHS}
+        rows.append(names | summary | config | {f"flags.{flag}": value for flag, value in flags.items()})
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(csv_cell, columns))
+    for row in rows:
+        writer.writerow([csv_cell(row.get(column)) for column in columns])
+    return file.getvalue()
 
 
-def in_csv(cell):
-    """A cell that no spreadsheet takes for a formula: text that looks like one begins with an apostrophe."""
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+def other_summary_keys(runs: list[Run], known: set[str]) -> list[str]:
+    """The keys that hold a number or a text in the summary of any run, without the known ones."""
+    keys = set()
+    for run in runs:
+        keys |= {key for key, value in run.summary.items() if isinstance(value, (int, float, str))}
+    return sorted(keys - known)
+
+
+def csv_cell(value):
+    """The value, with an apostrophe before a text that a spreadsheet would take for a formula."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 
 def pair_keys(configs: list[Configuration]) -> dict[str, str]:
-    """{run's name: "group:seed"}: in one group are the runs whose data, tokens, batch, schedule, depth and width are the same."""
+    """{run's name: "group:seed"}, equal for runs that can form a pair.
+
+    Runs of one group have the same data, tokens, batch, schedule, depth and width. Adapters and subspaces
+    form no pairs, so each of their configurations is a group of its own.
+    """
     groups = {}
-    alike = {
-        c.name: (*values_of(c, (*CONTEXT, *SHAPE)), c.name if c.method else "") for c in configs
-    }  # of another method none may be paired
-    return {
-        run.name: f"{groups.setdefault(alike[c.name], len(groups) + 1)}:{run_seed(run)}"
-        for c in configs
-        for run in c.runs
-    }
+    keys = {}
+    for config in configs:
+        alone = config.name if config.method else ""
+        group = groups.setdefault((*values_of(config, (*CONTEXT, *SHAPE)), alone), len(groups) + 1)
+        keys |= {run.name: f"{group}:{run_seed(run)}" for run in config.runs}
+    return keys

@@ -1,4 +1,4 @@
-"""At equal cost: the loss of other models at the tokens, FLOPs or training time of the largest full-rank model."""
+"""The loss of other models at the tokens, FLOPs or training time that the largest full-rank model took."""
 
 import math
 from statistics import fmean
@@ -56,11 +56,12 @@ def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
     if not rows:
         return []
     words = (
-        f"Loss minus that of {model_name(control)}, in nats (× {math.e:.3f} in perplexity for each), mean over the "
-        "seeds of both and 95 % interval, not corrected for the number of lines. Each seed at the settings that are "
-        "best on the other seeds. Where a model was trained for several lengths, its loss at the control's cost is "
-        "interpolated between them, linearly in the logarithm of the cost; every length has its own learning rate "
-        "schedule. A line without a cell was not trained up to, or from, that cost."
+        f"Loss minus that of {model_name(control)}, in nats (× {math.e:.3f} in perplexity for each), mean "
+        "over the seeds of both and 95 % interval, not corrected for the number of lines. Each seed at the "
+        "settings that are best on the other seeds. Where a model was trained for several lengths, its loss "
+        "at the control's cost is interpolated between them, linearly in the logarithm of the cost; every "
+        "length has its own learning rate schedule. A line without a cell was not trained up to, or from, "
+        "that cost."
     )
     budgets = [f"at equal {words}" for _, words in BUDGETS]
     header = ["model", "block parameters", "FLOPs a token", *budgets]
@@ -72,7 +73,7 @@ def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
 
 
 def choose_control(models: list[Model]) -> Model:
-    """Of the full-rank models with the most seeds, the one with the most parameters, at its shortest length."""
+    """The largest of the full-rank models with the most seeds, at its shortest length of training."""
     full = [shortest_length(model) for model in models if model[0].full_rank]
     most_seeds = max((len(losses(model)) for model in full), default=0)
     candidates = [model for model in full if len(losses(model)) == most_seeds]
@@ -95,7 +96,7 @@ def losses(model: Model) -> dict[int, float]:
 
 
 def loss_differences(model: Model, control: Model, cost: str) -> dict[int, float]:
-    """{seed: loss of the model at the control's cost − loss of the control}, where the model's lengths reach it."""
+    """{seed: loss of the model at the control's cost − loss of the control}, if it was trained that far."""
     lengths = [
         (mean_logs(group, cost, trained_in_full), losses(group))
         for group in group_by(model, lambda config: values_of(config, ("num_iterations",)))
@@ -135,7 +136,7 @@ def share(model: Model, control: Model, quantity) -> float:
 
 
 def model_name(model: Model) -> str:
-    """The common name of the model's configurations, without a length or a rate that all of them happen to share."""
+    """The common name of the configurations, without a length or learning rate that all of them share."""
     parts = common_name(model).split(", ")
     return ", ".join(part for part in parts if not part.startswith(("num iterations", "matrix lr")))
 

@@ -34,7 +34,7 @@ def values_of(config: Configuration, names) -> tuple:
 
 
 def tuned_settings(config: Configuration) -> tuple:
-    """The settings that two runs of a pair may differ in besides rank, such as learning rates: ((flag, text), ...)."""
+    """((flag, text), ...) of the settings other than rank that may differ within a pair: learning rates, …"""
     return tuple(sorted((flag, str(v)) for flag, v in config.settings.items() if flag not in NOT_TUNED))
 
 
@@ -47,7 +47,7 @@ def group_by(configs: list[Configuration], key) -> list[list[Configuration]]:
 
 
 def trained_in_full(run) -> bool:
-    """Finished on all of its tokens. A run that --stop-at-ppl ended early has a perplexity that was chosen."""
+    """Finished on all of its tokens: the perplexity of a run that --stop-at-ppl ended early was asked for."""
     derived = run.config.get("derived", {})
     return finished(run) and run.summary.get("total_tokens", math.inf) >= derived.get("tokens", 0)
 
@@ -124,7 +124,7 @@ def interval(values: list[float], confidence: float) -> tuple[float, float] | No
 
 
 def seeds_to_settle(values: list[float], limit: float, confidence: float) -> int | None:
-    """The smallest number of pairs whose interval would exclude the limit, if mean and spread stayed the same.
+    """The smallest number of pairs whose interval excludes the limit if mean and spread stay the same.
 
     2 while there is no spread. None if it is more than MAX_SEEDS: the mean is too near to the limit.
     """

@@ -1,4 +1,4 @@
-"""The values of a run's config.json and summary.json that the report uses: an odd one is one line."""
+"""The values of config.json and summary.json have the types that the report relies on, or the run is refused."""
 
 import dataclasses
 import math
@@ -8,14 +8,14 @@ from nanochat.files import is_kind
 from nanochat.history import NUMBERS
 from nanochat.metrics import Run
 
-REMEDY = "restore it, or leave the run out"
-COUNTED = ("params/", "mem/", "flops/", "total_")  # finite, and at least 0, also where a run diverged
+RUN_REMEDY = "restore it, or leave the run out"
+AMOUNTS = ("params/", "mem/", "flops/", "total_")  # finite and at least 0, even if the run diverged
 MAX_LAYERS = 100_000
-SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head")
+REQUIRED_MODEL_KEYS = ("n_layer", "n_embd", "n_head", "n_kv_head")
 
 
 def checked_run(run: Run) -> Run:
-    """The run, without nulls. InputError unless its values have the types that the report counts on."""
+    """The run without nulls. InputError if a value has another type than the report relies on."""
     config = {key: value if key == "flags" else without_nulls(value) for key, value in run.config.items()}
     config = {key: value for key, value in config.items() if value is not None}
     run = dataclasses.replace(run, config=config, summary=without_nulls(run.summary))
@@ -25,7 +25,7 @@ def checked_run(run: Run) -> Run:
 
 
 def without_nulls(tree):
-    """A table, and those in it, without values that are not known."""
+    """The table, and the tables in it, without the values that are null: not known."""
     if not isinstance(tree, dict):
         return tree
     return {key: without_nulls(value) for key, value in tree.items() if value is not None}
@@ -39,24 +39,22 @@ def check_config(run: Run):
         require(run, f"reference_losses.{key}", value, is_positive)
     require(run, "seed", run.config.get("seed"), is_integer)
     for key, value in parts["flags"].items():
-        require(run, f"flags.{key}", value, FLAGS.get(key, is_setting))
+        require(run, f"flags.{key}", value, FLAG_KINDS.get(key, is_setting))
     for key, value in (parts["device"] | parts["git"] | parts["versions"]).items():
         require(run, key, value, is_plain)
-    for key, is_right in DERIVED.items():
-        require(run, f"derived.{key}", parts["derived"].get(key), is_right)
+    for key, kind in DERIVED_KINDS.items():
+        require(run, f"derived.{key}", parts["derived"].get(key), kind)
     for key, value in corpus.items():
         require(run, f"derived.corpus.{key}", value, is_plain)
     for key, value in model.items():
-        require(run, f"derived.model.{key}", value, MODEL.get(key, is_setting))
-    needed = [("derived", parts["derived"], ["num_iterations"]), ("derived.model", model, SHAPE)]
-    for part, values, keys in needed:
-        if missing := [key for key in keys if values and key not in values]:
-            raise InputError(f"run {run.name}: {part}.{missing[0]} is missing from config.json; {REMEDY}")
+        require(run, f"derived.model.{key}", value, MODEL_KINDS.get(key, is_setting))
+    require_keys(run, "derived", parts["derived"], ("num_iterations",))
+    require_keys(run, "derived.model", model, REQUIRED_MODEL_KEYS)
 
 
 def check_summary(run: Run):
     for key, value in run.summary.items():
-        if key.startswith(COUNTED):
+        if key.startswith(AMOUNTS):
             require(run, key, value, is_amount)
         elif key.startswith((*NUMBERS, "time_to_ppl/")):
             require(run, key, value, is_number)
@@ -66,15 +64,23 @@ def check_summary(run: Run):
 
 def table(run: Run, parent: dict, name: str) -> dict:
     value = parent.get(name)
-    require(run, name, value, lambda value: isinstance(value, dict))
+    require(run, name, value, is_table)
     return value or {}
 
 
-def require(run: Run, key: str, value, is_right):
-    if value is not None and not is_right(value):
+def require(run: Run, key: str, value, kind):
+    """InputError unless kind(value); a value that is missing will do."""
+    if value is not None and not kind(value):
         raise InputError(
-            f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, which no run writes; {REMEDY}"
+            f"run {run.name}: {shortened(key)} is {shortened(repr(value))}, which no run writes; {RUN_REMEDY}"
         )
+
+
+def require_keys(run: Run, name: str, values: dict, keys: tuple[str, ...]):
+    """InputError if the table has values, but lacks one of these."""
+    missing = [key for key in keys if values and key not in values]
+    if missing:
+        raise InputError(f"run {run.name}: {name}.{missing[0]} is missing from config.json; {RUN_REMEDY}")
 
 
 # ---- kinds of values ---------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def is_plain(value) -> bool:
 
 
 def is_setting(value) -> bool:
-    """What a flag may be: plain, or a list of such."""
+    """What a flag may be: a plain value, or a list of them."""
     return is_plain(value) or (isinstance(value, list) and all(map(is_plain, value)))
 
 
@@ -133,30 +139,32 @@ def are_amounts_by_name(value) -> bool:
     return isinstance(value, dict) and all(map(are_amounts, value.values()))
 
 
+def is_table(value) -> bool:
+    return isinstance(value, dict)
+
+
 def is_table_of_integers(value) -> bool:
     return isinstance(value, dict) and all(map(is_integer, value.values()))
 
 
-FLAGS = {
-    **dict.fromkeys(
-        (
-            "adapter",
-            "layer_map",
-            "subspace",
-            "subspace_scope",
-            "init_from",
-            "model_tag",
-            "run_tag",
-            "solve",
-            "factor_act",
-        ),
-        is_text,
-    ),
+TEXT_FLAGS = (
+    "adapter",
+    "layer_map",
+    "subspace",
+    "subspace_scope",
+    "init_from",
+    "model_tag",
+    "run_tag",
+    "solve",
+    "factor_act",
+)
+FLAG_KINDS = {  # other flags: is_setting
+    **dict.fromkeys(TEXT_FLAGS, is_text),
     **dict.fromkeys(("rank", "subspace_dim", "subspace_rank", "mlp_ratio", "stop_at_ppl"), is_number),
     "seed": is_integer,
     "matrix_ranks": are_parts,
 }
-MODEL = {
+MODEL_KINDS = {  # other keys: is_setting
     **dict.fromkeys(("n_layer", "n_embd", "n_head", "n_kv_head", "vocab_size", "sequence_len"), is_size),
     "rank_multiple": is_integer,
     "mlp_ratio": is_positive,
@@ -168,7 +176,7 @@ MODEL = {
     "layer_map": are_amounts,
     "layer_kinds": is_list,
 }
-DERIVED = {
+DERIVED_KINDS = {  # of other keys nothing is required
     **dict.fromkeys(("num_iterations", "total_batch_size", "tokens", "val_tokens"), is_integer),
     "matrix_lr": is_number,
     "tokenizer_hash": is_text,

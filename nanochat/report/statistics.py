@@ -1,4 +1,4 @@
-"""Runs that train a part of their numbers, adapters on a trained model and random subspaces: their names, and what is measured of them alone."""
+"""Statistics of adapters and random subspaces: d90, rank correlation, and where AdaLoRA puts its ranks."""
 
 import math
 import re
@@ -6,14 +6,15 @@ from statistics import fmean
 
 import numpy as np
 
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-# ---- the dimension that is enough -----------------------------------------------------------------------------------
+# ---- the dimension that is enough --------------------------------------------------------------------------
 
 
 def loss_at_start(run) -> float | None:
-    """Nats per token before the first step: as evaluated, or else that of equal probabilities, near which an untrained model lies."""
+    """Nats per token before the first step, as evaluated.
+
+    A run that was not evaluated there: the loss of equal probabilities, which is near that of an untrained
+    model.
+    """
     first = run.history[0] if run.history else {}
     if first.get("step") == 0 and first.get("val/loss") is not None:
         return first["val/loss"]
@@ -23,78 +24,87 @@ def loss_at_start(run) -> float | None:
 
 
 def d90(points: list[tuple[float, float]], start: float, full: float) -> float | None:
-    """The smallest dimension whose loss closes 90 % of start - full (arXiv 1804.08838, for losses), from points (dimension, loss).
+    """The smallest dimension whose loss closes 90 % of start - full (arXiv 1804.08838, for losses).
 
-    Between the last dimension that does not and the first that does, linear in the logarithm of the dimension. None: not reached.
+    points: (dimension, loss). Between the last dimension that does not and the first that does, the loss is
+    taken as linear in the logarithm of the dimension. If the smallest dimension tried is enough, it is an
+    upper bound. None: no dimension is enough.
     """
     target = start - 0.9 * (start - full)
-    before = None
+    previous = None
     for dimension, loss in sorted(points):
         if loss <= target:
-            if before is None:
-                return dimension  # an upper bound: no smaller one was tried
-            share = (before[1] - target) / (before[1] - loss)
-            return math.exp((1 - share) * math.log(before[0]) + share * math.log(dimension))
-        before = dimension, loss
+            if previous is None:
+                return dimension
+            previous_dimension, previous_loss = previous
+            share = (previous_loss - target) / (previous_loss - loss)
+            return math.exp((1 - share) * math.log(previous_dimension) + share * math.log(dimension))
+        previous = dimension, loss
     return None
 
 
-# ---- does one order predict the other -------------------------------------------------------------------------------
+# ---- rank correlation --------------------------------------------------------------------------------------
 
 
 def sample_ranks(values) -> np.ndarray:
-    """1 for the smallest; equal values share the mean of their places."""
+    """1 for the smallest value; equal values share the mean of their places."""
     _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def spearman(x, y) -> float:
-    """Correlation of the ranks; NaN where either has one value only."""
-    a, b = (r - r.mean() for r in (sample_ranks(x), sample_ranks(y)))
-    size = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size else math.nan
+    """Spearman's rho, the correlation of the sample ranks; NaN if all x or all y are equal."""
+    x_ranks = sample_ranks(x)
+    y_ranks = sample_ranks(y)
+    x_centred = x_ranks - x_ranks.mean()
+    y_centred = y_ranks - y_ranks.mean()
+    norm = math.sqrt((x_centred @ x_centred) * (y_centred @ y_centred))
+    return float(x_centred @ y_centred / norm) if norm else math.nan
 
 
 def spearman_interval(
     x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap over the pairs; None for fewer than four, of which nothing can be said, and where there is no correlation."""
+    """Percentile bootstrap over the pairs; None for fewer than four pairs, or where rho is NaN."""
     x = np.asarray(x, float)
     y = np.asarray(y, float)
     if len(x) < 4 or math.isnan(spearman(x, y)):
         return None
     drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
-    found = [
-        rho for of in drawn if not math.isnan(rho := spearman(x[of], y[of]))
-    ]  # a resample may be one pair over and over
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    rhos = [spearman(x[sample], y[sample]) for sample in drawn]
+    rhos = [rho for rho in rhos if not math.isnan(rho)]  # a resample may be one pair over and over
+    low, high = np.quantile(rhos, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-# ---- where AdaLoRA's ranks went -------------------------------------------------------------------------------------
+# ---- AdaLoRA's ranks ---------------------------------------------------------------------------------------
 
 
 def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
-    """(layers, matrices, mean final rank over the runs by matrix and layer; NaN where a layer has no such matrix)."""
-    found = {}
+    """(layers, matrices, grid): grid[matrix][layer] is the mean final rank over the runs.
+
+    NaN where a layer has no such matrix.
+    """
+    ranks = {}  # (matrix, layer) -> a rank for each run
     for run in runs:
         for name, rank in run.summary.get("adalora/ranks", {}).items():
             if match := re.fullmatch(r"\w+\.(\d+)\.(.+)", name):
-                found.setdefault((match[2], int(match[1])), []).append(rank)
-    layers = sorted({layer for _, layer in found})
-    matrices = list(dict.fromkeys(matrix for matrix, _ in found))
-    return (
-        layers,
-        matrices,
-        [[fmean(found.get((matrix, layer), [math.nan])) for layer in layers] for matrix in matrices],
-    )
+                ranks.setdefault((match[2], int(match[1])), []).append(rank)
+    layers = sorted({layer for _, layer in ranks})
+    matrices = list(dict.fromkeys(matrix for matrix, _ in ranks))
+    grid = []
+    for matrix in matrices:
+        grid.append([fmean(ranks.get((matrix, layer), [math.nan])) for layer in layers])
+    return layers, matrices, grid
 
 
 def rank_shares(layers: list[int], matrices: list[str], grid: list[list[float]]) -> tuple[float, float]:
-    """(share of all ranks in the later half of the layers, share in the MLP). Of an odd number the middle layer counts half."""
+    """(share of all ranks in the later half of the layers, share in the MLP).
+
+    Of an odd number of layers the middle one counts half.
+    """
     table = np.nan_to_num(np.asarray(grid, float))
     half = len(layers) / 2
-    late = sum(table[:, i].sum() * min(1.0, max(0.0, i + 1 - half)) for i in range(len(layers)))
-    return float(late / table.sum()), float(
-        sum(row.sum() for matrix, row in zip(matrices, table) if matrix.startswith("mlp")) / table.sum()
-    )
+    later = sum(table[:, i].sum() * min(1.0, max(0.0, i + 1 - half)) for i in range(len(layers)))
+    mlp = sum(row.sum() for matrix, row in zip(matrices, table) if matrix.startswith("mlp"))
+    return float(later / table.sum()), float(mlp / table.sum())

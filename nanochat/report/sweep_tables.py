@@ -1,4 +1,7 @@
-"""The tables of a study, as blocks of nanochat/report/page.py: every run, to sort and filter; configurations over their seeds; the frontier."""
+"""The tables of a sweep: every run, to sort and filter; configurations over their seeds; the frontier.
+
+Configurations in, blocks of nanochat/report/page.py out.
+"""
 
 import math
 from statistics import fmean
@@ -29,115 +32,139 @@ from nanochat.report.summaries import (
 )
 from nanochat.units import TIME, human
 
+# A column: (summary key, label, unit ladder or number of decimals).
 QUALITY = {
     "loss": [("val/ppl", "perplexity", 2), ("val/bpb", "bits per byte", 4)],
     "bpb": [("val/bpb", "bits per byte", 4)],
 }
 
 
+# ---- every run ---------------------------------------------------------------------------------------------
+
+
 def runs_table(configs: list[Configuration], measure: str) -> tuple:
-    """A row a run, its axes as filters. What is unfinished has no values: they would be read as final."""
-    varying = [axis for axis in varying_settings(configs) if not axis.endswith("_fingerprint")]
-    runs = [run for c in configs for run in c.runs]
-    columns = QUALITY[measure] + [
-        column for column in COSTS if any(run_value(run, column[0]) is not None for run in runs)
-    ]
-    asked = (
-        [p for p in thresholds(runs) if any(times_to_perplexity(c, p) for c in configs)]
-        if measure == "loss"
-        else []
-    )
-    columns += [(f"time_to_ppl/{p:g}/seconds_interpolated", f"time to perplexity {p:g}", TIME) for p in asked]
-    labels = [axis.replace("_", " ") for axis in varying]
+    """A row for each run; the settings that differ are the filters.
+
+    Unfinished runs have no values: they would be read as final.
+    """
+    flags = [flag for flag in varying_settings(configs) if not flag.endswith("_fingerprint")]
+    filters = [flag.replace("_", " ") for flag in flags]
+    columns = run_columns(configs, measure)
     rows = []
-    for c in configs:
-        for run in c.runs:
-            ours = [cell(number_of(run, key_), form) if finished(run) else None for key_, _, form in columns]
-            of_run = [run_seed(run), status_words(run)]
-            rows.append([run.name, c.name, *(c.settings.get(axis) for axis in varying), *of_run, *ours])
-    return (
-        "runs",
-        ["run", "configuration", *labels, "seed", "status", *(label for _, label, _ in columns)],
-        rows,
-        [*labels, "seed", "status"],
-    )
+    for config in configs:
+        settings = [config.settings.get(flag) for flag in flags]
+        for run in config.runs:
+            values = [run_cell(run, key, unit) for key, _, unit in columns]
+            rows.append([run.name, config.name, *settings, run_seed(run), status_words(run), *values])
+    labels = [label for _, label, _ in columns]
+    header = ["run", "configuration", *filters, "seed", "status", *labels]
+    return ("runs", header, rows, [*filters, "seed", "status"])
 
 
-def number_of(run: Run, key_: str):
-    """A number of the run, not finite where it diverged."""
-    return step_seconds(run) if key_ == "step_time" else run.summary.get(key_)
+def run_columns(configs: list[Configuration], measure: str) -> list[tuple]:
+    """Qualities, the costs that were recorded, and times to the perplexities that a configuration reached."""
+    runs = [run for config in configs for run in config.runs]
+    columns = list(QUALITY[measure])
+    for column in COSTS:
+        if any(run_value(run, column[0]) is not None for run in runs):
+            columns.append(column)
+    if measure == "loss":
+        for p in thresholds(runs):
+            if any(times_to_perplexity(config, p) for config in configs):
+                key = f"time_to_ppl/{p:g}/seconds_interpolated"
+                columns.append((key, f"time to perplexity {p:g}", TIME))
+    return columns
 
 
-def cell(number, form):
-    return (number_text(number, form), number) if isinstance(number, (int, float)) else None
+def run_cell(run: Run, key: str, unit) -> tuple[str, float] | None:
+    """(text, number to sort by) of a finished run. The number is not finite where the run diverged."""
+    if not finished(run):
+        return None
+    number = step_seconds(run) if key == "step_time" else run.summary.get(key)
+    return (number_text(number, unit), number) if isinstance(number, (int, float)) else None
+
+
+# ---- configurations over their seeds -----------------------------------------------------------------------
 
 
 def configurations_table(configs: list[Configuration], measure: str) -> list[tuple]:
-    """A row a configuration: means over its finished runs, and their ratio to the baseline's."""
-    y_key, y_words = MEASURES[measure]
-    done = [c for c in configs if c.values(y_key)]
-    base = baseline(done, y_key)
-    alike = same_machine(done)
-    wanted = ["params/total"] + [memory_key(done), "step_time", "total_training_time"] * alike
-    columns = [column for column in COSTS if column[0] in wanted]
+    """A row for each configuration: means over its finished runs, and their ratios to the baseline's."""
+    y_key, y_label = MEASURES[measure]
+    usable = [config for config in configs if config.values(y_key)]
+    base = baseline(usable, y_key)
+    keys = ["params/total"]
+    if same_machine(usable):
+        keys += [memory_key(usable), "step_time", "total_training_time"]
+    columns = [column for column in COSTS if column[0] in keys]
     rows = []
-    for c in done:
-        cells = [(outcome(c, y_key) + " †" * any_diverged(c, y_key) + against(c, base, y_key), c.mean(y_key))]
-        cells += [
-            (human(mean, form) + against(c, base, key_), mean) if (mean := c.mean(key_)) is not None else None
-            for key_, _, form in columns
-        ]
-        rows.append([c.name, len(c.values(y_key)), *cells])
-    words = "Means over seeds, ± one standard deviation (of two seeds: from one to the other)."
-    words += f" × is the ratio to {base.name}, over the seeds that both have." if base else ""
-    words += (
-        " † A run diverged; the mean is over the others, which flatters."
-        if any(any_diverged(c, y_key) for c in done)
-        else ""
-    )
-    words += "" if alike else " Different machines: times and memory are not compared."
+    for config in usable:
+        mark = " †" if any_diverged(config, y_key) else ""
+        quality = f"{outcome(config, y_key)}{mark}{ratio_to_baseline(config, base, y_key)}"
+        costs = [cost_cell(config, base, key, unit) for key, _, unit in columns]
+        seeds = len(config.values(y_key))
+        rows.append([config.name, seeds, (quality, config.mean(y_key)), *costs])
+    labels = [label for _, label, _ in columns]
     return [
         ("subheading", "Configurations"),
-        ("paragraph", words),
-        ("runs", ["configuration", "runs", y_words, *(label for _, label, _ in columns)], rows, []),
+        ("paragraph", table_explanation(usable, base, y_key)),
+        ("runs", ["configuration", "runs", y_label, *labels], rows, []),
     ]
 
 
-def against(config: Configuration, base: Configuration | None, key_: str) -> str:
-    """ " ×0.705", the geometric mean over the seeds that both have: a mean over other seeds would compare seeds too."""
-    shared = (
-        list(seed_differences(mean_logs([config], key_), mean_logs([base], key_)).values())
-        if base and config is not base
-        else []
-    )
-    return f" ×{math.exp(fmean(shared)):.3f}" if shared else ""
+def cost_cell(config: Configuration, base: Configuration | None, key: str, unit) -> tuple | None:
+    mean = config.mean(key)
+    return None if mean is None else (human(mean, unit) + ratio_to_baseline(config, base, key), mean)
+
+
+def ratio_to_baseline(config: Configuration, base: Configuration | None, key: str) -> str:
+    """ " ×0.705", the geometric mean over the seeds that both have.
+
+    The ratio of two means over different seeds would compare the seeds too.
+    """
+    if not base or config is base:
+        return ""
+    differences = seed_differences(mean_logs([config], key), mean_logs([base], key))
+    return f" ×{math.exp(fmean(differences.values())):.3f}" if differences else ""
+
+
+def table_explanation(configs: list[Configuration], base: Configuration | None, y_key: str) -> str:
+    sentences = ["Means over seeds, ± one standard deviation (of two seeds: from one to the other)."]
+    if base:
+        sentences.append(f"× is the ratio to {base.name}, over the seeds that both have.")
+    if any(any_diverged(config, y_key) for config in configs):
+        sentences.append("† A run diverged; the mean is over the others, which flatters.")
+    if not same_machine(configs):
+        sentences.append("Different machines: times and memory are not compared.")
+    return " ".join(sentences)
+
+
+# ---- the frontier ------------------------------------------------------------------------------------------
 
 
 def frontier_table(configs: list[Configuration], measure: str) -> list[tuple]:
-    """The configurations on a Pareto frontier, with what makes them."""
-    y_key, y_words = MEASURES[measure]
+    """The configurations on a Pareto frontier, the best first, with the flags that make them."""
+    y_key, y_label = MEASURES[measure]
     costs = [("params/total", "parameters"), ("total_training_flops", "FLOPs")]
-    costs += (
-        [(memory_key(configs), "memory"), ("total_training_time", "time")] if same_machine(configs) else []
+    if same_machine(configs):
+        costs += [(memory_key(configs), "memory"), ("total_training_time", "time")]
+    costs_by_name = {}
+    on_frontier = {}
+    for x_key, label in costs:
+        for config in frontier(configs, x_key, y_key):
+            on_frontier[config.name] = config
+            costs_by_name.setdefault(config.name, []).append(label)
+    if not on_frontier:
+        return []
+    rows = []
+    for config in sorted(on_frontier.values(), key=lambda config: config.mean(y_key)):
+        labels = ", ".join(costs_by_name[config.name])
+        rows.append([config.name, labels, outcome(config, y_key), paste_flags(config)])
+    explanation = (
+        "No other configuration's mean is as low at as little of that cost; a difference within the spread "
+        "over seeds can put one here or not. The flags are to be pasted behind python -m scripts.base_train."
     )
-    on = {}
-    for x_key, words in costs:
-        for c in frontier(configs, x_key, y_key):
-            on.setdefault(c.name, (c, []))[1].append(words)
-    rows = [
-        [c.name, ", ".join(words), outcome(c, y_key), paste_flags(c)]
-        for c, words in sorted(on.values(), key=lambda found: found[0].mean(y_key))
+    return [
+        ("subheading", "On a frontier"),
+        ("paragraph", explanation),
+        ("table", ["configuration", "frontier of", y_label, "flags"], rows, "text"),
     ]
-    return (
-        [
-            ("subheading", "On a frontier"),
-            (
-                "paragraph",
-                "No other configuration's mean is as low at as little of that cost; a difference within the spread over seeds can put "
-                "one here or not. The flags are to be pasted behind python -m scripts.base_train.",
-            ),
-            ("table", ["configuration", "frontier of", y_words, "flags"], rows, "text"),
-        ]
-        if rows
-        else []
-    )

@@ -1,7 +1,7 @@
 """The verdict on H1, H2 and H3 from finished runs alone.
 
-Each ratio of low rank to full rank gets an interval over seeds, and each hypothesis is supported, not supported
-or undecided. comparisons.py pairs the runs, verdict_page.py prints the result.
+Each ratio of low rank to full rank gets an interval over seeds, and each hypothesis is supported, not
+supported or undecided. comparisons.py pairs the runs, verdict_page.py prints the result.
 """
 
 import math
@@ -40,8 +40,8 @@ class Estimate:
     low: float | None  # None with fewer than two pairs
     high: float | None
     finding: str  # BELOW, NOT_BELOW or OPEN; "" without a limit
-    # further seeds that would settle an OPEN one if ratio and spread stay the same; 0: no number of seeds would;
-    # None: more than MAX_SEEDS in all
+    # further seeds that would settle an OPEN one if ratio and spread stay the same; 0: no number of seeds
+    # would; None: more than MAX_SEEDS in all
     seeds_needed: int | None
 
 
@@ -112,11 +112,12 @@ def verdict(
 ) -> list[Hypothesis]:
     """H1, H2 and H3 from the finished runs.
 
-    margin_time, margin_memory: the share by which low rank must need less than full rank (0: any less will do).
-    margin_ppl: the share of perplexity that counts as little. 0.05 is half of what a full-rank model of 1e9
-    parameters loses when it is made half as large, by the fit of Hoffmann et al. (arXiv 2203.15556: 0.094 nats,
-    10 %), and many times what two seeds usually differ by. equal_params: the share by which equal numbers of
-    parameters may differ. InputError: a share out of range, or runs of several validation texts or tokenizers.
+    margin_time, margin_memory: the share by which low rank must need less than full rank (0: any less will
+    do). margin_ppl: the share of perplexity that counts as little. 0.05 is half of what a full-rank model of
+    1e9 parameters loses when it is made half as large, by the fit of Hoffmann et al. (arXiv 2203.15556: 0.094
+    nats, 10 %), and many times what two seeds usually differ by. equal_params: the share by which equal
+    numbers of parameters may differ. InputError: a share out of range, or runs of several validation texts or
+    tokenizers.
     """
     check_share("--margin-time", margin_time)
     check_share("--margin-memory", margin_memory)
@@ -152,8 +153,8 @@ def cost_claim(time_limit: float, memory_limit: float) -> Claim:
         "H1",
         "low-rank layers train with less memory and less time per step than full rank",
         f"time per step below × {time_limit:g} and memory below × {memory_limit:g}",
-        f"finished low-rank and full-rank runs of the same {SAME_IN_PAIRS}, depth, width and per-device batch, on "
-        "the same device",
+        f"finished low-rank and full-rank runs of the same {SAME_IN_PAIRS}, depth, width and per-device "
+        "batch, on the same device",
     )
 
 
@@ -172,8 +173,8 @@ def depth_claim(equal_params: float) -> Claim:
         "H3",
         "at equal parameters a deeper low-rank network beats the full-rank baseline",
         f"perplexity below × 1, with numbers of parameters within {100 * equal_params:g} %",
-        f"finished low-rank runs that are deeper than a full-rank run of the same {SAME_IN_PAIRS} and have its "
-        "number of parameters (a tied layer counts as often as it is executed)",
+        f"finished low-rank runs that are deeper than a full-rank run of the same {SAME_IN_PAIRS} and have "
+        "its number of parameters (a tied layer counts as often as it is executed)",
     )
 
 
@@ -198,8 +199,8 @@ def check_one_text(configs: list[Configuration]):
 def check_one_group(groups: list[list[Configuration]], what: str, remedy: str):
     if len(groups) > 1:
         raise InputError(
-            f"runs {' / '.join(map(run_names, groups))}: not of one {what}, so their perplexities do not compare; "
-            f"{remedy}; for a verdict report each {what} by itself"
+            f"runs {' / '.join(map(run_names, groups))}: not of one {what}, so their perplexities do not "
+            f"compare; {remedy}; for a verdict report each {what} by itself"
         )
 
 

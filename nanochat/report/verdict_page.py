@@ -133,7 +133,7 @@ def finding_text(estimate: Estimate) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Two noisy pairs can have an interval of many powers of ten: the table says no more than that it is wide."""
+    """Of an interval over many powers of ten, which two noisy pairs can have, only that it is wide."""
     if ratio is None:
         return "–"
     if ratio > 1000:
@@ -152,29 +152,30 @@ def method_notes(hypotheses: list[Hypothesis]) -> list[str]:
     each = ", ".join(f"{h.claim.name} {percent(h.case_confidence)}" for h in hypotheses)
     error_rate = percent(1 - hypotheses[0].confidence)
     return [
-        "**Pairs**: a low-rank and a full-rank run of the same "
-        f"{SAME_IN_PAIRS}, so they saw the same rows in the same order; for H1 and H2 of the same depth and width "
-        "too. Runs that repeat a seed and all settings count once, as their mean.",
-        "**Interval**: of the pairs' differences of logarithms, mean ± Student's t × sd / √pairs, exponentiated. "
-        "One pair has no interval and decides nothing.",
-        "**Several configurations**: Bonferroni. With so many configurations of two pairs or more, each interval "
-        f"is wider (H1 wants both time and memory of one configuration): {each}. So the chance that any "
-        f"configuration is called supported wrongly is at most {error_rate} a hypothesis. “Supported” means for at "
-        "least one configuration, and the text names which.",
-        "**Findings**: below, the whole interval is below the margin; not below, the whole interval is above it; "
-        "open, neither. “Not supported”: the contrary is shown for every configuration. More seeds: the smallest "
-        "number whose half-width would exclude the margin if the estimate and the spread stayed as they are. A "
-        "spread from few seeds is itself uncertain.",
-        "**Tuning**: where settings such as learning rates were scanned, best against best. A seed's setting is "
-        "the one that is best on the other seeds; what was chosen on the seed itself is not counted. One setting "
-        "on each side is no tuning: it may suit one of them better.",
-        "**Time**: the median training step after a run's first 10, on the same device, dtype, processes, threads "
-        "and rows a pass. The runs of a pair were made in separate processes at separate times: what else the "
-        "machine did is in the spread over seeds as far as it changed from pair to pair; a drift between all runs "
-        "of one kind and all of the other is not.",
-        "**Memory**: on a GPU the measured peak of what torch allocated decides. On a CPU the resident set holds "
-        "Python, libraries and what the allocator kept, so the predicted peak decides (all tensors at the highest "
-        "point of a step that is not compiled: arithmetic, hence without spread) unless the resident set surely "
-        "says the contrary; without a prediction the resident set decides. Weights, gradients and optimizer state "
-        "leave out activations, which low rank can add to, so they decide nothing.",
+        f"**Pairs**: a low-rank and a full-rank run of the same {SAME_IN_PAIRS}, so they saw the same rows "
+        "in the same order; for H1 and H2 of the same depth and width too. Runs that repeat a seed and all "
+        "settings count once, as their mean.",
+        "**Interval**: of the pairs' differences of logarithms, mean ± Student's t × sd / √pairs, "
+        "exponentiated. One pair has no interval and decides nothing.",
+        "**Several configurations**: Bonferroni. With so many configurations of two pairs or more, each "
+        f"interval is wider (H1 wants both time and memory of one configuration): {each}. So the chance "
+        f"that any configuration is called supported wrongly is at most {error_rate} a hypothesis. "
+        "“Supported” means for at least one configuration, and the text names which.",
+        "**Findings**: below, the whole interval is below the margin; not below, the whole interval is "
+        "above it; open, neither. “Not supported”: the contrary is shown for every configuration. More "
+        "seeds: the smallest number whose half-width would exclude the margin if the estimate and the "
+        "spread stayed as they are. A spread from few seeds is itself uncertain.",
+        "**Tuning**: where settings such as learning rates were scanned, best against best. A seed's "
+        "setting is the one that is best on the other seeds; what was chosen on the seed itself is not "
+        "counted. One setting on each side is no tuning: it may suit one of them better.",
+        "**Time**: the median training step after a run's first 10, on the same device, dtype, processes, "
+        "threads and rows a pass. The runs of a pair were made in separate processes at separate times: "
+        "what else the machine did is in the spread over seeds as far as it changed from pair to pair; a "
+        "drift between all runs of one kind and all of the other is not.",
+        "**Memory**: on a GPU the measured peak of what torch allocated decides. On a CPU the resident set "
+        "holds Python, libraries and what the allocator kept, so the predicted peak decides (all tensors "
+        "at the highest point of a step that is not compiled: arithmetic, hence without spread) unless the "
+        "resident set surely says the contrary; without a prediction the resident set decides. Weights, "
+        "gradients and optimizer state leave out activations, which low rank can add to, so they decide "
+        "nothing.",
     ]
