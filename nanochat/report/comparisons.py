@@ -282,8 +282,11 @@ def seed_notes(low: BestSettings, full: BestSettings, unbiased: dict, all_seeds:
 def varied_settings(configs: list[Configuration]) -> str:
     """The tuned settings that differ between configurations, in words."""
     settings = [dict(tuned_settings(config)) for config in configs]
-    names = [name for name in settings[0] if len({each.get(name) for each in settings}) > 1]
-    return ", ".join(name.replace("_", " ") for name in names) or "the same ones"
+    names = []
+    for name in settings[0]:
+        if len({each.get(name) for each in settings}) > 1:
+            names.append(name.replace("_", " "))
+    return ", ".join(names) or "the same ones"
 
 
 # ---- names and look-ups ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ it differs from the others.
 """
 
 import functools
-import math
 import shlex
 from dataclasses import dataclass
 from statistics import median
@@ -321,21 +320,6 @@ def varying_settings(configs: list[Configuration]) -> dict[str, list]:
 def numbers_first(value) -> tuple:
     """Sorts a mixed list: numbers by size, then all else as text."""
     return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point equals or beats in both coordinates (smaller is better).
-
-    They are ordered by the first coordinate. Of points that coincide, the first is kept. A point that is not
-    finite is never on the front.
-    """
-    front = []
-    best = math.inf
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if all(map(math.isfinite, points[i])) and points[i][1] < best:
-            front.append(i)
-            best = points[i][1]
-    return front
 
 
 # ---- flags to paste ----------------------------------------------------------------------------------------

@@ -94,8 +94,8 @@ def best_settings(settings: list[dict[int, float]]) -> BestSettings:
         if len(candidates) == 1:
             unbiased[seed] = candidates[0][seed]
         elif others:
-            means = [fmean(candidate[other] for other in others) for candidate in candidates]
-            unbiased[seed] = candidates[means.index(min(means))][seed]
+            best = min(candidates, key=lambda candidate: fmean(candidate[other] for other in others))
+            unbiased[seed] = best[seed]
         else:
             biased[seed] = min(candidate[seed] for candidate in candidates)
     return BestSettings(unbiased, biased, len(settings))

@@ -1,4 +1,4 @@
-"""The values of config.json and summary.json have the types that the report relies on, or the run is refused."""
+"""Checks that the values of a run's config.json and summary.json have the types that the report relies on."""
 
 import dataclasses
 import math

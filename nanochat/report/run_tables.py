@@ -274,7 +274,9 @@ def interval_text(results: dict, key: str) -> str:
 def setup_tables(runs: list[Run]) -> list[tuple]:
     """What was compared: model, data, schedule and machine of each run, and the flags that differ."""
     setups = [setup_words(run) for run in runs]
-    rows = [(label, [setup[label] for setup in setups]) for label in setups[0]]
+    rows = []
+    for label in setups[0]:
+        rows.append((label, [setup[label] for setup in setups]))
     blocks = []
     if len(runs) > MAX_COLUMNS:  # what all runs share would fill a column with repetitions
         shared = [f"**{label}** of all runs: {cells[0]}" for label, cells in rows if len(set(cells)) == 1]

@@ -10,7 +10,6 @@ from nanochat.report.configurations import (
     RANKS,
     Configuration,
     finished,
-    pareto_front,
     rank_name,
     resolved_ranks,
     run_seed,
@@ -159,7 +158,23 @@ def frontier(configs: list[Configuration], x_key: str, y_key: str) -> list[Confi
     One that diverged on a seed is not among them.
     """
     usable = [c for c in configs if c.values(x_key) and c.values(y_key) and not any_diverged(c, y_key)]
-    return [usable[i] for i in pareto_front([(c.mean(x_key), c.mean(y_key)) for c in usable])]
+    means = [(config.mean(x_key), config.mean(y_key)) for config in usable]
+    return [usable[i] for i in pareto_front(means)]
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point equals or beats in both coordinates (smaller is better).
+
+    They are ordered by the first coordinate. Of points that coincide, the first is kept. A point that is not
+    finite is never on the front.
+    """
+    front = []
+    best = math.inf
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if all(map(math.isfinite, points[i])) and points[i][1] < best:
+            front.append(i)
+            best = points[i][1]
+    return front
 
 
 def memory_key(configs: list[Configuration]) -> str:

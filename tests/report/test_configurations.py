@@ -11,34 +11,37 @@ from nanochat.metrics import Run
 from nanochat.report.configurations import (
     configurations,
     flag_defaults,
-    pareto_front,
     paste_flags,
     step_seconds,
     varying_settings,
 )
+from nanochat.report.summaries import pareto_front
+
+SUMMARY = {
+    "status": "finished",
+    "total_tokens": 409_600,
+    "params/total": 5_000_000,
+    "mem/peak_bytes": 600e6,
+    "mem/predicted_peak_bytes": 200e6,
+    "mem/weights_bytes": 20e6,
+    "mem/grads_bytes": 20e6,
+    "mem/optimizer_bytes": 40e6,
+}
 
 
-def a_run(
-    name="run",
-    seed=1,
-    attn=0,
-    mlp=0,
-    depth=4,
-    width=256,
-    ppl=30.0,
-    dt=0.5,
-    summary=(),
-    flags=(),
-    derived=(),
-    corpus=(),
-    device=(),
-):
-    """A finished run as base_train records it; attn and mlp are a rank for all layers or a list of them."""
+def a_run(name="run", seed=1, attn=0, mlp=0, ppl=30.0, dt=0.5, **changes):
+    """A finished run as base_train records it.
 
-    def ranks(rank):
-        return list(rank) if isinstance(rank, (list, tuple)) else [rank] * depth if rank else []
-
-    given = flag_defaults() | {
+    attn, mlp: a rank for all layers, or a list of ranks. changes: depth, width, and values of flags, derived,
+    corpus, device and summary that replace those here.
+    """
+    depth = changes.pop("depth", 4)
+    width = changes.pop("width", 256)
+    parts = {
+        part: dict(changes.pop(part, ())) for part in ("flags", "derived", "corpus", "device", "summary")
+    }
+    assert not changes, changes
+    flags = flag_defaults() | {
         "model_tag": name,
         "seed": seed,
         "depth": depth,
@@ -48,47 +51,47 @@ def a_run(
         "num_iterations": 100,
         "attn_rank": attn if isinstance(attn, int) else attn[0],
         "mlp_rank": mlp if isinstance(mlp, int) else mlp[0],
-        **dict(flags),
+        **parts["flags"],
     }
-    resolved = {
-        "model": {
-            "sequence_len": 256,
-            "vocab_size": 4096,
-            "n_layer": depth,
-            "n_head": width // 64,
-            "n_kv_head": width // 64,
-            "n_embd": width,
-            "window_pattern": "SSSL",
-            "attn_ranks": ranks(attn),
-            "mlp_ranks": ranks(mlp),
-            "lm_head_rank": 0,
-            "tie_embeddings": False,
-            "value_embeddings": False,
-        },
+    corpus = {"name": "texts", "train_fingerprint": "aa", "val_fingerprint": "bb", **parts["corpus"]}
+    derived = {
+        "model": a_model(depth, width, ranks_by_layer(attn, depth), ranks_by_layer(mlp, depth)),
         "num_iterations": 100,
         "total_batch_size": 4096,
         "tokens": 409_600,
         "matrix_lr": 0.04,
         "tokenizer_hash": "cc",
         "val_tokens": 1000,
-        "corpus": {"name": "texts", "train_fingerprint": "aa", "val_fingerprint": "bb", **dict(corpus)},
-        **dict(derived),
+        "corpus": corpus,
+        **parts["derived"],
     }
-    place = {"type": "cpu", "name": "EPYC", "processes": 1, "threads": 2, "dtype": "float32", **dict(device)}
-    known = {
-        "status": "finished",
-        "val/ppl": ppl,
-        "total_tokens": 409_600,
-        "params/total": 5_000_000,
-        "mem/peak_bytes": 600e6,
-        "mem/predicted_peak_bytes": 200e6,
-        "mem/weights_bytes": 20e6,
-        "mem/grads_bytes": 20e6,
-        "mem/optimizer_bytes": 40e6,
-        **dict(summary),
+    device = {"type": "cpu", "name": "EPYC", "processes": 1, "threads": 2, "dtype": "float32"}
+    config = {"flags": flags, "derived": derived, "device": device | parts["device"], "seed": seed}
+    history = [{"step": step, "train/dt": 9.0 if step == 1 else dt} for step in range(1, 31)]
+    return Run(name, config, {**SUMMARY, "val/ppl": ppl, **parts["summary"]}, history)
+
+
+def ranks_by_layer(rank, depth: int) -> list:
+    if isinstance(rank, (list, tuple)):
+        return list(rank)
+    return [rank] * depth if rank else []
+
+
+def a_model(depth: int, width: int, attn_ranks: list, mlp_ranks: list) -> dict:
+    return {
+        "sequence_len": 256,
+        "vocab_size": 4096,
+        "n_layer": depth,
+        "n_head": width // 64,
+        "n_kv_head": width // 64,
+        "n_embd": width,
+        "window_pattern": "SSSL",
+        "attn_ranks": attn_ranks,
+        "mlp_ranks": mlp_ranks,
+        "lm_head_rank": 0,
+        "tie_embeddings": False,
+        "value_embeddings": False,
     }
-    history = [{"step": s, "train/dt": 9.0 if s == 1 else dt} for s in range(1, 31)]
-    return Run(name, {"flags": given, "derived": resolved, "device": place, "seed": seed}, known, history)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_configuration():
@@ -169,19 +172,9 @@ def test_solved_ranks_of_single_matrices_are_those_of_the_model():
 
 
 def test_a_shape_is_what_it_was_resolved_to():
-    """The same depth and rank, asked for as a budget or given: one configuration. So is a default that an older version lacked."""
-    asked = a_run(
-        "asked",
-        attn=64,
-        mlp=64,
-        flags={
-            "budget_params": "full",
-            "solve": "rank",
-            "attn_rank": 0.5,
-            "mlp_rank": 0.5,
-            "aspect_ratio": 32,
-        },
-    )
+    """A budget that gives this depth and rank makes no difference, nor a flag that an older version lacked."""
+    flags = {"budget_params": "full", "solve": "rank", "attn_rank": 0.5, "mlp_rank": 0.5, "aspect_ratio": 32}
+    asked = a_run("asked", attn=64, mlp=64, flags=flags)
     older = a_run("older", seed=3, attn=64, mlp=64)
     del older.config["flags"]["grad_clip"]
     newer = a_run("newer", seed=4, attn=64, mlp=64)
@@ -241,7 +234,7 @@ def test_step_seconds_is_the_median_after_the_first_ten():
     assert step_seconds(run(9)) is None and step_seconds(Run("r", {}, {}, [])) is None
 
 
-def test_axes_are_the_settings_that_differ():
+def test_varying_settings_are_those_that_differ():
     configs = configurations(
         [
             a_run(),
@@ -250,14 +243,17 @@ def test_axes_are_the_settings_that_differ():
             a_run(attn=[9, 5, 2, 1], derived={"matrix_lr": 0.02}),
         ]
     )
-    found = varying_settings(configs)
-    assert (
-        found["depth"] == [4, 8]
-        and found["attn_rank"] == [0, 32, 96, "9-5-2-1"]
-        and found["matrix_lr"] == [0.02, 0.04]
-    )
-    assert set(found) == {"depth", "attn_rank", "matrix_lr"}
-    assert all(config.settings["attn_rank"] in found["attn_rank"] for config in configs)
+    varying = varying_settings(configs)
+    assert varying == {
+        "depth": [4, 8],
+        "attn_rank": [0, 32, 96, "9-5-2-1"],
+        "matrix_lr": [0.02, 0.04],
+    }
+    assert all(config.settings["attn_rank"] in varying["attn_rank"] for config in configs)
+
+
+def is_beaten(point, points) -> bool:
+    return any(q != point and q[0] <= point[0] and q[1] <= point[1] for q in points)
 
 
 def test_pareto_against_the_definition():
@@ -265,9 +261,7 @@ def test_pareto_against_the_definition():
     for _ in range(50):
         points = [(rng.randrange(12) / 4, rng.randrange(12) / 4) for _ in range(20)]
         front = pareto_front(points)
-        assert [points[i] for i in front] == sorted(
-            {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-        )
+        assert [points[i] for i in front] == sorted({p for p in points if not is_beaten(p, points)})
     assert pareto_front([(1.0, float("nan")), (2.0, 1.0), (float("inf"), 0.0)]) == [1]
 
 
@@ -291,9 +285,7 @@ def test_pasted_flags_make_the_same_run():
     args = vars(build_parser().parse_args(shlex.split(words)))
     differing = {key for key, given in run.config["flags"].items() if args[key] != given}
     assert differing == {"run", "model_tag", "seed", "budget_params"}
-    assert (
-        args["budget_params"] == "5000000"
-    )  # of the run itself: the run that was named may not exist where this is pasted
+    assert args["budget_params"] == "5000000"  # a number, as the named run may not exist elsewhere
     assert "--total-batch-size" not in words
 
 

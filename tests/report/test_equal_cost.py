@@ -88,10 +88,8 @@ def test_the_control_is_the_largest_full_rank_model_at_its_shortest_length():
     small = trained("small", -0.2, depth=2, summary={"params/total": 3_000_000, **HALF})
     longer = trained("longer", -0.3, steps=200, flops=2e15, seconds=100)
     rows = cells(trained("full", 0.0) + longer + small + low(0.05))
-    assert (
-        set(rows) == {"full rank, 2 layers", "attn 64, mlp 64, 4 layers"}
-        and rows["full rank, 2 layers"][2] == "−0.200 ± 0.000 (3)"
-    )
+    assert set(rows) == {"full rank, 2 layers", "attn 64, mlp 64, 4 layers"}
+    assert rows["full rank, 2 layers"][2] == "−0.200 ± 0.000 (3)"
 
 
 def test_a_rate_chosen_on_the_seed_compared_is_not_counted():

@@ -1,9 +1,9 @@
-"""Adapters and subspaces in a report: their names, the numbers against hand-computed ones and scipy's, which pictures are drawn, no verdict on them."""
+"""Adapters and subspaces in a report: names, numbers against scipy's, pictures drawn, no verdict on them."""
 
 import math
 
 import pytest
-from test_report import base, write_run  # noqa: F401 (a fixture)
+from test_report import base, write_run  # noqa: F401  a fixture
 
 from nanochat.metrics import Run
 from nanochat.naming import base_name
@@ -25,65 +25,48 @@ from nanochat.report.verdict import verdict
 from scripts import report
 
 
-def run(name, loss=3.0, seed=1, start=None, trained=None, total=1000, summary=(), attn=0, **flags):
-    """A finished run of two layers; start: its loss at step 0, as adapters record it."""
-    history = (
-        [] if start is None else [{"step": 0, "val/loss": start, "val/ppl": math.exp(start), "val/bpb": 1.0}]
-    )
-    history += [
-        {
-            "step": 10,
-            "val/loss": loss,
-            "val/ppl": math.exp(loss),
-            "train/dt": 1.0,
-            "total_training_time": 10.0,
-            "total_tokens": 10,
-        }
-    ]
+def run(name, loss=3.0, seed=1, start=None, trained=None, summary=(), **flags):
+    """A finished run of two layers.
+
+    start: its loss at step 0, which adapters record. attn, among the flags: the rank of its model.
+    """
+    attn = flags.pop("attn", 0)
+    history = [{"step": 10, **losses(loss), "train/dt": 1.0, "total_training_time": 10.0, "total_tokens": 10}]
+    if start is not None:
+        history.insert(0, {"step": 0, **losses(start), "val/bpb": 1.0})
+    model = {"n_layer": 2, "n_embd": 32, "vocab_size": 403, "attn_ranks": [attn] * 2, "mlp_ranks": [attn] * 2}
     config = {
         "flags": {"seed": seed, **flags},
         "seed": seed,
         "reference_losses": {"uniform": 6.0, "unigram": 5.0},
-        "derived": {
-            "model": {
-                "n_layer": 2,
-                "n_embd": 32,
-                "vocab_size": 403,
-                "attn_ranks": [attn] * 2,
-                "mlp_ranks": [attn] * 2,
-            },
-            "corpus": {"val_fingerprint": "b"},
-            "tokenizer_hash": "c",
-        },
+        "derived": {"model": model, "corpus": {"val_fingerprint": "b"}, "tokenizer_hash": "c"},
         "device": {"type": "cpu", "name": "EPYC", "dtype": "float32", "processes": 1, "threads": 2},
     }
-    parts = {} if trained is None else {"params/trained": trained, "params/stored_bits": 32 * trained}
-    return Run(
-        name,
-        config,
-        {
-            "status": "finished",
-            "val/loss": loss,
-            "val/ppl": math.exp(loss),
-            "params/total": total,
-            "mem/predicted_peak_bytes": 1e6,
-            "params/embedding": 200,
-            "params/lm_head": 100,
-            "total_training_time": 10.0,
-            **parts,
-            **dict(summary),
-        },
-        history,
-    )
+    results = {
+        "status": "finished",
+        **losses(loss),
+        "params/total": 1000,
+        "mem/predicted_peak_bytes": 1e6,
+        "params/embedding": 200,
+        "params/lm_head": 100,
+        "total_training_time": 10.0,
+    }
+    if trained is not None:
+        results |= {"params/trained": trained, "params/stored_bits": 32 * trained}
+    return Run(name, config, results | dict(summary), history)
 
 
-def lora(name, rank=8, base="s_d2_s1", **given):
+def losses(loss: float) -> dict:
+    return {"val/loss": loss, "val/ppl": math.exp(loss)}
+
+
+def lora(name, rank=8, base_tag="s_d2_s1", **given):
     return run(
         name,
         adapter="lora",
         rank=rank,
         alpha=16.0,
-        model_tag=base,
+        model_tag=base_tag,
         run_tag=f"s_{name}_s1",
         **{"start": 3.5, "trained": 10 * rank, **given},
     )
@@ -95,7 +78,7 @@ def subspace(name, dim, loss, kind="basis", **given):
     )
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def test_d90_is_interpolated_in_the_logarithm_an_upper_bound_or_not_reached():
@@ -103,10 +86,8 @@ def test_d90_is_interpolated_in_the_logarithm_an_upper_bound_or_not_reached():
     assert d90([(10, 5.0), (100, 4.0), (1000, 2.0)], 6.0, 2.0) == pytest.approx(
         100 * 10**0.8
     )  # (4 - 2.4) / (4 - 2) of a decade
-    assert (
-        d90([(10, 5.0), (100, 2.4)], 6.0, 2.0) == pytest.approx(100)
-        and d90([(10, 2.0), (100, 1.0)], 6.0, 2.0) == 10
-    )
+    assert d90([(10, 5.0), (100, 2.4)], 6.0, 2.0) == pytest.approx(100)
+    assert d90([(10, 2.0), (100, 1.0)], 6.0, 2.0) == 10
     assert (
         d90([(10, 2.0), (100, 3.0), (1000, 2.0)], 6.0, 2.0) == 10
     )  # the smallest, though a larger one does not
@@ -150,10 +131,8 @@ def test_rank_correlation_is_scipys_ties_included(x, y):
 
 def test_rank_correlation_of_little():
     assert sample_ranks([3, 1, 3, 2]).tolist() == [3.5, 1, 3.5, 2] and math.isnan(spearman([1, 1], [1, 2]))
-    assert (
-        spearman_interval([1, 2, 3], [1, 2, 3]) is None
-        and rho_words([(1, 1), (2, 2), (3, 3)]) == "1.00 (too few for an interval), 3 maps"
-    )
+    assert spearman_interval([1, 2, 3], [1, 2, 3]) is None
+    assert rho_words([(1, 1), (2, 2), (3, 3)]) == "1.00 (too few for an interval), 3 maps"
     assert spearman_interval(range(30), range(30), resamples=100) == pytest.approx((1, 1))
 
 
@@ -174,11 +153,9 @@ def test_adaloras_ranks_by_layer_and_matrix():
         for s in (1, 3)
     ]
     layers, matrices, grid = rank_grid(some)
-    assert (
-        (layers, matrices) == ([0, 1, 10], ["attn.q", "mlp.up"])
-        and grid[0][:2] == [1, 2]
-        and math.isnan(grid[0][2])
-    )
+    assert (layers, matrices) == ([0, 1, 10], ["attn.q", "mlp.up"])
+    assert grid[0][:2] == [1, 2]
+    assert math.isnan(grid[0][2])
     assert math.isnan(grid[1][0]) and grid[1][1:] == [0, 6]
     late, mlp = rank_shares(
         layers, matrices, grid
@@ -186,7 +163,7 @@ def test_adaloras_ranks_by_layer_and_matrix():
     assert late == pytest.approx(7 / 9) and mlp == pytest.approx(6 / 9)
 
 
-# ---- names, and what is compared with what --------------------------------------------------------------------------
+# ---- names, and what is compared with what -----------------------------------------------------------------
 
 
 def test_methods_have_names_and_bases_tell_them_apart():
@@ -195,7 +172,7 @@ def test_methods_have_names_and_bases_tell_them_apart():
             run("full"),
             lora("a"),
             lora("b", rank=4),
-            lora("c", base="s_d4_s1"),
+            lora("c", base_tag="s_d4_s1"),
             lora("d", layer_map="0,0,1"),
             run("ft", adapter="none", model_tag="s_d2_s1"),
             subspace("e", 5, 4.0),
@@ -205,39 +182,30 @@ def test_methods_have_names_and_bases_tell_them_apart():
         ]
     )
     names = {c.runs[0].name: c.name for c in some}
-    assert (
-        names["full"].startswith("full rank")
-        and names["b"].startswith("LoRA 4")
-        and names["ft"].startswith("full fine-tuning")
-    )
-    assert (
-        names["a"].startswith("LoRA 8, base d2")
-        and names["c"].startswith("LoRA 8, base d4")
-        and "layer map 0,0,1" in names["d"]
-    )
-    assert names["e"].startswith("basis 5 in all") and names["f"].startswith(
-        "structure-aware Fastfood 7 in all"
-    )
-    assert names["g"].startswith("LoRA on noise 4, no embeddings") and names["h"].startswith(
-        "embeddings only"
-    )
+    assert names["full"].startswith("full rank")
+    assert names["b"].startswith("LoRA 4")
+    assert names["ft"].startswith("full fine-tuning")
+    assert names["a"].startswith("LoRA 8, base d2")
+    assert names["c"].startswith("LoRA 8, base d4")
+    assert "layer map 0,0,1" in names["d"]
+    assert names["e"].startswith("basis 5 in all")
+    assert names["f"].startswith("structure-aware Fastfood 7 in all")
+    assert names["g"].startswith("LoRA on noise 4, no embeddings")
+    assert names["h"].startswith("embeddings only")
     assert not any("unset" in name for name in names.values()) and len(set(names.values())) == len(some)
-    assert (
-        base_name({"model_tag": "virtual-small_real8_s2", "run_tag": "virtual-small_real12_s1"}) == "real8"
-        and base_name({"model_tag": "d4"}) == "d4"
-    )
-    seeds = configurations([lora("a", seed=1), lora("b", seed=2, base="s_d2_s2")])
+    assert base_name({"model_tag": "virtual-small_real8_s2", "run_tag": "virtual-small_real12_s1"}) == "real8"
+    assert base_name({"model_tag": "d4"}) == "d4"
+    seeds = configurations([lora("a", seed=1), lora("b", seed=2, base_tag="s_d2_s2")])
     assert len(seeds) == 1  # each on the base of its seed
 
 
 def test_they_are_no_full_rank_baseline_and_enter_no_verdict():
-    low = run("low", 3.2, attn=4, attn_rank=4, mlp_rank=4, total=800)
+    low = run("low", 3.2, attn=4, attn_rank=4, mlp_rank=4, summary={"params/total": 800})
     full = run("full", 3.0, attn_rank=0, mlp_rank=0)
     others = [lora("a", loss=1.0), lora("b", loss=1.0, attn=4), subspace("e", 5, 1.0)]
     configs = configurations([low, full, *others])
-    assert [c.method for c in configs] == ["", "", "LoRA", "LoRA", "basis"] and [
-        c.low_rank for c in configs
-    ] == [True, False, False, False, False]
+    assert [c.method for c in configs] == ["", "", "LoRA", "LoRA", "basis"]
+    assert [c.low_rank for c in configs] == [True, False, False, False, False]
     assert baseline(configs, "val/ppl").runs[0].name == "full"
     assert verdict(configs) == verdict(configurations([low, full])) or [
         h.cases for h in verdict(configs)
@@ -246,7 +214,7 @@ def test_they_are_no_full_rank_baseline_and_enter_no_verdict():
     assert keys["low"] == keys["full"] and len({keys[name] for name in ("full", "a", "b", "e")}) == 4
 
 
-# ---- which pictures, and the report ---------------------------------------------------------------------------------
+# ---- which pictures, and the report ------------------------------------------------------------------------
 
 MAPS = [
     lora(f"m{i}", layer_map=text, start=start, loss=loss)
@@ -269,9 +237,8 @@ RANKS = {"adalora/ranks": {"blocks.0.attn.q": 1, "blocks.1.mlp.up": 3}}
 def test_only_the_pictures_that_the_runs_give_reason_for(runs, names, monkeypatch):
     monkeypatch.setattr("nanochat.report.adapter_figures.finish", lambda fig, spots: (b"", spots))
     blocks, figures = method_section(configurations(runs), "loss")
-    assert figures.keys() == names and [b[1] for b in blocks if b[0] == "figure"] == [
-        name for name in figures
-    ]
+    assert figures.keys() == names
+    assert [b[1] for b in blocks if b[0] == "figure"] == list(figures)
     assert bool(blocks) == bool(names)
 
 
@@ -279,7 +246,7 @@ def test_what_is_drawn_is_what_was_trained(monkeypatch):
     _, (fig, spots), [table] = trained_part(
         configurations(
             [
-                run("full", total=2000),
+                run("full", summary={"params/total": 2000}),
                 lora("a", trained=80, loss=2.5),
                 run("near", 4.9, subspace="none", trained=400),
             ]
@@ -308,8 +275,8 @@ def test_what_is_drawn_is_what_was_trained(monkeypatch):
     assert mean_steps(config) == [(0, 4.0), (10, 2.5)]
 
 
-def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):
-    monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in tests/test_study_figures.py
+def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in test_sweep_figures.py
     monkeypatch.setattr("scripts.report.draw_all", lambda *_: {})
     finish = adapter_figures.finish
     monkeypatch.setattr(adapter_figures, "finish", lambda *_: (b"a picture", []))
@@ -342,12 +309,10 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch)
         )
     report.main([*(f"x_l{i}_s1" for i in range(5)), "--out", str(base / "out")])
     page = (base / "out" / "report.md").read_text()
-    assert (
-        "What is trained" in page
-        and "LoRA 8, layer map 0,0,1" in page
-        and "Spearman" in page
-        and "The verdict" not in page
-    )
+    assert "What is trained" in page
+    assert "LoRA 8, layer map 0,0,1" in page
+    assert "Spearman" in page
+    assert "The verdict" not in page
     assert {"trained.png", "untrained.png", "adapted.png", "adalora_ranks.png"} <= {
         p.name for p in (base / "out").iterdir()
     }
@@ -357,9 +322,7 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch)
     )
     runs = report.load_runs(["full", "x_l0_s1"])
     _, blocks, figures, _ = report.few(runs, configurations(runs), {})
-    assert (
-        figures["trained.png"][0].startswith(b"\x89PNG")
-        and len(figures["trained.png"][1]) == 4
-        and ("heading", "What is trained") in blocks
-        and ("heading", "The verdict") not in blocks
-    )
+    assert figures["trained.png"][0].startswith(b"\x89PNG")
+    assert len(figures["trained.png"][1]) == 4
+    assert ("heading", "What is trained") in blocks
+    assert ("heading", "The verdict") not in blocks

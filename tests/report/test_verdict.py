@@ -1,4 +1,4 @@
-"""The verdict: its intervals against scipy's and a simulation, which runs it pairs, and what it must not conclude."""
+"""The verdict: intervals against scipy's and a simulation, which runs are paired, what is not concluded."""
 
 import math
 
@@ -18,8 +18,7 @@ from nanochat.report.verdict import (
     SUPPORTED,
     UNDECIDED,
     Claim,
-    Hypothesis,
-    judge_case,
+    judge_claim,
     verdict,
 )
 from nanochat.report.verdict_page import conclusion, ratio_text, verdict_blocks
@@ -61,7 +60,7 @@ def text_of(hypotheses) -> str:
     return to_markdown(verdict_blocks(hypotheses))
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_that_of_a_paired_t_test():
@@ -88,7 +87,8 @@ def test_the_interval_covers_as_often_as_it_says(n):
     covered = 0
     for values in rng.normal(0.03, 0.01, (trials, n)):
         low, high = interval(list(values), 0.95)
-        covered += low < 0.03 < high
+        if low < 0.03 < high:
+            covered += 1
     assert covered / trials == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / trials))
 
 
@@ -105,18 +105,19 @@ def test_more_seeds_settle_it():
 
 
 def test_choosing_a_rate_on_the_seed_compared_would_flatter_and_is_not_done():
-    """Five rates that are all the same but for luck: picked on the same seed they look better than they are."""
+    """Five rates that are equal but for luck: chosen on the same seed, they look better than they are."""
     rng = np.random.default_rng(0)
-    fair = []
+    unbiased = []
     naive = []
     for _ in range(400):
         points = [dict(enumerate(row)) for row in rng.normal(0.0, 1.0, (5, 4))]
-        fair += best_settings(points).unbiased.values()
-        naive += [min(p[s] for p in points) for s in range(4)]
-    assert np.mean(naive) < -1 and abs(np.mean(fair)) < 4 / math.sqrt(len(fair))
+        unbiased += best_settings(points).unbiased.values()
+        for seed in range(4):
+            naive.append(min(point[seed] for point in points))
+    assert np.mean(naive) < -1 and abs(np.mean(unbiased)) < 4 / math.sqrt(len(unbiased))
 
 
-# ---- supported, not supported, undecided ------------------------------------------------------------------------------------
+# ---- supported, not supported, undecided -------------------------------------------------------------------
 
 
 def test_clear_cases():
@@ -180,7 +181,7 @@ def test_an_estimate_on_the_margin_asks_for_no_absurd_number():
 
 
 def test_the_best_of_many_configurations_is_not_enough():
-    """A gap that one comparison would show is not shown when it is one of twenty; a clear one still is, and is named."""
+    """A small gap is enough for one comparison, but not for one of twenty. A clear gap is, and is named."""
 
     def many(gap, count):
         rng = np.random.default_rng(3)
@@ -195,36 +196,31 @@ def test_the_best_of_many_configurations_is_not_enough():
     clear = [1.0100, 1.0102, 1.0101, 1.0099]
     assert judge(many(near, 1))[1].verdict == SUPPORTED
     h2 = judge(many(near, 20))[1]
-    assert (
-        h2.verdict == UNDECIDED and h2.case_confidence == pytest.approx(1 - 0.05 / 20) and len(h2.cases) == 20
-    )
+    assert h2.verdict == UNDECIDED
+    assert h2.case_confidence == pytest.approx(1 - 0.05 / 20)
+    assert len(h2.cases) == 20
     h2 = judge(many(clear, 20))[1]
-    assert h2.verdict == SUPPORTED and [line.name for line in h2.cases if line.verdict == SUPPORTED] == [
-        "attn 8, mlp 8"
-    ]
+    assert h2.verdict == SUPPORTED
+    assert [line.name for line in h2.cases if line.verdict == SUPPORTED] == ["attn 8, mlp 8"]
     assert "Shown for 1 of 20: attn 8, mlp 8 (perplexity × 1.010)" in conclusion(h2)
 
 
 def test_noise_is_seldom_called_supported():
-    """Ten configurations exactly at the margin, over one noisy baseline: at most 5 % of such studies may be called supported."""
+    """Ten configurations at the margin, over one noisy baseline: at most 5 % of such sweeps are supported."""
     rng = np.random.default_rng(5)
     wrong = 0
     for _ in range(400):
         base = rng.normal(0, 0.01, 4)
         gaps = [rng.normal(math.log(1.05), 0.01, 4) - base for _ in range(10)]
-        lines = [
-            judge_case(
-                Case("low", "full", [Comparison("perplexity", dict(enumerate(gap)), 1.05)], []), 1 - 0.05 / 10
-            )
-            for gap in gaps
-        ]
-        wrong += (
-            Hypothesis(Claim("H2", "", "", ""), tuple(lines), 0.95, 1 - 0.05 / 10, ()).verdict == SUPPORTED
-        )
+        comparisons = [Comparison("perplexity", dict(enumerate(gap)), 1.05) for gap in gaps]
+        cases = [Case("low", "full", [comparison]) for comparison in comparisons]
+        hypothesis = judge_claim(Claim("H2", "", "", ""), (cases, []), [], 0.95)
+        if hypothesis.verdict == SUPPORTED:
+            wrong += 1
     assert wrong / 400 <= 0.05
 
 
-# ---- pairing --------------------------------------------------------------------------------------------------------
+# ---- pairing -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -282,13 +278,10 @@ def test_unfinished_and_shortened_runs_are_left_out_and_listed():
     low[0].summary["status"] = "stopped"
     low[1].summary["total_tokens"] = 4096  # --stop-at-ppl
     h1, h2, _ = judge(full_runs() + low)
-    assert list(h2.cases[0].estimates[0].comparison.differences) == [3, 4] and list(
-        h1.cases[0].estimates[0].comparison.differences
-    ) == [2, 3, 4]
-    assert (
-        "low64_1: stopped, not finished" in h2.left_out
-        and "low64_2: ended before all of its tokens" in " ".join(h2.left_out)
-    )
+    assert list(h2.cases[0].estimates[0].comparison.differences) == [3, 4]
+    assert list(h1.cases[0].estimates[0].comparison.differences) == [2, 3, 4]
+    assert "low64_1: stopped, not finished" in h2.left_out
+    assert "low64_2: ended before all of its tokens" in " ".join(h2.left_out)
 
 
 def test_no_runs_to_speak_of():
@@ -298,7 +291,7 @@ def test_no_runs_to_speak_of():
         assert "it needs finished low-rank" in text_of(hypotheses)
 
 
-# ---- tuning ---------------------------------------------------------------------------------------------------------
+# ---- tuning ------------------------------------------------------------------------------------------------
 
 
 def at_rate(runs, rate, factor):
@@ -309,7 +302,7 @@ def at_rate(runs, rate, factor):
 
 
 def test_best_tuned_against_best_tuned():
-    """The full rank is better at its own rate: held against it, and not against the rate that suits low rank."""
+    """Full rank is better at a rate of its own: low rank is compared with that one."""
     runs = at_rate(full_runs(), 0.04, 1.10) + at_rate(full_runs(), 0.02, 1.0)
     low = at_rate(low_runs([1.08, 1.081, 1.079, 1.08]), 0.04, 1.0) + at_rate(
         low_runs([1.08, 1.081, 1.079, 1.08]), 0.02, 1.05
@@ -338,14 +331,16 @@ def test_seeds_that_served_to_choose_are_not_counted():
         2,
         3,
         4,
-    ] and "seed 1 served to choose" in text_of([h2])
+    ]
+    assert "seed 1 served to choose" in text_of([h2])
     _, h2, _ = judge(full_runs()[:1] + scan + low_runs([1.02])[:1])
     (e,) = h2.cases[0].estimates
     assert (e.ratio, e.low, e.seeds_needed) == (
         pytest.approx(1.02),
         None,
         2,
-    ) and "which flatters them" in text_of([h2])
+    )
+    assert "which flatters them" in text_of([h2])
 
 
 def test_a_run_that_diverged_is_not_averaged_away():
@@ -355,7 +350,7 @@ def test_a_run_that_diverged_is_not_averaged_away():
     assert h2.verdict == UNDECIDED and "seed 3 diverged" in text_of([h2])
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def test_on_a_gpu_the_measured_peak_decides():
@@ -385,7 +380,7 @@ def test_on_a_cpu_the_prediction_decides_unless_the_measurement_contradicts_it()
     assert judge(without)[0].cases[0].estimates[1].comparison.quantity == "measured peak memory"
 
 
-# ---- bad input, and the page ------------------------------------------------------------------------------------------
+# ---- bad input, and the page -------------------------------------------------------------------------------
 
 
 def test_mixed_texts_and_tokenizers_are_refused():
@@ -421,15 +416,17 @@ def test_blocks_render():
         + low_runs([0.97, 0.98, 0.97, 0.99], depth=8, summary={"params/total": 5e6})
     )
     blocks = verdict_blocks(hypotheses)
-    assert blocks[0] == ("heading", "The verdict") and [b[1] for b in blocks if b[0] == "subheading"][:3] == [
+    assert blocks[0] == ("heading", "The verdict")
+    assert [b[1] for b in blocks if b[0] == "subheading"][:3] == [
         "H1: supported",
         "H2: supported",
         f"H3: {hypotheses[2].verdict}",
     ]
     text = to_markdown(blocks)
-    assert (
-        "| perplexity " in text and "below 1.05" in text and "4 (1, 2, 3, 4)" in text and "Bonferroni" in text
-    )
+    assert "| perplexity " in text
+    assert "below 1.05" in text
+    assert "4 (1, 2, 3, 4)" in text
+    assert "Bonferroni" in text
     assert "nan" not in text and "None" not in text and "Left out" in text
     assert to_page("verdict", blocks, {})
 
@@ -452,9 +449,8 @@ def test_ranks_that_spare_no_parameters_do_not_speak_for_h2():
         )
     ]
     h2 = verdict(configurations(runs))[1]
-    assert [line.name for line in h2.cases] == ["attn 32, mlp 32"] and h2.cases[0].baseline.endswith(
-        "parameters × 0.600"
-    )
+    assert [line.name for line in h2.cases] == ["attn 32, mlp 32"]
+    assert h2.cases[0].baseline.endswith("parameters × 0.600")
     assert any("attn 160, mlp 160: spares nothing, it has × 1.000" in item for item in h2.left_out)
 
 
