@@ -1,6 +1,7 @@
 """The comparisons behind each hypothesis: which runs are paired, in which quantities, and who is left out.
 
-A case is one low-rank configuration beside its full-rank baseline. Whoever has no baseline is told why.
+A case is one low-rank configuration beside its full-rank baseline. Of a configuration without a baseline, the
+report says why.
 """
 
 import math
@@ -171,7 +172,9 @@ def deeper_cases(low: list[Configuration], full: list[Configuration], tolerance:
     excluded = []
     for group in group_by(low, lambda config: values_of(config, (*CONTEXT, *SHAPE, *RANK_SETTINGS))):
         same_training = same_settings(full, group[0], (*CONTEXT, *FAMILY))
-        shallower = [config for config in same_training if positions(config) < positions(group[0])]
+        shallower = [
+            config for config in same_training if executed_layers(config) < executed_layers(group[0])
+        ]
         shares = {config.name: parameter_share(group[0], config) for config in shallower}
         shares = {name: share for name, share in shares.items() if share is not None}
         equal = [c for c in shallower if abs(shares.get(c.name, math.inf) - 1) <= tolerance + 1e-9]
@@ -206,7 +209,7 @@ def best_shape_case(group, equal: list[Configuration], shares: dict[str, float])
     return case
 
 
-def positions(config: Configuration) -> int:
+def executed_layers(config: Configuration) -> int:
     """How many layers a token passes. A layer that is executed again counts again."""
     layer_map = config.settings.get("layer_map")
     return len(layer_map.split(",")) if layer_map else config.settings.get("depth", 0)
@@ -220,7 +223,7 @@ def compare_best(low, full, limit: float) -> tuple[Comparison | None, list[str]]
     best_low = best_perplexities(low)
     best_full = best_perplexities(full)
     unbiased = seed_differences(best_low.unbiased, best_full.unbiased)
-    all_seeds = seed_differences(best_low.unbiased | best_low.biased, best_full.unbiased | best_full.biased)
+    all_seeds = seed_differences(best_low.by_seed, best_full.by_seed)
     differences = unbiased or all_seeds
     if not differences:
         return None, []
@@ -229,7 +232,7 @@ def compare_best(low, full, limit: float) -> tuple[Comparison | None, list[str]]
     notes += seed_notes(best_low, best_full, unbiased, all_seeds)
     if diverged:
         notes.append(
-            f"seed {numbers_text(diverged)} diverged, and a mean without it would flatter: "
+            f"seed {numbers_text(diverged)} diverged, and a mean without it would look too good: "
             "choose settings that are stable on all seeds"
         )
     finite = {seed: difference for seed, difference in differences.items() if seed not in diverged}
@@ -268,13 +271,13 @@ def seed_notes(low: BestSettings, full: BestSettings, unbiased: dict, all_seeds:
     chosen_on = sorted(all_seeds.keys() - unbiased.keys())
     if unbiased and chosen_on:
         notes.append(f"seed {numbers_text(chosen_on)} served to choose the settings and is not counted")
-    unpaired = sorted((low.unbiased | low.biased).keys() - (full.unbiased | full.biased).keys())
+    unpaired = sorted(low.by_seed.keys() - full.by_seed.keys())
     if unpaired:
         notes.append(f"seed {numbers_text(unpaired)} has no full-rank run and is not counted")
     if not unbiased:
         notes.append(
-            "the settings were chosen on the very seeds compared, which flatters them: run the chosen ones "
-            "on other seeds"
+            "the settings were chosen on the seeds that are compared, which flatters them: "
+            "run the chosen ones on other seeds"
         )
     return notes
 
@@ -298,8 +301,8 @@ def same_settings(configs: list[Configuration], config: Configuration, names) ->
 
 def parameter_share(config: Configuration, baseline: Configuration) -> float | None:
     parameters = config.mean("params/total")
-    of_baseline = baseline.mean("params/total")
-    return parameters / of_baseline if parameters and of_baseline else None
+    baseline_parameters = baseline.mean("params/total")
+    return parameters / baseline_parameters if parameters and baseline_parameters else None
 
 
 def common_name(configs: list[Configuration]) -> str:

@@ -55,19 +55,19 @@ def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
             rows.append([model_name(model), parameters, flops, *map(difference_text, differences)])
     if not rows:
         return []
-    words = (
-        f"Loss minus that of {model_name(control)}, in nats (× {math.e:.3f} in perplexity for each), mean "
-        "over the seeds of both and 95 % interval, not corrected for the number of lines. Each seed at the "
-        "settings that are best on the other seeds. Where a model was trained for several lengths, its loss "
-        "at the control's cost is interpolated between them, linearly in the logarithm of the cost; every "
-        "length has its own learning rate schedule. A line without a cell was not trained up to, or from, "
-        "that cost."
+    explanation = (
+        f"Loss minus that of {model_name(control)}, in nats (1 nat is a factor of {math.e:.3f} in "
+        "perplexity): the mean over the seeds that both have, with its 95 % interval, which is not "
+        "corrected for the number of rows. Each seed is taken at the settings that are best on the other "
+        "seeds. If a model was trained for several lengths, its loss at the control's cost is interpolated "
+        "between them, linearly in the logarithm of the cost; each length has its own learning rate "
+        "schedule. “–”: the model was not trained for so much, or for so little."
     )
     budgets = [f"at equal {words}" for _, words in BUDGETS]
     header = ["model", "block parameters", "FLOPs a token", *budgets]
     return [
         ("subheading", "At equal cost"),
-        ("paragraph", words),
+        ("paragraph", explanation),
         ("table", header, rows, "numbers"),
     ]
 

@@ -77,6 +77,10 @@ class BestSettings:
     biased: dict[int, float]  # the setting could only be chosen on this very seed, which makes it look better
     count: int  # settings that have a value
 
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return self.unbiased | self.biased
+
 
 def best_settings(settings: list[dict[int, float]]) -> BestSettings:
     """The best of several settings for each seed; a setting is {seed: value}, smaller is better.

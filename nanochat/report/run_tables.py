@@ -229,12 +229,12 @@ def core_tables(runs: list[Run]) -> list[tuple]:
     blocks = [("heading", "CORE")]
     settings = {(run.core["settings"]["bundle"], run.core["settings"]["max_per_task"]) for run in measured}
     if len(settings) > 1:
-        warning = "not the same questions were asked of all runs (another bundle, or another --max-per-task)"
+        warning = "the runs did not all get the same questions (another bundle, or another --max-per-task)"
         blocks.append(("warning", f"CORE: {warning}."))
     explanation = (
-        "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right; CORE is "
-        "the mean over the tasks. In brackets 95% bootstrap intervals over the questions asked, which know "
-        "nothing of the spread between seeds."
+        "Accuracy on questions after a few solved examples, centred: 0 is guessing, 1 is all right. CORE is "
+        "the mean over the tasks. In brackets: 95% bootstrap intervals over the questions, which do not "
+        "include the spread between seeds."
     )
     tables = grid(runs, [("Centred accuracy", core_rows(runs, measured))], "numbers")
     return [*blocks, ("paragraph", explanation), *tables]

@@ -128,11 +128,11 @@ def ratio_to_baseline(config: Configuration, base: Configuration | None, key: st
 
 
 def table_explanation(configs: list[Configuration], base: Configuration | None, y_key: str) -> str:
-    sentences = ["Means over seeds, ± one standard deviation (of two seeds: from one to the other)."]
+    sentences = ["Means over seeds, ± one standard deviation (of two seeds: both values)."]
     if base:
         sentences.append(f"× is the ratio to {base.name}, over the seeds that both have.")
     if any(any_diverged(config, y_key) for config in configs):
-        sentences.append("† A run diverged; the mean is over the others, which flatters.")
+        sentences.append("† A run diverged; the mean over the others looks better than it is.")
     if not same_machine(configs):
         sentences.append("Different machines: times and memory are not compared.")
     return " ".join(sentences)
@@ -160,8 +160,9 @@ def frontier_table(configs: list[Configuration], measure: str) -> list[tuple]:
         labels = ", ".join(costs_by_name[config.name])
         rows.append([config.name, labels, outcome(config, y_key), paste_flags(config)])
     explanation = (
-        "No other configuration's mean is as low at as little of that cost; a difference within the spread "
-        "over seeds can put one here or not. The flags are to be pasted behind python -m scripts.base_train."
+        "No other configuration reaches as low a mean at as little of that cost. A difference that is small "
+        "beside the spread over seeds can decide who is listed here. Paste the flags behind python -m "
+        "scripts.base_train."
     )
     return [
         ("subheading", "On a frontier"),

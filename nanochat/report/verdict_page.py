@@ -31,7 +31,7 @@ def hypothesis_blocks(hypothesis: Hypothesis) -> list[tuple]:
     ]
     if hypothesis.cases:
         interval = f"{percent(hypothesis.case_confidence)} interval"
-        header = ["ratio to full rank", "estimate", interval, "asked", "pairs (seeds)", "finding"]
+        header = ["ratio to full rank", "estimate", interval, "margin", "pairs (seeds)", "finding"]
         blocks.append(("table", header, table_rows(hypothesis), "numbers"))
     notes = note_lines(hypothesis.cases)
     if notes:
@@ -67,7 +67,7 @@ def conclusion(hypothesis: Hypothesis) -> str:
     claim = hypothesis.claim
     text = f"{claim.text[0].upper() + claim.text[1:]} ({claim.criterion}): **{hypothesis.verdict}**."
     if hypothesis.verdict == NOT_APPLICABLE:
-        return f"{text} No runs speak to it: it needs {claim.needs}."
+        return f"{text} No run can test it: it needs {claim.needs}."
     for verdict, label in (
         (SUPPORTED, "Shown"),
         (NOT_SUPPORTED, "The contrary is shown"),
@@ -152,30 +152,32 @@ def method_notes(hypotheses: list[Hypothesis]) -> list[str]:
     each = ", ".join(f"{h.claim.name} {percent(h.case_confidence)}" for h in hypotheses)
     error_rate = percent(1 - hypotheses[0].confidence)
     return [
-        f"**Pairs**: a low-rank and a full-rank run of the same {SAME_IN_PAIRS}, so they saw the same rows "
-        "in the same order; for H1 and H2 of the same depth and width too. Runs that repeat a seed and all "
-        "settings count once, as their mean.",
-        "**Interval**: of the pairs' differences of logarithms, mean ± Student's t × sd / √pairs, "
-        "exponentiated. One pair has no interval and decides nothing.",
-        "**Several configurations**: Bonferroni. With so many configurations of two pairs or more, each "
-        f"interval is wider (H1 wants both time and memory of one configuration): {each}. So the chance "
-        f"that any configuration is called supported wrongly is at most {error_rate} a hypothesis. "
-        "“Supported” means for at least one configuration, and the text names which.",
-        "**Findings**: below, the whole interval is below the margin; not below, the whole interval is "
-        "above it; open, neither. “Not supported”: the contrary is shown for every configuration. More "
-        "seeds: the smallest number whose half-width would exclude the margin if the estimate and the "
-        "spread stayed as they are. A spread from few seeds is itself uncertain.",
-        "**Tuning**: where settings such as learning rates were scanned, best against best. A seed's "
-        "setting is the one that is best on the other seeds; what was chosen on the seed itself is not "
-        "counted. One setting on each side is no tuning: it may suit one of them better.",
+        f"**Pairs**: a low-rank and a full-rank run of the same {SAME_IN_PAIRS}, so both saw the same rows "
+        "in the same order. For H1 and H2 their depth and width are the same too. Runs that repeat a seed "
+        "with all settings count once, as their mean.",
+        "**Interval**: over the pairs' differences of logarithms, mean ± Student's t × sd / √pairs; its "
+        "exponential is the interval of the ratio. One pair has no interval and decides nothing.",
+        "**Several configurations**: Bonferroni's correction. The more configurations have two pairs or "
+        f"more, the wider each interval is: {each}. So the chance that any configuration is wrongly called "
+        f"supported is at most {error_rate} for each hypothesis. “Supported” means for at least one "
+        "configuration; the text names which. For H1 one configuration has to show both, less time and "
+        "less memory.",
+        "**Findings**: “below”, the whole interval is below the margin; “not below”, the whole interval is "
+        "above it; “open”, neither. “Not supported” means that the contrary is shown for every "
+        "configuration. “More” seeds are the fewest that would exclude the margin if the estimate and the "
+        "spread stayed as they are. A spread over few seeds is itself uncertain.",
+        "**Tuning**: where several settings were tried, such as learning rates, the best of low rank is "
+        "compared with the best of full rank. Each seed is taken at the setting that is best on the other "
+        "seeds; a seed on which the setting was chosen is not counted. One setting on each side is no "
+        "tuning: it may suit one side better than the other.",
         "**Time**: the median training step after a run's first 10, on the same device, dtype, processes, "
-        "threads and rows a pass. The runs of a pair were made in separate processes at separate times: "
-        "what else the machine did is in the spread over seeds as far as it changed from pair to pair; a "
-        "drift between all runs of one kind and all of the other is not.",
+        "threads and rows a pass. The runs of a pair were separate processes at different times. What else "
+        "the machine did shows in the spread over seeds if it changed from pair to pair, but not if it "
+        "slowed all runs of one kind.",
         "**Memory**: on a GPU the measured peak of what torch allocated decides. On a CPU the resident set "
-        "holds Python, libraries and what the allocator kept, so the predicted peak decides (all tensors "
-        "at the highest point of a step that is not compiled: arithmetic, hence without spread) unless the "
-        "resident set surely says the contrary; without a prediction the resident set decides. Weights, "
-        "gradients and optimizer state leave out activations, which low rank can add to, so they decide "
-        "nothing.",
+        "also holds Python, libraries and what the allocator kept, so the predicted peak decides: the sum "
+        "of all tensors at the highest point of a step that is not compiled. It is computed, so it has no "
+        "spread. If the resident set surely says the contrary, nothing is decided; without a prediction "
+        "the resident set decides. Weights, gradients and optimizer state do not include activations, "
+        "which low rank can add to, so they decide nothing.",
     ]

@@ -172,7 +172,7 @@ def test_solved_ranks_of_single_matrices_are_those_of_the_model():
 
 
 def test_a_shape_is_what_it_was_resolved_to():
-    """A budget that gives this depth and rank makes no difference, nor a flag that an older version lacked."""
+    """A budget that gives this depth and rank makes no difference, nor a flag that older versions lacked."""
     flags = {"budget_params": "full", "solve": "rank", "attn_rank": 0.5, "mlp_rank": 0.5, "aspect_ratio": 32}
     asked = a_run("asked", attn=64, mlp=64, flags=flags)
     older = a_run("older", seed=3, attn=64, mlp=64)
