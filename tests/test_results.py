@@ -1,6 +1,4 @@
-"""What was computed is shown also where it cannot be written; where nothing can be written is said before
-anything is computed.
-"""
+"""Results that cannot be written are still printed; a place that takes no files is refused at once."""
 
 import errno
 import json
@@ -14,33 +12,18 @@ from nanochat import locks, metrics
 from nanochat.common import InputError
 from nanochat.files import check_out
 
-SHAPE = ["--device-type", "cpu"]
-BENCH = [
-    "--depth",
-    1,
-    "--model-dim",
-    64,
-    "--head-dim",
-    32,
-    "--vocab-size",
-    64,
-    "--max-seq-len",
-    32,
-    "--batch-sizes",
-    1,
-    "--prompt-tokens",
-    4,
-    "--repeats",
-    1,
-    *SHAPE,
-]
+LAYER_MAPS = ["--model-tag", "a", "--maps", "1,0", "--device-type", "cpu"]
+SMALL_MODEL = {"depth": 1, "model-dim": 64, "head-dim": 32, "vocab-size": 64, "max-seq-len": 32}
+SHORT_BENCH = {"batch-sizes": 1, "prompt-tokens": 4, "repeats": 1, "device-type": "cpu"}
+BENCH = [f"--{flag}={value}" for flag, value in (SMALL_MODEL | SHORT_BENCH).items()]
 
 
-def one_line(stderr, *words):
+def check_error(stderr, *words):
+    """The last line is the only error, and has these words."""
     last = stderr.splitlines()[-1]
-    assert (
-        last.startswith("error: ") and stderr.count("error") == 1 and all(word in last for word in words)
-    ), stderr
+    assert last.startswith("error: "), stderr
+    assert stderr.count("error") == 1, stderr
+    assert all(word in last for word in words), stderr
 
 
 def test_an_evaluation_is_shown_where_its_file_cannot_be_written(train, command):
@@ -50,7 +33,7 @@ def test_an_evaluation_is_shown_where_its_file_cannot_be_written(train, command)
         "scripts/base_eval.py", "--model-tag", "a", "--eval", "bpb", "--eval-tokens", 1024
     )
     assert code == 2 and "val   | 1,024 tokens | loss" in stdout
-    one_line(stderr, "eval_000006.json: cannot be written", "shown above")
+    check_error(stderr, "eval_000006.json: cannot be written", "shown above")
 
 
 def test_figures_are_shown_where_their_files_cannot_be_written(train, command, tmp_path):
@@ -58,17 +41,12 @@ def test_figures_are_shown_where_their_files_cannot_be_written(train, command, t
     for script, file, flags, shown in [
         ("scripts/report.py", "loss.png", ["a"], "Outcome"),
         ("scripts/infer_bench.py", "infer_bench.json", BENCH, "tokens/s"),
-        (
-            "scripts/layer_map_eval.py",
-            "layer_maps.csv",
-            ["--model-tag", "a", "--maps", "1,0", *SHAPE],
-            "ppl ",
-        ),
+        ("scripts/layer_map_eval.py", "layer_maps.csv", LAYER_MAPS, "ppl "),
     ]:
         (tmp_path / script / file / "in_the_way").mkdir(parents=True)
         code, stdout, stderr = command(script, *flags, "--out", tmp_path / script)
         assert code == 2 and shown in stdout, script
-        one_line(stderr, file)
+        check_error(stderr, file)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +70,7 @@ def test_a_place_that_takes_nothing_is_refused_at_once(command, tmp_path, monkey
         started = time.monotonic()
         code, stdout, stderr = command(script, *flags, flag, f"{place}/x.safetensors")
         assert code == 2 and time.monotonic() - started < 10 and "measured" not in stdout
-        one_line(stderr, flag, "give a")
+        check_error(stderr, flag, "give a")
     assert not (tmp_path / "base").exists()
 
 
@@ -106,7 +84,7 @@ def test_a_sweep_knows_before_its_runs_that_its_report_cannot_be_written(
     )
     code, _, stderr = command("scripts/sweep.py", path, "--out", "/proc/nothing")
     assert code == 2 and not (base_dir / "sweeps").exists()
-    one_line(stderr, "--out /proc/nothing: cannot be written")
+    check_error(stderr, "--out /proc/nothing: cannot be written")
 
 
 def test_check_out_leaves_nothing_behind(tmp_path):
@@ -124,4 +102,4 @@ def test_a_base_folder_that_cannot_be_written_to_is_named_with_the_way_out(base_
     monkeypatch.setattr(locks, "acquire", refuse)
     code, _, stderr = command("scripts/tok_train.py", "--data", "stdlib")
     assert code == 2
-    one_line(stderr, "tokenizer.lock: Read-only file system", "NANOCHAT_BASE_DIR")
+    check_error(stderr, "tokenizer.lock: Read-only file system", "NANOCHAT_BASE_DIR")

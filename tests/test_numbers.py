@@ -1,18 +1,17 @@
-"""Every number that a flag takes has a meaning, or is refused in one line that names the flag."""
+"""Numbers of flags: each one is either usable, or refused in one line that names the flag."""
 
 import time
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from nanochat import common, plan
 from nanochat.common import InputError
 from nanochat.flags import build_parser
 from nanochat.sweep.experiment import read_experiment
 
-ROOT = Path(__file__).parents[2]
 MODULES = [
     "nanochat.dataset",
     *(f"scripts.{path.stem}" for path in sorted((ROOT / "scripts").glob("[a-z]*.py"))),
@@ -68,24 +67,24 @@ class Parsed(Exception):
 
 @pytest.fixture(scope="module")
 def parsers():
-    """{module: its parser}, as main() has made it when it reads the flags."""
+    """{module: the parser that its main() makes}."""
 
     def stop(self, *_):
         raise Parsed(self)
 
-    found = {}
+    parsers = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "dev/bench")
         patch.setattr(common.ArgumentParser, "parse_args", stop)
         for name in MODULES:
             with pytest.raises(Parsed) as e:
                 import_module(name).main([])
-            found[name] = e.value.args[0]
-    return found
+            parsers[name] = e.value.args[0]
+    return parsers
 
 
 def numbers_of(parser):
-    """(flag, type) of the flags that a type reads, paths aside."""
+    """(flag, argparse type) of the flags that have a type, other than a path."""
     return [
         (action.option_strings[0], action.type)
         for action in parser._actions
@@ -94,9 +93,7 @@ def numbers_of(parser):
 
 
 def test_each_number_of_each_script_is_finite_or_refused(parsers):
-    """No flag is read by int or float alone; what its type lets through is finite, and what it refuses is one
-    short line.
-    """
+    """No flag's type is plain int or float. A type returns finite numbers, or refuses in one short line."""
     for module, parser in parsers.items():
         for flag, parse in numbers_of(parser):
             assert parse not in (int, float), f"{module} {flag}"
@@ -139,7 +136,7 @@ def test_minus_one_switches_off_and_nothing_else_below_one_step_does(text):
 
 
 def test_every_number_that_base_train_takes_can_be_counted_with(base_dir, capsys):
-    """--dry-run with each flag at each odd value that it takes, beside a tiny model."""
+    """--dry-run of a tiny model with each flag at each odd value that its type allows."""
     from scripts import base_train
 
     for flag, parse in numbers_of(build_parser()):
