@@ -41,7 +41,7 @@ class Configuration:
     runs: tuple[Run, ...]  # ordered by seed
     low_rank: bool  # any rank above 0
     settings: dict  # flag -> resolved value; a rank is a number, or "100-50-20-5" where it varies over depth
-    method: str = ""  # "LoRA", "Fastfood", ...: an adapter or a subspace; "" if every number is trained
+    method: str = ""  # "LoRA", "Fastfood", … of an adapter or a subspace; "" of an ordinary run
 
     @property
     def full_rank(self) -> bool:
@@ -202,14 +202,15 @@ def configurations(runs: list[Run]) -> list[Configuration]:
                 break
         else:
             groups.append((run_settings, [run]))
-    names = short_names([described for described, _ in groups], [members[0].name for _, members in groups])
+    all_settings = [group_settings for group_settings, _ in groups]
+    names = short_names(all_settings, [members[0].name for _, members in groups])
     return [make_configuration(name, *group) for name, group in zip(names, groups)]
 
 
-def make_configuration(name: str, described: dict, members: list[Run]) -> Configuration:
-    kind = method(described)
-    low_rank = not kind and any(described.get(key) for key in (*RANKS, "matrix_ranks"))
-    return Configuration(name, tuple(sorted(members, key=run_seed)), low_rank, described, kind)
+def make_configuration(name: str, settings: dict, runs: list[Run]) -> Configuration:
+    kind = method(settings)
+    low_rank = not kind and any(settings.get(key) for key in (*RANKS, "matrix_ranks"))
+    return Configuration(name, tuple(sorted(runs, key=run_seed)), low_rank, settings, kind)
 
 
 def short_names(all_settings: list[dict], tags: list[str]) -> list[str]:
