@@ -1,4 +1,4 @@
-"""metrics.jsonl, read and checked: one row a step, however long the run was.
+"""Reading metrics.jsonl: one checked row a step, however long the run was.
 
 A million rows as dicts take more than two gigabytes. Here rows with the same keys share a table that has an
 array for each key, which takes a tenth of that. A file is read when its first row is asked for.
@@ -17,7 +17,7 @@ from pathlib import Path
 from nanochat.common import shortened
 from nanochat.files import is_kind, named, open_file, parse_json
 
-# the x-axes: (key in the history, name of the same quantity in time_to_ppl/P/<name>)
+# x-axes: (key in the history, the same quantity's name in time_to_ppl/P/<name>)
 CLOCKS = (
     ("total_training_time", "seconds"),
     ("step", "step"),
@@ -27,11 +27,11 @@ CLOCKS = (
 
 CLOCK_KEYS = [key for key, _ in CLOCKS]
 
-MAX_LINE = 2**24  # bytes; more is no row
+MAX_LINE = 2**24  # bytes; a longer line is no row
 MAX_STEP = 2**63 - 1
 MAX_INTEGER = 10**300  # so that it can become a float
-SHOWN = 20_000  # rows up to which a figure draws all: more than it has dots from left to right
-PENDING = 512  # rows that wait to become parts of columns
+DRAWN_ROWS = 20_000  # a figure draws all rows up to these: more than it has dots from left to right
+CHUNK = 512  # rows that are appended to the columns together
 # keys, and beginnings of keys, whose value is a number; null where it is not known
 NUMBERS = ("train/", "val/", "mem/", "params/", "flops/", "core_metric", "centered_results/")
 
@@ -55,7 +55,7 @@ def row_fault(row) -> str:
 
 
 def is_expected(key: str, value) -> bool:
-    """Whether a value that is no number may have this key. Of a newer version's key nothing is known."""
+    """Whether a value that is no number may have this key. Keys of newer versions may have any."""
     if key == "sample":
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if key == "adalora/ranks":
@@ -66,7 +66,7 @@ def is_expected(key: str, value) -> bool:
 
 
 def parsed(line: bytes) -> tuple[dict, str]:
-    """(the row of a line, ""); ({}, why it is none)."""
+    """(the row, ""), or ({}, why the line is no row)."""
     row = parse_json(line.decode("utf-8", "replace"))
     fault = row_fault(row)
     return ({}, fault) if fault else (row, "")
@@ -87,31 +87,32 @@ class Table:
     def append(self, row: dict):
         self.pending.append(tuple(row.values()))
         self.size += 1
-        if len(self.pending) == PENDING:
+        if len(self.pending) == CHUNK:
             self.flush()
 
     def flush(self):
         for i, values in enumerate(zip(*self.pending)):
-            self.columns[i] = joined(self.columns[i], values)
+            self.columns[i] = extend_column(self.columns[i], values)
         self.pending = []
 
     def row(self, place: int) -> dict:
         return {key: column[place] for key, column in zip(self.keys, self.columns)}
 
 
-def joined(column: array | list, values: tuple) -> array | list:
-    """The column with these values behind it, which keep their types."""
-    new = packed(values)
+def extend_column(column: array | list, values: tuple) -> array | list:
+    """The column with these values at its end. Each keeps its type: an array becomes a list if it must."""
+    new = compact(values)
     if not column:
         return new
-    same_code = getattr(column, "typecode", None) == getattr(new, "typecode", None)
-    if not same_code:  # lists have none
+    same_type = getattr(column, "typecode", None) == getattr(new, "typecode", None)  # lists have no typecode
+    if not same_type:
         return [*column, *new]
     column.extend(new)
     return column
 
 
-def packed(values: tuple) -> array | list:
+def compact(values: tuple) -> array | list:
+    """An array if all values are floats, or all are integers of 64 bits."""
     types = set(map(type, values))
     if types == {float}:
         return array("d", values)
@@ -123,7 +124,7 @@ def packed(values: tuple) -> array | list:
 class Rows:
     """Rows in the order of their steps.
 
-    A resumed run repeats the steps after its checkpoint: the last word counts.
+    A resumed run repeats the steps after its checkpoint: the last values count.
     """
 
     def __init__(self, rows: Iterable[dict]):
@@ -138,7 +139,7 @@ class Rows:
         self.flush()
         self.order: range | array = range(len(steps))
         if any(a >= b for a, b in itertools.pairwise(steps)):
-            self.order = self.merged(steps)
+            self.order = self.merge_steps(steps)
             self.flush()
 
     def add(self, row: dict):
@@ -155,8 +156,8 @@ class Rows:
         for table in self.by_number:
             table.flush()
 
-    def merged(self, steps: array) -> array:
-        """The order of rows by step, where those of one step have become one new row."""
+    def merge_steps(self, steps: array) -> array:
+        """The order of rows by step. Several rows of one step become one new row."""
         order = array("Q")
         by_step = sorted(range(len(steps)), key=steps.__getitem__)  # keeps the order of rows of one step
         for _, numbers in itertools.groupby(by_step, key=steps.__getitem__):
@@ -199,7 +200,7 @@ class History(Sequence):
     """The rows of a run, as a list of dicts that is read from its file when it is first used."""
 
     def __init__(self, rows: Iterable[dict]):
-        """rows: in any order, checked, perhaps several of one step; looked at only when they are needed."""
+        """rows: checked; in any order, perhaps several of one step. They are read when they are needed."""
         self.source = rows
 
     @cached_property
@@ -232,21 +233,24 @@ class History(Sequence):
 def series(history: Sequence[dict], *keys: str) -> Iterator[tuple]:
     """The values of these keys in each row that has them all, in order."""
     if isinstance(history, History):
-        return history.rows.series(keys)
-    return (tuple([row[key] for key in keys]) for row in history if set(keys) <= row.keys())
+        yield from history.rows.series(keys)
+        return
+    for row in history:
+        if set(keys) <= row.keys():
+            yield tuple([row[key] for key in keys])
 
 
-def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
-    """The rows that a figure of these keys needs: all, unless it could not show so many.
+def thin_history(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
+    """The rows that a figure of these keys needs: all, or fewer where it could not show so many.
 
-    Then, of each stretch of rows with a key, those where it is first, last, lowest and highest.
+    Then it gets, of each stretch of rows with a key, the first, the last, the lowest and the highest.
     """
-    if len(history) <= SHOWN:
+    if len(history) <= DRAWN_ROWS:
         return history
     steps = set()
     for key in keys:
         points = [(step, y) for step, y in series(history, "step", key) if y is not None and math.isfinite(y)]
-        length = max(1, 4 * len(points) // SHOWN)
+        length = max(1, 4 * len(points) // DRAWN_ROWS)
         for start in range(0, len(points), length):
             stretch = points[start : start + length]
             extremes = min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1))
@@ -260,19 +264,19 @@ def thinned(history: Sequence[dict], keys: list[str]) -> Sequence[dict]:
 
 def read_history(folder: Path) -> History:
     """metrics.jsonl of a run folder, merged by step; no rows where there is no such file."""
-    return History(file_rows(folder / "metrics.jsonl"))
+    return History(read_rows(folder / "metrics.jsonl"))
 
 
-def file_rows(path: Path) -> Iterator[dict]:
-    """The rows of a file. What is no row is left out, and said once.
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a file. Lines that are no rows are left out, with one note for all of them.
 
-    Nothing is said of half a last line: a killed process leaves it.
+    Half a last line, which a killed process leaves, gets no note.
     """
     damaged = []  # (number of the line, why)
     if not path.exists():
         return
     with named(path), open_file(path) as f:
-        for number, line in enumerate(long_lines(f), 1):
+        for number, line in enumerate(bounded_lines(f), 1):
             row, fault = parsed(line)
             if row:
                 yield row
@@ -288,8 +292,8 @@ def file_rows(path: Path) -> Iterator[dict]:
         )
 
 
-def long_lines(f) -> Iterator[bytes]:
-    """The lines of a binary file. Of one longer than MAX_LINE, which is no row, only the line break."""
+def bounded_lines(f) -> Iterator[bytes]:
+    """The lines of a binary file. One longer than MAX_LINE becomes a short one that is no row either."""
     while line := f.readline(MAX_LINE):
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
             while len(line) == MAX_LINE and not line.endswith(b"\n"):

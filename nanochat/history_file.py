@@ -1,4 +1,4 @@
-"""metrics.jsonl as a run writes it: a JSON object a line, only appended. The checkpoints vouch for it."""
+"""Writing metrics.jsonl: one JSON object a line, only appended. Checkpoints keep a checksum of it."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 from nanochat.common import InputError
 from nanochat.files import digest_file, named, open_file, sync_folder
 
-BLOCK = 2**20  # bytes that are read at once
+READ_SIZE = 2**20  # bytes
 
 
 class HistoryFile:
-    """Appends lines. `commit` makes them survive a power cut, and returns their sum for a checkpoint."""
+    """Appends lines. `commit` makes them survive a power cut, and returns their checksum for a checkpoint."""
 
     def __init__(self, path: Path):
         """Open it, or create it. Half a line at its end, which a killed process left, is cut off."""
         self.path = path
-        self.file = open(path, "ab", buffering=0)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the run)
         with named(path):
             self.file.truncate(end_of_lines(path))
         self.digest = digest_file(path, hashlib.sha256())
@@ -34,7 +34,7 @@ class HistoryFile:
         self.size += len(line)
 
     def commit(self) -> dict:
-        """{"bytes", "sha256"} of all lines so far, which are on the disk."""
+        """Wait until all lines are on the disk. Returns their {"bytes", "sha256"}."""
         with named(self.path):
             os.fsync(self.file.fileno())
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
@@ -48,7 +48,7 @@ def end_of_lines(path: Path) -> int:
     with named(path), open_file(path) as f:
         end = f.seek(0, os.SEEK_END)
         while end > 0:
-            begin = max(0, end - BLOCK)
+            begin = max(0, end - READ_SIZE)
             f.seek(begin)
             last = f.read(end - begin).rfind(b"\n")
             if last >= 0:
@@ -58,18 +58,18 @@ def end_of_lines(path: Path) -> int:
 
 
 def check_history(run_folder: Path, meta: dict):
-    """InputError unless metrics.jsonl begins with the lines that a checkpoint vouches for."""
-    vouched = meta.get("record")
-    if not vouched:  # the checkpoint of an earlier version
+    """InputError unless metrics.jsonl begins with the lines that a checkpoint has the checksum of."""
+    record = meta.get("record")
+    if not record:  # the checkpoint of an earlier version
         return
     path = run_folder / "metrics.jsonl"
     size = path.stat().st_size if path.exists() else 0
-    is_short = size < vouched["bytes"]
-    if is_short or digest_file(path, hashlib.sha256(), vouched["bytes"]).hexdigest() != vouched["sha256"]:
+    is_short = size < record["bytes"]
+    if is_short or digest_file(path, hashlib.sha256(), record["bytes"]).hexdigest() != record["sha256"]:
         problem = f"has {size:,} bytes" if is_short else "was changed"
         step = meta["step"]
         raise InputError(
             f"{path}: {problem}; the checkpoint of step {step} vouches for "
-            f"{vouched['bytes']:,} bytes of it; restore it, or go on as another run: "
+            f"{record['bytes']:,} bytes of it; restore it, or go on as another run: "
             f"--init-from {run_folder.name}:{step} --model-tag NEW"
         )

@@ -1,8 +1,8 @@
-"""Figures with their units, as lines, tables and pictures show them."""
+"""Numbers with their units, as console lines, tables and figures show them."""
 
 import math
 
-# Each ladder: (size of the unit, its name), ascending.
+# ladders of units: (size of the unit, its name), ascending
 COUNT = [(1, ""), (1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")]
 FLOP = [(1000.0**i, f"{p}FLOP") for i, p in enumerate(("", "k", "M", "G", "T", "P", "E", "Z"))]
 BYTES = [(1024.0**i, u) for i, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))]
@@ -25,9 +25,8 @@ def three_digits(value: float) -> str:
 def human(value: float, ladder: list) -> str:
     """A number with its unit: 5.24 M, 612 MiB, 12.3 min, 1.53 PFLOP."""
     size, unit = unit_of(value, ladder)
-    digits = (
-        f"{value:.0f}" if size == 1 and unit in ("", "B") else three_digits(value / size)
-    )  # nobody has half a token
+    is_count = size == 1 and unit in ("", "B")  # there is no half token and no half byte
+    digits = f"{value:.0f}" if is_count else three_digits(value / size)
     return f"{digits} {unit}".rstrip()
 
 

@@ -34,7 +34,7 @@ from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
 from nanochat.plan import full_rank
 from nanochat.report.page import to_markdown
-from nanochat.report.plotting import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.report.plotting import PALETTE, colour_and_marker, new_figure, png, tidy
 from nanochat.whole_ranks import AUTOMATIC
 from scripts.generate import open_model
 from scripts.layer_bench import bytes_of, digits, list_of, spread, take_turns, with_quartiles
@@ -295,7 +295,7 @@ def draw(result: dict):
         panel.set_title(title, fontsize=10.5)
         tidy(panel)
     speed.legend(frameon=False, fontsize=9.5)
-    parts = [("weights", COLOURS[0]), ("cache", COLOURS[4]), ("activations", "#999999")]
+    parts = [("weights", PALETTE[0]), ("cache", PALETTE[4]), ("activations", "#999999")]
     bars = [(case["batch"], name) for case in cases for name in names]
     below = np.zeros(len(bars))
     for part, colour in parts:

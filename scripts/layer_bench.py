@@ -33,7 +33,7 @@ from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear
 from nanochat.rank import on_meta
 from nanochat.report.page import to_markdown
-from nanochat.report.plotting import COLOURS, colour_and_marker, new_figure, png, tidy
+from nanochat.report.plotting import PALETTE, colour_and_marker, new_figure, png, tidy
 from nanochat.whole_ranks import resolve_rank
 
 SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long: far more than the clock's grain and a kernel's launch
@@ -350,7 +350,7 @@ def draw(result: dict):
             panel.plot(
                 [0, *ranks],
                 [0, *(v["ratio"]["flops"] for v in low_rank)],
-                color=COLOURS[i % len(COLOURS)],
+                color=PALETTE[i % len(PALETTE)],
                 linestyle=":",
                 linewidth=1.3,
             )

@@ -1,9 +1,10 @@
-"""Compare finished or running runs, from their folders (or W&B) alone: report.md, report.html, report.csv and the figures.
+"""Compare finished or running runs from their folders (or W&B) alone: report.md, .html, .csv and the figures.
 
     python -m scripts.report full lowrank --out report/
-    python -m scripts.report full_* low_* --out report/     more than a few configurations, or repeated seeds: a study, with a verdict
+    python -m scripts.report full_* low_* --out report/
 
-Run it where the tags are folders (cd runs), or give paths, for the shell to fill in the *.
+The second form, more than a few configurations or repeated seeds, also gives means over seeds. Run it where
+the tags are folders (cd runs), or give paths, so that the shell can expand the *.
 """
 
 import dataclasses
@@ -17,88 +18,49 @@ from nanochat.eval_results import newest_core
 from nanochat.files import check_out, write_atomic
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
-from nanochat.report.adapter_figures import method_section
-from nanochat.report.comparable import (
-    SAME_TEXT,
-    SAME_TOKENIZER,
-    check_comparable,
-    config_value,
-    divergence_notes,
-    join_names,
-    summary_number,
-)
-from nanochat.report.configurations import Configuration, configurations, finished
-from nanochat.report.csv_export import pair_keys, to_csv
+from nanochat.report import comparable, csv_export, run_tables, sweep_tables
+from nanochat.report.adapter_figures import adapter_section
+from nanochat.report.comparable import SAME_TEXT, SAME_TOKENIZER, join_names
+from nanochat.report.configurations import Configuration, configurations, finished, run_value
 from nanochat.report.equal_cost import equal_cost_table
 from nanochat.report.page import encode, in_markdown, to_markdown, to_page
 from nanochat.report.run_check import checked_run
-from nanochat.report.run_figures import draw_all
-from nanochat.report.run_tables import (
-    MAX_COLUMNS,
-    core_tables,
-    ratio_summary,
-    result_tables,
-    sample_tables,
-    setup_tables,
-)
+from nanochat.report.run_figures import draw_run_figures, labels_in_words
 from nanochat.report.summaries import MEASURES, baseline
-from nanochat.report.sweep_figures import caption, study_figures
-from nanochat.report.sweep_tables import configurations_table, frontier_table, runs_table
+from nanochat.report.sweep_figures import draw_sweep_figures, figure_caption
 from nanochat.report.verdict import verdict
 from nanochat.report.verdict_page import verdict_blocks
 
-FIGURES = [
-    (
-        "loss.png",
-        "Loss against tokens, training time and compute. The first fifth of each run, where loss falls from "
-        "ln(vocabulary), may leave the frame at the top.",
-    ),
-    ("parameters.png", "Parameters by group."),
-    (
-        "memory.png",
-        "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU the whole "
-        "process, Python and libraries included.",
-    ),
-    ("perplexity.png", "Final quality against model size: down and to the left is better."),
-]
+RUN_CAPTIONS = {
+    "loss.png": "Loss against tokens, training time and compute. The first fifth of each run, where loss "
+    "falls from ln(vocabulary), may leave the frame at the top.",
+    "parameters.png": "Parameters by group.",
+    "memory.png": "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU "
+    "the whole process, Python and libraries included.",
+    "perplexity.png": "Final quality against model size: down and to the left is better.",
+}
 
-DEFINITIONS = [
-    ("×0.53", "the value divided by the first run's. Shown only where the two may be divided."),
-    (
-        "validation loss",
-        "mean negative log likelihood in nats per token on fixed validation rows. Lower is better.",
-    ),
-    (
-        "perplexity (ppl)",
-        "exp(validation loss). It depends on the tokenizer: comparable only under the same one.",
-    ),
-    (
-        "bits per byte (bpb)",
-        "the same loss in bits, per byte of the text instead of per token: comparable across "
-        "tokenizers on the same validation text.",
-    ),
-    (
-        "parameters",
-        "scalars of the model, embeddings included. A matrix of rank r counts its two factors, r × (in + out).",
-    ),
-    (
-        "FLOPs",
-        "counted from what is executed: 6 FLOPs per matrix parameter and token executed, factors included, "
-        "plus attention.",
-    ),
-    ("time", "training steps only: the clock excludes evaluation, checkpointing and compilation."),
-    ("tokens/s", "training tokens per second of that clock, over the whole run and all processes."),
-    (
-        "time, tokens, FLOPs to perplexity P",
-        "at the first evaluation at or below P. Interpolated: an estimate between "
-        "the two evaluations around P, linear in log perplexity, which depends less on how often the run was evaluated.",
-    ),
-    (
-        "peak memory",
-        "of one process. CUDA: the most bytes torch had allocated; what weights, gradients and optimizer "
-        "state leave of it is “activations and other”. CPU: the peak resident set of the whole process.",
-    ),
-]
+DEFINITIONS = {
+    "×0.53": "the value divided by the first run's. Shown only where the two may be divided.",
+    "validation loss": "mean negative log likelihood in nats per token on fixed validation rows. Lower is "
+    "better.",
+    "perplexity (ppl)": "exp(validation loss). It depends on the tokenizer: comparable only under the same "
+    "one.",
+    "bits per byte (bpb)": "the same loss in bits, per byte of the text instead of per token: comparable "
+    "across tokenizers on the same validation text.",
+    "parameters": "scalars of the model, embeddings included. A matrix of rank r counts its two factors, "
+    "r × (in + out).",
+    "FLOPs": "counted from what is executed: 6 FLOPs for each token and each matrix parameter that it uses, "
+    "factors included, plus attention.",
+    "time": "training steps only: the clock excludes evaluation, checkpointing and compilation.",
+    "tokens/s": "training tokens per second of that clock, over the whole run and all processes.",
+    "time, tokens, FLOPs to perplexity P": "at the first evaluation at or below P. Interpolated: an estimate "
+    "between the two evaluations around P, linear in log perplexity, which depends less on how often the "
+    "run was evaluated.",
+    "peak memory": "of one process. CUDA: the most bytes torch had allocated; what weights, gradients and "
+    "optimizer state leave of it is “activations and other”. CPU: the peak resident set of the whole "
+    "process.",
+}
 
 
 def main(argv=None):
@@ -115,21 +77,19 @@ def main(argv=None):
 
     runs = load_runs(args.runs, args.from_wandb)
     configs = configurations(runs)
-    is_study = len(configs) > MAX_COLUMNS or any(len(c.runs) > 1 for c in configs)
-    title, blocks, figures, said = (study if is_study else few)(runs, configs, margins)
-    blocks += [
-        ("heading", "How to read this"),
-        ("list", [f"**{term}**: {meaning}" for term, meaning in DEFINITIONS]),
-    ]
+    is_sweep = len(configs) > run_tables.MAX_COLUMNS or any(len(c.runs) > 1 for c in configs)
+    make_report = sweep_report if is_sweep else run_report
+    title, blocks, figures, terminal_blocks = make_report(runs, configs, margins)
+    definitions = [f"**{term}**: {meaning}" for term, meaning in DEFINITIONS.items()]
+    blocks += [("heading", "How to read this"), ("list", definitions)]
 
     sys.stdout.reconfigure(errors="replace")  # a terminal without "×" must not cost the user the table
-    print(to_markdown(said), flush=True)  # before anything is written: it is shown also where that fails
+    print(to_markdown(terminal_blocks), flush=True)  # first, so that it is seen even if writing fails
     for name, figure in figures.items():
         write_atomic(args.out / name, figure[0] if isinstance(figure, tuple) else figure)
-    write_atomic(
-        args.out / "report.csv",
-        encode(to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, pair_keys(configs))),
-    )
+    configuration_of = {run.name: c.name for c in configs for run in c.runs}
+    csv = csv_export.to_csv(runs, configuration_of, csv_export.pair_keys(configs))
+    write_atomic(args.out / "report.csv", encode(csv))
     write_atomic(args.out / "report.md", encode(f"# {in_markdown(title)}\n\n" + to_markdown(blocks)))
     write_atomic(args.out / "report.html", encode(to_page(title, blocks, figures)))
     print(f"report: {args.out / 'report.html'}")
@@ -184,103 +144,115 @@ def parse(argv):
     return args
 
 
-# ---- the two reports: (title, blocks of the page, figures, blocks for the terminal) ---------------------------------
+# ---- the two reports: (title, blocks of the page, figures, blocks for the terminal) ------------------------
 
 
-def few(runs: list[Run], configs: list[Configuration], margins: dict):
-    """Some runs side by side."""
-    broken, warnings, notes = check_comparable(runs)
-    notes += divergence_notes(runs)
-    tables = result_tables(runs, broken)
-    both = {c.low_rank for c in configs if not c.method} == {True, False}
+def run_report(runs: list[Run], configs: list[Configuration], margins: dict):
+    """A few runs side by side."""
+    broken, warnings, notes = comparable.check_comparable(runs)
+    notes += comparable.divergence_notes(runs)
+    warning_blocks = [("warning", text) for text in warnings]
+    result_tables = run_tables.result_tables(runs, broken)
     measure = "bpb" if broken[SAME_TEXT] or broken[SAME_TOKENIZER] else "loss"
-    section, more = method_section(configs, measure)
+    labels = labels_in_words(configs)
+    figures = draw_run_figures([dataclasses.replace(run, name=labels[run.name]) for run in runs], measure)
+    method_blocks, method_figures = adapter_section(configs, measure)
+    has_both_kinds = {c.low_rank for c in configs if not c.method} == {True, False}
     blocks = [
         ("heading", "Results"),
-        *(("warning", w) for w in warnings),
-        *ratio_summary(runs, broken),
-        *tables,
-        *([("list", notes)] if notes else []),
-        *core_tables(runs),
-        *(judge(configs, margins) if both else []),
+        *warning_blocks,
+        *run_tables.ratio_summary(runs, broken),
+        *result_tables,
+        *list_of(notes),
+        *run_tables.core_tables(runs),
+        *(judge(configs, margins) if has_both_kinds else []),
         ("heading", "Figures"),
-        *(("figure", name, caption_) for name, caption_ in FIGURES),
-        *section,
+        *list_of([f"**{label}** is the run {tag}" for tag, label in labels.items() if label != tag]),
+        *(("figure", name, caption) for name, caption in RUN_CAPTIONS.items()),
+        *method_blocks,
         ("heading", "What was compared"),
-        *setup_tables(runs),
-        *sample_tables(runs),
+        *run_tables.setup_tables(runs),
+        *run_tables.sample_tables(runs),
     ]
-    figures = draw_all(runs, measure) | more
-    return (
-        "Training report: " + join_names([run.name for run in runs]),
-        blocks,
-        figures,
-        [*(("warning", w) for w in warnings), *tables],
-    )
+    title = "Training report: " + join_names([run.name for run in runs])
+    return title, blocks, figures | method_figures, [*warning_blocks, *result_tables]
 
 
-def study(runs: list[Run], configs: list[Configuration], margins: dict):
+def sweep_report(runs: list[Run], configs: list[Configuration], margins: dict):
     """Many runs, by configuration: the verdict first."""
     done = [run for run in runs if finished(run)]
     if not done:
         raise InputError(
-            f"none of the {len(runs)} runs is finished: {join_names([run.name for run in runs])}; finish them, or report a few at a time"
+            f"none of the {len(runs)} runs is finished: {join_names([run.name for run in runs])}; "
+            "finish them, or report a few at a time"
         )
-    broken, warnings, notes = check_comparable(done)
+    broken, warnings, notes = comparable.check_comparable(done)
     if broken[SAME_TEXT]:
         raise InputError(
-            f"{join_names(broken[SAME_TEXT])}: not evaluated, on record, on the validation text of {done[0].name}, so neither perplexity nor "
-            "bits per byte compares; report each text by itself"
+            f"{join_names(broken[SAME_TEXT])}: not evaluated, on record, on the validation text of "
+            f"{done[0].name}, so neither perplexity nor bits per byte compares; report each text by itself"
         )
     measure = "bpb" if broken[SAME_TOKENIZER] else "loss"
     notes = [
         note for note in notes if not note.startswith("Different seed")
-    ]  # seeds are what a study repeats
-    notes += divergence_notes(runs)
-    if len(done) < len(runs):
-        notes.append(
-            f"Unfinished, and left out of the verdict, the means and the figures: {join_names([run.name for run in runs if run not in done])}."
-        )
-    if wild := [c.name for c in configs if any(map(finished, c.runs)) and not c.values(MEASURES[measure][0])]:
-        notes.append(f"Diverged on every seed, so without a mean: {join_names(wild)}.")
-    ordinary = not any(c.method for c in configs) or any(
-        c.low_rank for c in configs
-    )  # else there is no low rank to judge, and nobody asked
-    conclusions = judge(configs, margins) if ordinary else []
-    scratch = [
-        c for c in configs if not c.settings.get("adapter")
-    ] or configs  # what an adapter costs leaves out the model that it starts from
-    means = configurations_table(configs, measure) + equal_cost_table(scratch)
-    front = frontier_table(scratch, measure)
-    figures = study_figures(scratch, measure)
-    section, more = method_section(configs, measure)
-    one_each = [dataclasses.replace(c.runs[0], name=c.name) for c in configs]
+    ]  # a sweep repeats them on purpose
+    notes += comparable.divergence_notes(runs) + left_out_notes(runs, configs, measure)
+    warning_blocks = [("warning", text) for text in warnings]
+    # without low rank there is nothing to judge beside adapters and subspaces
+    is_judged = any(c.low_rank for c in configs) or not any(c.method for c in configs)
+    conclusions = judge(configs, margins) if is_judged else []
+    # an adapter's cost leaves out the model that it starts from: it is not compared with other runs
+    scratch = [c for c in configs if not c.settings.get("adapter")] or configs
+    means = sweep_tables.configurations_table(configs, measure) + equal_cost_table(scratch)
+    figures = draw_sweep_figures(scratch, measure)
+    method_blocks, method_figures = adapter_section(configs, measure)
     blocks = [
-        *(("warning", w) for w in warnings),
+        *warning_blocks,
         *conclusions,
         ("heading", "Figures"),
-        *(("figure", name, caption(name, scratch)) for name in figures),
-        *section,
+        *(("figure", name, figure_caption(name, scratch)) for name in figures),
+        *method_blocks,
         ("heading", "Results"),
         *means,
         ("subheading", "Runs"),
-        runs_table(configs, measure),
-        *front,
-        *([("list", notes)] if notes else []),
-        *core_tables(done),
+        sweep_tables.runs_table(configs, measure),
+        *sweep_tables.frontier_table(scratch, measure),
+        *list_of(notes),
+        *run_tables.core_tables(done),
         ("heading", "What was compared"),
         ("paragraph", "One run of each configuration."),
-        *setup_tables(one_each),
-        *sample_tables(two_ends(configs, measure)),
+        *run_tables.setup_tables([dataclasses.replace(c.runs[0], name=c.name) for c in configs]),
+        *run_tables.sample_tables(baseline_and_best(configs, measure)),
     ]
     brief = [block for block in conclusions if block[0] in ("warning", "paragraph")]
-    title = f"Training report: {len(configs)} configuration{'s' * (len(configs) > 1)}, {len(runs)} runs"
-    return title, blocks, figures | more, [*(("warning", w) for w in warnings), *brief, *means]
+    counted = "1 configuration" if len(configs) == 1 else f"{len(configs)} configurations"
+    title = f"Training report: {counted}, {len(runs)} runs"
+    return title, blocks, figures | method_figures, [*warning_blocks, *brief, *means]
+
+
+def list_of(items: list[str]) -> list[tuple]:
+    """A list as blocks of the page; no block without items."""
+    return [("list", items)] if items else []
+
+
+def left_out_notes(runs: list[Run], configs: list[Configuration], measure: str) -> list[str]:
+    """Notes on the runs that are not in the verdict, the means and the figures."""
+    notes = []
+    unfinished = [run.name for run in runs if not finished(run)]
+    if unfinished:
+        notes.append(
+            f"Unfinished, and left out of the verdict, the means and the figures: {join_names(unfinished)}."
+        )
+    with_finished = [c for c in configs if any(map(finished, c.runs))]
+    without_mean = [c.name for c in with_finished if not c.values(MEASURES[measure][0])]
+    if without_mean:
+        notes.append(f"Diverged on every seed, so without a mean: {join_names(without_mean)}.")
+    return notes
 
 
 def judge(configs: list[Configuration], margins: dict) -> list[tuple]:
     """The verdict, under notes on its runs; a warning instead where perplexities do not compare."""
-    notes = divergence_notes([run for config in configs for run in config.runs])
+    notes = comparable.divergence_notes([run for config in configs for run in config.runs])
     try:
         heading, *blocks = verdict_blocks(verdict(configs, **margins))
         return [heading, *(("warning", note) for note in notes), *blocks]
@@ -288,16 +260,16 @@ def judge(configs: list[Configuration], margins: dict) -> list[tuple]:
         return [("warning", f"No verdict: {e}.")]
 
 
-def two_ends(configs: list[Configuration], measure: str) -> list[Run]:
-    """A run of the baseline, and one of the low-rank configuration that ended best: their samples stand for all."""
+def baseline_and_best(configs: list[Configuration], measure: str) -> list[Run]:
+    """A run of the baseline and one of the best low-rank configuration: their samples stand for all."""
     y_key = MEASURES[measure][0]
     low = [c for c in configs if c.low_rank and c.values(y_key)]
-    ends = [baseline(configs, y_key), min(low, key=lambda c: c.mean(y_key), default=None)]
-    runs = [next(filter(finished, c.runs), None) for c in ends if c]
+    chosen = [baseline(configs, y_key), min(low, key=lambda c: c.mean(y_key), default=None)]
+    runs = [next(filter(finished, c.runs), None) for c in chosen if c]
     return [run for run in runs if run]
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
@@ -308,30 +280,32 @@ def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
             raise InputError(f"{given[i]}: this run is given twice")
     runs = [dataclasses.replace(load_run(folder), core=newest_core(folder)) for folder in folders]
     tags = [run.name for run in runs]
-    runs = [
-        run if tags.count(run.name) == 1 else dataclasses.replace(run, name=str(folder))
-        for run, folder in zip(runs, folders)
-    ]
+    for i, folder in enumerate(folders):
+        if tags.count(tags[i]) > 1:
+            runs[i] = dataclasses.replace(runs[i], name=str(folder))
     if wandb_spec:
         from nanochat.report.wandb_import import runs_from_wandb
 
         fetched = runs_from_wandb(wandb_spec)
-        if twice := [run.name for run in fetched if run.name in tags]:
-            raise InputError(
-                f"--from-wandb {wandb_spec}: {join_names(twice)} is given as a folder too; leave one of them out"
-            )
+        twice = [run.name for run in fetched if run.name in tags]
+        if twice:
+            problem = f"{join_names(twice)} is given as a folder too; leave one of them out"
+            raise InputError(f"--from-wandb {wandb_spec}: {problem}")
         runs += fetched
     return [with_newest_values(checked_run(run)) for run in runs]
 
 
 def with_newest_values(run: Run) -> Run:
-    """The summary of an unfinished run dates from its last checkpoint; the history knows more. And what follows from a summary."""
+    """The run with the newest values in its summary, and those derived from them.
+
+    The summary of an unfinished run dates from its last checkpoint; the history knows more.
+    """
     summary = dict(run.summary)
     if not finished(run):
-        for entry in run.history:
-            summary.update({k: v for k, v in entry.items() if isinstance(v, (int, float))})
+        for row in run.history:
+            summary.update({key: x for key, x in row.items() if isinstance(x, (int, float))})
     run = dataclasses.replace(run, summary=summary)
-    return dataclasses.replace(run, summary={**summary, **derived(run)})
+    return dataclasses.replace(run, summary={**summary, **derived_values(run)})
 
 
 def find_run(text: str) -> Path:
@@ -344,19 +318,19 @@ def find_run(text: str) -> Path:
     raise InputError(f"no run {quoted(text)}: not a folder, and {no_such_run(text)}")
 
 
-def derived(run: Run) -> dict:
-    """What follows from the summary: tokens/s over the whole run, and what the known parts leave of a CUDA peak (bytes)."""
+def derived_values(run: Run) -> dict:
+    """tokens/s over the whole run, and the bytes of a CUDA peak that are none of the known parts."""
     values = {}
-    tokens = summary_number(run, "total_tokens")
-    seconds = summary_number(run, "total_training_time")
-    if tokens and seconds:
-        values["mean_tok_per_sec"] = (
-            tokens / seconds
-        )  # train/tok_per_sec is the last step's alone: too noisy to compare
-    peak, *parts = (
-        summary_number(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer")
-    )
-    if config_value(run, "device.type") == "cuda" and None not in (peak, *parts) and sum(parts) <= peak:
+    tokens = run_value(run, "total_tokens")
+    seconds = run_value(run, "total_training_time")
+    if tokens and seconds:  # train/tok_per_sec is the last step's alone: too noisy to compare
+        values["mean_tok_per_sec"] = tokens / seconds
+    peak, *parts = (run_value(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer"))
+    if (
+        comparable.config_value(run, "device.type") == "cuda"
+        and None not in (peak, *parts)
+        and sum(parts) <= peak
+    ):
         values["mem/rest_bytes"] = peak - sum(parts)
     return values
 

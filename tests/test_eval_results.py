@@ -101,7 +101,7 @@ def test_a_report_shows_whatever_core_result_it_takes_and_names_the_others(base,
     for content in random.Random(0).sample(damaged, 60):
         (folder / "core_000200.json").write_text(json.dumps(content))
         [run] = report.load_runs(["full"])
-        tables = str(report.core_tables([run]))
+        tables = str(report.run_tables.core_tables([run]))
         named = "core_000200.json" in capsys.readouterr().out
         assert named == ("0.1250 (" in tables) and ("'200'" in tables) != named
         taken += not named

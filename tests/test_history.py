@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from nanochat import history
-from nanochat.history import History, read_history, series, thinned
+from nanochat.history import History, read_history, series, thin_history
 from nanochat.metrics import load_run
 
 
@@ -31,22 +31,18 @@ def test_rows_keep_their_values_and_types_whatever_the_columns_hold():
         row(6, note=3),
         {"step": 7, "sample": ["a", "b"], "done": True},
     ]
-    found = History(rows)
-    assert found == rows and rows == found and found[-1] == rows[-1] and found[1:3] == rows[1:3]
-    assert [type(value) for r in found for value in r.values()] == [
-        type(value) for r in rows for value in r.values()
-    ]
-    assert (
-        list(series(found, "note", "step"))
-        == list(series(rows, "note", "step"))
-        == [(2**70, 4), (1.5, 5), (3, 6)]
-    )
-    assert found != rows[:-1] and not History([]) and len(found) == 7
+    read = History(rows)
+    assert read == rows and rows == read and read[-1] == rows[-1] and read[1:3] == rows[1:3]
+    types = [type(value) for r in rows for value in r.values()]
+    assert [type(value) for r in read for value in r.values()] == types
+    for history_of_rows in (read, rows):
+        assert list(series(history_of_rows, "note", "step")) == [(2**70, 4), (1.5, 5), (3, 6)]
+    assert read != rows[:-1] and not History([]) and len(read) == 7
 
 
-def test_a_step_that_is_told_again_is_one_row_in_its_place():
-    told = [row(1), row(2, a=1), row(3, **{"val/loss": 1.0}), row(2, a=2), row(3, b=1), row(4)]
-    assert History(told) == [row(1), row(2, a=2), row(3, b=1, **{"val/loss": 1.0}), row(4)]
+def test_a_repeated_step_is_one_row_in_its_place():
+    repeated = [row(1), row(2, a=1), row(3, **{"val/loss": 1.0}), row(2, a=2), row(3, b=1), row(4)]
+    assert History(repeated) == [row(1), row(2, a=2), row(3, b=1, **{"val/loss": 1.0}), row(4)]
 
 
 @pytest.mark.parametrize(
@@ -84,28 +80,20 @@ def test_a_step_that_is_told_again_is_one_row_in_its_place():
         '{"step": 1, "adalora/ranks": {"q": "1"}}',
     ],
 )
-def test_what_is_no_row_is_left_out_and_said_once(tmp_path, capsys, line):
+def test_lines_that_are_no_rows_are_left_out_with_one_note(tmp_path, capsys, line):
     good = [row(1), {"step": 2, "train/loss": math.nan, "val/ppl": math.inf, "new key": {"a": [1]}}]
-    lines = [
-        json.dumps(good[0]),
-        line,
-        json.dumps(good[1]),
-        line,
-        "",
-        '{"step": 3, "to',
-    ]  # the last one torn by a kill
+    torn = '{"step": 3, "to'  # by a kill
+    lines = [json.dumps(good[0]), line, json.dumps(good[1]), line, "", torn]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "config.json").write_text('{"flags": {}}')
     run = load_run(tmp_path)
     assert capsys.readouterr().err == ""  # it is read only when it is used
     assert [entry["step"] for entry in run.history] == [1, 2] and run.history[0] == good[0]
     assert list(run.history)[1].keys() == good[1].keys()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and len(said) < 300 + len(str(tmp_path))
-    assert (
-        said.startswith(f"note: {tmp_path}/metrics.jsonl: 2 lines left out")
-        and "the first is line 2 (" in said
-    )
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and len(note) < 300 + len(str(tmp_path))
+    assert note.startswith(f"note: {tmp_path}/metrics.jsonl: 2 lines left out")
+    assert "the first is line 2 (" in note
 
 
 def test_a_line_without_end_takes_no_memory(tmp_path, capsys, monkeypatch):
@@ -113,9 +101,8 @@ def test_a_line_without_end_takes_no_memory(tmp_path, capsys, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1}\n' + '{"step": 2, "x": "' + "y" * 5000 + '"}\n{"step": 3}\n'
     )
-    assert (
-        read_history(tmp_path) == [{"step": 1}, {"step": 3}] and "1 line left out" in capsys.readouterr().err
-    )
+    assert read_history(tmp_path) == [{"step": 1}, {"step": 3}]
+    assert "1 line left out" in capsys.readouterr().err
 
 
 def test_many_rows_take_a_tenth_of_what_dicts_take(tmp_path):
@@ -136,9 +123,9 @@ def test_a_figure_of_many_rows_keeps_their_ends_and_extremes(monkeypatch):
     rows[700] |= {"train/loss": 99.0}
     rows[701] |= {"train/loss": -5.0, "val/loss": 4.0}
     rows[900] |= {"train/loss": math.nan}
-    assert thinned(rows, ["train/loss"]) is rows
-    monkeypatch.setattr(history, "SHOWN", 100)
-    few = thinned(History(rows), ["val/loss", "train/loss"])
+    assert thin_history(rows, ["train/loss"]) is rows
+    monkeypatch.setattr(history, "DRAWN_ROWS", 100)
+    few = thin_history(History(rows), ["val/loss", "train/loss"])
     kept = [rows[0], rows[700], rows[701], rows[-1]]
     assert len(few) < 150 and [r for r in few if r in kept] == kept
     assert [r["step"] for r in few] == sorted({r["step"] for r in few})

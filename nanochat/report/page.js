@@ -1,36 +1,38 @@
-// What a page does beyond standing there: tables of runs sort and filter, and pictures name the point under the pointer.
-// All of it is in the document already: without this script it is a plain table and a plain picture.
+// Tables of runs sort and filter; pictures name the point under the pointer.
+// Everything is in the document already: without this script it is a plain table and a plain picture.
 "use strict";
 
-// ---- tables of runs -------------------------------------------------------------------------------------------------
+// ---- tables of runs ---------------------------------------------------------------------------------------
 
 const inOrder = new Intl.Collator("en", {numeric: true}).compare;  // "rank 8" comes before "rank 16"
 
-// Numbers by value, before text; direction is 1 (ascending) or -1. A cell without a value comes last in both directions.
+// Numbers by value, before text. direction: 1 (ascending) or -1; a cell without a value comes last in both.
 function compareCells(a, b, direction) {
   const missing = a.hasAttribute("data-missing") - b.hasAttribute("data-missing");
   if (missing || a.hasAttribute("data-missing")) return missing;
   const text = ("value" in b.dataset) - ("value" in a.dataset);
   if (text) return direction * text;
-  return direction * ("value" in a.dataset ? a.dataset.value - b.dataset.value : inOrder(a.textContent, b.textContent));
+  if ("value" in a.dataset) return direction * (a.dataset.value - b.dataset.value);
+  return direction * inOrder(a.textContent, b.textContent);
 }
 
-// Rows that are equal in this column keep their order: sort by the lesser key first, then by the greater.
+// Rows that are equal in this column keep their order: to sort by two columns, click the greater key last.
 function sortBy(table, header) {
   const direction = header.getAttribute("aria-sort") === "ascending" ? -1 : 1;
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
-  const column = header.cellIndex, body = table.tBodies[0];
+  const column = header.cellIndex;
+  const body = table.tBodies[0];
   body.append(...[...body.rows].sort((a, b) => compareCells(a.cells[column], b.cells[column], direction)));
 }
 
 // A row stays if it has every chosen value, and the free text in some cell.
 function filterRows(table, controls) {
-  const sought = controls.querySelector("input").value.trim().toLowerCase();
+  const search = controls.querySelector("input").value.trim().toLowerCase();
   const chosen = [...controls.querySelectorAll("select")].filter(select => select.selectedIndex > 0);
   const rows = [...table.tBodies[0].rows];
   for (const row of rows) {
-    row.hidden = !([...row.cells].some(cell => cell.textContent.toLowerCase().includes(sought))
+    row.hidden = !([...row.cells].some(cell => cell.textContent.toLowerCase().includes(search))
                    && chosen.every(select => row.cells[select.dataset.column].textContent === select.value));
   }
   const shown = rows.filter(row => !row.hidden).length;
@@ -38,7 +40,8 @@ function filterRows(table, controls) {
 }
 
 for (const box of document.querySelectorAll(".runs")) {
-  const table = box.querySelector("table"), controls = box.querySelector("form");
+  const table = box.querySelector("table");
+  const controls = box.querySelector("form");
   for (const header of table.tHead.rows[0].cells) {
     const button = document.createElement("button");
     button.type = "button";
@@ -52,9 +55,9 @@ for (const box of document.querySelectorAll(".runs")) {
   filterRows(table, controls);
 }
 
-// ---- pictures with points -------------------------------------------------------------------------------------------
+// ---- pictures with points ---------------------------------------------------------------------------------
 
-const REACH = 20;  // CSS pixels from the pointer to a point that it means
+const REACH = 20;  // CSS pixels: the pointer means the nearest point within them
 const tip = document.createElement("div");
 tip.className = "tip";
 tip.setAttribute("role", "tooltip");
@@ -65,8 +68,10 @@ let current = null;
 // Beside the point, on the side that has room, and inside the window in any case.
 function place() {
   if (!current) return;
-  const dot = current.getBoundingClientRect(), gap = 6;
-  const [x, y] = [dot.left + dot.width / 2, dot.top + dot.height / 2];
+  const gap = 6;
+  const dot = current.getBoundingClientRect();
+  const x = dot.left + dot.width / 2;
+  const y = dot.top + dot.height / 2;
   const fits = (start, size, room) => Math.max(gap, Math.min(start, room - size - gap));
   const {clientWidth: width, clientHeight: height} = document.documentElement;
   const right = x + 12 + tip.offsetWidth + gap <= width ? x + 12 : x - 12 - tip.offsetWidth;
@@ -88,12 +93,12 @@ function show(dot) {
 
 // The point nearest to the pointer, or null where none is in reach.
 function nearest(dots, event) {
-  const away = dot => {
+  const distance = dot => {
     const box = dot.getBoundingClientRect();
     return Math.hypot(box.left + box.width / 2 - event.clientX, box.top + box.height / 2 - event.clientY);
   };
-  const dot = dots.reduce((best, other) => away(other) < away(best) ? other : best);
-  return away(dot) <= REACH ? dot : null;
+  const dot = dots.reduce((best, other) => distance(other) < distance(best) ? other : best);
+  return distance(dot) <= REACH ? dot : null;
 }
 
 for (const picture of document.querySelectorAll(".picture svg")) {
@@ -101,7 +106,8 @@ for (const picture of document.querySelectorAll(".picture svg")) {
   for (const [i, dot] of dots.entries()) {
     const title = dot.querySelector("title");
     dot.setAttribute("aria-label", title.textContent);
-    dot.setAttribute("tabindex", i ? -1 : 0);  // one Tab stop a picture; the arrow keys go from point to point
+    // one Tab stop a picture; the arrow keys go from point to point
+    dot.setAttribute("tabindex", i ? -1 : 0);
     title.remove();  // or the browser would show it beside ours
     dot.addEventListener("focus", () => show(dot));
     dot.addEventListener("blur", () => show(null));
@@ -109,7 +115,8 @@ for (const picture of document.querySelectorAll(".picture svg")) {
   const focused = () => dots.find(dot => dot === document.activeElement) || null;
   picture.addEventListener("pointermove", event => show(nearest(dots, event) || focused()));
   picture.addEventListener("pointerleave", () => show(focused()));
-  picture.addEventListener("click", event => show(nearest(dots, event)));  // a tap: the pointer left when the finger did
+  // for a tap: its pointer leaves with the finger
+  picture.addEventListener("click", event => show(nearest(dots, event)));
   picture.addEventListener("keydown", event => {
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
     if (!step) return;

@@ -1,15 +1,17 @@
 """A page written once as a flat list of blocks, rendered as markdown and as one self-contained HTML file.
 
-Blocks are plain tuples: ("heading", text), ("subheading", text), ("paragraph", text), ("warning", text), ("list", items),
-("table", header, rows, kind), ("runs", header, rows, filters), ("figure", file name, caption), ("details", summary, text).
-In a table a row of a single cell is a subheading; kind is "numbers", "text" or "samples"; a cell may end in a ratio such as
-" ×0.53". A table of runs sorts by any column and has a drop-down for each column named in `filters`; its cells are text,
-numbers, None where there is no value, or (text, the number it sorts by). Figures are {file name: PNG bytes, or (PNG bytes,
-hotspots)}: a hotspot (x, y, text) names what is drawn there, x and y as fractions of the picture from its top left.
+Blocks are plain tuples:
+("heading", text), ("subheading", text), ("paragraph", text), ("warning", text), ("list", items)
+("details", summary, text): folded until a reader opens it
+("figure", file name, caption): figures are {file name: PNG bytes, or (PNG bytes, hotspots)}. A hotspot
+    (x, y, text) names what is drawn there; x, y: fractions of the picture from its top left.
+("table", header, rows, kind): kind is "numbers", "text" or "samples". A row of a single cell is a
+    subheading. A cell may end in a ratio such as " ×0.53".
+("runs", header, rows, filters): a table that sorts by any column and has a menu for each column named in
+    `filters`. A cell is text, a number, None (no value), or (text, the number that it sorts by).
 """
 
 import base64
-import hashlib
 import html
 import math
 import re
@@ -20,42 +22,47 @@ NO_RATIO = " " * len(" ×0.705")
 
 
 def align_ratios(rows: list[list[str]]) -> list[list[str]]:
-    """Leave the room of a ratio after numbers without one, in columns that hold ratios, so that the numbers line up."""
+    """In columns with ratios, leave room for one after each number that has none: the numbers line up."""
     columns = {i for row in rows for i, cell in enumerate(row) if RATIO.search(cell)}
-    return [
-        [cell + NO_RATIO if i in columns and not RATIO.search(cell) else cell for i, cell in enumerate(row)]
-        for row in rows
-    ]
+    aligned = []
+    for row in rows:
+        lacks_ratio = [i in columns and not RATIO.search(cell) for i, cell in enumerate(row)]
+        aligned.append([cell + NO_RATIO if lacks else cell for cell, lacks in zip(row, lacks_ratio)])
+    return aligned
 
 
 def encode(document: str) -> bytes:
     return document.encode("utf-8", "replace")  # a sample may hold half a character
 
 
-# ---- any text, in a place where it is only text ------------------------------------------------------------
+# ---- text that is shown as it is ---------------------------------------------------------------------------
 
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # a terminal may obey them
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # a terminal acts on them
 LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # what begins a heading, a list, a rule or a block of code; **bold** does not
 BLOCK_MARK = re.compile(r"^(\d*)(?=[#+=~.)-]|\*(?!\*[^\s*])|_[\s_])")
 
 
 def visible(words: str) -> str:
-    """Text of one kind of line break, where control characters are seen and do nothing."""
+    """The text with one kind of line break, and a visible mark instead of each control character."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", LINE_BREAK.sub("\n", words))
 
 
-def in_markdown(words: str, own: bool = True, begins_line: bool = False) -> str:
+def in_markdown(words: str, has_emphasis: bool = True, begins_line: bool = False) -> str:
     """Text that markdown shows as it is: no link, picture, code, tag or cell of a table begins in it.
 
-    own: **bold** and _such_ may act, since names with underscores would be hard to read. begins_line: nothing
-    stands before it that says what the line is.
+    has_emphasis: **bold** and _such_ keep their meaning; escaped, names with underscores would be hard to
+    read. begins_line: the text is the first on its line, so that a mark such as # would make it a heading.
     """
-    words = re.sub(r"([\\`\[\]|])" if own else r"([\\`\[\]|*_])", r"\\\1", visible(words))
+    marks = r"([\\`\[\]|])" if has_emphasis else r"([\\`\[\]|*_])"
+    words = re.sub(marks, r"\\\1", visible(words))
     words = words.replace("://", "\\://").replace("www.", "www\\.")  # some readers make links of addresses
     if begins_line:
         words = BLOCK_MARK.sub(r"\1\\", words.lstrip())
     return html.escape(words, quote=False).replace("\n", "<br>")
+
+
+# ---- markdown ----------------------------------------------------------------------------------------------
 
 
 def to_markdown(blocks: list[tuple]) -> str:
@@ -75,34 +82,50 @@ def to_markdown(blocks: list[tuple]) -> str:
             case ("table", header, rows, kind):
                 parts.append(markdown_table(header, rows, kind))
             case ("runs", header, rows, _):
-                parts.append(
-                    markdown_table(header, [[shown(cell) for cell in row] for row in rows], "numbers")
-                )
+                texts = [list(map(cell_text, row)) for row in rows]
+                parts.append(markdown_table(header, texts, "numbers"))
             case ("figure", file, caption):
                 parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption, begins_line=True)}")
             case ("details", summary, words):
                 parts.append(
                     f"<details><summary>{in_html(' '.join(summary.split()))}</summary>\n\n"
-                    f"<pre>{html.escape(visible(words))}</pre>\n</details>"
+                    f"<pre>{escaped(words)}</pre>\n</details>"
                 )
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     """Columns padded to one width, so that it reads as a table in a terminal too."""
-    lines = [[in_markdown(cell, own=kind != "samples") for cell in row] for row in (header, *rows)]
-    lines = [[f"**{row[0]}**"] + [""] * (len(header) - 1) if len(row) == 1 else row for row in lines]
-    widths = [max(3, *(len(row[i]) for row in lines)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [in_markdown(cell, has_emphasis=kind != "samples") for cell in row]
+        if len(cells) == 1:
+            cells = [f"**{cells[0]}**"] + [""] * (len(header) - 1)
+        lines.append(cells)
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
     if kind != "numbers":
         widths = [min(width, 40) for width in widths]  # one long sample must not pad every row to its length
-    right = [i > 0 and kind == "numbers" for i in range(len(header))]
-    padded = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)] for row in lines]
-    padded.insert(1, ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+    right_aligned = [i > 0 and kind == "numbers" for i in range(len(header))]
+    padded = []
+    for cells in lines:
+        columns = zip(cells, widths, right_aligned)
+        padded.append([cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns])
+    rule = [("-:" if right else "-").rjust(width, "-") for width, right in zip(widths, right_aligned)]
+    padded.insert(1, rule)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in padded)
+
+
+# ---- HTML --------------------------------------------------------------------------------------------------
 
 
 def in_html(words: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(visible(words)))
+    """Text that HTML shows as it is, but for **bold**."""
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped(words))
+
+
+def escaped(words: str) -> str:
+    """Text for an element or an attribute, without any markup."""
+    return html.escape(visible(words))
 
 
 def to_html(blocks: list[tuple], figures: dict) -> str:
@@ -127,8 +150,7 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
                 parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
                 parts.append(
-                    f"<details><summary>{in_html(summary)}</summary>"
-                    f"<pre>{html.escape(visible(words))}</pre></details>"
+                    f"<details><summary>{in_html(summary)}</summary><pre>{escaped(words)}</pre></details>"
                 )
     return "\n".join(parts)
 
@@ -136,16 +158,13 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
 def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     body = []
     for row in rows:
-        if len(row) == 1:
-            body.append(
-                f'<tr class="section"><th colspan="{len(header)}" scope="rowgroup">{in_html(row[0])}</th></tr>'
-            )
+        first, *others = row
+        if others:
+            cells = "".join(f"<td>{html_cell(cell)}</td>" for cell in others)
+            body.append(f'<tr><th scope="row">{in_html(first)}</th>{cells}</tr>')
         else:
-            body.append(
-                f'<tr><th scope="row">{in_html(row[0])}</th>'
-                + "".join(f"<td>{html_cell(c)}</td>" for c in row[1:])
-                + "</tr>"
-            )
+            heading = f'<th colspan="{len(header)}" scope="rowgroup">{in_html(first)}</th>'
+            body.append(f'<tr class="section">{heading}</tr>')
     head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in header)
     return (
         f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>'
@@ -155,65 +174,72 @@ def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
 
 
 def html_cell(cell: str) -> str:
-    """A ratio, or the room left for one, gets its own box of fixed width."""
-    value = RATIO.sub("", cell).removesuffix(NO_RATIO)
-    shown_ratio = f'<span class="ratio">{cell[len(value) :].strip()}</span>' if value != cell else ""
-    return html.escape(visible(value)) + shown_ratio
+    """A number and its ratio; the ratio, or the room left for one, has a box of fixed width."""
+    number = RATIO.sub("", cell).removesuffix(NO_RATIO)
+    if number == cell:
+        return escaped(cell)
+    return f'{escaped(number)}<span class="ratio">{cell[len(number) :].strip()}</span>'
 
 
-# ---- pictures that name their points, tables that sort --------------------------------------------------------------
+# ---- figures that name their points, tables that sort ------------------------------------------------------
 
 
 def html_figure(figure, caption: str) -> str:
     png, hotspots = figure if isinstance(figure, tuple) else (figure, ())
-    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    width = int.from_bytes(png[16:20], "big")
+    height = int.from_bytes(png[20:24], "big")
     src = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    # all figures' text at one size on the page
-    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{html.escape(visible(caption))}">'
+    # one scale for all figures, so that their text has one size on the page
+    picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{escaped(caption)}">'
     if not hotspots:
         return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
     dots = "\n".join(
         f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12">'
-        f"<title>{html.escape(visible(text))}</title></circle>"
+        f"<title>{escaped(text)}</title></circle>"
         for x, y, text in hotspots
     )
+    hint = "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys."
     return (
         f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
-        f'aria-label="Points of the figure">\n{dots}</svg></div><figcaption>{in_html(caption)} <span class="hint">'
-        "Point at a mark, or tap it, to see what it is; with the keyboard: Tab, then the arrow keys.</span></figcaption></figure>"
+        f'aria-label="Points of the figure">\n{dots}</svg></div>'
+        f'<figcaption>{in_html(caption)} <span class="hint">{hint}</span></figcaption></figure>'
     )
 
 
-def shown(cell) -> str:
+def cell_text(cell) -> str:
     """A cell of a table of runs as text."""
     if isinstance(cell, tuple):
         return cell[0]
-    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+    if is_number(cell):
         return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"
     return "–" if cell is None else str(cell)
 
 
-def value(cell) -> float | str | None:
-    """What a cell of a table of runs sorts by: a number, its text, or None (no value, nan, inf), which comes last."""
-    cell = cell[1] if isinstance(cell, tuple) else cell
-    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
-        return cell if math.isfinite(cell) else None
-    return None if cell in (None, "") else str(cell)
+def sort_value(cell) -> float | str | None:
+    """What a cell of a table of runs sorts by: a number, its text, or None (no value, nan, inf), the last."""
+    value = cell[1] if isinstance(cell, tuple) else cell
+    if is_number(value):
+        return value if math.isfinite(value) else None
+    return None if value in (None, "") else str(value)
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
-    numeric = [any(isinstance(value(row[i]), (int, float)) for row in rows) for i in range(len(header))]
-    kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
-    head = "".join(
-        f'<th scope="col"{kind}>{html.escape(visible(name))}</th>' for name, kind in zip(header, kinds)
-    )
+    columns = list(zip(*rows)) or [()] * len(header)
+    kinds = [' class="number"' if any(map(is_number, map(sort_value, column))) else "" for column in columns]
+    head = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for name, kind in zip(header, kinds))
     tags = ['th scope="row"'] + ["td"] * len(header)
     body = "\n".join("<tr>" + "".join(map(runs_cell, row, tags, kinds)) + "</tr>" for row in rows)
-    menus = "".join(
-        drop_down(name, header.index(name), [row[header.index(name)] for row in rows]) for name in filters
-    )
+    menus = ""
+    for name in filters:
+        column = header.index(name)
+        menus += menu(name, column, columns[column])
     return (
-        f'<div class="runs"><form hidden autocomplete="off"><label>Search <input type="search"></label>{menus}'
+        '<div class="runs"><form hidden autocomplete="off">'
+        f'<label>Search <input type="search"></label>{menus}'
         f"<span>Click a column's name to sort by it.</span></form>"
         f'<div class="wide" role="region" aria-label="Table of runs" tabindex="0">'
         f'<table><caption aria-live="polite">{len(rows)} rows</caption><thead><tr>{head}</tr></thead>\n'
@@ -222,56 +248,50 @@ def html_runs(header: list[str], rows: list[list], filters: list[str]) -> str:
 
 
 def runs_cell(cell, tag: str, kind: str) -> str:
-    by = value(cell)
-    by = " data-missing" if by is None else "" if isinstance(by, str) else f' data-value="{by}"'
-    return f"<{tag}{kind}{by}>{html.escape(visible(shown(cell)))}</{tag[:2]}>"
+    value = sort_value(cell)
+    data = ""
+    if value is None:
+        data = " data-missing"
+    elif is_number(value):
+        data = f' data-value="{value}"'
+    return f"<{tag}{kind}{data}>{escaped(cell_text(cell))}</{tag[:2]}>"
 
 
-def drop_down(name: str, column: int, cells: list) -> str:
-    """The distinct texts of a column as a menu: numbers by value, then text, then what has no value."""
-
-    def order(cell):
-        by = value(cell)
-        return (2, 0, "") if by is None else (1, 0, by) if isinstance(by, str) else (0, by, "")
-
-    options = dict.fromkeys(html.escape(visible(shown(cell))) for cell in sorted(cells, key=order))
+def menu(name: str, column: int, cells: list) -> str:
+    """The distinct texts of a column to choose from: numbers by value, then text, then what has no value."""
+    texts = dict.fromkeys(escaped(cell_text(cell)) for cell in sorted(cells, key=menu_order))
+    options = "".join(f'<option value="{text}">{text}</option>' for text in texts)
     return (
-        f"<label>{html.escape(visible(name))} "
-        f'<select data-column="{column}"><option value="">all</option>'
-        + "".join(f'<option value="{text}">{text}</option>' for text in options)
-        + "</select></label>"
+        f"<label>{escaped(name)} "
+        f'<select data-column="{column}"><option value="">all</option>{options}</select></label>'
     )
 
 
-# ---- the whole page -------------------------------------------------------------------------------------------------
+def menu_order(cell) -> tuple:
+    value = sort_value(cell)
+    if value is None:
+        return (2, 0, "")
+    return (0, value, "") if is_number(value) else (1, 0, value)
+
+
+# ---- the whole page ----------------------------------------------------------------------------------------
 
 CSS = Path(__file__).with_name("page.css").read_text("utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 
 
-def policy(script: str) -> str:
-    """A Content-Security-Policy that lets the page run its own style and script and show its own pictures, and nothing else."""
-
-    def only(source):
-        return (
-            f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-            if source
-            else "'none'"
-        )
-
-    return f"default-src 'none'; img-src data:; style-src {only(CSS)}; script-src {only(script)}; base-uri 'none'; form-action 'none'"
-
-
 def to_page(title: str, blocks: list[tuple], figures: dict) -> str:
-    """The whole page: style, script and pictures inside, nothing fetched. A page with nothing to sort or to point at has no script."""
+    """The whole page: style, script and pictures inside, nothing fetched.
+
+    It has a script only for tables of runs and hotspots.
+    """
     body = to_html(blocks, figures)
-    title = visible(title)
-    script = SCRIPT if '<div class="runs">' in body or '<div class="picture">' in body else ""
+    needs_script = '<div class="runs">' in body or '<div class="picture">' in body
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy(script)}">'
-        f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n"
-        f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>"
-        + (f"<script>{script}</script>" if script else "")
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escaped(title)}</title><style>{CSS}</style></head>\n"
+        f"<body><main><h1>{escaped(title)}</h1>\n{body}\n</main>"
+        + (f"<script>{SCRIPT}</script>" if needs_script else "")
         + "</body></html>\n"
     )

@@ -1,6 +1,11 @@
-"""What the pictures of a study are drawn with: a point over its seeds, the baseline's band, axes, labels, hover places."""
+"""The parts that every figure of a report is drawn with, in the order in which a figure is made.
+
+A figure without pyplot; a colour and a marker for each run or configuration; points and lines; axes; labels
+beside the points; a legend below the panels; the PNG, and where in it each point lies.
+"""
 
 import io
+from collections import Counter
 from itertools import product
 from statistics import fmean
 
@@ -13,23 +18,30 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from nanochat.report.configurations import Configuration, rank_name, varying_settings
-from nanochat.report.summaries import (
-    depth,
-    factored_groups,
-    mean_rank,
-    rank_words,
-    ranks_in_order,
-    run_points,
-    spread,
-    whiskers,
-)
+from nanochat.report.summaries import depth, factored_groups, rank_words, ranks_in_order, spread, whiskers
 
-# Okabe and Ito's colours without yellow (too pale on white). 7 colours and 4 line styles have no common divisor:
-# 28 runs before a pair repeats, and neighbours differ in colour, line and marker.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-LINES = ["-", "--", "-.", ":"]
+# Okabe and Ito's colours without yellow, which is too pale on white. 7 colours and 4 line styles have no
+# common divisor: 28 runs before a pair repeats, and neighbours differ in colour, line and marker.
+BLACK = "#000000"
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK]
+BRIGHT = PALETTE[:-1]  # where black is full rank's
+GREY = "#8a8a8a"
+PALE_GREY = "#bbbbbb"
+TEXT_GREY = "#555555"
+LINE_STYLES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
-LABEL_SIDES = [
+POINT_STYLE = {
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.6,
+    "elinewidth": 1,
+    "capsize": 2.5,
+    "zorder": 3,
+}
+
+LABELLED = 10  # configurations that can all be labelled in full in one panel
+LABEL_SIZE = 8.5  # points
+LABEL_DISTANCES = (9, 18, 30, 44, 60, 80)  # points, from the middle of a marker
+LABEL_SIDES = [  # (right, up, horizontal and vertical alignment)
     (1, 0, "left", "center"),
     (-1, 0, "right", "center"),
     (0, 1, "center", "bottom"),
@@ -39,13 +51,16 @@ LABEL_SIDES = [
     (0.7, -0.7, "left", "top"),
     (-0.7, -0.7, "right", "top"),
 ]
-BLACK = "#000000"
-GREY = "#8a8a8a"
-FEW_RANKS = len(COLOURS) - 1  # colours without black
-FEW = 10  # configurations that can all be named in full in a picture
 
 
-# ---- figures -------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Width and height in inches. Its canvas lets text be measured before the figure is saved."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
 
 
 def png(fig: Figure) -> bytes:
@@ -54,22 +69,33 @@ def png(fig: Figure) -> bytes:
     return out.getvalue()
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Inches. The canvas is attached here so that text can be measured before the figure is saved."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(fig)
-    return fig
+def png_with_hotspots(fig: Figure, points: list) -> tuple[bytes, list]:
+    """(PNG, [(x, y, text)]): each (panel, x, y, text) that its panel's frame shows.
+
+    x, y: in the panel's units; returned as fractions of the picture's width and height from its top left.
+    """
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # saving must not move what was measured
+    hotspots = []
+    for panel, x, y, text in points:
+        pixel = panel.transData.transform((x, y))
+        if panel.get_window_extent().padded(1).contains(*pixel):
+            right, up = pixel / fig.bbox.size
+            hotspots.append((round(float(right), 5), round(float(1 - up), 5), text))
+    return png(fig), hotspots
 
 
 def tidy(panel):
+    """A pale grid below the data, no frame above and on the right."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#e4e4e4", linewidth=0.7)
     panel.set_axisbelow(True)
 
 
 def plain(text: str, longest: int = 40) -> str:
-    """A run's name as matplotlib may draw it: no math, no half characters, not endless, and no leading
-    underscore, which would hide a legend entry.
+    """A run's name as matplotlib may draw it: no math, no lone surrogates, at most `longest` characters.
+
+    It has no leading underscore, which would hide a legend entry.
     """
     text = text.encode("utf-8", "replace").decode()
     if len(text) > longest:
@@ -78,131 +104,123 @@ def plain(text: str, longest: int = 40) -> str:
     return " " + text if text.startswith("_") else text
 
 
+# ---- colours and markers -----------------------------------------------------------------------------------
+
+
 def colour_and_marker(i: int) -> dict:
-    """The i-th run looks the same in every figure."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    """The i-th run has the same ones in every figure."""
+    return {"color": PALETTE[i % len(PALETTE)], "marker": marker(i)}
 
 
-def say_empty(panel, text):
-    panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#666666")
+def marker(i: int) -> str:
+    return MARKERS[i % len(MARKERS)]
 
 
-# ---- how configurations look ---------------------------------------------------------------------------------
+def line_style(i: int) -> str:
+    return LINE_STYLES[i % len(LINE_STYLES)]
 
 
-def looks(configs: list[Configuration]) -> dict[str, dict]:
-    """{configuration's name: colour and marker}: the colour tells the rank (black: full; grey: with another MLP), the marker the depth, or again the rank.
+def configuration_styles(configs: list[Configuration]) -> dict[str, dict]:
+    """{configuration's name: colour and marker}: the colour tells the rank.
 
-    Of many ranks: one colour for each combination of factored matrices, paler the lower the rank; of one combination a scale of colours.
+    The marker tells the depth, or the rank again where there is one depth.
     """
-    ranks = {rank_words(c): factored_groups(c) for c in sorted(configs, key=mean_rank) if not c.full_rank}
-    ranks = {words: ranks[words] for words in ranks_in_order(configs) if words in ranks}
-    kinds = list(dict.fromkeys(ranks.values()))
+    colours = rank_colours(configs)
+    kinds = low_rank_kinds(configs)
+    low_ranks = [words for words in ranks_in_order(configs) if words in kinds]
     depths = sorted({depth(c) for c in configs})
-    full = sorted({rank_words(c) for c in configs if c.full_rank} - {"full rank"})
-    colours = {
-        words: matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3) for i, words in enumerate(full)
-    }
-    for i, (words, kind) in enumerate(ranks.items()):
-        alike = [other for other in ranks if ranks[other] == kind]
-        if len(ranks) <= FEW_RANKS:
-            colours[words] = COLOURS[i]
-        elif len(kinds) > 1:
-            red, green, blue = matplotlib.colors.to_rgb(COLOURS[kinds.index(kind) % FEW_RANKS])
-            pale = 0.65 * (1 - (alike.index(words) + 1) / len(alike))
-            colours[words] = matplotlib.colors.to_hex([c + pale * (1 - c) for c in (red, green, blue)])
+    styles = {}
+    for c in configs:
+        if len(depths) > 1:
+            i = depths.index(depth(c))
+        elif c.full_rank:
+            i = 0
         else:
-            colours[words] = matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * i / len(ranks)))
-    found = {}
-    for c in configs:
-        marker = (
-            depths.index(depth(c))
-            if len(depths) > 1
-            else 0
-            if c.full_rank
-            else 1 + list(ranks).index(rank_words(c))
-        )
-        found[c.name] = {"color": colours.get(rank_words(c), BLACK), "marker": MARKERS[marker % len(MARKERS)]}
-    return found
+            i = 1 + low_ranks.index(rank_words(c))
+        styles[c.name] = {"color": colours[rank_words(c)], "marker": marker(i)}
+    return styles
 
 
-def short_labels(configs: list[Configuration]) -> dict[str, str]:
-    """{name: what the legend's colours and markers do not tell}: of many configurations only what is unusual about each."""
-    many = len(configs) > FEW
-    ranks = {rank_words(c) for c in configs if not c.full_rank}
-    depths = {depth(c) for c in configs}
-    rates = {key for key in varying_settings(configs) if key.endswith("_lr")}
-    found = {}
-    for c in configs:
-        known = rank_name(c.settings).split(", ") + [f"{depth(c)} layers"]
-        rest = [part for part in c.name.split(", ") if part not in known]
-        rest = [
-            part
-            for part in rest
-            if not many or sum(part in other.name.split(", ") for other in configs) < len(configs) / 2
-        ]
-        told = [
-            *([rank_words(c)] if not many or len(ranks) > FEW_RANKS else []),
-            *([known[-1]] if not many and len(depths) > 1 else []),
-        ]
-        found[c.name] = ", ".join(told + rest)
-        if len(rates) == 1:
-            found[c.name] = found[c.name].replace(rates.copy().pop().replace("_", " "), "lr")
-    return found
+def low_rank_kinds(configs: list[Configuration]) -> dict[str, tuple]:
+    """{words for the rank: which matrices are factored}, without full rank."""
+    return {rank_words(c): factored_groups(c) for c in configs if not c.full_rank}
 
 
-# ---- points and bands -----------------------------------------------------------------------------------------------
+def rank_colours(configs: list[Configuration]) -> dict[str, str]:
+    """{words for the rank: colour}. Full rank is black, and grey with an MLP of another width.
+
+    Of more ranks than there are colours, each combination of factored matrices has one, paler the lower the
+    rank; a single combination has a scale of colours.
+    """
+    full = sorted({rank_words(c) for c in configs if c.full_rank} - {"full rank"})
+    colours = {"full rank": BLACK}
+    for i, words in enumerate(full):
+        colours[words] = matplotlib.colors.to_hex((0.7 + 0.15 * i / len(full),) * 3)
+
+    kinds = low_rank_kinds(configs)
+    low = [words for words in ranks_in_order(configs) if words in kinds]
+    distinct_kinds = list(dict.fromkeys(kinds[words] for words in low))
+    for i, words in enumerate(low):
+        if len(low) <= len(BRIGHT):
+            colours[words] = BRIGHT[i]
+        elif len(distinct_kinds) == 1:
+            colours[words] = matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](0.9 * i / len(low)))
+        else:
+            same_kind = [other for other in low if kinds[other] == kinds[words]]
+            colour = BRIGHT[distinct_kinds.index(kinds[words]) % len(BRIGHT)]
+            colours[words] = paler(colour, 0.65 * (1 - (same_kind.index(words) + 1) / len(same_kind)))
+    return colours
 
 
-def draw_point(
-    panel, config: Configuration, x_key: str, y_key: str, size: float, look: dict, opacity: float = 0.3
-) -> tuple[float, float]:
-    """The means over the seeds with error bars, and the seeds as smaller points of that opacity. Returns the means, x in units of `size`."""
-    points = run_points(config, x_key, y_key)
-    xs = [x / size for x, _ in points]
-    ys = [y for _, y in points]
+def paler(colour: str, white: float) -> str:
+    """The colour with this share of white."""
+    return matplotlib.colors.to_hex([part + white * (1 - part) for part in matplotlib.colors.to_rgb(colour)])
+
+
+# ---- points and lines --------------------------------------------------------------------------------------
+
+
+def draw_point(panel, seeds: list[tuple[float, float]], style: dict, opacity: float = 0.3):
+    """The mean of the seeds' (x, y) with error bars, the seeds as smaller points. Returns the mean (x, y)."""
+    xs = [x for x, _ in seeds]
+    ys = [y for _, y in seeds]
     panel.errorbar(
         [fmean(xs)],
         [fmean(ys)],
         xerr=whiskers(xs),
         yerr=whiskers(ys),
-        **look,
         linestyle="none",
         markersize=7,
-        elinewidth=1,
-        capsize=2.5,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        zorder=3,
+        **style,
+        **POINT_STYLE,
     )
-    if len(points) > 1:
-        panel.plot(xs, ys, **look, linestyle="none", alpha=opacity, markersize=4, markeredgewidth=0, zorder=2)
+    if len(seeds) > 1:
+        small = {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "zorder": 2}
+        panel.plot(xs, ys, alpha=opacity, **style, **small)
     return fmean(xs), fmean(ys)
 
 
-def draw_line(panel, points: list[tuple[float, list[float]]], **look):
+def draw_line(panel, points: list[tuple[float, list[float]]], **style):
     """A line through the means of (x, values), with error bars."""
-    bars = [
-        [end for low_high in (whiskers(values) for _, values in points) for end in low_high[side]]
-        for side in (0, 1)
-    ]
+    bars = [whiskers(values) for _, values in points]
     panel.errorbar(
         [x for x, _ in points],
         [fmean(values) for _, values in points],
-        yerr=bars,
-        **look,
+        yerr=[[below for (below,), _ in bars], [above for _, (above,) in bars]],
         markersize=6,
         linewidth=1.4,
-        elinewidth=1,
-        capsize=2.5,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        zorder=3,
+        **style,
+        **POINT_STYLE,
     )
 
 
-def mark_at_top(panel, xs: list[float], color: str):
-    """A × at the upper edge for what has no value."""
+def draw_faint_line(panel, points: list[tuple[float, float]]):
+    """One of the many that are not named."""
+    panel.plot(*zip(*points), color=PALE_GREY, linewidth=0.7, zorder=1)
+
+
+def mark_missing(panel, xs: list[float], color: str):
+    """A × at the upper edge for each x that has no value."""
     panel.plot(
         xs,
         [0.97] * len(xs),
@@ -215,25 +233,168 @@ def mark_at_top(panel, xs: list[float], color: str):
 
 
 def draw_band(panel, values: list[float], color: str = BLACK):
-    """The mean of the values as a dashed horizontal line, their spread as a band."""
+    """The mean of the values as a dashed horizontal line, their spread as a band; nothing without values."""
     if values:
         panel.axhspan(*spread(values), color=color, alpha=0.13, linewidth=0, zorder=0)
         panel.axhline(fmean(values), color=color, linewidth=1, linestyle="--", alpha=0.7, zorder=0.5)
 
 
 def draw_stairs(panel, front: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The frontier as the best that can be had at each cost. Returns points along it, for labels to keep clear of."""
-    limits = panel.get_xlim()
+    """The Pareto frontier: at each cost the best that costs no more. Returns points on it, as obstacles."""
+    left, right = panel.get_xlim()
     corners = [(front[0][0], 10 * front[0][1])]
-    for (x, y), (next_x, _) in zip(front, [*front[1:], (limits[1], None)]):
+    for (x, y), (next_x, _) in zip(front, [*front[1:], (right, None)]):
         corners += [(x, y), (next_x, y)]
     panel.plot(*zip(*corners), color=GREY, linewidth=1.3, zorder=1, scaley=False)
-    panel.set_xlim(limits)
-    return along(corners[1:])
+    panel.set_xlim(left, right)
+    return points_along(corners[1:])
 
 
-def along(corners: list[tuple[float, float]], pieces: int = 12) -> list[tuple[float, float]]:
-    """Points along the segments between the corners."""
+# ---- axes --------------------------------------------------------------------------------------------------
+
+
+def with_unit(quantity: str, unit: str) -> str:
+    """The label of an axis."""
+    return f"{quantity} ({unit})" if unit else quantity
+
+
+def log_if_wide(axis, values: list[float]):
+    """A logarithmic axis where the values span more than a factor of ten; else linear ticks read better."""
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        log_axis(axis)
+
+
+def log_axis(axis, ticks=(1, 2, 5)):
+    """ticks: their places within each decade."""
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=ticks))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def limit_height(panel, series: list[list[float]], levels: list[float] = ()):
+    """A y-range for points with error bars, each a list of values.
+
+    Means far above the median would squeeze all others together: they leave the frame, and a note says how
+    many do. `levels` are always inside.
+    """
+    means = sorted(map(fmean, series))
+    top = max(means[0] + 3 * (means[len(means) // 2] - means[0]), 1.25 * means[0], *levels)
+    inside = [spread(values) for values in series if fmean(values) <= top]
+    low = min(low for low, _ in inside)
+    high = max(high for _, high in inside)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    panel.set_ylim(low - margin, high + margin)
+    above = [mean for mean in means if mean > high + margin]
+    if above:
+        write_in_corner(panel, f"{len(above)} above the frame")
+
+
+# ---- words in a panel --------------------------------------------------------------------------------------
+
+
+def write_in_middle(panel, text: str):
+    """Why a panel is empty."""
+    panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#666666")
+
+
+def write_in_corner(panel, text: str):
+    """A note at the top right, inside the frame."""
+    place = {"transform": panel.transAxes, "ha": "right", "va": "top"}
+    panel.text(0.99, 0.985, text, fontsize=LABEL_SIZE, color=TEXT_GREY, **place)
+
+
+def write_on_level(panel, level: float, text: str):
+    """At the right end of a horizontal line, above it."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+    panel.annotate(text, (1, level), (-2, 2), fontsize=LABEL_SIZE, color=TEXT_GREY, **place)
+
+
+def short_labels(configs: list[Configuration]) -> dict[str, str]:
+    """{configuration's name: its label}: what the legend's colours and markers do not tell.
+
+    Of many configurations, only what is unusual about each.
+    """
+    in_full = len(configs) <= LABELLED
+    ranks = {rank_words(c) for c in configs if not c.full_rank}
+    depths = {depth(c) for c in configs}
+    rate_flags = [key for key in varying_settings(configs) if key.endswith("_lr")]
+    counts = Counter(part for c in configs for part in c.name.split(", "))
+    labels = {}
+    for c in configs:
+        layers = f"{depth(c)} layers"
+        parts = []
+        if in_full or len(ranks) > len(BRIGHT):
+            parts.append(rank_words(c))
+        if in_full and len(depths) > 1:
+            parts.append(layers)
+        in_legend = [*rank_name(c.settings).split(", "), layers]
+        others = [part for part in c.name.split(", ") if part not in in_legend]
+        parts += [part for part in others if in_full or counts[part] < len(configs) / 2]
+        labels[c.name] = ", ".join(parts)
+        if len(rate_flags) == 1:
+            labels[c.name] = labels[c.name].replace(rate_flags[0].replace("_", " "), "lr")
+    return labels
+
+
+def label_points(panel, points: list, obstacles: list, fontsize: float = LABEL_SIZE):
+    """Write each (x, y, text) beside its point, where it covers the fewest obstacles, points and labels.
+
+    points, obstacles [(x, y)]: in the panel's units. The layout must be settled
+    (fig.draw_without_rendering()): places are measured in pixels.
+    """
+    fig = panel.figure
+    frame = panel.get_window_extent()
+    dots = panel.transData.transform([*obstacles, *((x, y) for x, y, _ in points)])
+    places = list(product(LABEL_DISTANCES, LABEL_SIDES))
+    written = []  # the boxes of the labels so far, in pixels
+    for x, y, text in points:
+        point = panel.transData.transform((x, y))
+        if not text or not frame.contains(*point):
+            continue
+        line = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkB": 3}
+        label = panel.annotate(
+            plain(text, 60),
+            (x, y),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=fontsize,
+            zorder=6,
+            arrowprops=line,
+        )
+        label.set_in_layout(False)
+        # the text's extent: the annotation's own would include the line to its point
+        size = Text.get_window_extent(label, fig.canvas.get_renderer()).size
+        boxes = [label_box(point, size, distance * fig.dpi / 72, side) for distance, side in places]
+        costs = [label_cost(box, frame, dots, written) for box in boxes]
+        best = min(range(len(places)), key=lambda i: costs[i] + places[i][0] / 40)
+        distance, (right, up, horizontal, vertical) = places[best]
+        label.set(position=(right * distance, up * distance), ha=horizontal, va=vertical)
+        label.arrow_patch.set_visible(distance > LABEL_DISTANCES[0])
+        written.append(boxes[best])
+
+
+def label_box(point, size, distance: float, side: tuple) -> Bbox:
+    """Where a text of this size stands at a side of a point, all in pixels."""
+    right, up, horizontal, vertical = side
+    width, height = size
+    left = point[0] + right * distance - {"left": 0, "center": width / 2, "right": width}[horizontal]
+    bottom = point[1] + up * distance - {"bottom": 0, "center": height / 2, "top": height}[vertical]
+    return Bbox.from_bounds(left, bottom, width, height)
+
+
+def label_cost(box: Bbox, frame: Bbox, dots, written: list[Bbox]) -> float:
+    """1 for each dot that it covers, 4 for each label, 12 if it leaves the frame. dots: (n, 2), in pixels."""
+    wide = box.padded(3)
+    cost = ((dots > wide.min) & (dots < wide.max)).all(axis=1).sum()
+    cost += 4 * len([other for other in written if wide.overlaps(other)])
+    is_inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+    return cost if is_inside else cost + 12
+
+
+def points_along(corners: list[tuple[float, float]], pieces: int = 12) -> list[tuple[float, float]]:
+    """Points on the segments between the corners: a line as obstacles of labels."""
     return [
         (x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces)
         for (x0, y0), (x1, y1) in zip(corners, corners[1:])
@@ -241,164 +402,51 @@ def along(corners: list[tuple[float, float]], pieces: int = 12) -> list[tuple[fl
     ]
 
 
-# ---- axes -----------------------------------------------------------------------------------------------------------
+def points_on_error_bars(seeds: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The error bars of draw_point as obstacles of labels."""
+    xs = [x for x, _ in seeds]
+    ys = [y for _, y in seeds]
+    upright = points_along([(fmean(xs), y) for y in spread(ys)])
+    return upright + points_along([(x, fmean(ys)) for x in spread(xs)])
 
 
-def log_if_wide(axis, values: list[float]):
-    """A logarithmic axis where the values span more than a factor of ten; below that linear ticks read better."""
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        log_axis(axis)
+def points_on_level(panel, level: float) -> list[tuple[float, float]]:
+    """A horizontal line as obstacles of labels."""
+    return points_along([(x, level) for x in panel.get_xlim()], 60)
 
 
-def log_axis(axis, subs=(1, 2, 5)):
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+# ---- legends -----------------------------------------------------------------------------------------------
 
 
-def cut_above(panel, series: list[list[float]], needed: list[float] = ()):
-    """A y-range for points with error bars (a list of values each) in which means far above the median, which would squeeze all others
-    together, leave the frame; it says how many do. `needed` values are always shown.
-    """
-    means = sorted(map(fmean, series))
-    top = max(means[0] + 3 * (means[len(means) // 2] - means[0]), 1.25 * means[0], *needed)
-    ends = [spread(values) for values in series if fmean(values) <= top]
-    low = min(low for low, _ in ends)
-    high = max(high for _, high in ends)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
-    panel.set_ylim(low - margin, high + margin)
-    if above := sum(mean > high + margin for mean in means):
-        panel.text(
-            0.99,
-            0.985,
-            f"{above} above the frame",
-            transform=panel.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8.5,
-            color="#555555",
-        )
+def legend_below(fig, handles: list, **options):
+    """Below the panels, in as many columns as the figure is wide enough for."""
+    columns = legend_columns([handle.get_label() for handle in handles], fig.get_figwidth())
+    options = {"frameon": False, "fontsize": 9, **options}
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, **options)
 
 
-def fences(config: Configuration, x_key: str, y_key: str, size: float) -> list[tuple[float, float]]:
-    """Points along the error bars, for labels to keep clear of."""
-    xs = [x / size for x in config.values(x_key)]
-    ys = config.values(y_key)
-    return along([(fmean(xs), y) for y in spread(ys)]) + along([(x, fmean(ys)) for x in spread(xs)])
+def legend_columns(labels: list[str], width: float) -> int:
+    """How many entries fit side by side into a figure of this width in inches."""
+    widest = max(map(len, labels))
+    return max(1, min(len(labels), int(12 * width / (widest + 8))))
 
 
-def across(panel, level: float | None) -> list[tuple[float, float]]:
-    """Points along a horizontal line, for the same end."""
-    return along([(x, level) for x in panel.get_xlim()], 60) if level is not None else []
-
-
-# ---- words ----------------------------------------------------------------------------------------------------------
-
-
-def label_points(fig, panel, points: list, obstacles: list):
-    """Write each (x, y, text) beside its point, where it covers the least of `obstacles` [(x, y)] and of what is already written.
-
-    The layout must be settled (fig.draw_without_rendering()), so that pixels mean something.
-    """
-    frame = panel.get_window_extent()
-    pixels = fig.dpi / 72
-    dots = panel.transData.transform([*obstacles, *((x, y) for x, y, _ in points)])
-    placed = []
-    for x, y, text in points:
-        spot = panel.transData.transform((x, y))
-        if not text or not frame.contains(*spot):
-            continue
-        note = panel.annotate(
-            plain(text, 60),
-            (x, y),
-            (0, 0),
-            textcoords="offset points",
-            fontsize=8.5,
-            zorder=6,
-            arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.6, "shrinkB": 3},
-        )
-        note.set_in_layout(False)
-        size = Text.get_window_extent(
-            note, fig.canvas.get_renderer()
-        )  # the annotation's own extent would include its leader line
-        best = None
-        for distance, (dx, dy, ha, va) in product((8, 18, 30, 44, 60, 80), LABEL_SIDES):
-            left = (
-                spot[0]
-                + dx * distance * pixels
-                - {"left": 0, "center": size.width / 2, "right": size.width}[ha]
-            )
-            bottom = (
-                spot[1]
-                + dy * distance * pixels
-                - {"bottom": 0, "center": size.height / 2, "top": size.height}[va]
-            )
-            area = Bbox.from_bounds(left, bottom, size.width, size.height)
-            near = area.padded(3)
-            faults = 4 * sum(near.overlaps(other) for other in placed) + distance / 40
-            faults += ((dots > near.min) & (dots < near.max)).all(axis=1).sum()
-            faults += 12 * (
-                frame.x0 > area.x0 or area.x1 > frame.x1 or frame.y0 > area.y0 or area.y1 > frame.y1
-            )
-            if best is None or faults < best[0]:
-                best = (
-                    faults,
-                    area,
-                    {"position": (dx * distance, dy * distance), "ha": ha, "va": va},
-                    distance,
-                )
-        _, area, where, distance = best
-        note.set(**where)
-        note.arrow_patch.set_visible(distance > 8)
-        placed.append(area)
-
-
-def legend_below(
-    fig, configs: list[Configuration], style: dict, base: Configuration | None = None, more: list = ()
-):
-    """Below the panels: ranks by colour, depths by marker, `more` handles, and the band if there is a baseline."""
+def rank_handles(panel, configs: list[Configuration], styles: dict) -> list:
+    """Legend entries of configuration_styles: ranks by colour and, of several depths, depths by marker."""
     depths = sorted({depth(c) for c in configs})
-    panel = fig.axes[0]
     handles = []
     for words in ranks_in_order(configs):
-        look = style[next(c.name for c in configs if rank_words(c) == words)]
-        look = look if len(depths) == 1 else {**look, "marker": "o"}
-        handles += panel.plot([], [], linestyle="none", **look, markersize=7, label=plain(words))
-    for i, layers in enumerate(depths if len(depths) > 1 else []):
-        handles += panel.plot(
-            [],
-            [],
-            linestyle="none",
-            color=GREY,
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=7,
-            label=f"{layers} layers",
-        )
-    handles += [
-        *more,
-        *([Patch(color=BLACK, alpha=0.15, linewidth=0, label="baseline, with its spread")] if base else []),
-    ]
-    key_below(fig, handles)
+        style = styles[next(c.name for c in configs if rank_words(c) == words)]
+        if len(depths) > 1:
+            style = {**style, "marker": "o"}
+        handles += panel.plot([], [], linestyle="none", **style, markersize=7, label=plain(words))
+    if len(depths) > 1:
+        for i, layers in enumerate(depths):
+            style = {"color": GREY, "marker": marker(i), "linestyle": "none", "markersize": 7}
+            handles += panel.plot([], [], **style, label=f"{layers} layers")
+    return handles
 
 
-def key_below(fig, handles: list, **options):
-    """A legend below the panels, in as many columns as the figure is wide enough for."""
-    widest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), int(12 * fig.get_figwidth() / (widest + 8))))
-    fig.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, **options
-    )
-
-
-def finish(fig, spots: list) -> tuple[bytes, list]:
-    """(PNG, hotspots): each (panel, x, y, text), in the panel's units, becomes a place in the picture, if the frame shows it."""
-    fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # what stands now stays where it stands
-    places = []
-    for panel, x, y, text in spots:
-        dot = panel.transData.transform((x, y))
-        if panel.get_window_extent().padded(1).contains(*dot):
-            across, up = dot / fig.bbox.size
-            places.append((round(float(across), 5), round(float(1 - up), 5), text))
-    return png(fig), places
+def baseline_handle() -> Patch:
+    """Legend entry of draw_band."""
+    return Patch(color=BLACK, alpha=0.15, linewidth=0, label="baseline, with its spread")

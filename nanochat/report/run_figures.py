@@ -1,31 +1,26 @@
-"""The report's pictures: Run objects in, PNG bytes out. Matplotlib without pyplot: no global state, no window, Agg only."""
+"""The figures of a few runs side by side: Run objects in, PNG bytes out."""
 
 import dataclasses
 import math
-from itertools import product
+import re
 
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nanochat.history import series, thinned
-from nanochat.report.plotting import (
-    COLOURS,
-    LABEL_SIDES,
-    LINES,
-    colour_and_marker,
-    new_figure,
-    plain,
-    png,
-    say_empty,
-    tidy,
-)
+from nanochat.history import series, thin_history
+from nanochat.report import plotting
+from nanochat.report.configurations import Configuration, finished, rank_name, run_value
+from nanochat.report.summaries import rank_words
 from nanochat.units import BYTES, COUNT, FLOP, TIME, human, is_finite, unit_of
 
-LABEL_DISTANCES = (9, 20, 34, 50, 70)  # points
 TRAIN_LOSS_UP_TO = 4  # runs; the noisy training losses of more than these hide the curves that matter
+LONGEST_LABEL = 40  # characters of a run's label in words; a longer one says less than the tag
 
-PARAMETER_PARTS = [
+LOSS_AXES = [  # (key in the history, what it is, its units)
+    ("total_tokens", "training tokens", COUNT),
+    ("total_training_time", "training time", TIME),
+    ("total_training_flops", "training compute", FLOP),
+]
+PARAMETER_PARTS = [  # (key in the summary, what it is, colour)
     ("params/attention", "attention", "#0072B2"),
     ("params/mlp", "MLP", "#56B4E9"),
     ("params/embedding", "embedding", "#E69F00"),
@@ -37,23 +32,112 @@ MEMORY_PARTS = [
     ("mem/grads_bytes", "gradients", "#56B4E9"),
     ("mem/optimizer_bytes", "optimizer state", "#E69F00"),
 ]
+DARK = ("#0072B2", "#009E73")  # colours of parts on which white text is read better than black
 
 
-def draw_all(runs: list, measure: str) -> dict[str, bytes]:
-    """File name -> PNG. `measure` is "loss" (curves of loss, points of perplexity) or "bpb" (both in bits per byte)."""
+def draw_run_figures(runs: list, measure: str) -> dict[str, bytes]:
+    """{file name: PNG}; the runs' names become the labels.
+
+    measure: "loss" (curves of loss, points of perplexity) or "bpb" (both in bits per byte).
+    """
     return {
-        "loss.png": png(draw_loss(runs, measure)),
-        "parameters.png": png(draw_parameters(runs)),
-        "memory.png": png(draw_memory(runs)),
-        "perplexity.png": png(draw_quality(runs, measure)),
+        "loss.png": plotting.png(draw_loss(runs, measure)),
+        "parameters.png": plotting.png(draw_parameters(runs)),
+        "memory.png": plotting.png(draw_memory(runs)),
+        "perplexity.png": plotting.png(draw_quality(runs, measure)),
     }
 
 
-def label(run) -> str:
-    return plain(run.name) + ("" if run.summary.get("status") == "finished" else " (unfinished)")
+# ---- the runs' labels --------------------------------------------------------------------------------------
 
 
-# ---- loss curves ----------------------------------------------------------------------------------------------------
+def labels_in_words(configs: list[Configuration]) -> dict[str, str]:
+    """{run's name: "full rank", "low rank, r = d/4", "low rank, attn 85"}, of configurations of one run each.
+
+    Runs whose words are long, or the same as another run's, keep their names.
+    """
+    words = {c.runs[0].name: name_in_words(c) for c in configs}
+    texts = list(words.values())
+    for name, text in words.items():
+        if len(text) > LONGEST_LABEL or texts.count(text) > 1:
+            words[name] = name
+    return words
+
+
+def name_in_words(config: Configuration) -> str:
+    """The configuration's name. One rank of attention and MLP becomes a share of the model's width d."""
+    name = config.name.replace(rank_name(config.settings), rank_words(config))
+    if not config.low_rank:
+        return name
+    match = re.match(r"rank (\d+)(?=,|$)", name)
+    if not match:
+        return f"low rank, {name}"
+    rank = int(match[1])
+    width = config.settings.get("model_dim") or 0
+    size = f"d/{width // rank}" if width and width % rank == 0 else f"{rank}"
+    return f"low rank, r = {size}{name[match.end() :]}"
+
+
+def run_label(run) -> str:
+    return plotting.plain(run.name) + ("" if finished(run) else " (unfinished)")
+
+
+# ---- loss curves -------------------------------------------------------------------------------------------
+
+
+def draw_loss(runs: list, measure: str) -> Figure:
+    """Validation loss against tokens, time and FLOPs, one y-axis; of a few runs training loss too, faint."""
+    has_training_loss = measure == "loss" and len(runs) <= TRAIN_LOSS_UP_TO
+    keys = ["val/" + measure] + (["train/loss"] if has_training_loss else [])
+    runs = [dataclasses.replace(run, history=thin_history(run.history, keys)) for run in runs]
+    width = 11
+    rows = math.ceil(len(runs) / plotting.legend_columns([run_label(run) for run in runs], width))
+    fig = plotting.new_figure(width, 4 + 0.2 * rows)
+    panels = fig.subplots(1, 3, sharey=True)
+    for panel, x_axis in zip(panels, LOSS_AXES):
+        handles = draw_curves(panel, runs, keys, x_axis)
+    limits = loss_limits(runs, keys)
+    if limits:
+        panels[0].set_ylim(*limits)
+    panels[0].set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
+    if has_training_loss:
+        handles += panels[0].plot([], [], color="#999999", linewidth=0.8, label="faint: training loss")
+    plotting.legend_below(fig, handles, handlelength=3.2, fontsize=10)
+    return fig
+
+
+def draw_curves(panel, runs: list, keys: list[str], x_axis: tuple) -> list:
+    """Each run's values of the keys against x. Returns the handles of the curves of the first key."""
+    x_key, quantity, ladder = x_axis
+    curves = {(i, key): curve(run, x_key, key) for i, run in enumerate(runs) for key in keys}
+    largest = max((xs[-1] for xs, _ in curves.values() if xs), default=0)
+    size, unit = unit_of(largest, ladder)
+    thick = len(runs) <= TRAIN_LOSS_UP_TO
+    handles = []
+    for i, run in enumerate(runs):
+        style = plotting.colour_and_marker(i)
+        xs, ys = curves[i, keys[0]]
+        every = max(1, len(xs) // 8)  # staggered, so that markers of neighbouring curves stay apart
+        handles += panel.plot(
+            [x / size for x in xs],
+            ys,
+            **style,
+            label=run_label(run),
+            linestyle=plotting.line_style(i),
+            linewidth=1.6 if thick else 1.2,
+            markersize=5 if thick else 4,
+            markevery=(i % every, every),
+        )
+        for key in keys[1:]:
+            xs, ys = curves[i, key]
+            faint_style = {"color": style["color"], "linewidth": 0.8, "alpha": 0.3, "zorder": 1}
+            panel.plot([x / size for x in xs], ys, **faint_style)
+    if not largest:
+        plotting.write_in_middle(panel, "nothing logged yet")
+    panel.set_xlabel(plotting.with_unit(quantity, unit))
+    panel.set_xlim(left=0)
+    plotting.tidy(panel)
+    return handles
 
 
 def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
@@ -63,7 +147,7 @@ def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
 
 
 def loss_limits(runs: list, keys: list[str]) -> tuple[float, float] | None:
-    """A y-range that the first fifth of a run (the fall from ln(vocabulary)) and diverged runs do not stretch."""
+    """A y-range that diverged runs and the start of a run, the fall from ln(vocabulary), do not stretch."""
     settled = []
     starts = []
     for run in runs:
@@ -79,220 +163,95 @@ def loss_limits(runs: list, keys: list[str]) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-def draw_loss(runs: list, measure: str) -> Figure:
-    """Validation (and, for a few runs, faint training) loss against tokens, training time and FLOPs, one shared y-axis."""
-    y_key = "val/" + measure
-    keys = [y_key] + (["train/loss"] if measure == "loss" and len(runs) <= TRAIN_LOSS_UP_TO else [])
-    runs = [dataclasses.replace(run, history=thinned(run.history, keys)) for run in runs]
-    names = [label(run) for run in runs]
-    columns = max(1, min(len(runs), 140 // (max(map(len, names)) + 8)))
-    fig = new_figure(11, 4.0 + 0.2 * math.ceil(len(runs) / columns))
-    panels = fig.subplots(1, 3, sharey=True)
-    few = len(runs) <= TRAIN_LOSS_UP_TO
-    handles = []
-    for panel, x_key, what, ladder in zip(
-        panels,
-        ("total_tokens", "total_training_time", "total_training_flops"),
-        ("training tokens", "training time", "training compute"),
-        (COUNT, TIME, FLOP),
-    ):
-        curves = [[curve(run, x_key, key) for key in keys] for run in runs]
-        largest = max((xs[-1] for run_curves in curves for xs, _ in run_curves if xs), default=0)
-        size, unit = unit_of(largest, ladder)
-        for i, run_curves in enumerate(curves):
-            for key, (xs, ys) in zip(keys, run_curves):
-                xs = [x / size for x in xs]
-                if key == "train/loss":
-                    panel.plot(xs, ys, color=COLOURS[i % len(COLOURS)], linewidth=0.8, alpha=0.3, zorder=1)
-                    continue
-                every = max(1, len(xs) // 8)  # staggered, so that markers of neighbouring curves stay apart
-                handles += panel.plot(
-                    xs,
-                    ys,
-                    **colour_and_marker(i),
-                    linestyle=LINES[i % len(LINES)],
-                    linewidth=1.6 if few else 1.2,
-                    markersize=5 if few else 4,
-                    markevery=(i % every, every),
-                )
-        if not largest:
-            say_empty(panel, "nothing logged yet")
-        panel.set_xlabel(f"{what} ({unit})" if unit else what)
-        panel.set_xlim(left=0)
-        tidy(panel)
-    limits = loss_limits(runs, keys)
-    if limits:
-        panels[0].set_ylim(*limits)
-    panels[0].set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
-    handles = handles[: len(runs)]
-    if "train/loss" in keys:
-        handles += panels[0].plot([], [], color="#999999", linewidth=0.8)
-        names.append("faint: training loss")
-    fig.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=columns + len(names) - len(runs),
-        frameon=False,
-        handlelength=3.2,
-        fontsize=10,
-    )
-    return fig
+# ---- stacked bars ------------------------------------------------------------------------------------------
 
 
-# ---- stacked bars ---------------------------------------------------------------------------------------------------
+def draw_parameters(runs: list) -> Figure:
+    return draw_bars(runs, PARAMETER_PARTS, "parameters", COUNT)
 
 
-def draw_bars(runs: list, parts: list, ladder: list, what: str, peaks: list) -> Figure:
-    """One stacked horizontal bar a run, the first run on top; `peaks` (same units, None where unknown) become diamonds."""
-    fig = new_figure(9, 1.5 + 0.42 * len(runs))
+def draw_memory(runs: list) -> Figure:
+    return draw_bars(runs, MEMORY_PARTS, "memory", BYTES, peak_key="mem/peak_bytes")
+
+
+def draw_bars(runs: list, parts: list, quantity: str, ladder: list, peak_key: str = "") -> Figure:
+    """One stacked horizontal bar a run, the first run on top; a measured peak is a diamond."""
+    fig = plotting.new_figure(9, 1.5 + 0.42 * len(runs))
     panel = fig.subplots()
     rows = list(range(len(runs)))
-    values = [
-        [run.summary.get(key) if is_finite(run.summary.get(key)) else 0 for run in runs]
-        for key, _, _ in parts
-    ]
-    ends = [sum(column) for column in zip(*values)]
-    reach = max([*ends, *(p for p in peaks if p is not None)])
-    size, unit = unit_of(reach, ladder)
+    totals = [0.0] * len(runs)
+    for key, _, _ in parts:
+        totals = [total + (run_value(run, key) or 0) for total, run in zip(totals, runs)]
+    peaks = [run_value(run, peak_key) for run in runs]
+    longest = max([*totals, *(peak for peak in peaks if peak is not None)])
+    size, unit = unit_of(longest, ladder)
+
     left = [0.0] * len(runs)
     handles = []
-    for (_, name, colour), widths in zip(parts, values):
-        handles.append(
-            panel.barh(
-                rows,
-                [w / size for w in widths],
-                left=[x / size for x in left],
-                height=0.62,
-                color=colour,
-                edgecolor="white",
-                linewidth=0.8,
-                label=name,
-            )
-        )
-        for row, x, width in zip(rows, left, widths):
-            if width > 0.12 * reach:  # narrower segments cannot hold the number
-                panel.text(
-                    (x + width / 2) / size,
-                    row,
-                    human(width, ladder),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if colour in ("#0072B2", "#009E73") else "black",
-                )
-        left = [x + w for x, w in zip(left, widths)]
+    for key, label, colour in parts:
+        values = [run_value(run, key) or 0 for run in runs]
+        widths = [number / size for number in values]
+        style = {"height": 0.62, "color": colour, "edgecolor": "white", "linewidth": 0.8}
+        handles.append(panel.barh(rows, widths, left=left, label=label, **style))
+        middle = {"ha": "center", "va": "center", "color": "white" if colour in DARK else "black"}
+        for row in rows:
+            if values[row] > 0.12 * longest:  # a narrower segment cannot hold its number
+                x = left[row] + widths[row] / 2
+                panel.text(x, row, human(values[row], ladder), fontsize=9, **middle)
+        left = [start + width for start, width in zip(left, widths)]
     known = [(peak / size, row) for row, peak in enumerate(peaks) if peak is not None]
     if known:
-        handles += panel.plot(
-            *zip(*known),
-            linestyle="none",
-            marker="D",
-            markersize=7,
-            color="#D55E00",
-            markeredgecolor="white",
-            label="peak",
-        )
-    for row, end, peak in zip(rows, ends, peaks):
-        numbers = [end] if peak is None else [peak] if peak - end < 0.18 * reach else [end, peak]
-        for value in numbers:  # the sum of the parts only where the peak's number does not stand there
-            panel.text(
-                value / size, row, f"   {human(value, ladder)}" if value else "  –", va="center", fontsize=9
-            )
-    panel.set_yticks(rows, [label(run) for run in runs])
+        style = {"marker": "D", "markersize": 7, "color": "#D55E00", "markeredgecolor": "white"}
+        handles += panel.plot(*zip(*known), linestyle="none", label="peak", **style)
+    for row in rows:
+        numbers = end_numbers(totals[row], peaks[row], 0.18 * longest)
+        for number in numbers:
+            text = f"   {human(number, ladder)}" if number else "  –"
+            panel.text(number / size, row, text, va="center", fontsize=9)
+
+    panel.set_yticks(rows, [run_label(run) for run in runs])
     panel.set_ylim(len(runs) - 0.5, -0.5)
-    panel.set_xlim(0, (reach or 1) / size * 1.14)
-    panel.set_xlabel(f"{what} ({unit})" if unit else what)
-    tidy(panel)
+    panel.set_xlim(0, (longest or 1) / size * 1.14)
+    panel.set_xlabel(plotting.with_unit(quantity, unit))
+    plotting.tidy(panel)
     panel.grid(axis="y", visible=False)
     fig.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=9.5)
     return fig
 
 
-def draw_parameters(runs: list) -> Figure:
-    return draw_bars(runs, PARAMETER_PARTS, COUNT, "parameters", [None] * len(runs))
+def end_numbers(total: float, peak: float | None, room: float) -> list[float]:
+    """The numbers that stand at the end of a bar: its sum only where the peak's number leaves it room."""
+    if peak is None:
+        return [total]
+    return [peak] if peak - total < room else [total, peak]
 
 
-def draw_memory(runs: list) -> Figure:
-    peaks = [
-        run.summary.get("mem/peak_bytes") if is_finite(run.summary.get("mem/peak_bytes")) else None
-        for run in runs
-    ]
-    return draw_bars(runs, MEMORY_PARTS, BYTES, "memory", peaks)
-
-
-# ---- perplexity against parameters ----------------------------------------------------------------------------------
+# ---- quality against parameters ----------------------------------------------------------------------------
 
 
 def draw_quality(runs: list, measure: str) -> Figure:
     """One labelled point a run: final perplexity (or bits per byte) against total parameters."""
     y_key = "val/ppl" if measure == "loss" else "val/bpb"
-    fig = new_figure(7.5, 5)
+    fig = plotting.new_figure(7.5, 5)
     panel = fig.subplots()
-    points = [
-        (i, run.summary["params/total"], run.summary[y_key])
-        for i, run in enumerate(runs)
-        if is_finite(run.summary.get("params/total")) and is_finite(run.summary.get(y_key))
-    ]
-    size, unit = unit_of(max((x for _, x, _ in points), default=0), COUNT)
-    for i, x, y in points:
-        panel.plot([x / size], [y], linestyle="none", **colour_and_marker(i), markersize=9)
-    panel.set_xlabel(f"parameters ({unit})" if unit else "parameters")
+    sizes = [run_value(run, "params/total") for run in runs]
+    qualities = [run_value(run, y_key) for run in runs]
+    shown = [i for i in range(len(runs)) if sizes[i] is not None and qualities[i] is not None]
+    size, unit = unit_of(max((sizes[i] for i in shown), default=0), COUNT)
+    points = []
+    for i in shown:
+        x = sizes[i] / size
+        panel.plot([x], [qualities[i]], linestyle="none", markersize=9, **plotting.colour_and_marker(i))
+        points.append((x, qualities[i], run_label(runs[i])))
+    panel.set_xlabel(plotting.with_unit("parameters", unit))
     panel.set_ylabel("validation perplexity" if measure == "loss" else "validation bits per byte")
-    tidy(panel)
+    plotting.tidy(panel)
     panel.margins(0.18)
     if not points:
-        say_empty(panel, "no evaluation yet")
+        plotting.write_in_middle(panel, "no evaluation yet")
         return fig
-    for axis, scale, values in (
-        (panel.xaxis, panel.set_xscale, [x for _, x, _ in points]),
-        (panel.yaxis, panel.set_yscale, [y for _, _, y in points]),
-    ):
-        if min(values) > 0 and max(values) > 10 * min(
-            values
-        ):  # below a factor of ten, linear ticks read better
-            scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_formatter(NullFormatter())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    place_labels(fig, panel, [(x / size, y, label(runs[i])) for i, x, y in points])
+    plotting.log_if_wide(panel.xaxis, [x for x, _, _ in points])
+    plotting.log_if_wide(panel.yaxis, [y for _, y, _ in points])
+    fig.draw_without_rendering()
+    plotting.label_points(panel, points, [(x, y) for x, y, _ in points], fontsize=9.5)
     return fig
-
-
-def place_labels(fig: Figure, panel, points: list):
-    """Write each (x, y, text) beside its point, at the nearest place where it covers no point and no other text."""
-    fig.draw_without_rendering()  # fixes the layout, so that pixels mean something
-    renderer = fig.canvas.get_renderer()
-    box = panel.get_window_extent()
-    dots = [panel.transData.transform((x, y)) for x, y, _ in points]
-    placed = []
-    for x, y, text in points:
-        note = panel.annotate(
-            text,
-            (x, y),
-            (0, 0),
-            textcoords="offset points",
-            fontsize=9.5,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
-        )
-        best = None
-        for distance, (dx, dy, ha, va) in product(LABEL_DISTANCES, LABEL_SIDES):
-            where = {"position": (dx * distance, dy * distance), "ha": ha, "va": va}
-            note.set(**where)
-            note.update_positions(renderer)
-            area = Text.get_window_extent(
-                note, renderer
-            )  # the annotation's own extent would include its leader line
-            faults = sum(area.overlaps(other) for other in placed) + sum(
-                area.padded(6).contains(*dot) for dot in dots
-            )
-            outside = box.x0 > area.x0 or area.x1 > box.x1 or box.y0 > area.y0 or area.y1 > box.y1
-            faults += 5 * outside  # worse than covering something
-            if best is None or faults < best[0]:
-                best = faults, area, where, distance
-            if faults == 0:
-                break
-        _, area, where, distance = best
-        note.set(**where)
-        note.arrow_patch.set_visible(distance > LABEL_DISTANCES[0])
-        placed.append(area)

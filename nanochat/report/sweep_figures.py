@@ -1,41 +1,18 @@
-"""The pictures of a study, runs over several axes and seeds: configurations in, PNG bytes and hover texts out."""
+"""The figures of a sweep, runs over several axes and seeds: configurations in, PNG bytes and hover texts out.
+
+A figure is drawn as (figure, points), where each point is (panel, x, y, text that is shown under the
+pointer).
+"""
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median_high
 
 from nanochat.history import series
+from nanochat.report import plotting
 from nanochat.report.configurations import Configuration, finished, rank_name, run_seed, run_value
-from nanochat.report.plotting import (
-    BLACK,
-    COLOURS,
-    FEW,
-    GREY,
-    LINES,
-    MARKERS,
-    across,
-    cut_above,
-    draw_band,
-    draw_line,
-    draw_point,
-    draw_stairs,
-    fences,
-    finish,
-    key_below,
-    label_points,
-    legend_below,
-    log_axis,
-    log_if_wide,
-    looks,
-    mark_at_top,
-    new_figure,
-    plain,
-    png,
-    say_empty,
-    short_labels,
-    tidy,
-)
 from nanochat.report.run_figures import draw_memory, draw_parameters, loss_limits
 from nanochat.report.summaries import (
     COSTS,
@@ -61,515 +38,543 @@ from nanochat.report.summaries import (
 from nanochat.units import COUNT, TIME, human, is_finite, three_digits, unit_of
 
 BARS = 24  # shapes that bars are drawn for
-CURVES = 6  # loss curves in colour; the others are faint
-CAPTIONS = {
-    "frontier.png": "Where each configuration ends against what it costs: down and to the left is better. A point is a configuration's mean over "
-    "its seeds, the faint ones are the seeds. The grey line is the Pareto frontier of the means: no configuration below it costs "
-    "as little. The band is the full-rank baseline and its spread over seeds, or of several full-rank configurations the best. "
-    "“Rank 64” means both attention and MLP.",
-    "loss_parameters.png": "Evaluation loss against parameters: a point a configuration, its seeds as a cluster. The band is the full-rank "
-    "baseline and its spread over seeds.",
-    "depth_rank.png": "Depth × rank; darker is better. Of several configurations in one cell the one that ended best is shown, which flatters "
-    "cells where more were tried.",
-    "learning_rate.png": "Learning rates: a line a rank and depth. The ring marks the best rate tried, a × at the top a rate at which a run "
-    "diverged. Along a line nothing else varies, not the seeds either where its rates have some in common; of several lines at one "
-    "rank and depth the one with most rates is shown.",
-    "threshold_rank.png": "Training time to a perplexity, interpolated between the evaluations around it. Dashed: full rank at the same depth, with "
-    "its spread. A × at the top: not every seed got there. Of several configurations at one rank the one that ended "
-    "best is shown.",
-    "loss_time.png": "Validation loss against training time, means over seeds: in colour the baseline and the frontier of loss against "
-    "time. The reading compares the baseline with the fastest of all low-rank configurations, chosen after the fact.",
+COLOURED_CURVES = 6  # the others are faint
+LOSS_WORDS = {"loss": "validation loss (nats/token)", "bpb": "validation bits per byte"}
+SWEEP_CAPTIONS = {
+    "frontier.png": "Final quality against cost: down and to the left is better. A large point is the mean "
+    "of a configuration over its seeds, a faint one a seed. The grey line is the Pareto frontier of the "
+    "means: no configuration is better at the same cost or less. The band is the full-rank baseline and its "
+    "spread over seeds; of several full-rank configurations, the best. “Rank 64” means both attention and "
+    "MLP.",
+    "loss_parameters.png": "Validation loss against parameters: a large point is a configuration, the small "
+    "ones around it are its seeds. The band is the full-rank baseline and its spread over seeds.",
+    "depth_rank.png": "Quality by depth and rank; darker is better. Of several configurations in one cell "
+    "the best is shown, which flatters cells where more were tried.",
+    "learning_rate.png": "Quality against learning rate: one line for each rank and depth. A ring marks the "
+    "best rate that was tried, a × at the top a rate at which a run diverged. Along a line nothing else "
+    "varies: its rates are compared over the seeds that all of them have, if there are any. Of several "
+    "lines at one rank and depth the one with the most rates is shown.",
+    "threshold_rank.png": "Training time until a perplexity is reached, interpolated between the two "
+    "evaluations around it. Dashed: full rank at the same depth, with its spread. A × at the top: not every "
+    "seed reached it. Of several configurations at one rank the best is shown.",
+    "loss_time.png": "Validation loss against training time, means over seeds. In colour: the baseline, and "
+    "the configurations on the frontier of loss against time. An arrow compares the baseline with the "
+    "low-rank configuration that reached the perplexity first, chosen after the fact.",
     "parameters.png": "Parameters by group.",
-    "memory.png": "Memory by part, of one run of each shape. The diamond is the measured peak: on CUDA what torch allocated; on CPU the whole "
-    "process, Python and libraries included.",
+    "memory.png": "Memory by part, of one run of each shape. The diamond is the measured peak: on CUDA what "
+    "torch allocated; on CPU the whole process, Python and libraries included.",
 }
 
 
-def study_figures(configs: list[Configuration], measure: str) -> dict:
+def draw_sweep_figures(configs: list[Configuration], measure: str) -> dict:
     """{file name: (PNG bytes, [(x, y, text)])}: the figures that the axes call for, of the finished runs.
 
-    x, y: where a point lies, as fractions of the picture's width and height from the top left. measure: "loss" where perplexity may be
-    compared, else "bpb".
+    x, y: where a point lies, as fractions of the picture's width and height from the top left. measure:
+    "loss" where perplexity may be compared, else "bpb".
     """
-    done = [c for c in configs if any(map(finished, c.runs))]
-    configs = [c for c in done if c.values(MEASURES[measure][0])]  # of the others all seeds diverged
+    with_finished = [c for c in configs if any(map(finished, c.runs))]
+    configs = [c for c in with_finished if c.values(MEASURES[measure][0])]  # without those that only diverged
     drawn = {}
     if len(configs) > 1:
         drawn = {
             "frontier.png": draw_frontier(configs, measure),
-            "loss_parameters.png": draw_clusters(configs, measure),
+            "loss_parameters.png": draw_loss_parameters(configs, measure),
             "depth_rank.png": draw_depth_rank(configs, measure),
-            "learning_rate.png": draw_learning_rates(done, measure),
+            "learning_rate.png": draw_learning_rates(with_finished, measure),
             "threshold_rank.png": draw_thresholds(configs, measure),
             "loss_time.png": draw_loss_time(configs, measure),
         }
-    found = {name: finish(*figure) for name, figure in drawn.items() if figure}
+    figures = {name: plotting.png_with_hotspots(*figure) for name, figure in drawn.items() if figure}
     shapes = representatives(configs)
     if 1 < len(shapes) <= BARS:
-        found |= {
-            "parameters.png": (png(draw_parameters(shapes)), []),
-            "memory.png": (png(draw_memory(shapes)), []),
-        }
-    return found
+        figures["parameters.png"] = plotting.png(draw_parameters(shapes)), []
+        figures["memory.png"] = plotting.png(draw_memory(shapes)), []
+    return figures
 
 
-def caption(name: str, configs: list[Configuration]) -> str:
+def figure_caption(name: str, configs: list[Configuration]) -> str:
     """What a figure shows, and what its error bars are."""
-    return CAPTIONS[name] + (
-        "" if name in ("loss_time.png", "parameters.png", "memory.png") else " " + error_bar_caption(configs)
-    )
+    caption = SWEEP_CAPTIONS[name]
+    has_error_bars = name not in ("loss_time.png", "parameters.png", "memory.png")
+    return f"{caption} {error_bar_caption(configs)}" if has_error_bars else caption
 
 
-# ---- quality against cost -------------------------------------------------------------------------------------------
+# ---- quality against cost ----------------------------------------------------------------------------------
 
 
 def draw_frontier(configs: list[Configuration], measure: str):
-    """Four panels, one a cost: points with error bars, the Pareto frontier of the means, the baseline's band."""
+    """Four panels, one a cost: points with error bars, the Pareto frontier of the means, the baseline."""
     y_key, y_words = MEASURES[measure]
-    style = looks(configs)
-    names = short_labels(configs)
+    styles = plotting.configuration_styles(configs)
     base = baseline(configs, y_key)
     memory = memory_key(configs)
-    fig = new_figure(11.5, 9)
-    spots = []
-    labels = []
+    shown_costs = ("params/total", memory, "total_training_time", "total_training_flops")
+    costs = [cost for cost in COSTS if cost[0] in shown_costs]
+    fig = plotting.new_figure(11.5, 9)
     panels = fig.subplots(2, 2, sharey=True)
-    costs = [
-        cost
-        for cost in COSTS
-        if cost[0] in ("params/total", memory, "total_training_time", "total_training_flops")
-    ]
+    points = []
+    labels = []
     for panel, (x_key, words, ladder) in zip(panels.flat, costs):
         shown = [c for c in configs if run_points(c, x_key, y_key)]
         size, unit = unit_of(max((c.mean(x_key) for c in shown), default=0), ladder)
-        panel.set_xlabel(f"{words} ({unit})" if unit else words)
-        tidy(panel)
-        draw_band(panel, base.values(y_key) if base else [])
-        if not shown or not same_machine(configs) and x_key in (memory, "total_training_time"):
-            say_empty(panel, f"different machines:\n{words} is not comparable" if shown else "not recorded")
-            continue
-        points = {c.name: draw_point(panel, c, x_key, y_key, size, style[c.name]) for c in shown}
-        spots += [(panel, *points[c.name], hover_text(c, measure)) for c in shown]
-        log_if_wide(panel.xaxis, [x for x, _ in points.values()])
-        panel.margins(x=0.1)
-        front = [c.name for c in frontier(shown, x_key, y_key)]
-        stairs = draw_stairs(panel, [points[name] for name in front]) if front else []
-        chosen = (
-            points
-            if len(shown) <= FEW
-            else [*front, *([base.name] if base and base.name not in front else [])]
-        )
-        bars = [dot for c in shown for dot in fences(c, x_key, y_key, size)]
-        obstacles = [*points.values(), *stairs, *bars, *across(panel, base and base.mean(y_key))]
-        labels.append((panel, [(*points[name], names[name]) for name in chosen], obstacles))
-    cut_above(panels[0, 0], [c.values(y_key) for c in configs], [base.mean(y_key)] if base else [])
+        panel.set_xlabel(plotting.with_unit(words, unit))
+        plotting.tidy(panel)
+        plotting.draw_band(panel, base.values(y_key) if base else [])
+        depends_on_machine = x_key in (memory, "total_training_time")
+        if not shown:
+            plotting.write_in_middle(panel, "not recorded")
+        elif depends_on_machine and not same_machine(configs):
+            plotting.write_in_middle(panel, f"different machines:\n{words} is not comparable")
+        else:
+            seeds = {c.name: scaled(run_points(c, x_key, y_key), size) for c in shown}
+            means = {name: plotting.draw_point(panel, seeds[name], styles[name]) for name in seeds}
+            points += [(panel, *means[c.name], hover_text(c, measure)) for c in shown]
+            plotting.log_if_wide(panel.xaxis, [x for x, _ in means.values()])
+            panel.margins(x=0.1)
+            front = [c.name for c in frontier(shown, x_key, y_key)]
+            stairs = plotting.draw_stairs(panel, [means[name] for name in front]) if front else []
+            labels.append((panel, means, front, [*stairs, *obstacles(panel, seeds, base, y_key)]))
+    levels = [base.mean(y_key)] if base else []
+    plotting.limit_height(panels[0, 0], [c.values(y_key) for c in configs], levels)
     for panel in panels[:, 0]:
         panel.set_ylabel(y_words)
-    line = fig.axes[0].plot([], [], color=GREY, linewidth=1.3, label="Pareto frontier")
-    legend_below(fig, configs, style, base, line)
+    handles = plotting.rank_handles(panels[0, 0], configs, styles)
+    handles += panels[0, 0].plot([], [], color=plotting.GREY, linewidth=1.3, label="Pareto frontier")
+    plotting.legend_below(fig, handles + ([plotting.baseline_handle()] if base else []))
+
     fig.draw_without_rendering()
-    for panel, points, obstacles in labels:
-        label_points(fig, panel, points, obstacles)
-    return fig, spots
+    texts = plotting.short_labels(configs)
+    for panel, means, front, covered in labels:
+        named = list(means)
+        if len(means) > plotting.LABELLED:
+            named = list(dict.fromkeys([*front, *([base.name] if base else [])]))
+        plotting.label_points(panel, [(*means[name], texts[name]) for name in named], covered)
+    return fig, points
 
 
-def draw_clusters(configs: list[Configuration], measure: str):
-    """Loss against parameters: every configuration's name beside its mean, and its seeds. Of many, the best of each size is named."""
-    y_key, y_words = ("val/loss", "validation loss (nats/token)") if measure == "loss" else MEASURES[measure]
+def scaled(seeds: list[tuple[float, float]], size: float) -> list[tuple[float, float]]:
+    """x in units of `size`."""
+    return [(x / size, y) for x, y in seeds]
+
+
+def obstacles(panel, seeds: dict[str, list], base: Configuration | None, y_key: str) -> list[tuple]:
+    """What labels should not cover: means and error bars of the configurations, the baseline's line."""
+    covered = plotting.points_on_level(panel, base.mean(y_key)) if base else []
+    for points in seeds.values():
+        covered += plotting.points_on_error_bars(points)
+    return covered
+
+
+def draw_loss_parameters(configs: list[Configuration], measure: str):
+    """Loss against parameters: each configuration's mean with its label, and its seeds.
+
+    Of many, the best of each size is labelled.
+    """
+    y_key = "val/loss" if measure == "loss" else "val/bpb"
     shown = [c for c in configs if run_points(c, "params/total", y_key)]
     if len({c.mean("params/total") for c in shown}) < 2:
         return None
-    style = looks(shown)
-    names = short_labels(shown)
+    styles = plotting.configuration_styles(shown)
     base = baseline(shown, y_key)
-    fig = new_figure(9.5, 6.4)
-    spots = []
-    obstacles = []
-    panel = fig.subplots()
     size, unit = unit_of(max(c.mean("params/total") for c in shown), COUNT)
-    points = {
-        c.name: draw_point(panel, c, "params/total", y_key, size, style[c.name], opacity=0.55) for c in shown
-    }
+    fig = plotting.new_figure(9.5, 6.4)
+    panel = fig.subplots()
+    points = []
+    seeds = {}
+    means = {}
     for c in shown:
-        seeds = [
-            (run, run_value(run, "params/total") / size, run_value(run, y_key))
-            for run in c.runs
-            if finished(run) and run_value(run, y_key) is not None
-        ]
-        obstacles += [(x, y) for _, x, y in seeds] + fences(c, "params/total", y_key, size)
-        if len(seeds) > 1:
-            spots += [
-                (panel, x, y, f"{run.name}\n{c.name}, seed {run_seed(run)}\n{y_words} {y:.4f}")
-                for run, x, y in seeds
-            ]
-        spots.append((panel, *points[c.name], hover_text(c, measure)))
-    draw_band(panel, base.values(y_key) if base else [])
-    panel.set_xlabel(f"parameters ({unit})" if unit else "parameters")
-    panel.set_ylabel(y_words)
-    tidy(panel)
-    log_if_wide(panel.xaxis, [x for x, _ in points.values()])
+        seeds[c.name] = scaled(run_points(c, "params/total", y_key), size)
+        means[c.name] = plotting.draw_point(panel, seeds[c.name], styles[c.name], opacity=0.55)
+        if len(seeds[c.name]) > 1:
+            points += [(panel, x, y, text) for x, y, text in seed_texts(c, y_key, LOSS_WORDS[measure], size)]
+        points.append((panel, *means[c.name], hover_text(c, measure)))
+    plotting.draw_band(panel, base.values(y_key) if base else [])
+    panel.set_xlabel(plotting.with_unit("parameters", unit))
+    panel.set_ylabel(LOSS_WORDS[measure])
+    plotting.tidy(panel)
+    plotting.log_if_wide(panel.xaxis, [x for x, _ in means.values()])
     panel.margins(x=0.14)
-    cut_above(panel, [c.values(y_key) for c in shown], [base.mean(y_key)] if base else [])
-    legend_below(fig, shown, style, base)
-    named = (
-        shown if len(shown) <= FEW else best_by_key(shown, lambda c: c.mean("params/total"), y_key).values()
-    )
+    levels = [base.mean(y_key)] if base else []
+    plotting.limit_height(panel, [c.values(y_key) for c in shown], levels)
+    handles = plotting.rank_handles(panel, shown, styles)
+    plotting.legend_below(fig, handles + ([plotting.baseline_handle()] if base else []))
+
+    named = shown
+    if len(shown) > plotting.LABELLED:
+        named = list(best_by_key(shown, lambda c: c.mean("params/total"), y_key).values())
     fig.draw_without_rendering()
-    obstacles += [*points.values(), *across(panel, base and base.mean(y_key))]
-    label_points(fig, panel, [(*points[c.name], names[c.name]) for c in named], obstacles)
-    return fig, spots
+    texts = plotting.short_labels(shown)
+    covered = obstacles(panel, seeds, base, y_key) + [point for c in shown for point in seeds[c.name]]
+    plotting.label_points(panel, [(*means[c.name], texts[c.name]) for c in named], covered)
+    return fig, points
 
 
-# ---- one axis at a time ---------------------------------------------------------------------------------------------
+def seed_texts(config: Configuration, y_key: str, y_words: str, size: float) -> list[tuple]:
+    """(x, y, hover text) of each seed that has both numbers."""
+    texts = []
+    for run in filter(finished, config.runs):
+        x = run_value(run, "params/total")
+        y = run_value(run, y_key)
+        if x is not None and y is not None:
+            text = f"{run.name}\n{config.name}, seed {run_seed(run)}\n{y_words} {y:.4f}"
+            texts.append((x / size, y, text))
+    return texts
+
+
+# ---- one axis at a time ------------------------------------------------------------------------------------
 
 
 def draw_depth_rank(configs: list[Configuration], measure: str):
-    """Rows: depth, columns: rank; the mean and its spread in each cell."""
+    """Rows: depth, columns: rank; each cell has the mean and its spread.
+
+    None unless several depths have several ranks.
+    """
     y_key, y_words = MEASURES[measure]
     configs = [c for c in configs if not c.method]
     cells = best_by_key(configs, lambda c: (depth(c), rank_words(c)), y_key)
-    rows = sorted({layers for layers, _ in cells})
+    ranks_by_depth = Counter(layers for layers, _ in cells)
+    if len([count for count in ranks_by_depth.values() if count > 1]) < 2:
+        return None
+    rows = sorted(ranks_by_depth)
     columns = ranks_in_order(configs)
-    if sum(sum(layers == row for layers, _ in cells) > 1 for row in rows) < 2:
-        return None  # not a grid: at most one depth at which the rank varies
-    fig = new_figure(2.6 + 1.15 * len(columns), 1.9 + 0.62 * len(rows))
-    spots = []
+    grid = [[math.nan] * len(columns) for _ in rows]
+    for (layers, rank), c in cells.items():
+        grid[rows.index(layers)][columns.index(rank)] = c.mean(y_key)
+    means = [c.mean(y_key) for c in cells.values()]
+    best = min(means)
+    worst = max(means)
+    top = min(worst, best + 3 * (median_high(means) - best)) if len(means) > 2 else worst
+
+    fig = plotting.new_figure(2.6 + 1.15 * len(columns), 1.9 + 0.62 * len(rows))
     panel = fig.subplots()
-    grid = [
-        [cells[row, column].mean(y_key) if (row, column) in cells else math.nan for column in columns]
-        for row in rows
-    ]
-    means = sorted(c.mean(y_key) for c in cells.values())
-    top = min(means[-1], means[0] + 3 * (means[len(means) // 2] - means[0])) if len(means) > 2 else means[-1]
-    image = panel.imshow(
-        grid, cmap="cividis", vmin=means[0], vmax=max(top, means[0] * 1.0001), aspect="auto", origin="lower"
-    )
-    for (row, column), c in cells.items():
-        x = columns.index(column)
-        y = rows.index(row)
-        shade = image.norm(c.mean(y_key))
-        panel.text(
-            x,
-            y,
-            outcome(c, y_key).replace(" ± ", "\n± ").replace(" to ", "\nto ")
-            + (" †" if any_diverged(c, y_key) else ""),
-            ha="center",
-            va="center",
-            fontsize=8.5,
-            color="white" if shade < 0.55 else "black",
-        )
-        spots.append((panel, x, y, hover_text(c, measure)))
-    panel.set_xticks(
-        range(len(columns)), [plain(column.removeprefix("rank ")).replace(", ", "\n") for column in columns]
-    )
+    colours = {"cmap": "cividis", "vmin": best, "vmax": max(top, best * 1.0001)}
+    image = panel.imshow(grid, aspect="auto", origin="lower", **colours)
+    points = []
+    for (layers, rank), c in cells.items():
+        x = columns.index(rank)
+        y = rows.index(layers)
+        text = outcome(c, y_key).replace(" ± ", "\n± ").replace(" to ", "\nto ")
+        text += " †" if any_diverged(c, y_key) else ""
+        colour = "white" if image.norm(c.mean(y_key)) < 0.55 else "black"
+        panel.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour)
+        points.append((panel, x, y, hover_text(c, measure)))
+    ticks = [plotting.plain(rank.removeprefix("rank ")).replace(", ", "\n") for rank in columns]
+    panel.set_xticks(range(len(columns)), ticks)
     panel.set_yticks(range(len(rows)), rows)
-    panel.set_xlabel(
-        "rank"
-        + (
-            " († a seed diverged and is left out)"
-            if any(any_diverged(c, y_key) for c in cells.values())
-            else ""
-        )
-    )
+    has_diverged = any(any_diverged(c, y_key) for c in cells.values())
+    panel.set_xlabel("rank († a seed diverged and is left out)" if has_diverged else "rank")
     panel.set_ylabel("layers")
     panel.spines[:].set_visible(False)
-    fig.colorbar(image, ax=panel, label=y_words, extend="max" if means[-1] > top else "neither")
-    return fig, spots
+    fig.colorbar(image, ax=panel, label=y_words, extend="max" if worst > top else "neither")
+    return fig, points
 
 
 def draw_learning_rates(configs: list[Configuration], measure: str):
-    """A panel for each rate that varies while all else stays; a line for each rank and depth: of several the one with most rates."""
+    """A panel for each rate that varies while all else stays, and in it a line for each rank and depth."""
     y_key, y_words = MEASURES[measure]
     flags = sorted({key for c in configs for key in c.settings if key.endswith("_lr")})
-    scans = {flag: lines for flag in flags if (lines := rate_lines(configs, flag, y_key))}
+    scans = {flag: rate_lines(configs, flag, y_key) for flag in flags}
+    scans = {flag: lines for flag, lines in scans.items() if lines}
     if not scans:
         return None
-    style = looks(configs)
+    styles = plotting.configuration_styles(configs)
     depths = sorted({depth(c) for c in configs})
-    spots = []
-    fig = new_figure(min(12, 3 + 4.5 * len(scans)), 4.9)
+    points = []
+    fig = plotting.new_figure(min(12, 3 + 4.5 * len(scans)), 4.9)
     panels = fig.subplots(1, len(scans), sharey=True, squeeze=False)[0]
     for panel, (flag, lines) in zip(panels, scans.items()):
         for line in lines:
-            look = {**style[line[0].name], "linestyle": LINES[depths.index(depth(line[0])) % len(LINES)]}
-            draw_line(panel, [(c.settings[flag], c.values(y_key)) for c in line if c.values(y_key)], **look)
-            mark_at_top(panel, [c.settings[flag] for c in line if any_diverged(c, y_key)], look["color"])
-            if best := min(
-                (c for c in line if not any_diverged(c, y_key)), key=lambda c: c.mean(y_key), default=None
-            ):
-                panel.plot(
-                    best.settings[flag],
-                    best.mean(y_key),
-                    marker="o",
-                    markersize=13,
-                    markerfacecolor="none",
-                    color=look["color"],
-                    zorder=4,
-                )
-            spots += [
-                (panel, c.settings[flag], c.mean(y_key), hover_text(c, measure))
-                for c in line
-                if c.values(y_key)
-            ]
-        log_axis(panel.xaxis)
+            line_style = plotting.line_style(depths.index(depth(line[0])))
+            draw_rate_line(panel, line, flag, y_key, {**styles[line[0].name], "linestyle": line_style})
+            evaluated = [c for c in line if c.values(y_key)]
+            points += [(panel, c.settings[flag], c.mean(y_key), hover_text(c, measure)) for c in evaluated]
+        plotting.log_axis(panel.xaxis)
         rates = sorted({c.settings[flag] for line in lines for c in line})
         if len(rates) <= 8:
             panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
             panel.set_xticks([], minor=True)
         panel.set_xlabel(f"--{flag.replace('_', '-')}")
-        tidy(panel)
+        plotting.tidy(panel)
     shown = [c for lines in scans.values() for line in lines for c in line]
-    cut_above(panels[0], [c.values(y_key) for c in shown if c.values(y_key)])
+    plotting.limit_height(panels[0], [c.values(y_key) for c in shown if c.values(y_key)])
     panels[0].set_ylabel(y_words)
-    legend_below(fig, shown, style)
-    return fig, spots
+    plotting.legend_below(fig, plotting.rank_handles(panels[0], shown, styles))
+    return fig, points
+
+
+def draw_rate_line(panel, line: list[Configuration], flag: str, y_key: str, style: dict):
+    """The line, a ring around its best rate, and a × for each rate at which a seed diverged."""
+    evaluated = [(c.settings[flag], c.values(y_key)) for c in line if c.values(y_key)]
+    plotting.draw_line(panel, evaluated, **style)
+    plotting.mark_missing(panel, [c.settings[flag] for c in line if any_diverged(c, y_key)], style["color"])
+    stable = [c for c in line if not any_diverged(c, y_key)]
+    if stable:
+        best = min(stable, key=lambda c: c.mean(y_key))
+        ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "zorder": 4}
+        panel.plot(best.settings[flag], best.mean(y_key), color=style["color"], **ring)
 
 
 def rate_lines(configs: list[Configuration], flag: str, y_key: str) -> list[list[Configuration]]:
-    """Configurations that differ in this rate alone, by rate: for each rank and depth the line of most rates, then the one with the best."""
+    """Lines of configurations that differ in this rate alone, sorted by it.
+
+    For each rank and depth the line with the most rates, and of several such the one with the best result.
+    """
     lines = {}
     for c in configs:
         if is_finite(c.settings.get(flag)) and c.settings[flag] > 0:
-            rest = tuple(sorted((k, str(v)) for k, v in c.settings.items() if k != flag))
-            lines.setdefault(rest, []).append(c)
-    chosen = {}
+            others = tuple(sorted((key, str(setting)) for key, setting in c.settings.items() if key != flag))
+            lines.setdefault(others, []).append(c)
+    chosen = {}  # {(rank, depth): ((number of rates, -best result), line)}
     for line in lines.values():
-        of = rank_words(line[0]), depth(line[0])
-        worth = len(line), -min((c.mean(y_key) for c in line if c.values(y_key)), default=math.inf)
-        if len(line) > 1 and worth[1] > -math.inf and (of not in chosen or worth > chosen[of][0]):
-            chosen[of] = worth, sorted(line, key=lambda c: c.settings[flag])
+        means = [c.mean(y_key) for c in line if c.values(y_key)]
+        if len(line) > 1 and means:
+            shape = rank_words(line[0]), depth(line[0])
+            merit = len(line), -min(means)
+            if shape not in chosen or merit > chosen[shape][0]:
+                chosen[shape] = merit, sorted(line, key=lambda c: c.settings[flag])
     return [over_common_seeds(line) for _, line in chosen.values()]
 
 
 def over_common_seeds(line: list[Configuration]) -> list[Configuration]:
-    """The same over the seeds that all of them finished, if there are any: where a rate tuned on one seed is run on others, rates would else compare seeds."""
-    common = set.intersection(*({run_seed(run) for run in c.runs if finished(run)} for c in line))
-    return (
-        [replace(c, runs=tuple(run for run in c.runs if run_seed(run) in common)) for c in line]
-        if common
-        else line
-    )
+    """The line over the seeds that all its configurations finished; as it is where there are none.
+
+    Where a rate was tuned on one seed and then run on others, rates would else compare seeds.
+    """
+    common = set.intersection(*map(finished_seeds, line))
+    if not common:
+        return line
+    return [with_seeds(c, common) for c in line]
+
+
+def finished_seeds(config: Configuration) -> set[int]:
+    return {run_seed(run) for run in config.runs if finished(run)}
+
+
+def with_seeds(config: Configuration, seeds: set[int]) -> Configuration:
+    return replace(config, runs=tuple(run for run in config.runs if run_seed(run) in seeds))
+
+
+# ---- time to a perplexity ----------------------------------------------------------------------------------
 
 
 def draw_thresholds(configs: list[Configuration], measure: str):
-    """A panel a threshold (the hardest three): time to it against rank, a line for each depth and what is factored, full rank dashed.
+    """A panel a threshold (the hardest three): time to it against rank. None where too little is comparable.
 
-    Without models in which matrices have ranks of their own, which have no one rank, or an activation between the factors.
+    A line for each depth and combination of factored matrices; full rank is dashed. Left out: models in which
+    matrices have ranks of their own, so not one rank, and those with an activation between the factors.
     """
-    configs = [
-        c
-        for c in configs
-        if not c.settings.get("matrix_ranks") and c.settings.get("factor_act", "none") == "none"
-    ]
-    chosen = list(
-        best_by_key(
-            configs, lambda c: (factored_groups(c), depth(c), rank_words(c)), MEASURES[measure][0]
-        ).values()
-    )
-    low = [c for c in chosen if c.low_rank]
-    full = {depth(c): c for c in chosen if c.full_rank}
-    asked = [
-        p
-        for p in thresholds_of(chosen)
-        if sum(bool(times_to_perplexity(c, p)) for c in chosen) > 1
-        and any(times_to_perplexity(c, p) for c in low)
-    ][-3:]
-    if measure != "loss" or not asked or len({mean_rank(c) for c in low}) < 2 or not same_machine(configs):
+    y_key = MEASURES[measure][0]
+    configs = [c for c in configs if has_one_rank(c)]
+    shapes = best_by_key(configs, lambda c: (factored_groups(c), depth(c), rank_words(c)), y_key)
+    low = [c for c in shapes.values() if c.low_rank]
+    full = {depth(c): c for c in shapes.values() if c.full_rank}
+    thresholds = [p for p in thresholds_of(configs) if is_compared(p, list(shapes.values()))][-3:]
+    too_few = not thresholds or len({mean_rank(c) for c in low}) < 2
+    if measure != "loss" or too_few or not same_machine(configs):
         return None
-    series = {}
+    lines = {}
     for c in sorted(low, key=lambda c: (factored_groups(c), depth(c), mean_rank(c))):
-        series.setdefault((factored_groups(c), depth(c)), []).append(c)
-    references = [layers for layers in full if layers in {depth(c) for c in low}]
-    size, unit = unit_of(
-        max(fmean(times_to_perplexity(c, p)) for c in chosen for p in asked if times_to_perplexity(c, p)),
-        TIME,
-    )
-    fig = new_figure(max(6, 4 * len(asked)), 4.7)
-    spots = []
-    panels = fig.subplots(1, len(asked), squeeze=False)[0]
-    for panel, p in zip(panels, asked):
-        colours = {}  # of each depth: that of its first line
-        for i, ((parts, layers), line) in enumerate(series.items()):
-            color = COLOURS[i % len(COLOURS)]
-            colours.setdefault(layers, color if len(references) > 1 else BLACK)
-            reached = [c for c in line if times_to_perplexity(c, p)]
-            draw_line(
-                panel,
-                [(mean_rank(c), [t / size for t in times_to_perplexity(c, p)]) for c in reached],
-                color=color,
-                marker=MARKERS[i % len(MARKERS)],
-            )
-            mark_at_top(panel, [mean_rank(c) for c in line if c not in reached], color)
-            spots += [
-                (panel, mean_rank(c), fmean(times_to_perplexity(c, p)) / size, describe_time(c, p))
-                for c in reached
-            ]
-        for layers in references:
-            draw_band(panel, [t / size for t in times_to_perplexity(full[layers], p)], colours[layers])
-        panel.set_title(f"to perplexity {p:g}", fontsize=10.5)
-        one_rank = all(len(ranks := ranks_of(c)) == 1 and is_finite(*ranks) for c in low)
-        panel.set_xlabel("rank" if one_rank else "mean rank of the factored layers")
+        lines.setdefault((factored_groups(c), depth(c)), []).append(c)
+    low_depths = {depth(c) for c in low}
+    references = {layers: config for layers, config in full.items() if layers in low_depths}
+    times = [times_to_perplexity(c, threshold) for c in shapes.values() for threshold in thresholds]
+    size, unit = unit_of(max(map(fmean, filter(None, times))), TIME)
+
+    fig = plotting.new_figure(max(6, 4 * len(thresholds)), 4.7)
+    panels = fig.subplots(1, len(thresholds), squeeze=False)[0]
+    ranks = [ranks_of(c) for c in low]
+    one_number = all(len(distinct) == 1 and is_finite(*distinct) for distinct in ranks)
+    points = []
+    for panel, threshold in zip(panels, thresholds):
+        points += draw_times_to(panel, threshold, lines, references, size)
+        panel.set_title(f"to perplexity {threshold:g}", fontsize=10.5)
+        panel.set_xlabel("rank" if one_number else "mean rank of the factored layers")
         panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
-        tidy(panel)
-    panels[0].set_ylabel(f"training time ({unit})")
-    handles = [
-        panels[0].plot(
-            [],
-            [],
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            label=series_name(*of, series),
-        )[0]
-        for i, of in enumerate(series)
-    ]
+        plotting.tidy(panel)
+    panels[0].set_ylabel(plotting.with_unit("training time", unit))
+    handles = []
+    for i, line in enumerate(lines):
+        label = line_label(line, list(lines))
+        handles += panels[0].plot([], [], label=label, **plotting.colour_and_marker(i))
     if references:
-        handles += panels[0].plot(
-            [], [], color=GREY, linestyle="--", linewidth=1, label="full rank, same depth"
-        )
-    key_below(fig, handles)
-    return fig, spots
+        style = {"color": plotting.GREY, "linestyle": "--", "linewidth": 1}
+        handles += panels[0].plot([], [], label="full rank, same depth", **style)
+    plotting.legend_below(fig, handles)
+    return fig, points
 
 
-def describe_time(config: Configuration, threshold: float) -> str:
+def has_one_rank(config: Configuration) -> bool:
+    """Linear factors, of ranks that are not set matrix by matrix."""
+    return not config.settings.get("matrix_ranks") and config.settings.get("factor_act", "none") == "none"
+
+
+def is_compared(threshold: float, configs: list[Configuration]) -> bool:
+    """Whether two configurations reached the perplexity on every seed, one of them of low rank."""
+    reached = [c for c in configs if times_to_perplexity(c, threshold)]
+    return len(reached) > 1 and any(c.low_rank for c in reached)
+
+
+def draw_times_to(panel, threshold: float, lines: dict, references: dict, size: float) -> list[tuple]:
+    """Time to one perplexity: the lines, and full rank at each depth. Returns the points."""
+    colours = {}  # of each depth's reference: that of its first line
+    points = []
+    for i, ((_, layers), line) in enumerate(lines.items()):
+        style = plotting.colour_and_marker(i)
+        colours.setdefault(layers, style["color"] if len(references) > 1 else plotting.BLACK)
+        reached = [c for c in line if times_to_perplexity(c, threshold)]
+        times = [scaled_times(c, threshold, size) for c in reached]
+        ranks = [mean_rank(c) for c in reached]
+        plotting.draw_line(panel, list(zip(ranks, times)), **style)
+        missing = [mean_rank(c) for c in line if c not in reached]
+        plotting.mark_missing(panel, missing, style["color"])
+        texts = [describe_times(c, threshold) for c in reached]
+        points += [(panel, x, fmean(y), text) for x, y, text in zip(ranks, times, texts)]
+    for layers, config in references.items():
+        plotting.draw_band(panel, scaled_times(config, threshold, size), colours[layers])
+    return points
+
+
+def scaled_times(config: Configuration, threshold: float, size: float) -> list[float]:
+    """Times to a perplexity in units of `size` seconds."""
+    return [seconds / size for seconds in times_to_perplexity(config, threshold)]
+
+
+def describe_times(config: Configuration, threshold: float) -> str:
+    """Hover text: the mean time, and each seed's."""
     times = times_to_perplexity(config, threshold)
-    lines = [
-        f"seed {run_seed(run)}: {human(t, TIME)}" for run, t in zip(filter(finished, config.runs), times)
-    ]
+    runs = filter(finished, config.runs)
+    lines = [f"seed {run_seed(run)}: {human(seconds, TIME)}" for run, seconds in zip(runs, times)]
     return "\n".join([config.name, f"perplexity {threshold:g} after {human(fmean(times), TIME)}", *lines])
 
 
 def thresholds_of(configs: list[Configuration]) -> list[float]:
     """Perplexities that some run reached, easiest first."""
-    found = {
-        match[1]
-        for c in configs
-        for run in c.runs
-        for key in run.summary
-        if (match := re.fullmatch(r"time_to_ppl/([\d.]+)/seconds", key))
-    }
-    return sorted(map(float, found), reverse=True)
+    keys = {key for c in configs for run in c.runs for key in run.summary}
+    matches = [re.fullmatch(r"time_to_ppl/([\d.]+)/seconds", key) for key in keys]
+    return sorted((float(match[1]) for match in matches if match), reverse=True)
 
 
 def ranks_of(config: Configuration) -> set:
-    """What the factored ones of attention and MLP have: a number, or words where it varies over depth."""
+    """The ranks of attention and MLP where they are factored: numbers, or text if one varies over depth."""
     return {config.settings.get(key) for key in ("attn_rank", "mlp_rank")} - {0, None}
 
 
-def series_name(parts: tuple, layers: int, series: dict) -> str:
-    """What tells this line from the others."""
-    words = " and ".join(word for word, is_low in zip(("attention", "MLP", "head"), parts) if is_low)
-    words = words if len({p for p, _ in series}) > 1 else "low rank"
-    return words + (f", {layers} layers" if len({d for _, d in series}) > 1 else "")
+def line_label(line: tuple, lines: list[tuple]) -> str:
+    """What tells a line, (what is factored, layers), from the others."""
+    matrices, layers = line
+    label = "low rank"
+    if len({other for other, _ in lines}) > 1:
+        names = zip(("attention", "MLP", "head"), matrices)
+        label = " and ".join(name for name, is_factored in names if is_factored)
+    if len({other for _, other in lines}) > 1:
+        label += f", {layers} layers"
+    return label
 
 
-# ---- loss against time ----------------------------------------------------------------------------------------------
+# ---- loss against time -------------------------------------------------------------------------------------
 
 
 def draw_loss_time(configs: list[Configuration], measure: str):
-    """Curves of the baseline and the frontier of time, the others faint; how much sooner the fastest low-rank one reaches a perplexity."""
+    """Curves of the baseline and of the frontier of time; the others are faint.
+
+    An arrow shows how much sooner the fastest low-rank configuration reaches a perplexity.
+    """
     y_key = MEASURES[measure][0]
-    base = baseline(configs, MEASURES[measure][0])
     key = "val/" + measure
-    curves = {c.name: points for c in configs if len(points := mean_curve(c, key)) > 1}
-    configs = [c for c in configs if c.name in curves]
+    curves = {c.name: mean_curve(c, key) for c in configs}
+    base = baseline(configs, y_key)
+    configs = [c for c in configs if len(curves[c.name]) > 1]
     if len(configs) < 2 or not same_machine(configs):
         return None
-    base = base if base and base.name in curves else None
-    reading = sooner(configs, base) if base and measure == "loss" else None
-    wanted = [
-        base,
-        reading and reading[1],
-        *reversed(frontier(configs, "total_training_time", y_key)),
-        *configs[:CURVES],
-    ]
-    chosen = list({c.name: c for c in wanted if c}.values())[:CURVES]
-    size, unit = unit_of(max(curves[c.name][-1][0] for c in chosen), TIME)
-    fig = new_figure(9, 5.6)
-    spots = []
-    handles = []
-    names = {c.name: c.name.replace(rank_name(c.settings), rank_words(c)) for c in configs}
+    base = base if base in configs else None
+    speedup = fastest_low_rank(configs, base) if base and measure == "loss" else None
+    fastest = speedup[1] if speedup else None
+    front = frontier(configs, "total_training_time", y_key)
+    candidates = [base, fastest, *reversed(front), *configs[:COLOURED_CURVES]]
+    coloured = list({c.name: c for c in candidates if c}.values())[:COLOURED_CURVES]
+    longest = max(curves[c.name][-1][0] for c in coloured)
+    size, unit = unit_of(longest, TIME)
+    curves = {c.name: scaled(curves[c.name], size) for c in configs}
+    labels = {c.name: c.name.replace(rank_name(c.settings), rank_words(c)) for c in configs}
+
+    fig = plotting.new_figure(9, 5.6)
     panel = fig.subplots()
-    for c in configs:
-        if c.name not in [other.name for other in chosen]:
-            panel.plot(
-                [t / size for t, _ in curves[c.name]],
-                [loss for _, loss in curves[c.name]],
-                color="#bbbbbb",
-                linewidth=0.7,
-                zorder=1,
-            )
-    for i, c in enumerate(chosen):
-        times = [t / size for t, _ in curves[c.name]]
-        losses = [loss for _, loss in curves[c.name]]
-        handles += panel.plot(
-            times,
-            losses,
-            color=BLACK if c is base else COLOURS[i % (len(COLOURS) - 1)],
-            linestyle=LINES[i % len(LINES)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=4.5,
-            linewidth=1.6,
-            label=plain(names[c.name], 60) + (" (baseline)" if c is base else ""),
-        )
-        for t, loss in zip(times, losses):
-            reached = f"perplexity {math.exp(loss):.2f}" if measure == "loss" else f"{loss:.4f} bits per byte"
-            spots.append((panel, t, loss, f"{c.name}\nafter {human(t * size, TIME)}: {reached}"))
-    if limits := loss_limits([run for c in chosen for run in c.runs if finished(run)], [key]):
-        low, high = limits
-        panel.set_ylim(low, max(high, math.log(reading[0]) + 0.1 * (high - low)) if reading else high)
-    panel.set_xlim(0, 1.02 * max(curves[c.name][-1][0] for c in chosen) / size)
-    if reading:
-        p, fastest, ours, theirs = reading
-        level = math.log(p)
-        ratio = theirs / ours
-        panel.axhline(level, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
-        panel.annotate(
-            "",
-            (ours / size, level),
-            (theirs / size, level),
-            arrowprops={"arrowstyle": "->", "color": BLACK, "linewidth": 1.4},
-        )
-        words = f"{three_digits(ratio)}× sooner" if ratio >= 1 else f"{three_digits(1 / ratio)}× later"
-        panel.annotate(
-            f"{plain(names[fastest.name], 60)}\nreaches perplexity {p:g}\n{words} than the baseline",
-            (1, level),
-            (-4, 8),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            fontsize=9.5,
-            ha="right",
-            va="bottom",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-        )
-    if len(configs) > len(chosen):
-        handles += panel.plot(
-            [], [], color="#bbbbbb", linewidth=0.7, label=f"{len(configs) - len(chosen)} others"
-        )
-    panel.set_xlabel(f"training time ({unit})")
-    panel.set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
-    tidy(panel)
-    key_below(fig, handles, handlelength=3.2)
-    return fig, spots
+    others = [c for c in configs if c not in coloured]
+    for c in others:
+        plotting.draw_faint_line(panel, curves[c.name])
+    handles = []
+    points = []
+    for i, c in enumerate(coloured):
+        label = plotting.plain(labels[c.name], 60) + (" (baseline)" if c is base else "")
+        colour = plotting.BLACK if c is base else plotting.BRIGHT[i % len(plotting.BRIGHT)]
+        style = {"color": colour, "linestyle": plotting.line_style(i), "marker": plotting.marker(i)}
+        handles += panel.plot(*zip(*curves[c.name]), label=label, markersize=4.5, linewidth=1.6, **style)
+        for x, loss in curves[c.name]:
+            text = f"{c.name}\nafter {human(x * size, TIME)}: {quality_words(loss, measure)}"
+            points.append((panel, x, loss, text))
+    limits = loss_limits([run for c in coloured for run in c.runs if finished(run)], [key])
+    if limits:
+        panel.set_ylim(*limits)
+    panel.set_xlim(0, 1.02 * longest / size)
+    if speedup:
+        draw_speedup(panel, speedup, labels[fastest.name], size)
+    if others:
+        handles += panel.plot([], [], color=plotting.PALE_GREY, linewidth=0.7, label=f"{len(others)} others")
+    panel.set_xlabel(plotting.with_unit("training time", unit))
+    panel.set_ylabel(LOSS_WORDS[measure])
+    plotting.tidy(panel)
+    plotting.legend_below(fig, handles, handlelength=3.2)
+    return fig, points
+
+
+def quality_words(loss: float, measure: str) -> str:
+    return f"perplexity {math.exp(loss):.2f}" if measure == "loss" else f"{loss:.4f} bits per byte"
+
+
+def draw_speedup(panel, speedup: tuple, label: str, size: float):
+    """An arrow from the baseline's time to that of the fastest low-rank configuration, and what it says."""
+    threshold, _, low_rank_seconds, baseline_seconds = speedup
+    level = math.log(threshold)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, max(high, level + 0.1 * (high - low)))
+    panel.axhline(level, color=plotting.GREY, linewidth=0.9, linestyle=":", zorder=1)
+    arrow = {"arrowstyle": "->", "color": plotting.BLACK, "linewidth": 1.4}
+    panel.annotate("", (low_rank_seconds / size, level), (baseline_seconds / size, level), arrowprops=arrow)
+    ratio = baseline_seconds / low_rank_seconds
+    words = f"{three_digits(ratio)}× sooner" if ratio >= 1 else f"{three_digits(1 / ratio)}× later"
+    panel.annotate(
+        f"{plotting.plain(label, 60)}\nreaches perplexity {threshold:g}\n{words} than the baseline",
+        (1, level),
+        (-4, 8),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9.5,
+        ha="right",
+        va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    )
 
 
 def mean_curve(config: Configuration, key: str) -> list[tuple[float, float]]:
-    """[(seconds, loss)]: means over the finished runs, of the evaluations that all of them have."""
-    runs = []
+    """[(seconds, loss)]: means over the finished runs, at the evaluations that all of them have."""
+    evaluations = []
     for run in filter(finished, config.runs):
-        evaluations = series(run.history, "step", "total_training_time", key)
-        finite = [row for row in evaluations if is_finite(row[1]) and is_finite(row[2])]
-        runs.append({step: (time, loss) for step, time, loss in finite})
-    common = sorted(set.intersection(*map(set, runs))) if runs else []
-    return [(fmean(run[step][0] for run in runs), fmean(run[step][1] for run in runs)) for step in common]
+        rows = series(run.history, "step", "total_training_time", key)
+        finite = [row for row in rows if is_finite(row[1]) and is_finite(row[2])]
+        evaluations.append({step: (time, loss) for step, time, loss in finite})
+    curve = []
+    for step in sorted(set.intersection(*map(set, evaluations))) if evaluations else []:
+        times, losses = zip(*[run[step] for run in evaluations])
+        curve.append((fmean(times), fmean(losses)))
+    return curve
 
 
-def sooner(configs: list[Configuration], base: Configuration) -> tuple | None:
-    """(perplexity, configuration, its seconds, the baseline's): the fastest low-rank one to the hardest threshold that both reach."""
-    for p in reversed(thresholds_of(configs)):
-        reached = [
-            (fmean(times), c.name, c) for c in configs if c.low_rank and (times := times_to_perplexity(c, p))
-        ]
-        if reached and times_to_perplexity(base, p):
-            ours, _, fastest = min(reached)
-            return p, fastest, ours, fmean(times_to_perplexity(base, p))
+def fastest_low_rank(configs: list[Configuration], base: Configuration) -> tuple | None:
+    """(perplexity, configuration, its seconds, the baseline's): at the hardest threshold that both reach."""
+    for threshold in reversed(thresholds_of(configs)):
+        reached = [c for c in configs if c.low_rank and times_to_perplexity(c, threshold)]
+        if reached and times_to_perplexity(base, threshold):
+            fastest = min(reached, key=lambda c: (fmean(times_to_perplexity(c, threshold)), c.name))
+            seconds = [fmean(times_to_perplexity(c, threshold)) for c in (fastest, base)]
+            return threshold, fastest, *seconds
     return None

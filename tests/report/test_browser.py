@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium, from the file, as a colleague opens it: python -m pytest tests -m browser"""
+"""The page in a headless Chromium, opened from its file: python -m pytest tests -m browser"""
 
 import io
 import random
@@ -13,7 +13,10 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium; on Debian: apt-get install chromium"),
 ]
 
-EVIL = "</script><script>document.title='evil'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='evil'\">"
+EVIL = (
+    "</script><script>document.title='evil'</script>"
+    "<img src=http://127.0.0.1:9/x onerror=\"document.title='evil'\">"
+)
 HEADER = ["run", "depth", "attn rank", "perplexity", "training time", "note"]
 FILTERS = ["depth", "attn rank"]
 
@@ -71,7 +74,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """The browser with a page of a table and two pictures, from disk, pointer away; afterwards: no error and no request but for the file."""
+    """The browser with a page of a table and two pictures. Afterwards: no error, no other request."""
     blocks = [
         ("heading", "Runs"),
         runs_block(),
@@ -86,15 +89,11 @@ def opened(browser, tmp_path):
     browser.mouse(0, 0)
     browser.open(path.as_uri())
     yield browser
-    assert [
-        e["params"]
-        for e in browser.events
-        if e["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-    ] == []
-    asked = [
-        e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
-    ]
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    complaints = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert [event["params"] for event in browser.events if event["method"] in complaints] == []
+    requests = [event for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+    urls = [event["params"]["request"]["url"] for event in requests]
+    assert [url for url in urls if not url.startswith("data:")] == [path.as_uri()]
     assert browser.run("document.title") == "A study"
 
 
@@ -133,44 +132,33 @@ def test_a_click_sorts_numbers_by_value_and_missing_ones_last(opened):
     before = column(opened, "run")
     opened.click(*middle(opened, header("perplexity")))
     up = column(opened, "perplexity")
-    assert (
-        [float(x) for x in up[:-1]] == sorted(float(x) for x in up[:-1]) and up[-1] == "nan" and len(up) == 24
-    )
+    assert up[:-1] == sorted(up[:-1], key=float) and up[-1] == "nan" and len(up) == 24
     assert sorted_by(opened) == [None, None, None, "ascending", None, None]
     opened.click(*middle(opened, header("perplexity")))
     down = column(opened, "perplexity")
     assert down == up[-2::-1] + ["nan"] and sorted_by(opened)[3] == "descending"
     opened.click(*middle(opened, header("training time")))  # shown in minutes, sorted by seconds
     times = column(opened, "training time")
-    assert [float(x.split()[0]) for x in times[:-1]] == sorted(
-        float(x.split()[0]) for x in times[:-1]
-    ) and times[-1] == "–"
-    assert sorted_by(opened) == [None, None, None, None, "ascending", None] and sorted(
-        column(opened, "run")
-    ) == sorted(before)
+    minutes = [float(text.split()[0]) for text in times[:-1]]
+    assert minutes == sorted(minutes) and times[-1] == "–"
+    assert sorted_by(opened) == [None, None, None, None, "ascending", None]
+    assert sorted(column(opened, "run")) == sorted(before)
 
 
 def test_a_second_column_sorts_within_the_first_and_text_in_natural_order(opened):
     opened.click(*middle(opened, header("run")))
     names = column(opened, "run")
-    assert (
-        names.index("d4 r64 seed 1")
-        < names.index("d8 r16 seed 1")
-        < names.index("d8 r128 seed 1")
-        < names.index("d12 r0 seed 1")
-    )
+    in_order = ["d4 r64 seed 1", "d8 r16 seed 1", "d8 r128 seed 1", "d12 r0 seed 1"]
+    assert [name for name in names if name in in_order] == in_order
     opened.click(*middle(opened, header("attn rank")))
     assert column(opened, "attn rank") == [text for text in ("full", "16", "64", "128") for _ in range(6)]
-    assert [name for name in column(opened, "run") if "r16 " in name] == [
-        name for name in names if "r16 " in name
-    ]
+    of_rank_16 = [name for name in column(opened, "run") if "r16 " in name]
+    assert of_rank_16 == [name for name in names if "r16 " in name]
 
 
 def test_the_keyboard_sorts(opened):
     opened.run("document.querySelector('.runs input').focus()")
-    for _ in range(
-        2 + 1 + 1 + 3
-    ):  # the menus, the table, which may scroll, the headers up to the third: one more
+    for _ in range(7):  # two menus, the table, which may scroll, and four headers
         opened.key("Tab")
         if opened.run("document.activeElement.textContent") == "perplexity":
             break
@@ -207,8 +195,12 @@ def test_menus_and_free_text_filter_together(opened):
 def tip(browser):
     """(text, whether it lies inside the window), or None where no text is shown."""
     return browser.run(
-        "(() => { const t = document.querySelector('.tip'), b = t.getBoundingClientRect(); return b.height && !t.hidden"
-        " ? [t.textContent, b.left >= 0 && b.top >= 0 && b.right <= innerWidth && b.bottom <= innerHeight] : null; })()"
+        """(() => {
+            const tip = document.querySelector('.tip'), box = tip.getBoundingClientRect();
+            if (tip.hidden || !box.height) return null;
+            const across = box.left >= 0 && box.right <= innerWidth;
+            return [tip.textContent, across && box.top >= 0 && box.bottom <= innerHeight];
+        })()"""
     )
 
 
@@ -222,9 +214,8 @@ def test_pointing_at_a_mark_names_it_and_pointing_away_does_not(opened):
     assert opened.run("document.querySelectorAll('circle.on').length") == 1
     opened.mouse(x - 60, y - 60)
     assert tip(opened) is None
-    assert (
-        opened.run("document.querySelectorAll('.picture title').length") == 0
-    )  # the browser shows none of its own beside
+    # nothing that the browser would show beside it
+    assert opened.run("document.querySelectorAll('.picture title').length") == 0
 
 
 @pytest.mark.parametrize("width, height", [(320, 300), (700, 400), (1600, 1000)])
@@ -268,9 +259,7 @@ def test_without_javascript_it_is_a_plain_table_and_on_paper_too(opened):
     opened.send("Emulation.setScriptExecutionDisabled", value=True)
     opened.open(opened.run("location.href"))
     opened.send("Emulation.setScriptExecutionDisabled", value=False)
-    assert (
-        len(column(opened, "run")) == 24
-        and opened.run("document.querySelectorAll('.runs button').length") == 0
-    )
+    assert len(column(opened, "run")) == 24
+    assert opened.run("document.querySelectorAll('.runs button').length") == 0
     assert opened.run("document.querySelector('.runs form').offsetHeight") == 0
     assert opened.run("document.querySelector('.runs caption').textContent") == "24 rows"

@@ -13,8 +13,10 @@ import pytest
 
 from nanochat import metrics
 from nanochat.common import InputError
+from nanochat.report import comparable, run_tables
+from nanochat.report.configurations import configurations
 from nanochat.report.page import CSS
-from nanochat.report.run_figures import draw_all, loss_limits
+from nanochat.report.run_figures import draw_run_figures, labels_in_words, loss_limits
 from nanochat.units import BYTES, COUNT, FLOP, TIME, human, three_digits, unit_of
 from scripts import report
 
@@ -154,21 +156,21 @@ def lowrank(base, config=(), summary=(), **kwargs):
 
 
 def rows_of(*given):
-    """(rows of the result table by label, cells stripped; warnings; notes). A label that repeats gets its section in front."""
+    """(rows of the result table by "section: label", cells stripped; warnings; notes)."""
     runs = report.load_runs(list(given))
-    broken, warnings, notes = report.check_comparable(runs)
-    [(_, _, rows, _)] = report.result_tables(runs, broken)
-    found = {}
+    broken, warnings, notes = comparable.check_comparable(runs)
+    [(_, _, rows, _)] = run_tables.result_tables(runs, broken)
+    by_label = {}
     section = ""
     for row in rows:
         if len(row) == 1:
             section = row[0]
         else:
-            found[f"{section}: {row[0]}"] = [cell.strip() for cell in row[1:]]
-    return found, warnings, notes
+            by_label[f"{section}: {row[0]}"] = [cell.strip() for cell in row[1:]]
+    return by_label, warnings, notes
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,14 +194,8 @@ def test_units_for_people(value, ladder, text):
 
 
 def test_three_digits_never_uses_an_exponent():
-    assert [three_digits(x) for x in (0.05321, 0.9996, 1, 99.96, 1013.2, 0)] == [
-        "0.0532",
-        "1.00",
-        "1.00",
-        "100",
-        "1013",
-        "0",
-    ]
+    texts = [three_digits(x) for x in (0.05321, 0.9996, 1, 99.96, 1013.2, 0)]
+    assert texts == ["0.0532", "1.00", "1.00", "100", "1013", "0"]
 
 
 def test_values_and_ratios_are_the_hand_computed_ones(base):
@@ -208,10 +204,8 @@ def test_values_and_ratios_are_the_hand_computed_ones(base):
     rows, warnings, notes = rows_of("full", "lowrank")
     assert rows["Outcome: validation perplexity"] == ["20.00", "22.00 ×1.100"]
     assert rows["Outcome: validation bits per byte"] == ["1.1000", "1.1550 ×1.050"]
-    assert rows["Outcome: validation loss, nats/token"] == [
-        "3.0000",
-        "3.0900",
-    ]  # a ratio of logarithms says nothing
+    # a ratio of logarithms says nothing
+    assert rows["Outcome: validation loss, nats/token"] == ["3.0000", "3.0900"]
     assert rows["Parameters: total"] == ["5.24 M", "3.67 M ×0.700"]
     assert rows["Memory of a process: peak (whole process)"] == ["600 MiB", "540 MiB ×0.900"]
     assert rows["Training: time"] == ["2.67 min", "2.13 min ×0.800"]
@@ -224,9 +218,8 @@ def test_values_and_ratios_are_the_hand_computed_ones(base):
 
 def test_threshold_that_was_asked_for_and_not_reached(base):
     write_run(base, "full", history=[{"step": 50, "val/ppl": 62.0}])
-    write_run(
-        base, "lucky", {"flags.ppl_thresholds": "100"}, history=[{"step": 50, "val/ppl": 42.0}]
-    )  # 50 not asked for
+    not_asked = {"flags.ppl_thresholds": "100"}
+    write_run(base, "lucky", not_asked, history=[{"step": 50, "val/ppl": 42.0}])
     rows, _, _ = rows_of("full", "lucky")
     assert rows["To reach perplexity 50: time"] == ["not reached", "–"]
 
@@ -245,7 +238,7 @@ def test_repeated_seeds_are_not_called_single(base):
     assert notes == ["Different seed from one: two."]
 
 
-# ---- unlike runs ----------------------------------------------------------------------------------------------------
+# ---- unlike runs -------------------------------------------------------------------------------------------
 
 
 def has_ratio(rows, label):
@@ -256,13 +249,11 @@ def test_another_tokenizer_refuses_perplexity_but_not_bits_per_byte(base):
     write_run(base, "full")
     lowrank(base, {"derived.tokenizer_hash": "dd44", "derived.val_tokens": 90000})
     rows, warnings, _ = rows_of("full", "lowrank")
-    assert not has_ratio(rows, "Outcome: validation perplexity") and not has_ratio(
-        rows, "To reach perplexity 100: tokens"
-    )
+    for label in ("Outcome: validation perplexity", "To reach perplexity 100: tokens"):
+        assert not has_ratio(rows, label)
     assert has_ratio(rows, "Outcome: validation bits per byte") and has_ratio(rows, "Training: time")
-    assert (
-        len(warnings) == 1 and "comparable across tokenizers only on the same validation text" in warnings[0]
-    )
+    assert len(warnings) == 1
+    assert "comparable across tokenizers only on the same validation text" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -277,9 +268,8 @@ def test_another_or_unknown_validation_text_refuses_both(base, path, value):
     write_run(base, "full")
     lowrank(base, {path: value})
     rows, warnings, _ = rows_of("full", "lowrank")
-    assert not has_ratio(rows, "Outcome: validation perplexity") and not has_ratio(
-        rows, "Outcome: validation bits per byte"
-    )
+    for label in ("Outcome: validation perplexity", "Outcome: validation bits per byte"):
+        assert not has_ratio(rows, label)
     assert has_ratio(rows, "Parameters: total") and len(warnings) == 1
 
 
@@ -297,9 +287,8 @@ def test_another_machine_refuses_times_and_memory(base, path, value):
         "To reach perplexity 100: time",
     ):
         assert not has_ratio(rows, label)
-    assert has_ratio(rows, "Outcome: validation perplexity") and has_ratio(
-        rows, "To reach perplexity 100: tokens"
-    )
+    for label in ("Outcome: validation perplexity", "To reach perplexity 100: tokens"):
+        assert has_ratio(rows, label)
     assert len(warnings) == 1 and "memory" in warnings[0]
 
 
@@ -314,16 +303,8 @@ def test_only_the_odd_run_loses_its_ratios(base):
 
 def test_other_differences_are_noted(base):
     write_run(base, "full")
-    lowrank(
-        base,
-        {
-            "derived.tokens": 1,
-            "derived.total_batch_size": 2,
-            "seed": 3,
-            "git.commit": "abc",
-            "git.dirty": True,
-        },
-    )
+    git = {"git.commit": "abc", "git.dirty": True}
+    lowrank(base, {"derived.tokens": 1, "derived.total_batch_size": 2, "seed": 3, **git})
     _, warnings, notes = rows_of("full", "lowrank")
     text = "\n".join(notes)
     assert warnings == []
@@ -350,7 +331,7 @@ def test_unfinished_run_shows_its_newest_values_without_final_ratios(base):
     assert any("lowrank is unfinished" in note for note in notes)
 
 
-# ---- the files ------------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -389,9 +370,8 @@ def test_everything_is_written_and_the_page_needs_nothing_else(base, capsys):
     (base / "runs" / "lowrank").rename(base / "runs" / name)
     report.main(["full", name, "--out", str(base / "out" / "deep")])
     out = base / "out" / "deep"
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        [*FIGURES, "report.md", "report.csv", "report.html"]
-    )
+    files = [*FIGURES, "report.md", "report.csv", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(files)
     for figure in FIGURES:
         png_size((out / figure).read_bytes())
 
@@ -409,10 +389,8 @@ def test_everything_is_written_and_the_page_needs_nothing_else(base, capsys):
     table = [line for line in markdown.splitlines() if line.startswith("| ")]
     assert any("22.00 ×1.100" in line for line in table)
     printed = capsys.readouterr().out
-    assert (
-        "22.00 ×1.100" in printed
-        and len({len(line) for line in printed.splitlines() if line.startswith("|")}) == 1
-    )
+    assert "22.00 ×1.100" in printed
+    assert len({len(line) for line in printed.splitlines() if line.startswith("|")}) == 1
 
     with open(out / "report.csv", newline="") as f:
         full, low = csv.DictReader(f)
@@ -422,7 +400,7 @@ def test_everything_is_written_and_the_page_needs_nothing_else(base, capsys):
 
 
 def test_warning_stands_at_the_top_of_the_page(base, capsys, monkeypatch):
-    monkeypatch.setattr(report, "draw_all", lambda runs, measure: dict.fromkeys(FIGURES, bytes(24)))
+    monkeypatch.setattr(report, "draw_run_figures", lambda runs, measure: dict.fromkeys(FIGURES, bytes(24)))
     write_run(base, "full")
     lowrank(base, {"derived.tokenizer_hash": "dd44"})
     report.main(["full", "lowrank", "--out", str(base / "out")])
@@ -435,7 +413,22 @@ def test_figures_for_one_two_and_many_runs(base, count):
     for i in range(count):
         write_run(base, f"run_{i}", summary={"params/total": 5e6 + 2e5 * i, "val/ppl": 20.0 - 0.1 * i})
     runs = report.load_runs([f"run_{i}" for i in range(count)])
-    assert all(png_size(data)[0] > 1000 for data in draw_all(runs, "loss").values())
+    assert all(png_size(data)[0] > 1000 for data in draw_run_figures(runs, "loss").values())
+
+
+def test_labels_of_the_figures_are_words_where_they_tell_the_runs_apart(base):
+    write_run(base, "full")
+    lowrank(base)
+    write_run(base, "quarter", LOW_64)
+    write_run(base, "same", {"flags.new_flag": "x" * 40})
+    runs = report.load_runs(["full", "lowrank", "quarter"])
+    words = {"full": "full rank", "lowrank": "low rank, attn 85", "quarter": "low rank, r = d/4"}
+    assert labels_in_words(configurations(runs)) == words
+    runs = report.load_runs(["full", "same"])
+    assert labels_in_words(configurations(runs))["same"] == "same"  # its words would be too long
+    report.main(["full", "quarter", "--out", str(base / "out")])
+    markdown = (base / "out/report.md").read_text("utf-8")
+    assert "- **low rank, r = d/4** is the run quarter" in markdown
 
 
 def test_broken_and_empty_runs_still_give_a_report(base, capsys):
@@ -453,21 +446,20 @@ def test_broken_and_empty_runs_still_give_a_report(base, capsys):
 def test_many_runs_become_rows(base):
     for i in range(6):
         write_run(base, f"r{i}")
-    runs = report.load_runs([f"r{i}" for i in range(6)])
-    blocks = report.result_tables(runs, report.check_comparable(runs)[0])
-    tables = [block for block in blocks if block[0] == "table"]
+    tags = [f"r{i}" for i in range(6)]
+    runs = report.load_runs(tags)
+    blocks = run_tables.result_tables(runs, comparable.check_comparable(runs)[0])
+    row_lists = [block[2] for block in blocks if block[0] == "table"]
     assert [block[1] for block in blocks if block[0] == "subheading"][:2] == ["Outcome", "Parameters"]
-    assert all([row[0] for row in rows] == [f"r{i}" for i in range(6)] for _, _, rows, _ in tables)
-    assert tables[1][2][1][1] == "5.24 M ×1.000"
+    for rows in row_lists:
+        assert [row[0] for row in rows] == tags
+    assert row_lists[1][1][1] == "5.24 M ×1.000"
 
 
 def test_loss_axis_is_not_stretched_by_the_start_or_by_a_diverged_run(base):
     write_run(base, "full")
-    write_run(
-        base,
-        "diverged",
-        history=[{"total_tokens": 1000 * s, "step": s, "val/loss": 9.0 + 100 * s} for s in range(5)],
-    )
+    rising = [{"total_tokens": 1000 * s, "step": s, "val/loss": 9.0 + 100 * s} for s in range(5)]
+    write_run(base, "diverged", history=rising)
     full, diverged = report.load_runs(["full", "diverged"])
     low, high = loss_limits([full], ["val/loss"])
     assert 2.5 < low < 3.01 and 3.9 < high < 4.2  # from the second evaluation, 3.94, on; it started at 8
@@ -475,114 +467,84 @@ def test_loss_axis_is_not_stretched_by_the_start_or_by_a_diverged_run(base):
     assert unit_of(0, TIME) == (1, "s")
 
 
-# ---- a study --------------------------------------------------------------------------------------------------------
+# ---- a sweep -----------------------------------------------------------------------------------------------
 
 
-def write_study(base, seeds=(1, 2, 3), **low_config):
-    """Full rank and rank 64, some seeds of each: the low-rank runs cost 2 % of perplexity and need 3/4 of the time. Their tags."""
+LOW_64 = {
+    "flags.attn_rank": 64,
+    "flags.mlp_rank": 64,
+    "derived.model.attn_ranks": [64] * 4,
+    "derived.model.mlp_ranks": [64] * 4,
+}
+
+
+def write_sweep(base, seeds=(1, 2, 3), **low_config):
+    """Full rank and rank 64, some seeds of each. Returns the tags.
+
+    The low-rank runs have 2% more perplexity and take 3/4 of the time.
+    """
     tags = []
     for i, seed in enumerate(seeds):
-        for kind, slower, share, config in (
-            ("full", 1, 1, {}),
-            (
-                "low",
-                0.75,
-                1.02,
-                {
-                    "flags.attn_rank": 64,
-                    "derived.model.attn_ranks": [64] * 4,
-                    "flags.mlp_rank": 64,
-                    "derived.model.mlp_ranks": [64] * 4,
-                    **low_config,
-                },
-            ),
-        ):
-            ppl = (20 + 0.3 * i) * share * (1 + 0.001 * (i % 2))
-            history = [
-                {
-                    "step": s,
-                    "total_tokens": 4096 * s,
-                    "total_training_time": 0.8 * s * slower,
-                    "train/dt": (0.8 + 0.001 * i * s) * slower,
-                    **(
-                        {"val/loss": math.log(ppl) * (1 + 20 / s), "val/bpb": 1.1 + 1 / s}
-                        if s % 10 == 0
-                        else {}
-                    ),
-                }
-                for s in range(1, 41)
-            ]
-            write_run(
-                base,
-                f"{kind}_{seed}",
-                {"seed": seed, "flags.seed": seed, **config},
-                {
-                    "val/ppl": ppl,
-                    "val/loss": math.log(ppl),
-                    "val/bpb": math.log2(ppl) / 4,
-                    "total_training_time": 160 * slower,
-                    "params/total": 5e6 if kind == "full" else 3e6,
-                    "mem/peak_bytes": (600 - 50 * (kind == "low")) * 2**20,
-                },
-                history,
-            )
-            tags.append(f"{kind}_{seed}")
+        ppl = (20 + 0.3 * i) * (1 + 0.001 * (i % 2))
+        step_times = [0.8 + 0.001 * i * step for step in range(1, 41)]
+        seeded = {"seed": seed, "flags.seed": seed}
+        full = {"params/total": 5e6, "mem/peak_bytes": 600 * 2**20, "total_training_time": 160}
+        write_sweep_run(base, f"full_{seed}", seeded, full, ppl, step_times)
+        low = {"params/total": 3e6, "mem/peak_bytes": 550 * 2**20, "total_training_time": 120}
+        step_times = [0.75 * seconds for seconds in step_times]
+        write_sweep_run(base, f"low_{seed}", seeded | LOW_64 | low_config, low, 1.02 * ppl, step_times)
+        tags += [f"full_{seed}", f"low_{seed}"]
     return tags
 
 
-def test_study_gives_verdict_figures_table_and_flags(base, capsys):
-    tags = write_study(base)
+def write_sweep_run(base, tag, config, summary, ppl, step_times):
+    """A run that is evaluated every ten steps and ends at a perplexity."""
+    history = []
+    for step, seconds in enumerate(step_times, 1):
+        row = {"step": step, "total_tokens": 4096 * step, "total_training_time": step_times[0] * step}
+        row["train/dt"] = seconds
+        if step % 10 == 0:
+            row |= {"val/loss": math.log(ppl) * (1 + 20 / step), "val/bpb": 1.1 + 1 / step}
+        history.append(row)
+    quality = {"val/ppl": ppl, "val/loss": math.log(ppl), "val/bpb": math.log2(ppl) / 4}
+    write_run(base, tag, config, summary | quality, history)
+
+
+def line_of(markdown, begin, after=""):
+    """The first line that begins so, in the part of a report that begins with `after`."""
+    lines = markdown[markdown.index(after) :].splitlines()
+    return next(line for line in lines if line.startswith(begin))
+
+
+def test_a_sweep_gets_verdict_figures_table_and_flags(base, capsys):
+    tags = write_sweep(base)
     report.main([*tags, "--out", str(base / "out"), "--margin-ppl", "0.03"])
     out = base / "out"
     markdown, html = ((out / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
     assert markdown.startswith("# Training report: 2 configurations, 6 runs")
-    order = [
-        markdown.index(text)
-        for text in (
-            "## The verdict",
-            "## Figures",
-            "### Configurations",
-            "### Runs",
-            "### On a frontier",
-            "## What was compared",
-        )
-    ]
-    assert order == sorted(order)
+    headings = ["## The verdict", "## Figures", "### Configurations", "### Runs", "### On a frontier"]
+    places = [markdown.index(heading) for heading in [*headings, "## What was compared"]]
+    assert places == sorted(places)
     assert "### H2: supported" in markdown and "### H1: supported" in markdown
     assert "n = 3 seeds" in markdown
-    row = next(
-        line
-        for line in markdown.split("### Runs")[0].split("### Configurations")[1].splitlines()
-        if line.startswith("| attn 64, mlp 64")
-    )
+    row = line_of(markdown, "| attn 64, mlp 64", after="### Configurations")
     low = [1.02 * ppl for ppl in (20, 20.3 * 1.001, 20.6)]
     mean = sum(low) / 3
-    sd = math.sqrt(sum((p - sum(low) / 3) ** 2 for p in low) / 2)
+    sd = math.sqrt(sum((p - mean) ** 2 for p in low) / 2)
     assert f"{mean:.2f} ± {sd:.2f} ×1.020" in row and "×0.600" in row and "×0.750" in row
-    flags = next(
-        line
-        for line in markdown.split("### On a frontier")[1].splitlines()
-        if line.startswith("| attn 64, mlp 64")
-    )
-    assert (
-        "--attn-rank 64" in flags
-        and "--mlp-rank 64" in flags
-        and "--seed" not in flags
-        and "--model-tag" not in flags
-    )
+    flags = line_of(markdown, "| attn 64, mlp 64", after="### On a frontier")
+    assert "--attn-rank 64" in flags and "--mlp-rank 64" in flags
+    assert "--seed" not in flags and "--model-tag" not in flags
     assert "full_1" in html and "attn 64, mlp 64" in html and html.count("<select") >= 2 and "<circle" in html
 
     with open(out / "report.csv", newline="") as f:
         rows = {row["run"]: row for row in csv.DictReader(f)}
-    assert {rows[f"low_{s}"]["configuration"] for s in (1, 2, 3)} == {"attn 64, mlp 64"}
-    assert (
-        all(rows[f"low_{s}"]["pair"] == rows[f"full_{s}"]["pair"] for s in (1, 2, 3))
-        and len({row["pair"] for row in rows.values()}) == 3
-    )
+    pairs = [(rows[f"low_{s}"], rows[f"full_{s}"]) for s in (1, 2, 3)]
+    assert {low["configuration"] for low, _ in pairs} == {"attn 64, mlp 64"}
+    assert all(low["pair"] == full["pair"] for low, full in pairs)
+    assert len({row["pair"] for row in rows.values()}) == 3
     # H2 by hand from the CSV: the mean of the pairs' log ratios
-    logs = [
-        math.log(float(rows[f"low_{s}"]["val/ppl"]) / float(rows[f"full_{s}"]["val/ppl"])) for s in (1, 2, 3)
-    ]
+    logs = [math.log(float(low["val/ppl"]) / float(full["val/ppl"])) for low, full in pairs]
     assert f"{math.exp(sum(logs) / 3):.4f}" in markdown.split("### H2")[1].split("### H3")[0]
     assert float(rows["low_1"]["step_time"]) == pytest.approx(0.6)
     printed = capsys.readouterr().out
@@ -590,16 +552,15 @@ def test_study_gives_verdict_figures_table_and_flags(base, capsys):
 
 
 def no_figures(monkeypatch):
-    monkeypatch.setattr(
-        report,
-        "study_figures",
-        lambda configs, measure: {"frontier.png": (bytes(24), [])} if measure == "loss" else {},
-    )
+    def figures(configs, measure):
+        return {"frontier.png": (bytes(24), [])} if measure == "loss" else {}
+
+    monkeypatch.setattr(report, "draw_sweep_figures", figures)
 
 
-def test_study_leaves_out_and_lists_what_is_unfinished(base, monkeypatch):
+def test_a_sweep_leaves_out_and_lists_what_is_unfinished(base, monkeypatch):
     no_figures(monkeypatch)
-    tags = write_study(base)
+    tags = write_sweep(base)
     write_run(
         base,
         "going",
@@ -610,44 +571,33 @@ def test_study_leaves_out_and_lists_what_is_unfinished(base, monkeypatch):
     report.main([*tags, "going", "--out", str(base / "out")])
     markdown = (base / "out" / "report.md").read_text("utf-8")
     assert "left out of the verdict, the means and the figures: going." in markdown
-    row = next(line for line in markdown.splitlines() if line.startswith("| going"))
+    row = line_of(markdown, "| going")
     assert "unfinished (step 40 of 200)" in row and "1.50" not in row
     assert not [line for line in markdown.split("### Runs")[0].splitlines() if "1.50 " in line]
 
 
-def test_study_names_what_diverged_on_every_seed(base):
+def test_a_sweep_names_what_diverged_on_every_seed(base):
+    nothing = {"val/ppl": math.nan, "val/loss": math.nan, "val/bpb": math.nan}
     for seed in (1, 2):
-        write_run(
-            base,
-            f"wild_{seed}",
-            {"seed": seed, "flags.seed": seed},
-            {"val/ppl": math.nan, "val/loss": math.nan, "val/bpb": math.nan},
-        )
+        write_run(base, f"wild_{seed}", {"seed": seed, "flags.seed": seed}, nothing)
     report.main(["wild_1", "wild_2", "--out", str(base / "out")])
     markdown = (base / "out" / "report.md").read_text("utf-8")
-    assert (
-        "Diverged on every seed, so without a mean: full rank." in markdown
-        and "| nan" in markdown.replace("  ", "")
-    )
+    assert "Diverged on every seed, so without a mean: full rank." in markdown
+    assert "| nan" in markdown.replace("  ", "")
 
 
-def test_study_of_two_tokenizers_compares_bits_per_byte_and_gives_no_verdict(base, monkeypatch):
+def test_a_sweep_of_two_tokenizers_compares_bits_per_byte_and_gives_no_verdict(base, monkeypatch):
     no_figures(monkeypatch)
-    report.main(
-        [
-            *write_study(base, **{"derived.tokenizer_hash": "dd44", "derived.val_tokens": 90000}),
-            "--out",
-            str(base / "out"),
-        ]
-    )
+    tags = write_sweep(base, **{"derived.tokenizer_hash": "dd44", "derived.val_tokens": 90000})
+    report.main([*tags, "--out", str(base / "out")])
     markdown = (base / "out" / "report.md").read_text("utf-8")
     assert "No verdict:" in markdown and "frontier.png" not in markdown and "## The verdict" not in markdown
-    header = next(line for line in markdown.split("### Runs")[1].splitlines() if line.startswith("| run"))
+    header = line_of(markdown, "| run", after="### Runs")
     assert "bits per byte" in header and "perplexity" not in header
 
 
 def test_few_runs_of_both_kinds_get_the_verdict_below_their_table(base, monkeypatch):
-    monkeypatch.setattr(report, "draw_all", lambda runs, measure: dict.fromkeys(FIGURES, bytes(24)))
+    monkeypatch.setattr(report, "draw_run_figures", lambda runs, measure: dict.fromkeys(FIGURES, bytes(24)))
     write_run(base, "full")
     lowrank(base)
     report.main(["full", "lowrank", "--out", str(base / "out")])
@@ -662,7 +612,7 @@ def test_runs_of_wandb_join_those_of_folders(base, monkeypatch):
     no_figures(monkeypatch)
     from nanochat.report import wandb_import
 
-    tags = write_study(base)
+    tags = write_sweep(base)
     asked = []
     fetched = [metrics.load_run(base / "runs" / tag) for tag in tags if tag.startswith("low")]
     monkeypatch.setattr(wandb_import, "runs_from_wandb", lambda spec: asked.append(spec) or fetched)
@@ -676,17 +626,15 @@ def test_runs_of_wandb_join_those_of_folders(base, monkeypatch):
         report.main(["low_1", "--from-wandb", "me/low-rank", "--out", str(base / "again")])
 
 
-def test_study_that_cannot_be_made_is_one_line_and_writes_nothing(base):
-    tags = write_study(base, seeds=(1, 2))
+def test_a_sweep_that_cannot_be_made_is_one_line_and_writes_nothing(base):
+    tags = write_sweep(base, seeds=(1, 2))
     for i in range(2):
         write_run(base, f"other_{i}", {"derived.corpus.val_fingerprint": "ee55", "seed": i, "flags.seed": i})
         write_run(base, f"going_{i}", {"seed": i, "flags.seed": i}, {"status": "running"}, history=[])
     out = ["--out", str(base / "out")]
+    other_text = "other_0, other_1: not evaluated, on record, on the validation text of full_1"
     for argv, words in (
-        (
-            [*tags, "other_0", "other_1", *out],
-            "other_0, other_1: not evaluated, on record, on the validation text of full_1",
-        ),
+        ([*tags, "other_0", "other_1", *out], other_text),
         (["going_0", "going_1", *out], "none of the 2 runs is finished"),
         ([*tags, "--margin-time", "1.5", *out], "--margin-time 1.5"),
         ([*tags, "--confidence", "95", *out], "--confidence 95"),
@@ -698,7 +646,7 @@ def test_study_that_cannot_be_made_is_one_line_and_writes_nothing(base):
     assert not (base / "out").exists()
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_one_line_and_writes_nothing(base, monkeypatch):
@@ -728,10 +676,8 @@ def test_bad_input_is_one_line_and_writes_nothing(base, monkeypatch):
 def test_runs_of_one_name_from_two_places_are_told_apart(base):
     write_run(base, "full")
     other = write_run(base / "elsewhere", "full")
-    assert [run.name for run in report.load_runs(["full", str(other)])] == [
-        str(base / "runs" / "full"),
-        str(other),
-    ]
+    names = [run.name for run in report.load_runs(["full", str(other)])]
+    assert names == [str(base / "runs" / "full"), str(other)]
 
 
 def test_command_line_exits_with_2_and_needs_no_torch(base):
@@ -742,11 +688,8 @@ def test_command_line_exits_with_2_and_needs_no_torch(base):
     done = subprocess.run(
         [sys.executable, "-c", code, "nope", "--out", str(base / "out")], capture_output=True, text=True
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("error: no run 'nope'")
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no run 'nope'")
 
 
 def test_no_text_of_a_run_is_a_formula_in_the_csv(base):
@@ -759,11 +702,8 @@ def test_no_text_of_a_run_is_a_formula_in_the_csv(base):
     report.main(["full", "--out", str(base / "out")])
     with open(base / "out/report.csv", newline="") as f:
         [row] = csv.DictReader(f)
-    assert (
-        row["flags.data"] == "'=cmd|' /C calc'!A0"
-        and row["flags.=x"] == "'+1+1"
-        and row["note"] == "' @SUM(A1)"
-    )
+    assert row["flags.data"] == "'=cmd|' /C calc'!A0"
+    assert row["flags.=x"] == "'+1+1" and row["note"] == "' @SUM(A1)"
     assert row["low"] == "-1.5" and row["flags.lr"] == "'-0.5"
 
 
@@ -771,17 +711,11 @@ def test_runs_with_steps_that_were_not_applied_are_named_in_notes_table_and_verd
     base, monkeypatch, capsys
 ):
     no_figures(monkeypatch)
-    tags = write_study(base)
-    write_run(
-        base, "half", {"flags.attn_rank": 64, "seed": 8, "flags.seed": 8}, {"step": 30, "train/bad_steps": 15}
-    )
-    write_run(
-        base,
-        "wild",
-        {"flags.attn_rank": 64, "seed": 9, "flags.seed": 9},
-        {"status": "diverged", "step": 40, "train/bad_steps": 11},
-        history=[],
-    )
+    tags = write_sweep(base)
+    low = {"flags.attn_rank": 64}
+    write_run(base, "half", {**low, "seed": 8, "flags.seed": 8}, {"step": 30, "train/bad_steps": 15})
+    summary = {"status": "diverged", "step": 40, "train/bad_steps": 11}
+    write_run(base, "wild", {**low, "seed": 9, "flags.seed": 9}, summary, history=[])
     report.main([*tags, "half", "wild", "--out", str(base / "out")])
     half = "half: 15 of 30 steps not applied: loss or gradient not finite."
     wild = (
@@ -792,19 +726,11 @@ def test_runs_with_steps_that_were_not_applied_are_named_in_notes_table_and_verd
     for note in (half, wild):
         assert f"> **Warning:** {note}" in markdown.split("### H1")[0] and f"- {note}" in markdown
         assert f"> **Warning:** {note}" in capsys.readouterr().out or note == wild
-    cells = {
-        line.split()[1]: line
-        for line in markdown.split("### Runs")[1].splitlines()
-        if line.startswith("| ") and " steps not applied" in line
-    }
-    assert (
-        "finished, 15 steps not applied" in cells["half"]
-        and "diverged (step 40 of 200), 11 steps not applied" in cells["wild"]
-    )
+    assert "finished, 15 steps not applied" in line_of(markdown, "| half", after="### Runs")
+    row = line_of(markdown, "| wild", after="### Runs")
+    assert "diverged (step 40 of 200), 11 steps not applied" in row
     assert "left out of the verdict, the means and the figures: wild." in markdown
-    assert not any(
-        note.endswith("applied") for run in report.load_runs(tags) for note in report.divergence_notes([run])
-    )
+    assert comparable.divergence_notes(report.load_runs(tags)) == []
 
     report.main(["half", "wild", "--out", str(base / "few")])
     table = (base / "few/report.md").read_text("utf-8")

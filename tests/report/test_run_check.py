@@ -6,7 +6,7 @@ import random
 
 import pytest
 from conftest import ODD
-from test_report import base, write_study  # noqa: F401  a fixture
+from test_report import base, write_sweep  # noqa: F401  a fixture
 
 from nanochat import metrics
 from nanochat.common import InputError
@@ -53,7 +53,7 @@ def changed(tree, path, value):
 
 
 def test_no_value_of_a_run_raises_more_than_a_line_in_the_report(base):  # noqa: F811
-    tags = write_study(base)
+    tags = write_sweep(base)
     first = metrics.load_run(base / "runs" / tags[0])
     whole = {**first.config, "summary": first.summary}
     rng = random.Random(0)
@@ -75,17 +75,18 @@ def outcome(tags) -> bool:
     try:
         runs = report.load_runs(tags)
         configs = configurations(runs)
-        broken, *_ = report.check_comparable(runs)
+        broken, *_ = report.comparable.check_comparable(runs)
         blocks = [
             *result_tables(runs, broken),
             *setup_tables(runs),
             *equal_cost_table(configs),
             *report.judge(configs, {}),
-            report.runs_table(configs, "loss"),
-            *report.configurations_table(configs, "loss"),
+            report.sweep_tables.runs_table(configs, "loss"),
+            *report.sweep_tables.configurations_table(configs, "loss"),
         ]
         to_markdown(blocks)
-        to_csv(runs, {run.name: c.name for c in configs for run in c.runs}, report.pair_keys(configs))
+        names = {run.name: c.name for c in configs for run in c.runs}
+        to_csv(runs, names, report.csv_export.pair_keys(configs))
         return True
     except InputError as e:
         assert "\n" not in str(e) and len(str(e)) < 500
@@ -94,7 +95,7 @@ def outcome(tags) -> bool:
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
 def test_a_file_of_a_thousand_lists_in_one_another_is_damaged(base, name):  # noqa: F811
-    [tag, *_] = write_study(base)
+    [tag, *_] = write_sweep(base)
     path = base / "runs" / tag / name
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content)[:-1] + ', "new": ' + "[" * 900 + "]" * 900 + "}")

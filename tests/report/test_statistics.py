@@ -7,8 +7,8 @@ from test_report import base, write_run  # noqa: F401  a fixture
 
 from nanochat.metrics import Run
 from nanochat.naming import base_name
-from nanochat.report import adapter_figures
-from nanochat.report.adapter_figures import d90_rows, mean_steps, method_section, rho_words, trained_part
+from nanochat.report import plotting
+from nanochat.report.adapter_figures import adapter_section, d90_rows, draw_trained, mean_steps, rho_words
 from nanochat.report.configurations import configurations
 from nanochat.report.csv_export import pair_keys
 from nanochat.report.statistics import (
@@ -235,15 +235,15 @@ RANKS = {"adalora/ranks": {"blocks.0.attn.q": 1, "blocks.1.mlp.up": 3}}
     ],
 )
 def test_only_the_pictures_that_the_runs_give_reason_for(runs, names, monkeypatch):
-    monkeypatch.setattr("nanochat.report.adapter_figures.finish", lambda fig, spots: (b"", spots))
-    blocks, figures = method_section(configurations(runs), "loss")
+    monkeypatch.setattr("nanochat.report.plotting.png_with_hotspots", lambda fig, spots: (b"", spots))
+    blocks, figures = adapter_section(configurations(runs), "loss")
     assert figures.keys() == names
     assert [b[1] for b in blocks if b[0] == "figure"] == list(figures)
     assert bool(blocks) == bool(names)
 
 
 def test_what_is_drawn_is_what_was_trained(monkeypatch):
-    _, (fig, spots), [table] = trained_part(
+    _, (fig, spots), [table] = draw_trained(
         configurations(
             [
                 run("full", summary={"params/total": 2000}),
@@ -276,10 +276,10 @@ def test_what_is_drawn_is_what_was_trained(monkeypatch):
 
 
 def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("scripts.report.study_figures", lambda *_: {})  # drawn in test_sweep_figures.py
-    monkeypatch.setattr("scripts.report.draw_all", lambda *_: {})
-    finish = adapter_figures.finish
-    monkeypatch.setattr(adapter_figures, "finish", lambda *_: (b"a picture", []))
+    monkeypatch.setattr("scripts.report.draw_sweep_figures", lambda *_: {})  # drawn in test_sweep_figures.py
+    monkeypatch.setattr("scripts.report.draw_run_figures", lambda *_: {})
+    finish = plotting.png_with_hotspots
+    monkeypatch.setattr(plotting, "png_with_hotspots", lambda *_: (b"a picture", []))
     history = [
         {"step": 0, "val/loss": 4.0, "val/ppl": 54.6, "val/bpb": 1.2},
         {"step": 200, "val/loss": 3.0, "val/ppl": 20.0, "val/bpb": 1.0, "total_tokens": 1},
@@ -318,10 +318,12 @@ def test_a_report_of_such_runs_alone_and_beside_ordinary_ones(base, monkeypatch)
     }
     write_run(base, "full")
     monkeypatch.setattr(
-        adapter_figures, "finish", lambda fig, spots: finish(fig, spots) if len(fig.axes) == 2 else (b"", [])
+        plotting,
+        "png_with_hotspots",
+        lambda fig, spots: finish(fig, spots) if len(fig.axes) == 2 else (b"", []),
     )
     runs = report.load_runs(["full", "x_l0_s1"])
-    _, blocks, figures, _ = report.few(runs, configurations(runs), {})
+    _, blocks, figures, _ = report.run_report(runs, configurations(runs), {})
     assert figures["trained.png"][0].startswith(b"\x89PNG")
     assert len(figures["trained.png"][1]) == 4
     assert ("heading", "What is trained") in blocks

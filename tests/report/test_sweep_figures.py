@@ -1,4 +1,4 @@
-"""The pictures of a study: which are drawn, where their points lie, and the numbers behind them."""
+"""The figures of a sweep: which are drawn, where their points lie, and the numbers behind them."""
 
 import io
 import math
@@ -8,8 +8,8 @@ import matplotlib.image
 import pytest
 
 from nanochat.metrics import Run
+from nanochat.report import plotting
 from nanochat.report.configurations import configurations
-from nanochat.report.plotting import label_points, looks, new_figure
 from nanochat.report.summaries import (
     any_diverged,
     baseline,
@@ -19,24 +19,36 @@ from nanochat.report.summaries import (
     spread,
     times_to_perplexity,
 )
-from nanochat.report.sweep_figures import caption, mean_curve, rate_lines, sooner, study_figures
+from nanochat.report.sweep_figures import (
+    draw_sweep_figures,
+    fastest_low_rank,
+    figure_caption,
+    mean_curve,
+    rate_lines,
+)
+
+RUN = {
+    "depth": 4,
+    "attn": 0,
+    "mlp": 0,
+    "lr": 0.02,
+    "ppl": 20.0,
+    "params": 5e6,
+    "seconds": 100.0,
+    "reach": 30.0,  # seconds to perplexity 30; None: not reached
+    "device": "EPYC",
+}
 
 
-def run(
-    name,
-    seed=1,
-    depth=4,
-    attn=0,
-    mlp=0,
-    lr=0.02,
-    ppl=20.0,
-    params=5e6,
-    seconds=100.0,
-    reach=30.0,
-    device="EPYC",
-    **flags,
-):
-    """A finished run whose loss falls along a straight line in time, evaluated four times; it reaches perplexity 30 after `reach` seconds."""
+def run(name, seed=1, **given):
+    """A finished run with the values of RUN, but for those given; what else is given are flags.
+
+    Its loss falls along a straight line in time; it is evaluated four times.
+    """
+    values = RUN | given
+    depth = values["depth"]
+    ppl = values["ppl"]
+    seconds = values["seconds"]
     history = [
         {
             "step": 25 * i,
@@ -49,34 +61,39 @@ def run(
         }
         for i in range(1, 5)
     ]
+    flags = {
+        "depth": depth,
+        "attn_rank": values["attn"],
+        "mlp_rank": values["mlp"],
+        "matrix_lr": values["lr"],
+    }
+    more_flags = {key: value for key, value in given.items() if key not in RUN}
+    model = {"n_layer": depth, "n_embd": 256}
+    model |= {f"{group}_ranks": [values[group]] * depth for group in ("attn", "mlp")}
     config = {
-        "flags": {"depth": depth, "attn_rank": attn, "mlp_rank": mlp, "matrix_lr": lr, "seed": seed, **flags},
+        "flags": {**flags, "seed": seed, **more_flags},
         "seed": seed,
         "derived": {
-            "model": {
-                "n_layer": depth,
-                "n_embd": 256,
-                "attn_ranks": [attn] * depth,
-                "mlp_ranks": [mlp] * depth,
-            },
-            "matrix_lr": lr,
+            "model": model,
+            "matrix_lr": values["lr"],
             "corpus": {"val_fingerprint": "bb"},
             "tokenizer_hash": "cc",
         },
-        "device": {"type": "cpu", "name": device, "dtype": "float32", "processes": 1, "threads": 2},
+        "device": {"type": "cpu", "name": values["device"], "dtype": "float32", "processes": 1, "threads": 2},
     }
     summary = {
         "status": "finished",
         "val/ppl": ppl,
         "val/loss": math.log(ppl) if ppl > 0 else ppl,
         "val/bpb": ppl / 20,
-        "params/total": params,
-        "mem/peak_bytes": 2 * params + 1e8,
+        "params/total": values["params"],
+        "mem/peak_bytes": 2 * values["params"] + 1e8,
         "total_training_time": seconds,
-        "total_training_flops": 6e6 * params,
+        "total_training_flops": 6e6 * values["params"],
     }
-    if reach is not None:
-        summary |= {"time_to_ppl/30/seconds": reach + 5, "time_to_ppl/30/seconds_interpolated": reach}
+    if values["reach"] is not None:
+        summary["time_to_ppl/30/seconds"] = values["reach"] + 5
+        summary["time_to_ppl/30/seconds_interpolated"] = values["reach"]
     return Run(name, config, summary, history)
 
 
@@ -86,7 +103,7 @@ def full_and_low():
     )
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def test_spread_is_a_standard_deviation_the_range_of_two_or_nothing():
@@ -105,14 +122,12 @@ def test_outcome_and_the_error_bars_sentence_say_how_many_seeds():
     )
     assert [outcome(c, "val/ppl") for c in (three, two, one)] == ["21.00 ± 1.00", "20.00 to 21.00", "20.00"]
     words = error_bar_caption([three, two, one])
-    assert (
-        "standard deviation" in words
-        and "two seeds" in words
-        and "one seed" in words
-        and "n = 1 to 3" in words
-    )
+    for part in ("standard deviation", "two seeds", "one seed", "n = 1 to 3"):
+        assert part in words
     assert "standard deviation" not in error_bar_caption([two]) and "n = 2 " in error_bar_caption([two])
-    assert "n = 3 " in caption("frontier.png", [three]) and "n = 3" not in caption("parameters.png", [three])
+    assert "n = 3 " in figure_caption("frontier.png", [three]) and "n = 3" not in figure_caption(
+        "parameters.png", [three]
+    )
 
 
 def test_frontier_is_what_nothing_beats_and_holds_no_diverged_seed():
@@ -123,10 +138,8 @@ def test_frontier_is_what_nothing_beats_and_holds_no_diverged_seed():
             run("good", ppl=20, params=5e6),
         ]
     )
-    assert [c.runs[0].name for c in frontier([good, bad, cheap], "params/total", "val/ppl")] == [
-        "cheap",
-        "good",
-    ]
+    front = frontier([good, bad, cheap], "params/total", "val/ppl")
+    assert [c.runs[0].name for c in front] == ["cheap", "good"]
     lucky = configurations(
         [
             run("a", 1, attn=8, ppl=10, params=1e6),
@@ -167,19 +180,17 @@ def test_time_to_a_threshold_needs_every_seed():
         and times_to_perplexity(one, 30) == []
         and times_to_perplexity(both, 50) == []
     )
-    assert sooner([both, one], both) is None
+    assert fastest_low_rank([both, one], both) is None
     fast, slow = configurations([run("a", attn=8, reach=20, ppl=25), run("b", attn=16, reach=60)])
-    threshold, config, ours, theirs = sooner([both, fast, slow], both)
-    assert (threshold, config.name, ours, theirs) == (30, fast.name, 20, 35)
+    assert fastest_low_rank([both, fast, slow], both) == (30, fast, 20, 35)
 
 
-@pytest.mark.parametrize("own", [{"matrix_ranks": "q=8"}, {"factor_act": "silu"}])
-def test_time_against_rank_leaves_out_what_has_no_one_rank_or_is_not_linear(own):
+@pytest.mark.parametrize("flag", [{"matrix_ranks": "q=8"}, {"factor_act": "silu"}])
+def test_time_against_rank_leaves_out_what_has_no_one_rank_or_is_not_linear(flag):
     runs = [run("full"), run("a", attn=8, reach=20), run("b", attn=16, reach=25)]
-    assert "threshold_rank.png" in study_figures(configurations(runs), "loss")
-    assert "threshold_rank.png" not in study_figures(
-        configurations([*runs[:2], run("b", attn=16, reach=25, **own)]), "loss"
-    )
+    assert "threshold_rank.png" in draw_sweep_figures(configurations(runs), "loss")
+    runs[2] = run("b", attn=16, reach=25, **flag)
+    assert "threshold_rank.png" not in draw_sweep_figures(configurations(runs), "loss")
 
 
 def test_mean_curve_is_over_seeds_at_the_evaluations_of_all():
@@ -210,92 +221,72 @@ def test_rates_are_compared_on_the_seeds_that_all_of_them_have():
     ]
     [line] = rate_lines(configurations(tuned), "matrix_lr", "val/ppl")
     assert [c.mean("val/ppl") for c in line] == [21, 20]
-    [line] = rate_lines(
-        configurations([*tuned, run("c", 3, lr=0.04, ppl=15)]), "matrix_lr", "val/ppl"
-    )  # none in common
+    without_common_seed = configurations([*tuned, run("c", 3, lr=0.04, ppl=15)])
+    [line] = rate_lines(without_common_seed, "matrix_lr", "val/ppl")
     assert [len(c.runs) for c in line] == [1, 3, 1]
 
 
-# ---- which figures --------------------------------------------------------------------------------------------------
+# ---- which figures -----------------------------------------------------------------------------------------
 
 ALWAYS = {"frontier.png", "loss_time.png"}
 SIZES = {"loss_parameters.png", "parameters.png", "memory.png"}
+
+
+LESS = {"attn": 64, "params": 4e6}
+LEAST = {"attn": 32, "params": 3e6}
+GRID = [dict(depth=d, attn=r, params=1e6 * d + 1e4 * r) for d in (4, 8) for r in (0, 64)]
 
 
 @pytest.mark.parametrize(
     "runs, measure, names",
     [
         ([dict(lr=0.01), dict(lr=0.02)], "loss", ALWAYS | {"learning_rate.png"}),
-        ([dict(), dict(attn=64, params=4e6)], "loss", ALWAYS | SIZES),
-        (
-            [dict(), dict(attn=64, params=4e6), dict(attn=32, params=3e6)],
-            "loss",
-            ALWAYS | SIZES | {"threshold_rank.png"},
-        ),
-        (
-            [dict(), dict(attn=64, params=4e6), dict(attn=32, params=3e6)],
-            "bpb",
-            ALWAYS | SIZES,
-        ),  # thresholds are perplexities
-        (
-            [dict(), dict(attn=64, params=4e6, device="Xeon")],
-            "loss",
-            {"frontier.png"} | SIZES,
-        ),  # times of two machines
-        (
-            [dict(), dict(attn=64, params=4e6), dict(depth=8, params=9e6)],
-            "loss",
-            ALWAYS | SIZES,
-        ),  # no grid: rank varies at one depth only
-        (
-            [dict(depth=d, attn=r, params=1e6 * d + 1e4 * r) for d in (4, 8) for r in (0, 64)],
-            "loss",
-            ALWAYS | SIZES | {"depth_rank.png"},
-        ),
+        ([{}, LESS], "loss", ALWAYS | SIZES),
+        ([{}, LESS, LEAST], "loss", ALWAYS | SIZES | {"threshold_rank.png"}),
+        ([{}, LESS, LEAST], "bpb", ALWAYS | SIZES),  # thresholds are perplexities
+        ([{}, {**LESS, "device": "Xeon"}], "loss", {"frontier.png"} | SIZES),  # times of two machines
+        ([{}, LESS, dict(depth=8, params=9e6)], "loss", ALWAYS | SIZES),  # rank varies at one depth only
+        (GRID, "loss", ALWAYS | SIZES | {"depth_rank.png"}),
     ],
 )
 def test_only_the_figures_that_the_axes_call_for(runs, measure, names, monkeypatch):
-    monkeypatch.setattr("nanochat.report.sweep_figures.finish", lambda fig, spots: (b"", spots))
-    monkeypatch.setattr("nanochat.report.sweep_figures.png", lambda fig: b"")
-    found = study_figures(configurations([run(f"r{i}", **r) for i, r in enumerate(runs)]), measure)
-    assert found.keys() == names
+    monkeypatch.setattr("nanochat.report.plotting.png_with_hotspots", lambda fig, points: (b"", points))
+    monkeypatch.setattr("nanochat.report.plotting.png", lambda fig: b"")
+    runs = [run(f"r{i}", **values) for i, values in enumerate(runs)]
+    assert draw_sweep_figures(configurations(runs), measure).keys() == names
 
 
 def test_unfinished_and_diverged_runs_alone_make_no_figure():
     runs = [run("a", ppl=math.nan), run("b", attn=8)]
     runs[1].summary["status"] = "running"
-    assert study_figures(configurations(runs), "loss") == {}
+    assert draw_sweep_figures(configurations(runs), "loss") == {}
 
 
-# ---- places ---------------------------------------------------------------------------------------------------------
+# ---- places ------------------------------------------------------------------------------------------------
 
 
 def test_hotspots_lie_on_the_points_of_the_saved_picture():
     configs = full_and_low()
-    data, spots = study_figures(configs, "loss")["frontier.png"]
+    data, spots = draw_sweep_figures(configs, "loss")["frontier.png"]
     picture = matplotlib.image.imread(io.BytesIO(data))
     height, width, _ = picture.shape
     assert len(spots) == 8  # two configurations in four panels
     for x, y, text in spots:
-        colour = looks(configs)[text.split("\n")[0]]["color"]
-        seen = picture[round(y * height), round(x * width), :3]
-        assert seen == pytest.approx([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)], abs=0.02), (
-            x,
-            y,
-            text,
-        )
+        colour = plotting.configuration_styles(configs)[text.split("\n")[0]]["color"]
+        pixel = picture[round(y * height), round(x * width), :3]
+        assert pixel == pytest.approx([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)], abs=0.02), text
     text = next(text for _, _, text in spots if text.startswith("attn 64, mlp 64"))
     assert "22.00" in text and "3.00 M" in text and "seed 1" in text
 
 
 def test_labels_cover_neither_each_other_nor_the_points():
-    fig = new_figure(6, 4)
+    fig = plotting.new_figure(6, 4)
     panel = fig.subplots()
     points = [(x, 1 + 0.01 * x * (-1) ** x, f"configuration {x}, 4 layers") for x in range(8)]
     panel.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
     panel.set_ylim(0, 2)
     fig.draw_without_rendering()
-    label_points(fig, panel, points, [(x, y) for x, y, _ in points])
+    plotting.label_points(panel, points, [(x, y) for x, y, _ in points])
     fig.draw_without_rendering()
     boxes = [super(type(note), note).get_window_extent(fig.canvas.get_renderer()) for note in panel.texts]
     dots = [panel.transData.transform((x, y)) for x, y, _ in points]
@@ -307,16 +298,19 @@ def test_labels_cover_neither_each_other_nor_the_points():
 
 
 def test_full_rank_is_black_and_many_ranks_keep_apart():
-    configs = configurations(
-        [run("full")]
-        + [run(f"{a}_{m}", attn=a, mlp=m) for r in (8, 16, 32, 64) for a, m in ((r, 0), (0, r), (r, r))]
-    )
-    colours = [look["color"] for look in looks(configs).values()]
+    runs = [run("full")]
+    for rank in (8, 16, 32, 64):
+        runs += [
+            run(f"attn{rank}", attn=rank),
+            run(f"mlp{rank}", mlp=rank),
+            run(f"{rank}", attn=rank, mlp=rank),
+        ]
+    colours = [style["color"] for style in plotting.configuration_styles(configurations(runs)).values()]
     assert colours[0] == "#000000" and len(set(colours)) == 13
 
 
 def test_full_rank_with_another_mlp_is_a_model_of_its_own():
     configs = configurations([run("full"), run("narrow", mlp_ratio=1.0), run("low", attn=8)])
     assert [c.name for c in configs] == ["full rank", "full rank, MLP × 1", "attn 8"]
-    colours = [look["color"] for look in looks(configs).values()]
+    colours = [style["color"] for style in plotting.configuration_styles(configs).values()]
     assert colours[0] == "#000000" and len(set(colours)) == 3

@@ -1,7 +1,7 @@
-"""Runs read from W&B by its real client, against a stand-in server on this machine: recorded answers, and a round trip.
+"""Runs read by W&B's real client from a stand-in server on this machine: recorded answers, and a round trip.
 
-data/wandb.json holds what the client of wandb 0.31 sent while scripts.base_train made two tiny runs (host and paths taken out), and
-what their folders held.
+data/wandb.json holds what the client of wandb 0.31 sent while scripts.base_train made two tiny runs (host and
+paths taken out), and what their folders held.
 """
 
 import copy
@@ -24,7 +24,7 @@ RECORDED = json.loads((Path(__file__).parents[1] / "data" / "wandb.json").read_t
 
 @pytest.fixture(scope="module")
 def one_server():
-    """wandb keeps one address for the life of a process, so all tests share a server, and wandb forgets it afterwards."""
+    """One for all tests: wandb keeps one address for the life of a process. It forgets it afterwards."""
     import wandb  # slow to import
 
     with serving() as server, pytest.MonkeyPatch.context() as environment:
@@ -39,13 +39,8 @@ def environment(one_server, monkeypatch, tmp_path):
     """Nothing of the user's own W&B set-up, and no long waiting for a server that is not there."""
     for name in ("ENTITY", "PROJECT", "RUN_GROUP", "IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
-    for name, value in {
-        "API_KEY": "0" * 40,
-        "SILENT": "true",
-        "MODE": "online",
-        "CONSOLE": "off",
-        "DIR": str(tmp_path),
-    }.items():
+    settings = {"API_KEY": "0" * 40, "SILENT": "true", "MODE": "online", "CONSOLE": "off"}
+    for name, value in (settings | {"DIR": str(tmp_path)}).items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     import wandb
 
@@ -68,7 +63,10 @@ def edit(run: dict, field: str, **changes):
 
 
 def without_samples(history):
-    return [{key: value for key, value in entry.items() if key != "sample"} for entry in history]
+    rows = copy.deepcopy(history)
+    for row in rows:
+        row.pop("sample", None)
+    return rows
 
 
 @pytest.mark.parametrize("spec", ["lab/proj", "lab/proj/pairs"])
@@ -78,11 +76,8 @@ def test_a_run_reads_the_same_from_wandb_and_from_its_folder(server, spec):
     for run in runs:
         folder = RECORDED["folders"][run.name]
         assert run.config == folder["config"]
-        assert (
-            run.summary == folder["summary"]
-            and run.summary["status"] == "finished"
-            and run.summary["time_to_ppl/295.5/step"] == 3
-        )
+        assert run.summary == folder["summary"] and run.summary["status"] == "finished"
+        assert run.summary["time_to_ppl/295.5/step"] == 3
         assert run.history == without_samples(folder["history"]) and len(run.history) == 6
 
 
@@ -125,27 +120,16 @@ def test_what_the_server_may_do_to_numbers_and_names_is_undone(server):
     edit(full, "summaryMetrics", **{"val/ppl": "NaN", "mem/peak_bytes": None})
     edit(full, "summaryMetrics", **{"time_to_ppl/295.5/step": None, "time_to_ppl/295": {"5/step": 3}})
     low["history"][2] = low["history"][2].replace('"train/loss":', '"train/loss":NaN,"x":')
-    low["history"].append(
-        json.dumps({"_step": 6, "_timestamp": 1.0, "step": 6, "train/loss": 1.5, "train/mfu": None})
-    )  # after a resume
-    low["history"].append(json.dumps({"_step": 7, "gpu": 1}))
+    resumed = {"_step": 6, "_timestamp": 1.0, "step": 6, "train/loss": 1.5, "train/mfu": None}
+    low["history"] += [json.dumps(resumed), json.dumps({"_step": 7, "gpu": 1})]
     one, two = runs_from_wandb("lab/proj")
-    assert (
-        math.isnan(one.summary["val/ppl"])
-        and "mem/peak_bytes" not in one.summary
-        and one.summary["time_to_ppl/295.5/step"] == 3
-    )
-    assert math.isnan(two.history[2]["train/loss"])
+    assert math.isnan(one.summary["val/ppl"]) and "mem/peak_bytes" not in one.summary
+    assert one.summary["time_to_ppl/295.5/step"] == 3
+    assert math.isnan(two.history[2]["train/loss"]) and len(two.history) == 6
     last = two.history[5]
-    assert (
-        len(two.history) == 6
-        and last["train/loss"] == 1.5
-        and last["val/ppl"] > 1
-        and "train/mfu" not in last
-    )
-    assert not any(
-        key.startswith("_") for run in (one, two) for entry in (run.summary, *run.history) for key in entry
-    )
+    assert last["train/loss"] == 1.5 and last["val/ppl"] > 1 and "train/mfu" not in last
+    for row in (one.summary, *one.history, two.summary, *two.history):
+        assert not any(key.startswith("_") for key in row)
 
 
 @pytest.mark.parametrize(
@@ -176,22 +160,16 @@ def test_a_run_that_stopped_early_at_its_perplexity_is_finished(server):
 def test_equal_names_foreign_runs_and_runs_that_have_not_begun(server, capsys):
     full, low = server.runs.values()
     server.runs["again"] = copy.deepcopy(full)
-    server.runs["foreign"] = {
-        **copy.deepcopy(full),
-        "displayName": "a GAN",
-        "config": json.dumps({"lr": {"value": 1}}),
-    }
+    config = json.dumps({"lr": {"value": 1}})
+    server.runs["foreign"] = {**copy.deepcopy(full), "displayName": "a GAN", "config": config}
     flags = json.loads(low["config"])["flags"]["value"]
     server.runs["new"] = {**copy.deepcopy(low), "history": [], "state": "running", "summaryMetrics": "{}"}
     edit(server.runs["new"], "config", flags={"value": {**flags, "model_tag": None}})
     runs = runs_from_wandb("lab/proj")
     first = next(iter(server.runs))
     assert [run.name for run in runs] == [f"full ({first})", "low", "full (again)", "low on the dashboard"]
-    assert (
-        runs[3].history == []
-        and runs[3].summary["status"] == "running"
-        and runs[3].summary["params/total"] > 0
-    )  # from the accounting
+    assert runs[3].history == [] and runs[3].summary["status"] == "running"
+    assert runs[3].summary["params/total"] > 0  # from the accounting
     assert capsys.readouterr().err == "left out, not made by scripts.base_train: a GAN\n"
 
 
@@ -232,23 +210,19 @@ def test_not_logged_in_is_one_line_and_exit_code_2(server, environment, tmp_path
         "from nanochat.common import run_script; from nanochat.report.wandb_import import runs_from_wandb\n"
         "run_script(lambda: runs_from_wandb('lab/proj'))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    remedy = "run `wandb login`, or set WANDB_API_KEY"
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: --from-wandb lab/proj: not logged in to W&B; run `wandb login`, or set WANDB_API_KEY\n"
-    )
+    assert done.stderr == f"error: --from-wandb lab/proj: not logged in to W&B; {remedy}\n"
 
 
 def test_refused_key_and_no_network(server, environment):
     server.status = 401
     assert "does not accept the API key (HTTP 401)" in refused("lab/proj")
     environment.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
-    assert refused("lab/proj").startswith(
-        "no answer from W&B (Failed to verify credentials with http://127.0.0.1:9"
-    )
+    words = "no answer from W&B (Failed to verify credentials with http://127.0.0.1:9"
+    assert refused("lab/proj").startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -269,23 +243,15 @@ def test_a_server_that_fails_on_the_way(server, environment, question, status, w
 
 def test_odd_values_on_wandb_are_left_out_or_refused_in_a_line(server, capsys):
     low = server.runs[sorted(server.runs)[-1]]
-    low["history"] += [
-        json.dumps({"_step": 7 + i, "step": step, **more})
-        for i, (step, more) in enumerate(
-            [
-                ("7", {}),
-                ([1], {}),
-                (7, {"val/ppl": {"a": 1}}),
-                (-1, {}),
-                (7, {"total_tokens": "x"}),
-                (True, {}),
-            ]
-        )
-    ]
+    odd_steps = [{"step": step} for step in ("7", [1], -1, True)]
+    odd_values = [{"step": 7, "val/ppl": {"a": 1}}, {"step": 7, "total_tokens": "x"}]
+    for i, row in enumerate(odd_steps + odd_values):
+        low["history"].append(json.dumps({"_step": 7 + i, **row}))
     whole = copy.deepcopy(low)
     runs = runs_from_wandb("lab/proj")
     assert "on W&B: 6 rows left out, no rows of metrics; the first has step: '7'" in capsys.readouterr().err
-    assert [[row["step"] for row in run.history] for run in runs] == [list(range(1, 7))] * 2
+    for run in runs:
+        assert [row["step"] for row in run.history] == list(range(1, 7))
     for field, key, odd in [
         ("config", "tag", ["x"]),
         ("config", "accounting", [1]),
