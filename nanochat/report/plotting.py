@@ -339,7 +339,7 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
 
 
 def label_points(panel, points: list, obstacles: list, fontsize: float = LABEL_SIZE):
-    """Write each (x, y, text) beside its point, where it covers the fewest obstacles, points and labels.
+    """Write each (x, y, text) beside its point, where it covers the fewest obstacles, points and texts.
 
     points, obstacles [(x, y)]: in the panel's units. The layout must be settled
     (fig.draw_without_rendering()): places are measured in pixels.
@@ -348,7 +348,8 @@ def label_points(panel, points: list, obstacles: list, fontsize: float = LABEL_S
     frame = panel.get_window_extent()
     dots = panel.transData.transform([*obstacles, *((x, y) for x, y, _ in points)])
     places = list(product(LABEL_DISTANCES, LABEL_SIDES))
-    written = []  # the boxes of the labels so far, in pixels
+    renderer = fig.canvas.get_renderer()
+    written = [text.get_window_extent(renderer) for text in panel.texts]  # boxes in pixels
     for x, y, text in points:
         point = panel.transData.transform((x, y))
         if not text or not frame.contains(*point):
@@ -365,7 +366,7 @@ def label_points(panel, points: list, obstacles: list, fontsize: float = LABEL_S
         )
         label.set_in_layout(False)
         # the text's extent: the annotation's own would include the line to its point
-        size = Text.get_window_extent(label, fig.canvas.get_renderer()).size
+        size = Text.get_window_extent(label, renderer).size
         boxes = [label_box(point, size, distance * fig.dpi / 72, side) for distance, side in places]
         costs = [label_cost(box, frame, dots, written) for box in boxes]
         best = min(range(len(places)), key=lambda i: costs[i] + places[i][0] / 40)
@@ -385,7 +386,7 @@ def label_box(point, size, distance: float, side: tuple) -> Bbox:
 
 
 def label_cost(box: Bbox, frame: Bbox, dots, written: list[Bbox]) -> float:
-    """1 for each dot that it covers, 4 for each label, 12 if it leaves the frame. dots: (n, 2), in pixels."""
+    """1 for each dot that it covers, 4 for each text, 12 if it leaves the frame. dots: (n, 2), in pixels."""
     wide = box.padded(3)
     cost = ((dots > wide.min) & (dots < wide.max)).all(axis=1).sum()
     cost += 4 * len([other for other in written if wide.overlaps(other)])
