@@ -12,7 +12,7 @@ from conftest import tiny_experiment
 from nanochat import metrics
 from nanochat.common import ArgumentParser, InputError
 from nanochat.rank import count_parameters
-from nanochat.sweep import local, slurm, wandb_agent
+from nanochat.sweep import costs, display, local, slurm, wandb_agent
 from nanochat.sweep.experiment import read_experiment
 from scripts import sweep as sweeps
 
@@ -167,9 +167,9 @@ def test_a_later_run_may_have_a_text_of_its_own_and_the_command_line_says_where_
     [
         (LORA + "rank = 0\n", "point lora: --rank 0: give a whole number above 0"),
         (LORA + "rnak = 4\n", "point lora: unrecognized arguments: --rnak"),
-        (LORA + "run-tag = 'x'\n", "run-tag is not to be given: the sweep names the runs"),
+        (LORA + "run-tag = 'x'\n", "run-tag cannot be set here: the sweep names the runs"),
         (LORA + "paired-with = 'd2'\n", "paired-with is for points of base_train"),
-        (LORA + "data = ['a', 'b']\n", "data is to be one text"),
+        (LORA + "data = ['a', 'b']\n", "data must be one text"),
         (LORA + "layer-map = '0,5'\n", "point lora: --layer-map 0,5: there is no layer 5"),
         (LORA.replace("'d2'", "'d3'"), "point lora: base 'd3': no point of this file; there are d2, lora"),
         (LORA.replace("'d2'", "'lora'"), "point lora: base 'lora': is itself a run of adapter_train"),
@@ -216,7 +216,7 @@ folder.mkdir(parents=True)
 @pytest.fixture
 def run_all(tmp_path, monkeypatch):
     """run_all(sweep, failing, j) -> (run_all's answer, tags in the order of their starts)"""
-    monkeypatch.setattr(local, "POLL", 0.02)
+    monkeypatch.setattr(local, "CHILD_POLL", 0.02)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
 
     def run(sweep, failing="", j=2):
@@ -263,7 +263,7 @@ def finish(tag):
 def test_slurm_gets_a_second_array_that_waits_for_the_first(read, monkeypatch, capsys):
     sweep = read(LORA, seeds=[1])
     sent = []
-    monkeypatch.setattr(slurm, "check", lambda _: None)
+    monkeypatch.setattr(slurm, "check_cluster", lambda _: None)
     monkeypatch.setattr(slurm, "jobs_in_queue", lambda _: {})
     monkeypatch.setattr(
         slurm, "sbatch", lambda path, script: sent.append((path.name, script)) or str(70 + len(sent))
@@ -279,7 +279,7 @@ def test_slurm_gets_a_second_array_that_waits_for_the_first(read, monkeypatch, c
         and '"afterany:71:72"' in last
     )
     assert "TAGS=(\n  two_d2_s1\n)" in one and "TAGS=(\n  two_lora_s1\n)" in two
-    assert json.loads(slurm.record_of(sweep).read_text()) == {
+    assert json.loads(slurm.jobs_path(sweep).read_text()) == {
         "71": {"0": "two_d2_s1"},
         "72": {"0": "two_lora_s1"},
     }
@@ -306,7 +306,7 @@ def test_wandbs_agents_know_no_order(read):
         match="--launcher wandb: two_lora_s1 starts from the run two_d2_s1, and agents know no order",
     ):
         sweeps.main([str(read(LORA).file), "--launcher", "wandb"])
-    wandb_agent.check(read(""))
+    wandb_agent.check_for_agents(read(""))
 
 
 # ---- the whole way --------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_wandbs_agents_know_no_order(read):
 
 def test_plan_and_task_of_a_later_run(read, adapter_train, monkeypatch, capsys):
     path = str(read(LORA + "num-iterations = 3\n", seeds=[1]).file)
-    monkeypatch.setattr(sweeps, "measured_rate", lambda *_: (1e9, "made up"))
+    monkeypatch.setattr(costs, "measured_rate", lambda *_: (1e9, "made up"))
     sweeps.main([path, "--plan"])
     out = capsys.readouterr().out
     assert "two_lora_s1" in out and "an upper bound" in out and "2 runs" in out
@@ -421,8 +421,7 @@ def test_the_published_experiments_are_well_formed(name, preset, runs, later, mo
 
 
 def test_the_display_of_a_run_that_was_only_evaluated_so_far():
-    line = local.Display.line(
-        None,
+    line = display.run_line(
         SimpleNamespace(tag="a", plan={"num_iterations": 9}),
         {"step": 0, "total_training_time": 0.0, "val/ppl": 7.0},
     )

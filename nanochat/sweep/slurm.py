@@ -1,8 +1,9 @@
-"""A sweep on a Slurm cluster: a job array with one task a run, then a job that makes the report.
+"""A sweep on a Slurm cluster: a job array with one task for each run, then a job that makes the report.
 
-Runs that start from other runs are a second array, which waits until all tasks of the first have ended well. A task that is preempted,
-or comes near its time limit, gets a signal, lets its run save its state, and puts itself back into the queue, where it goes on from
-there. A run that is finished or still in the queue is not submitted again.
+Runs that start from other runs are a second array, which waits until all tasks of the first have ended well.
+A task that is preempted, or comes near its time limit, gets a signal. It lets its run save its state and puts
+itself back into the queue, from where the run continues. A run that is finished or in the queue is not
+submitted again.
 """
 
 import os
@@ -19,24 +20,31 @@ from nanochat.naming import check_tag, lock_path, option, shell_command
 from nanochat.sweep.experiment import Point, Sweep
 
 JOBS = Schema("record of submitted jobs", {}, remedy="cancel the jobs of this sweep, and remove it")
-SAVING_SECONDS = 180  # from the signal, which Slurm may send a minute early, to the time limit: to finish a step and write a checkpoint
+# seconds from the signal to the time limit: to finish a step and write a checkpoint. Slurm may send it a
+# minute early
+SAVING_SECONDS = 180
+ARRAY_OPTIONS = ("--array", "--job-name", "--wrap")  # of sbatch: the sweep sets them itself
 
-RUN_ONE = r"""
+# the end of a batch script: what one task of the array does
+RUN_TASK = r"""
 TAG=${TAGS[$SLURM_ARRAY_TASK_ID]}
 THIS=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-[ -n "${OMP_NUM_THREADS:-}" ] || OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1))
+CORES=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1))
+[ -n "${OMP_NUM_THREADS:-}" ] || OMP_NUM_THREADS=$CORES
 export OMP_NUM_THREADS
 START=$((${SLURM_RESTART_COUNT:-0} + 1))
 echo "$(printf '%(%F %T)T' -1) $THIS on $HOSTNAME, start $START: $TAG, log: $LOGS/$TAG.log"
 
-# Slurm signals this shell; the run saves its state and exits with 75. It may still be starting and know of no signal: then it just ends.
+# Slurm signals this shell, which passes it on: the run saves its state and exits with 75. A run that is still
+# starting has no handler for signals; it just ends.
 ASKED= AGAIN= RUN=
 trap 'ASKED=yes AGAIN=yes; [ -z "$RUN" ] || kill -TERM "$RUN" 2>/dev/null' TERM USR1 USR2 HUP INT QUIT
 "${SWEEP[@]}" --task "$TAG" >> "$LOGS/$TAG.log" 2>&1 &
 RUN=$!
-while AGAIN=; wait "$RUN"; CODE=$?; [ -n "$AGAIN" ]; do :; done   # the trap ends a wait early, with a code of its own
+# a signal ends `wait` early, with a code of its own: wait again
+while AGAIN=; wait "$RUN"; CODE=$?; [ -n "$AGAIN" ]; do :; done
 
-# A job that is no longer RUNNING was cancelled by its owner, or is put back by Slurm itself.
+# A job that is no longer RUNNING was cancelled by its owner, or Slurm puts it back into the queue itself.
 if [ "$CODE" = 75 ] || { [ "$CODE" != 0 ] && [ -n "$ASKED" ]; }; then
   [ "$(squeue --noheader --jobs="$THIS" --format=%T)" != RUNNING ] || scontrol requeue "$THIS"
 fi
@@ -46,59 +54,73 @@ exit "$CODE"
 
 
 def submit(sweep: Sweep, args):
-    """Write the sweep's batch scripts, submit the runs that are neither finished nor in the queue, and say how to watch them.
+    """Submit the runs that are neither finished nor in the queue, then the report, and say how to watch them.
 
-    args: of scripts.sweep; those used here are run, out, j and sbatch. InputError where there is no Slurm, or it refuses.
+    args: those of scripts.sweep; used here are run, out, j and sbatch. The batch scripts are written into the
+    sweep's folder. InputError where there is no Slurm, or it refuses.
     """
-    check(args.sbatch)
+    check_cluster(args.sbatch)
     check_log_folder(log_folder(sweep))
     create_folder(log_folder(sweep))
     with common.claimed(lock_path(sweep.name, "slurm"), f"--launcher slurm: {sweep.name}"):
-        jobs = jobs_in_queue(
-            sweep
-        )  # first: a run that leaves the queue meanwhile is then seen to be finished
+        # the queue first: a run that leaves it meanwhile is then seen to be finished
+        jobs = jobs_in_queue(sweep)
         queued = {tag for tasks in jobs.values() for tag in tasks.values()}
-        finished = {p.tag for p in sweep.points if p.status() == "finished"}
-        points = [p for p in sweep.points if p.tag not in finished | queued]
+        finished = {point.tag for point in sweep.points if point.status() == "finished"}
+        points = [point for point in sweep.points if point.tag not in finished | queued]
+        job_names = f" as job {', '.join(jobs)}" if jobs else ""
         print(
-            f"{sweep.name}: {len(finished)} of {len(sweep.points)} runs finished, {len(queued)} in the queue"
-            + (f" as job {', '.join(jobs)}" if jobs else "")
-            + f", {len(points)} to submit"
+            f"{sweep.name}: {len(finished)} of {len(sweep.points)} runs finished, "
+            f"{len(queued)} in the queue{job_names}, {len(points)} to submit"
         )
         if not points:
             return
-        submitted = []
-        for name, stage in (
-            ("slurm.sh", [p for p in points if not p.base]),
-            ("slurm_adapters.sh", [p for p in points if p.base]),
-        ):
-            if stage:
-                bases = {p.base for p in stage}
-                awaited = [job for job, tasks in jobs.items() if bases & set(tasks.values())]
-                submitted.append(sbatch(sweep.folder / name, runs_script(sweep, stage, args, awaited)))
-                jobs[submitted[-1]] = {str(task): p.tag for task, p in enumerate(stage)}
-                write_json(record_of(sweep), jobs)
+        submitted = submit_arrays(sweep, points, jobs, args)
         report = sbatch(sweep.folder / "slurm_report.sh", report_script(sweep, list(jobs), args))
     print(f"submitted as job {', '.join(submitted)}, the report as job {report}")
-    for what, command in (
-        ("what waits and runs", ["squeue", f"--jobs={','.join([*jobs, report])}"]),
-        ("one run", ["tail", "-f", f"{log_folder(sweep) / points[0].tag}.log"]),
-        ("save, and go on later", ["scontrol", "requeue", submitted[0]]),
-        ("save and stop; submitting again goes on", ["scancel", *jobs, report]),
-    ):
-        print(f"  {what + ':':40} {shell_command(*command)}")
+    log = log_folder(sweep) / f"{points[0].tag}.log"
+    print_advice("what waits and runs", "squeue", f"--jobs={','.join([*jobs, report])}")
+    print_advice("one run", "tail", "-f", log)
+    print_advice("save, and go on later", "scontrol", "requeue", submitted[0])
+    print_advice("save and stop; submitting again goes on", "scancel", *jobs, report)
 
 
-# ---- the queue ------------------------------------------------------------------------------------------------------
+def submit_arrays(sweep: Sweep, points: list[Point], jobs: dict, args) -> list[str]:
+    """Submit the points as one or two arrays; those that start from others wait. Returns the ids of the jobs.
+
+    jobs: see `read_jobs`; the new ones are added to it, and to the record on disk.
+    """
+    stages = {
+        "slurm.sh": [point for point in points if not point.base],
+        "slurm_adapters.sh": [point for point in points if point.base],
+    }
+    submitted = []
+    for file, stage in stages.items():
+        if stage:
+            bases = {point.base for point in stage}
+            awaited = [job for job, tasks in jobs.items() if bases & set(tasks.values())]
+            job = sbatch(sweep.folder / file, runs_script(sweep, stage, args, awaited))
+            submitted.append(job)
+            jobs[job] = {str(task): point.tag for task, point in enumerate(stage)}
+            write_json(jobs_path(sweep), jobs)
+    return submitted
 
 
-def record_of(sweep: Sweep) -> Path:
+def print_advice(purpose: str, *command):
+    print(f"  {purpose + ':':40} {shell_command(*command)}")
+
+
+# ---- the queue ---------------------------------------------------------------------------------------------
+
+
+def jobs_path(sweep: Sweep) -> Path:
     return sweep.folder / "slurm_jobs.json"
 
 
 def read_jobs(path: Path) -> dict[str, dict[str, str]]:
-    """{job array: {task: tag}} of all jobs that were submitted for a sweep. They become words of scripts:
-    what is none of these is an InputError.
+    """{id of a job array: {task: tag}} of all jobs that were submitted for a sweep.
+
+    They become words of batch scripts, so a wrong kind of value is an InputError.
     """
     jobs = read_json(path, JOBS) if path.exists() else {}
     for job, tasks in jobs.items():
@@ -112,11 +134,11 @@ def read_jobs(path: Path) -> dict[str, dict[str, str]]:
 
 def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
     """Those of `read_jobs` that wait or run."""
-    jobs = read_jobs(record_of(sweep))
+    jobs = read_jobs(jobs_path(sweep))
+    if not jobs:
+        return {}
     alive = {job: {} for job in jobs}
-    for line in (
-        slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines() if jobs else ()
-    ):
+    for line in run_slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines():
         job, task, name = (*line.split(maxsplit=2), "", "", "")[:3]
         # a cluster that was set up anew counts jobs from 1 again
         if name.strip() == sweep.name and task in jobs.get(job, ()):
@@ -124,42 +146,44 @@ def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
     return {job: tasks for job, tasks in alive.items() if tasks}
 
 
-def check(text: str):
-    """InputError where there is no Slurm, or the user's options of sbatch are none, or would take the array apart."""
+def check_cluster(options: str):
+    """InputError where there is no Slurm, or an option of --sbatch is wrong or would replace the array."""
     if not all(map(shutil.which, ("sbatch", "squeue"))):
         raise InputError(
-            "--launcher slurm: there is no sbatch here; use it on a login node of the cluster, or --launcher local"
+            "--launcher slurm: there is no sbatch here; "
+            "use it on a login node of the cluster, or --launcher local"
         )
-    if not " ".join(text.splitlines()).isprintable():
-        raise InputError(f"--sbatch {quoted(text)}: give options of sbatch, without control characters")
+    if not " ".join(options.splitlines()).isprintable():
+        raise InputError(f"--sbatch {quoted(options)}: give options of sbatch, without control characters")
     try:
-        words = shlex.split(text)
+        words = shlex.split(options)
     except ValueError as e:
-        raise InputError(f"--sbatch {text}: {str(e).lower()}") from None
+        raise InputError(f"--sbatch {options}: {str(e).lower()}") from None
     if words and not words[0].startswith("-"):
         raise InputError(
-            f'--sbatch {text}: give options of sbatch, such as --sbatch="--partition=gpu --time=4:00:00"'
+            f'--sbatch {options}: give options of sbatch, such as --sbatch="--partition=gpu --time=4:00:00"'
         )
     for word in words:
-        if word.split("=")[0] in ("--array", "--job-name", "--wrap") or word[:2] in ("-a", "-J"):
+        if word.split("=")[0] in ARRAY_OPTIONS or word[:2] in ("-a", "-J"):
             raise InputError(
-                f"--sbatch: {word} is not to be given: the sweep makes and names its own array; -j N limits how many run at once"
+                f"--sbatch: {word} cannot be given: the sweep makes and names its own array; "
+                "-j N limits how many runs run at once"
             )
 
 
-def slurm(*command: str) -> str:
-    """stdout of one of Slurm's commands; InputError with its own words if it fails."""
+def run_slurm(*command: str) -> str:
+    """What one of Slurm's commands prints. InputError in its own words if it fails."""
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise InputError(f"--launcher slurm: {said}")
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise InputError(f"--launcher slurm: {reason}")
     return done.stdout
 
 
 def sbatch(path: Path, script: str) -> str:
-    """Write and submit a batch script. Returns the job's id."""
-    write_atomic(path, os.fsencode(script))  # a path need not be text
-    answer = slurm("sbatch", "--parsable", str(path.absolute())).strip()
+    """Write and submit a batch script. Returns the id of the job."""
+    write_atomic(path, os.fsencode(script))  # a path in it need not be UTF-8
+    answer = run_slurm("sbatch", "--parsable", str(path.absolute())).strip()
     job = answer.split(";")[0]  # id[;cluster]
     if not (job.isascii() and job.isdigit()):
         raise InputError(f"--launcher slurm: sbatch answers {quoted(answer)}, which is no number of a job")
@@ -171,7 +195,7 @@ def log_folder(sweep: Sweep) -> Path:
 
 
 def check_log_folder(folder: Path):
-    """InputError where Slurm cannot write the name: it drops backslashes, and a line ends an option."""
+    """InputError where no option of sbatch can hold the name: it drops backslashes and ends with the line."""
     if "\\" in str(folder) or not str(folder).isprintable():
         raise InputError(
             f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a "
@@ -179,80 +203,82 @@ def check_log_folder(folder: Path):
         )
 
 
-# ---- batch scripts --------------------------------------------------------------------------------------------------
+# ---- batch scripts -----------------------------------------------------------------------------------------
 
 
-def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str] = ()) -> str:
-    """The job array over `points`: task k runs points[k], once the jobs `awaited` have ended well; where one has not, never."""
-    after = {"dependency": f"afterok:{':'.join(awaited)}", "kill-on-invalid-dep": "yes"} if awaited else {}
+def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str]) -> str:
+    """The job array over `points`: task k runs points[k].
+
+    It starts when all `awaited` jobs have ended well; where one has not, never.
+    """
     defaults = {
         "job-name": sweep.name,
         "output": log_name(sweep, "slurm-%A_%a.log"),
         "signal": f"B:USR1@{SAVING_SECONDS}",
     }
-    return "\n".join(
-        [
-            *head(
-                sweep,
-                args.sbatch,
-                defaults,
-                {"array": f"0-{len(points) - 1}" + (f"%{args.j}" if args.j else ""), **after},
-            ),
-            f"LOGS={shlex.quote(str(log_folder(sweep)))}",
-            f"PROCESSES={sweep.processes}",
-            f"SWEEP=({shlex.join(sweep_command(sweep, args))})",
-            "TAGS=(",
-            *(f"  {shlex.quote(p.tag)}" for p in points),
-            ")",
-            RUN_ONE,
-        ]
-    )
+    at_once = f"%{args.j}" if args.j else ""
+    fixed = {"array": f"0-{len(points) - 1}{at_once}"}
+    if awaited:
+        fixed |= {"dependency": f"afterok:{':'.join(awaited)}", "kill-on-invalid-dep": "yes"}
+    lines = [
+        *script_head(sweep, args.sbatch, defaults, fixed),
+        f"LOGS={shlex.quote(str(log_folder(sweep)))}",
+        f"PROCESSES={sweep.processes}",
+        f"SWEEP=({shlex.join(sweep_command(sweep, args))})",
+        "TAGS=(",
+        *(f"  {shlex.quote(point.tag)}" for point in points),
+        ")",
+        RUN_TASK,
+    ]
+    return "\n".join(lines)
 
 
 def report_script(sweep: Sweep, jobs: list[str], args) -> str:
-    """The report once no task of `jobs` waits or runs. The job names the unfinished runs, and then fails."""
+    """The report, once no task of `jobs` waits or runs. Its job fails if runs are missing, and names them."""
     defaults = {"job-name": f"{sweep.name}-report", "output": log_name(sweep, "slurm-report.log")}
-    return "\n".join(
-        [
-            *head(sweep, args.sbatch, defaults, {"dependency": f"afterany:{':'.join(jobs)}"}),
-            f"exec {shlex.join([*sweep_command(sweep, args), '--report'])}",
-            "",
-        ]
-    )
+    lines = [
+        *script_head(sweep, args.sbatch, defaults, {"dependency": f"afterany:{':'.join(jobs)}"}),
+        f"exec {shlex.join([*sweep_command(sweep, args), '--report'])}",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def log_name(sweep: Sweep, pattern: str) -> str:
-    """The pattern of sbatch, in the folder of the logs: there a % stands for itself."""
+    """sbatch's pattern for a log's name, in the folder of the logs. A % of the folder is written as %%."""
     return f"{str(log_folder(sweep)).replace('%', '%%')}/{pattern}"
 
 
-def head(sweep: Sweep, given: str, defaults: dict, fixed: dict) -> list[str]:
-    """What both scripts begin with. Of two equal options sbatch takes the later: the user's, given as they are, win over our defaults."""
+def script_head(sweep: Sweep, user_options: str, defaults: dict, fixed: dict) -> list[str]:
+    """What both scripts begin with. Of two equal options sbatch takes the later one.
 
-    def lines(options):
-        return [printable(f"#SBATCH --{name}={in_double_quotes(value)}") for name, value in options.items()]
-
+    So user_options, written as they are, win over `defaults`, and `fixed` wins over both.
+    """
     return [
         "#!/usr/bin/env bash",
         printable(f"# {sweep.name}: written by scripts.sweep --launcher slurm"),
-        *lines(defaults),
+        *option_lines(defaults),
         "#SBATCH --open-mode=append",
         "#SBATCH --requeue",
-        *([printable(f"#SBATCH {given}")] if given else []),
-        *lines(fixed),
+        *([printable(f"#SBATCH {user_options}")] if user_options else []),
+        *option_lines(fixed),
         "",
         f"cd {shlex.quote(os.getcwd())} || exit",
         f"export NANOCHAT_BASE_DIR={shlex.quote(str(common.get_base_dir().absolute()))}",
     ]
 
 
+def option_lines(options: dict) -> list[str]:
+    return [printable(f"#SBATCH --{name}={in_double_quotes(value)}") for name, value in options.items()]
+
+
 def in_double_quotes(value: str) -> str:
-    r"""A value as sbatch reads it in a script: it knows \" and \\, and no variables."""
+    r"""A value as sbatch reads it in a script, where \" and \\ are known and variables are not."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def sweep_command(sweep: Sweep, args) -> list[str]:
-    """This sweep's command line, as another machine with the same files would run it; --task or --report is to be added."""
+    """This sweep's command for another machine with the same files. --task or --report is added to it."""
     return [
         sys.executable,
         "-m",

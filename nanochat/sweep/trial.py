@@ -1,4 +1,7 @@
-"""A point of an experiment before its seeds are dealt out, and what the scripts make of its flags: a model, a horizon, an identity."""
+"""A trial: one combination of an experiment's flags, before it is given its seeds.
+
+The scripts' own parsers and planners say what its flags mean: a model, a training horizon, an identity.
+"""
 
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
@@ -9,64 +12,80 @@ from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import parse_map
 from nanochat.naming import option
 from nanochat.plan import solve_budget, training_plan
-from nanochat.sweep.schema import flag_names, flags_of
+from nanochat.sweep.schema import flag_names, parse_script_flags
 
 
 @dataclass
-class Variant:
-    """A point before its seeds are dealt out."""
+class Trial:
+    """A point of the file at one combination of its values; under each of its seeds it is one run."""
 
-    table: dict  # the point, as it stands in the file
-    label: str  # with what varies in it
+    table: dict  # [points.NAME] of the file; {} of a partner that the file does not name
+    label: str  # the point's name and the values that vary: "scan_lr0.02"
     flags: dict  # flag -> value, as in the file
     seeds: list[int]
     processes: int
-    own: set[str] = field(default_factory=set)  # flags that are its own: not the same in all points
-    paired_with: str = ""  # the point that its full-rank partner is a case of; "": made from its own flags
-    partner: "Variant | None" = None
+    own_flags: set[str] = field(default_factory=set)  # those that the point or the grid sets, not [flags]
+    paired_with: str = ""  # the point that has its full-rank partner; "": the partner is made from its flags
+    partner: "Trial | None" = None
     script: str = "base_train"
-    base: "Variant | None" = None  # the point that it starts from
+    base: "Trial | None" = None  # the trial whose finished run it starts from
+
+    def add_seeds(self, seeds: list[int]):
+        self.seeds += [seed for seed in seeds if seed not in self.seeds]
 
 
 def to_argv(flags: dict) -> tuple[str, ...]:
-    """Flags as base_train takes them: a switch stands alone, or not at all."""
-    return tuple(
-        word
-        for flag, value in flags.items()
-        if value is not False
-        for word in ((f"--{flag}",) if value is True else option(f"--{flag}", str(value)))
-    )
+    """Flags as words of a command line. A switch that is true stands alone; one that is false is left out."""
+    words = []
+    for flag, value in flags.items():
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is not False:
+            words += option(f"--{flag}", str(value))
+    return tuple(words)
 
 
-def known(flags: dict, v: Variant) -> dict:
-    """Those that the point's script has; its own ones it judges itself."""
-    names = flag_names(v.script)
-    return {flag: value for flag, value in flags.items() if flag in names or flag in v.table}
+def flags_for_script(flags: dict, trial: Trial) -> dict:
+    """The flags that the trial's script has. Those of the point's own table stay: the script checks them."""
+    names = flag_names(trial.script)
+    return {flag: value for flag, value in flags.items() if flag in names or flag in trial.table}
 
 
-def identity(v: Variant) -> tuple:
-    """Equal for points that are the same run: all flags, the defaults of those not given included, and what they start from."""
-    flags = dict(vars(resolved(v)[0]))
-    if not (v.base or low_rank(v)):  # these mean nothing without a rank
+def identity(trial: Trial) -> tuple:
+    """A key that two trials share if they are the same run: all flags with their defaults, and the base."""
+    flags = dict(vars(resolve_trial(trial)[0]))
+    if not (trial.base or is_low_rank(trial)):  # these mean nothing without a rank
         del flags["rank_multiple"], flags["horizon_from"]
-    comparable = [(name, tuple(value) if isinstance(value, list) else value) for name, value in flags.items()]
-    return (v.script, *sorted(comparable), *(identity(v.base) if v.base else ()))
+    hashable = [(name, tuple(value) if isinstance(value, list) else value) for name, value in flags.items()]
+    base = identity(trial.base) if trial.base else ()
+    return (trial.script, *sorted(hashable), *base)
 
 
-def resolved(v: Variant) -> tuple[Namespace, GPTConfig, dict]:
-    """(flags, model, plan) as the script would have them. InputError names the point and says what the script would say."""
+def is_low_rank(trial: Trial) -> bool:
+    config = resolve_trial(trial)[1]
+    ranks = [config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values()]
+    return any(map(any, ranks))
+
+
+def resolve_trial(trial: Trial) -> tuple[Namespace, GPTConfig, dict]:
+    """(flags, model, training plan) as the trial's script would have them.
+
+    InputError: the script's own message, behind the name of the point.
+    """
     try:
-        if v.base:
-            own = to_argv({**known(v.flags, v), "model-tag": v.base.label or "base", "run-tag": v.label})
-            return resolve_adapted(v.script, own, to_argv(v.base.flags), v.processes)
-        return resolve(to_argv(v.flags), v.processes)
+        if not trial.base:
+            return resolve(to_argv(trial.flags), trial.processes)
+        tags = {"model-tag": trial.base.label or "base", "run-tag": trial.label}
+        argv = to_argv({**flags_for_script(trial.flags, trial), **tags})
+        return resolve_adapted(trial.script, argv, to_argv(trial.base.flags), trial.processes)
     except InputError as e:
-        raise InputError(f"point {v.label or '(all)'}: {e}") from None
+        raise InputError(f"point {trial.label or '(all)'}: {e}") from None
 
 
 @cache
 def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig, dict]:
-    args = flags_of("base_train", argv)
+    """(flags, model, training plan) of a run of base_train."""
+    args = parse_script_flags("base_train", argv)
     if args.vocab_size < 1:
         raise InputError(
             f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258"
@@ -77,21 +96,17 @@ def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig
 
 @cache
 def resolve_adapted(
-    script: str, argv: tuple[str, ...], base: tuple[str, ...], processes: int
+    script: str, argv: tuple[str, ...], base_argv: tuple[str, ...], processes: int
 ) -> tuple[Namespace, GPTConfig, dict]:
-    """Of a run that starts from the run of the flags `base`: its own flags, that model under its layer map, its own horizon."""
-    args = flags_of(script, argv)
-    (theirs, config, _) = resolve(base, processes)
-    if args.layer_map:  # layers of a second run cost what those of the first do
-        config = replace(
-            config,
-            layer_map=tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer)),
-        )
-    return args, config, training_plan(Namespace(**{**vars(theirs), **vars(args)}), config, processes)
+    """(flags, model, training plan) of a run that starts from the run of `base_argv`.
 
-
-def low_rank(v: Variant) -> bool:
-    config = resolved(v)[1]
-    return any(
-        map(any, (config.attn_ranks, config.mlp_ranks, (config.lm_head_rank,), *config.matrix_ranks.values()))
-    )
+    The model is that of the base under this run's layer map. Flags that both have are this run's.
+    """
+    args = parse_script_flags(script, argv)
+    base_args, config, _ = resolve(base_argv, processes)
+    if args.layer_map:
+        # a map may also name layers of a second checkpoint; they cost as much as those of the first
+        layer_map = tuple(layer % config.n_layer for layer in parse_map(args.layer_map, config.n_layer))
+        config = replace(config, layer_map=layer_map)
+    all_args = Namespace(**{**vars(base_args), **vars(args)})
+    return args, config, training_plan(all_args, config, processes)

@@ -1,10 +1,10 @@
-"""A sweep as a W&B sweep: the server deals out the points, agents on any machines run them.
+"""A sweep as a W&B sweep: W&B's server deals out the points, and agents on any machines run them.
 
-The grid has one parameter, `task`, the tag of a point. An agent's command,
-`python -m scripts.sweep FILE --task=TAG`, starts base_train with that point's flags (in as many processes as
-it has, with --resume auto). A W&B grid over the flags themselves would be every combination of their values:
-it cannot say "these points, each once", nor pair a low-rank run with its baseline, nor name the run folders.
-The flags of every run are in its W&B config, where columns, filters and parameter importance find them.
+Its grid has one parameter, `task`, the tag of a point. An agent runs `python -m scripts.sweep FILE
+--task=TAG`, which starts the point's script with the point's flags. A W&B grid over the flags themselves
+would be every combination of their values: it could not say "these points, each once", pair a low-rank run
+with its full-rank partner, or name the run folders. The flags of every run are in its W&B config, where
+columns, filters and parameter importance find them.
 """
 
 import json
@@ -20,13 +20,15 @@ from nanochat.sweep.experiment import Point, Sweep
 
 
 def register(sweep: Sweep, args):
-    """Register the runs that are not finished, or, with WANDB_MODE=offline, write what registers them; say how to start agents.
+    """Register the runs that are not finished, and say how to start agents. InputError if W&B refuses.
 
-    args: of scripts.sweep; used here is run, the wandb name ('dummy': the sweep's). InputError if W&B refuses.
+    With WANDB_MODE=offline only the file that `wandb sweep` registers is written. args: those of
+    scripts.sweep; used here is run, the name on W&B ('dummy': the sweep's name).
     """
-    points = [p for p in sweep.points if p.status() != "finished"]
+    points = [point for point in sweep.points if point.status() != "finished"]
     if not points:
-        return print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
+        print(f"{sweep.name}: all {len(sweep.points)} runs are finished, nothing to register")
+        return
     path = sweep.folder / "wandb_sweep.yaml"
     config = sweep_config(sweep, points, args.run)
     write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")  # JSON is YAML
@@ -34,73 +36,69 @@ def register(sweep: Sweep, args):
     if os.environ.get("WANDB_MODE") == "offline":
         command = shell_command("wandb", "sweep", *option("--project", project), path.absolute())
         print(f"{path}: {len(points)} runs\n  {command}   # registers them, and says how to start agents")
-        return None
-    sweep_id, trouble = ask(config, project)
-    if sweep_id and not re.fullmatch(r"[\w/-]+", sweep_id):
-        raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")
+        return
+    sweep_id, trouble = create_sweep(config, project)
     if not sweep_id:
         raise InputError(
             f"--launcher wandb: {trouble}; run `wandb login`, or register {path} later with: wandb sweep"
         )
+    if not re.fullmatch(r"[\w/-]+", sweep_id):
+        raise InputError(f"--launcher wandb: W&B calls the sweep {quoted(sweep_id)}, which is no name of one")
     command = shell_command("wandb", "agent", *option("--project", project), sweep_id)
     print(
-        f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, an agent for each GPU:\n"
-        f"  CUDA_VISIBLE_DEVICES=0 {command}"
+        f"{len(points)} runs; on each machine that has {sweep.file} and the same data, in this folder, "
+        f"an agent for each GPU:\n  CUDA_VISIBLE_DEVICES=0 {command}"
     )
 
 
-def ask(config: dict, project: str) -> tuple[str, str]:
-    """(id of a new W&B sweep, ""), or ("", why there is none). Waits as long as a run does for an answer."""
-    answer = []
+def create_sweep(config: dict, project: str) -> tuple[str, str]:
+    """(id of a new W&B sweep, ""), or ("", why there is none). Waits WANDB_INIT_TIMEOUT, as a run does."""
+    answers = []
 
     def call():
         try:
             import wandb
 
-            answer.append((str(wandb.sweep(config, project=project) or ""), "W&B gave the sweep no name"))
+            answers.append((str(wandb.sweep(config, project=project) or ""), "W&B gave the sweep no name"))
         except Exception as e:  # of wandb, of the libraries below it, or a setting that it refuses
-            answer.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
+            answers.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(wandb_log.seconds("INIT"))
-    return answer[0] if answer else ("", f"no answer from W&B within {wandb_log.seconds('INIT'):.0f} s")
+    patience = wandb_log.seconds("INIT")
+    thread.join(patience)
+    return answers[0] if answers else ("", f"no answer from W&B within {patience:.0f} s")
 
 
-def check(sweep: Sweep, run: str = ""):
-    """InputError where runs start from other runs, or W&B's agents would change a word of the command. run:
-    see sweep_config.
+def check_for_agents(sweep: Sweep, run: str = ""):
+    """InputError where a run starts from another run, or W&B's agents would change a word of the command.
+
+    run: the name on W&B.
     """
     for word in (path_word(sweep.file), *sweep.data_flags(), run):
-        if "${" in word or not word.isprintable():  # ${args} and its like are an agent's own
+        if "${" in word or not word.isprintable():  # an agent replaces ${args} and the like
             raise InputError(
                 f"--launcher wandb: {quoted(word)}: W&B's agents do not take ${{ and control "
                 "characters in a command; rename it"
             )
-    if later := next((p for p in sweep.points if p.base), None):
-        raise InputError(
-            f"--launcher wandb: {later.tag} starts from the run {later.base}, and agents know no order; use --launcher local or slurm"
-        )
+    for point in sweep.points:
+        if point.base:
+            raise InputError(
+                f"--launcher wandb: {point.tag} starts from the run {point.base}, and agents know no order; "
+                "use --launcher local or slurm"
+            )
 
 
 def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
-    """The W&B sweep over `points`, each once. run: the wandb name to log under."""
+    """The W&B sweep over `points`, each once. run: the name on W&B."""
+    flags = [f"{point.tag}: {' '.join(point.varying)}".rstrip(": ") for point in points]
     return {
         "name": sweep.name,
-        "description": "\n".join(
-            filter(
-                None,
-                [
-                    sweep.question,
-                    sweep.cost,
-                    *(f"{p.tag}: {' '.join(p.varying)}".rstrip(": ") for p in points),
-                ],
-            )
-        ),
+        "description": "\n".join(filter(None, [sweep.question, sweep.cost, *flags])),
         "program": "scripts/sweep.py",
         "method": "grid",
         "metric": {"name": "val/ppl", "goal": "minimize"},
-        "parameters": {"task": {"values": [p.tag for p in points]}},
+        "parameters": {"task": {"values": [point.tag for point in points]}},
         "command": [
             "${env}",
             "${interpreter}",
@@ -113,3 +111,16 @@ def sweep_config(sweep: Sweep, points: list[Point], run: str) -> dict:
             "${args}",
         ],
     }
+
+
+def set_group_and_tags(sweep: Sweep, point: Point):
+    """Set the W&B group and tags of a run in the environment, beside what the user has set there."""
+    os.environ["WANDB_RUN_GROUP"] = os.environ.get("WANDB_RUN_GROUP") or sweep.name
+    words = [word.replace(",", "-") for word in point.varying]
+    if any(other.pair == point.tag for other in sweep.points):
+        words.append("baseline")
+    tags = wandb_log.tags(",".join([os.environ.get("WANDB_TAGS", ""), *words]))
+    if tags:
+        os.environ["WANDB_TAGS"] = tags
+    else:
+        os.environ.pop("WANDB_TAGS", None)  # W&B refuses an empty variable

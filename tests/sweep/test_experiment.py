@@ -150,7 +150,7 @@ def test_scans_that_cross_run_their_common_point_once(read):
         "matrix-lr = 0.02\n[points.full]\nseeds = [1, 2, 3]\n[points.lr]\nmatrix-lr = [0.01, 0.02]\n[points.depth]\ndepth = [2, 3]\n"
     )
     assert labels(sweep) == ["full", "lr_lr0.01", "depth_d3"] and len(sweep.points) == 3 + 2 + 2
-    assert sweep.same == (("lr_lr0.02", "full"), ("depth_d2", "full"))
+    assert sweep.duplicates == (("lr_lr0.02", "full"), ("depth_d2", "full"))
 
 
 def test_a_budget_may_be_the_parameters_of_another_point(read):
@@ -232,11 +232,11 @@ def test_switches_and_texts(read):
         ("[points.a]\nseeds = [1, 1]", "seeds: give whole numbers >= 0, up to .*, each once"),
         ("[points.a]\ndata = 'stdlib'", "data has to be the same in all runs"),
         ("[grid]\nvocab-size = [300, 400]", "vocab-size has to be the same in all runs"),
-        ("[points.a]\nmodel-tag = 'x'", "model-tag is not to be given: the sweep names the runs"),
-        ("[points.a]\nseed = 3", r"seed is not to be given: write seeds = \[1, 2\]"),
+        ("[points.a]\nmodel-tag = 'x'", "model-tag cannot be set here: the sweep names the runs"),
+        ("[points.a]\nseed = 3", r"seed cannot be set here: write seeds = \[1, 2\]"),
         ("ppl-thresholds = [100, 50]", "ppl-thresholds has a list"),
         ("[grid]\ndepth = 3", "depth has one value"),
-        ("[grid]\ndepth = []", "depth is to be a number"),
+        ("[grid]\ndepth = []", "depth must be a number"),
         ("[gird]\ndepth = [1]", "unknown key gird; did you mean grid"),
         ("[preset.small]\nseed = [1]", r"\[preset.small\]: unknown key seed"),
         ("[points]\na = 3", "points.a is not a table"),
@@ -254,9 +254,9 @@ def test_a_mistake_is_one_line_that_names_it(read, text, message):
     [
         ("seeds = [1]\n", "vocab-size is missing"),
         ("[flags]\nvocab-size = 300\nnum-iterations = 1\n", "no seeds: write for example"),
-        ("matrix-lr = 1\n", r"unknown key matrix-lr; flags of base_train belong into \[flags\]"),
-        ("seeds = 3\n", "seeds is to be a list"),
-        ("processes = true\n", "processes is to be a whole number"),
+        ("matrix-lr = 1\n", r"unknown key matrix-lr; flags of base_train belong in \[flags\]"),
+        ("seeds = 3\n", "seeds must be a list"),
+        ("processes = true\n", "processes must be a whole number"),
         ("processes = 0\n", "processes: give whole numbers >= 1, up to 1024"),
         ("a = [", "not TOML"),
         (b"\xff", "invalid UTF-8 at byte 0"),

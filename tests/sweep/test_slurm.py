@@ -136,9 +136,9 @@ def test_what_is_finished_or_in_the_queue_is_not_submitted_again(submit, base, c
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("--array=0-3", "--array=0-3 is not to be given"),
-        ("-a 0-3", "-a is not"),
-        ("--job-name=x", "--job-name=x is not"),
+        ("--array=0-3", "--array=0-3 cannot be given"),
+        ("-a 0-3", "-a cannot be given"),
+        ("--job-name=x", "--job-name=x cannot be given"),
         ("--comment=a\x1b[31m", r"--sbatch '--comment=a\\x1b.31m': give options"),
         ('--comment="a', "no closing quotation"),
         ("gpu", "give options of sbatch"),

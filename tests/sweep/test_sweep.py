@@ -14,7 +14,7 @@ from processes import Launched, wait_for
 
 from nanochat import metrics
 from nanochat.common import REQUEUE, InputError
-from nanochat.sweep import local
+from nanochat.sweep import costs, local
 from nanochat.sweep.experiment import read_experiment
 from scripts import sweep as sweeps
 
@@ -59,7 +59,7 @@ end("finished", 0)
 @pytest.fixture
 def stand_in(tmp_path, experiment, monkeypatch):
     """run(seconds, failing, j) runs four points with the stand-in and returns run_all's answer; .starts() are the tags started so far."""
-    monkeypatch.setattr(local, "POLL", 0.02)
+    monkeypatch.setattr(local, "CHILD_POLL", 0.02)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     sweep = read_experiment(experiment("[points.full]\n[points.low]\nattn-rank = 4\n"))
 
@@ -89,7 +89,7 @@ def test_runs_are_started_in_order_once_and_finished_ones_are_skipped(stand_in, 
     assert "tiny_low_s1: finished, perplexity 9.00" in capfd.readouterr().out
     assert stand_in() == ({}, "") and len(stand_in.starts()) == 4
     assert "4 runs, 4 finished" in capfd.readouterr().out
-    assert local.finished_rate(stand_in.sweep)[0] == 50
+    assert costs.finished_rate(stand_in.sweep)[0] == 50
 
 
 def test_a_failed_run_is_named_with_its_last_lines_stops_no_other_and_is_tried_again(stand_in):
@@ -158,7 +158,7 @@ def test_where_runs_go(stand_in, monkeypatch):
     two = SimpleNamespace(points=stand_in.sweep.points, processes=2, file="tiny.toml")
     assert [p["gpus"] for p in local.places(two, None)] == [("2", "3")]
     two.processes = 4
-    with pytest.raises(InputError, match=r"wants 4 GPU\(s\), this machine has 3"):
+    with pytest.raises(InputError, match=r"needs 4 GPU\(s\), this machine has 3"):
         local.places(two, None)
 
 

@@ -53,7 +53,7 @@ def register(tmp_path, monkeypatch, corpus_dir):
 
         wandb_agent.register(sweep.load(args), args)
         return sweep.load(args), load_sweep_config(
-            tmp_path / "base" / "sweeps" / "question-small" / "wandb_agent.yaml"
+            tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml"
         )
 
     return run
@@ -142,7 +142,7 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
     monkeypatch.setattr(wandb, "sweep", refuse)
     with pytest.raises(
         InputError,
-        match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_agent.yaml later",
+        match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later",
     ):
         register()
 
@@ -157,7 +157,7 @@ def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeyp
     args = sweep.build_parser().parse_args([str(path), "--preset", "small", "--data", str(folder)])
     planned = sweep.load(args)
     wandb_agent.register(planned, args)
-    config = load_sweep_config(planned.folder / "wandb_agent.yaml")
+    config = load_sweep_config(planned.folder / "wandb_sweep.yaml")
     assert config["command"][config["command"].index("--data") + 1] == str(folder)
     command = capsys.readouterr().out.splitlines()[1].split("#")[0]
     assert shlex.split(command) == [
@@ -165,7 +165,7 @@ def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeyp
         "sweep",
         "--project",
         "our project; $(b)",
-        f"{planned.folder}/wandb_agent.yaml",
+        f"{planned.folder}/wandb_sweep.yaml",
     ]
     for name in ("${args}", "${envvar:HOME}", "a\x1b"):
         (tmp_path / name).mkdir()
