@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# From nothing to a verdict: a full-rank and a low-rank model under the same tokens, batch, schedule and seed, compared in
-# $NANOCHAT_BASE_DIR/report/report.html.   bash speedrun.sh
-# Every variable below can also be given in the environment: DEPTH=6 MLP_RANK=64 bash speedrun.sh
-# A second call reuses what is there: finished runs are skipped, an interrupted one continues.
+# From nothing to a verdict: train a full-rank and a low-rank model with the same tokens, batch, schedule and
+# seed, and compare them in $NANOCHAT_BASE_DIR/report/report.html.
+#   bash speedrun.sh
+# Every variable below can be set in the environment:
+#   DEPTH=6 MLP_RANK=64 bash speedrun.sh
+# A second call reuses what is there: finished runs are skipped, an interrupted one is resumed.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: speedrun.sh is written for bash: bash speedrun.sh" >&2; exit 2; }
-{   # bash reads all of this before it runs any of it: the file may be edited for the next run while this one goes on
+{   # bash reads this block to its end before it runs it, so the file may be edited for the next run meanwhile
 set -euo pipefail
-{ : <&0; } 2>/dev/null || exec </dev/null   # where standard input is closed
+{ : <&0; } 2>/dev/null || exec </dev/null   # if standard input is closed
 for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
   case "${!NAME:-0}" in
     *[!0-9]*) printf 'error: %s=%q: give a whole number\n' "$NAME" "${!NAME}" >&2; exit 2 ;;
   esac
 done
 
-# a path is meant from where the user stands, and we go elsewhere; a quoted ~ is still one
+# relative paths are those of the folder of the call; this script changes to its own. A quoted ~ means home too
 absolute() {
   case "$1" in
     ''|/*|'~'[!/]*) echo "$1" ;;
@@ -28,17 +30,18 @@ fi
 case "${DATA:-}" in
   stdlib|tinystories|climbmix|fineweb-edu|c4) ;;
   *) DATA=$(absolute "${DATA:-}")
-     [ ! -d "$DATA" ] || DATA=$(cd -- "$DATA" && pwd) ;;   # its own name, also where it was given as . or ..
+     [ ! -d "$DATA" ] || DATA=$(cd -- "$DATA" && pwd) ;;   # its real name, also for . and ..
 esac
 CDPATH='' cd -- "$(dirname -- "$0")"
-source dev/setup.sh   # .venv, installation
+source dev/setup.sh   # makes .venv and installs what is missing
 
-# A signal may reach this shell alone, or every process. It is handed on, and we wait until the training is saved.
+# A signal may reach this shell alone, or every process. The shell passes it on and waits until the training
+# has saved its state.
 PROCESS=
 SIGNALS=0
 INTERRUPTS=0
 TOLD=0
-tell() {   # a second Ctrl-C ends it at once; other signals come twice from closing terminals and from schedulers
+tell() {   # a second Ctrl-C kills; other signals may come twice, from a closing terminal or a scheduler
   [ "$TOLD" = 1 ] || kill -TERM "$PROCESS" 2>/dev/null || :
   TOLD=1
   [ "$INTERRUPTS" -lt 2 ] || kill -KILL "$PROCESS" 2>/dev/null || :
@@ -54,27 +57,27 @@ run() {
   [ "$SIGNALS" = 0 ] || exit "$code"
   "$@" <&0 &
   PROCESS=$!
-  [ "$SIGNALS" = 0 ] || tell               # one that came before we knew the process
+  [ "$SIGNALS" = 0 ] || tell               # a signal came before the process was known
   while :; do
     before=$SIGNALS
     code=0
     wait "$PROCESS" || code=$?
-    [ "$SIGNALS" != "$before" ] || break   # a signal ends a wait early, with a code of its own
+    [ "$SIGNALS" != "$before" ] || break   # a signal ends `wait` early, with a code of its own
   done
   PROCESS=
-  if [ "$SIGNALS" -gt 0 ]; then            # nothing new begins
+  if [ "$SIGNALS" -gt 0 ]; then            # start nothing more
     [ "$code" != 0 ] || code=75
     exit "$code"
   fi
   return "$code"
 }
-# what torchrun passes on, where it has --signals-to-handle: a scheduler may signal it too, and others kill it
+# signals that torchrun passes on, if its version has --signals-to-handle; any other one kills it
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
-# seconds that torchrun leaves its processes to save, from torch 2.13 on; before, these are 30
+# seconds in which torchrun lets its processes save, from torch 2.13 on; before, these are 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 GPUS=$(python -m nanochat.devices)
-if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: nanochat's d20 and its data
+if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: the size of nanochat's d20, and its data
   : "${DATA:=climbmix}" "${DATA_SHARDS:=120}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
   : "${DEPTH:=20}" "${MODEL_DIM:=1280}" "${HEAD_DIM:=128}" "${MAX_SEQ_LEN:=2048}"
   : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.297}"
@@ -87,16 +90,16 @@ else                                               # a laptop: the same story in
   : "${DEVICE_BATCH_SIZE:=16}" "${TOTAL_BATCH_SIZE:=4096}" "${NUM_ITERATIONS:=120}"
   : "${EVAL_EVERY:=25}" "${PPL_THRESHOLDS:=200,100,50}"
 fi
-: "${MATRIX_RANKS=v=0,o=0}"       # of single matrices, in place of ATTN_RANK or MLP_RANK: v and o stay full; '' = none
-: "${FACTOR_ACT:=none}"          # silu: between the factors, which then merge into no matrix
-: "${MLP_RATIO:=4}"              # hidden width of the low-rank model's MLP, in widths of the model; full rank's is 4
+: "${MATRIX_RANKS=v=0,o=0}"       # ranks of single matrices; v and o are full rank (0); '' = none
+: "${FACTOR_ACT:=none}"          # silu: an activation between the factors, which then cannot be merged
+: "${MLP_RATIO:=4}"              # MLP width of the low-rank model, in model widths; full rank has 4
 : "${RANK_SCHEDULE:=constant}"   # constant | linear | step | exponential | quadratic | r0,r1,…
 : "${RANK_END:=0}"               # rank of the last layer, for the schedules that change
 : "${SEED:=42}"
-: "${WANDB_RUN:=dummy}"          # a name logs to wandb as NAME-full and NAME-lowrank
+: "${WANDB_RUN:=dummy}"          # NAME: log to wandb, as NAME-full and NAME-lowrank
 : "${NPROC:=$((GPUS > 0 ? GPUS : 1))}"            # processes on this node
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
-                                 # several nodes: this script on each; it takes the ports from MASTER_PORT to + 3
+                                 # several nodes: run this script on each; ports MASTER_PORT to MASTER_PORT + 3
 : "${EVAL_TOKENS:=$((GPUS > 0 ? 10485760 : 32768))}"
 : "${SAVE_EVERY:=$((GPUS > 0 ? 1000 : 50))}"
 
@@ -105,14 +108,14 @@ if [ "$NPROC" = 0 ] || [ "$NNODES" -le "$NODE_RANK" ]; then
   exit 2
 fi
 
-# on several nodes each of these takes a lock: one node does it, the others wait and then find it done
+# on several nodes each of these takes a lock: one node does the work, the others wait and then find it done
 case "$DATA" in
   tinystories|climbmix|fineweb-edu|c4) run python -m nanochat.dataset --data "$DATA" -n "$DATA_SHARDS" ;;
 esac
 run python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOKENIZER_CHARS"
 [ "$NODE_RANK" -gt 0 ] || run python -m scripts.tok_eval --data "$DATA" --max-chars 2000000
 
-PORT=$MASTER_PORT   # each launch has one of its own: a node that is early must not meet the launch before
+PORT=$MASTER_PORT   # each launch has its own port, so that an early node cannot join the launch before
 launch() {          # launch MODULE FLAGS…
   local module=$1
   shift
@@ -128,9 +131,9 @@ launch() {          # launch MODULE FLAGS…
 }
 wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 
-# the tag says what was changed, so that another setting is another run
+# the tag names the settings, so that another setting is another run
 NAME=${DATA##*/}
-OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # what the name of a folder may have and the name of a run may not
+OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # characters that a folder's name may have and a run's name may not
 NAME=${NAME//$OTHER/-}
 NAME=${NAME//[[:cntrl:]]/-}
 BASE_TAG="${NAME/#[ .-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
@@ -148,7 +151,7 @@ COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HE
         --save-every "$SAVE_EVERY" --resume auto)
 
 launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run="$(wandb_name full)" --num-iterations "$NUM_ITERATIONS"
-# the same number of steps as the baseline took, also where that was derived from its size
+# as many steps as the full-rank run, whose number may have been derived from its size
 STEPS=$(python -c 'import sys; from nanochat.metrics import load_run, runs_dir; print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
 launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run="$(wandb_name lowrank)" --num-iterations "$STEPS" \
   --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" --mlp-ratio "$MLP_RATIO" \

@@ -40,8 +40,8 @@ def run_script(main, result_is_printed: bool = False):
         message, is_lost = fault_of(main)
         signals.main_ended()
     except KeyboardInterrupt as e:  # it may also come while a fault is put into words
-        number = signals.number_of(e)
-        line = f"stopped by {signals.name_of(number)}"
+        number = signals.signal_number(e)
+        line = f"stopped by {signals.signal_name(number)}"
         agreement.end_all(line, signals.exit_code(number))
         signals.say(line)
         sys.exit(signals.exit_code(number))

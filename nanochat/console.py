@@ -1,8 +1,8 @@
-"""Standard output and error of a script: what happens to them never ends the work.
+"""Standard output and error of a script: whatever happens to them, the work goes on.
 
-They may be closed, a pipe that nobody reads any more, a file on a full disk, a terminal that is gone, or one
-that lacks a character. What can be printed is printed; the rest is lost. What is printed holds no commands to
-the terminal: a name, a file or a model may have made it.
+A stream may be closed, a pipe without a reader, a file on a full disk, a terminal that is gone, or one that
+lacks a character. What can be printed is printed; the rest is lost. Printed text holds no commands to the
+terminal, because it may come from a name, a file or a model.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ import select
 import sys
 
 READER_GONE = 141  # exit code of a tool that a broken pipe ends, as shells have it
-STALLED = 5  # seconds that a stream without blocking is waited for
+STALL_SECONDS = 5  # how long to wait for a slow reader of a non-blocking stream
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 COMMANDS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab, \n and \r
-CURSOR_UP = re.compile(r"\n*(\x1b\[A)*")  # what a progress bar writes between its lines, by itself
+CURSOR_UP = re.compile(r"\n*(\x1b\[A)*")  # what a progress bar writes between its lines
 
 
-class Plain(io.TextIOWrapper):
-    """Text of which a terminal takes nothing for a command: colours go, control characters are spelt out."""
+class PlainText(io.TextIOWrapper):
+    """Text without commands to a terminal: colours are left out, control characters are spelt out."""
 
     def write(self, text: str) -> int:
         if COMMANDS.search(text) and not CURSOR_UP.fullmatch(text):
@@ -29,15 +29,15 @@ class Plain(io.TextIOWrapper):
         return super().write(text)
 
     def command(self, text: str):
-        """Write our own commands to the terminal."""
+        """Write a command of our own to the terminal."""
         super().write(text)
 
 
-class Lossy(io.FileIO):
-    """A file descriptor to write to that drops what it cannot write.
+class LossyFile(io.FileIO):
+    """A file descriptor that drops what cannot be written.
 
-    result: the script is there for what it prints. So a reader that is gone ends it, and what else goes wrong
-    is an error.
+    result: what is printed is the result of the script. Then a reader that is gone ends the script, and any
+    other fault is an error.
     """
 
     def __init__(self, descriptor: int, result: bool):
@@ -48,15 +48,17 @@ class Lossy(io.FileIO):
     def write(self, data) -> int:
         try:
             written = super().write(data)
-            if written is None:  # somebody has set it to not block, and its reader is slow
-                select.select([], [self], [], STALLED)
+            if written is None:  # the stream does not block, and its reader is slow
+                select.select([], [self], [], STALL_SECONDS)
                 written = super().write(data)
             return len(data) if written is None else written
         except OSError as e:
             first = not self.failed
             self.failed = True
             if first and self.result:
-                raise SystemExit(READER_GONE) if e.errno == errno.EPIPE else e
+                if e.errno == errno.EPIPE:
+                    raise SystemExit(READER_GONE) from None
+                raise
             if first and self.fileno() == 1 and e.errno not in (errno.EPIPE, errno.EIO):
                 with contextlib.suppress(OSError):
                     line = f"standard output: {e.strerror}; the work goes on, what it prints is lost\n"
@@ -64,9 +66,10 @@ class Lossy(io.FileIO):
             return len(data)
 
 
-def occupy():
-    """Put /dev/null where a standard stream was closed. A file opened later would get its number, and with it
-    what a library prints.
+def fill_closed_streams():
+    """Put /dev/null where a standard stream was closed.
+
+    Otherwise the next file that is opened gets its number, and with it what a library prints.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -74,22 +77,20 @@ def occupy():
 
 
 def lossy(stream, result: bool = False):
-    """The same stream as one that never raises. Streams that are no files, such as a notebook's, stay as they
-    are.
-    """
+    """The stream as one that never raises. A stream that is no file, such as a notebook's, stays as it is."""
     if stream is None:  # it was closed when Python started
-        nothing = Lossy(os.open(os.devnull, os.O_WRONLY), result)
-        return Plain(io.BufferedWriter(nothing), "utf-8", "backslashreplace")
+        devnull = LossyFile(os.open(os.devnull, os.O_WRONLY), result)
+        return PlainText(io.BufferedWriter(devnull), "utf-8", "backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     with contextlib.suppress(OSError, ValueError):
         stream.flush()
     try:
-        raw = Lossy(stream.fileno(), result)
+        raw = LossyFile(stream.fileno(), result)
     except (OSError, ValueError):
         return stream
     buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    return Plain(
+    return PlainText(
         buffer,
         stream.encoding,
         "backslashreplace",
@@ -99,7 +100,7 @@ def lossy(stream, result: bool = False):
 
 
 def protect(result: bool = False):
-    """Make this process's standard output and error such streams. result: see `Lossy`."""
-    occupy()
+    """Make this process's standard output and error lossy. result: see `LossyFile`."""
+    fill_closed_streams()
     sys.stdout = lossy(sys.stdout, result)
     sys.stderr = lossy(sys.stderr)

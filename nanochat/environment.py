@@ -1,8 +1,8 @@
-"""The environment as launchers, schedulers, notebooks and containers leave it.
+"""The environment variables that launchers, schedulers, notebooks and containers leave.
 
-Libraries read some variables when they are imported, and fail in ways that name no variable. So each script
-begins here. What cannot be used is replaced, with one line on standard error where the user had chosen it, or
-refused in one line that names the variable.
+Libraries read some of them when they are imported, and their errors do not name the variable. So each script
+begins here. A value that cannot be used is replaced, with one line on standard error if the user had chosen
+it, or it is refused in one line that names the variable.
 """
 
 import getpass
@@ -15,10 +15,10 @@ import time
 
 from nanochat.common import InputError, get_base_dir
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 TEMPORARY_FOLDERS = ("TMPDIR", "TEMP", "TMP")
-# what programs write into a home folder, and the variable that names another place for it
+# variables that name a place outside the home folder, and a folder for each
 HOME_FOLDERS = {
     "MPLCONFIGDIR": "matplotlib",
     "TRITON_CACHE_DIR": "triton",
@@ -45,7 +45,7 @@ PROCESS_GROUP = (
     "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_ERROR_FILE",
 )
-# the place of a process on its machine, as Open MPI, Intel MPI, MVAPICH, PALS and Slurm say it
+# the rank of a process on its machine, as Open MPI, Intel MPI, MVAPICH, PALS and Slurm give it
 LOCAL_RANKS = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "MPI_LOCALRANKID",
@@ -56,53 +56,53 @@ LOCAL_RANKS = (
 
 
 def prepare_environment():
-    """Make the environment one that every script and library can work in. May be called more than once."""
+    """Make the environment one in which all scripts and libraries work. It may be called more than once."""
     replace_unusable_variables()
     choose_temporary_folder()
 
 
 def replace_unusable_variables():
-    """Change variables only, nothing on the disk."""
-    # of a process that is gone torch warns with a page of stack frames; agreement.py says it in a line
+    """Change variables only, no files."""
+    # when a process is gone, torch prints a page of stack frames; agreement.py says it in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # a notebook's may not be installed here; our figures are files and need none
+    # a notebook's backend may not be installed here; figures in files need none
     os.environ.pop("MPLBACKEND", None)
     for name in THREAD_COUNTS:
         check_thread_count(name)
     for name in TEMPORARY_FOLDERS:
         if name in os.environ and not is_writable_folder(os.environ[name]):
-            drop(name, "is no folder that can be written to")
-    settle_user()
+            drop_variable(name, "is no folder that can be written to")
+    name_user_and_home()
     if sys.platform == "linux" and not is_writable_folder("/dev/shm"):
-        os.environ.setdefault("NCCL_SHM_DISABLE", "1")  # the GPUs of a machine then talk in another way
+        os.environ.setdefault("NCCL_SHM_DISABLE", "1")  # its GPUs then communicate in another way
 
 
-def drop(name: str, fault: str):
-    """Take a variable away, and say so unless it was empty."""
+def drop_variable(name: str, fault: str):
+    """Remove a variable, and say so unless it was empty."""
     value = os.environ.pop(name)
     if value:
         print(f"note: {name}={value} {fault}; going on without it", file=sys.stderr, flush=True)
 
 
 def check_thread_count(name: str):
-    """OpenMP allows a list, one number for each level of nesting. The first is the one that counts here."""
+    """Keep the first number of an OpenMP list, which has one for each level of nesting; drop what is none."""
     if name not in os.environ:
         return
     first = os.environ[name].split(",")[0].strip()
-    if first.isdecimal() and 1 <= int(first) <= MOST_THREADS:
+    if first.isdecimal() and 1 <= int(first) <= MAX_THREADS:
         os.environ[name] = first
     else:
-        drop(name, f"is no number of threads from 1 to {MOST_THREADS}")
+        drop_variable(name, f"is no number of threads from 1 to {MAX_THREADS}")
 
 
 def is_writable_folder(path: str) -> bool:
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
-def settle_user():
-    """A container may run us as a user without a name or a home folder.
+def name_user_and_home():
+    """A container may run this process as a user without a name or a home folder.
 
-    What programs want to write into a home folder, they then write below the base directory.
+    Programs that write into the home folder then write below the base directory.
     """
     try:
         getpass.getuser()
@@ -113,10 +113,10 @@ def settle_user():
     if home:
         os.environ["HOME"] = home
     if is_writable_folder(home) or not os.environ.get("NANOCHAT_BASE_DIR"):
-        return  # without a base directory either, get_base_dir says what is missing
+        return  # if there is no base directory either, get_base_dir says what is missing
     try:
         instead = get_base_dir().absolute() / "home"
-    except InputError:  # whoever wants that directory says so
+    except InputError:  # a script that needs that directory says so
         return
     os.environ["HOME"] = home or str(instead)
     for name, folder in HOME_FOLDERS.items():
@@ -124,7 +124,7 @@ def settle_user():
 
 
 def home_of_user() -> str:
-    """As the system has it; '' if it knows no such user."""
+    """The home folder in the system's list of users; '' if this user is not in it."""
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
@@ -132,9 +132,7 @@ def home_of_user() -> str:
 
 
 def choose_temporary_folder():
-    """Where no usual place can be written to, Python takes the folder we are in. The base
-    directory is better.
-    """
+    """Where Python would use the current folder for temporary files, use the base directory."""
     try:
         usable = tempfile.gettempdir() != os.getcwd()
     except OSError:
@@ -152,63 +150,64 @@ WAY_OUT = "start with torchrun, which sets all of them, or unset RANK and WORLD_
 
 
 def layout_of_processes() -> tuple[int, int, int]:
-    """(rank, local rank, number of processes), as a launcher says it; (0, 0, 1) without one.
+    """(rank, local rank, number of processes), as a launcher sets them; (0, 0, 1) without one.
 
     InputError where the variables contradict each other, or some are missing.
     """
     if not os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
         return 0, 0, 1
-    size = number_of("WORLD_SIZE", 1)
-    rank = number_of("RANK", 0)
+    size = launcher_integer("WORLD_SIZE", 1)
+    rank = launcher_integer("RANK", 0)
     if rank >= size:
         raise InputError(f"RANK={rank}: WORLD_SIZE={size} allows 0 to {size - 1}; {WAY_OUT}")
     return rank, local_rank(rank, size), size
 
 
-def number_of(name: str, least: int, most: int | None = None) -> int:
-    """A whole number from a variable that a launcher sets. InputError if it is none."""
+def launcher_integer(name: str, minimum: int, maximum: int | None = None) -> int:
+    """The value of a variable that a launcher sets. InputError unless it is an integer in this range."""
     value = os.environ.get(name, "").strip()
     if not value:
         given = next(other for other in ("RANK", "WORLD_SIZE") if os.environ.get(other))
         raise InputError(f"{name} is not set, but {given}={os.environ[given]} is; {WAY_OUT}")
-    if not value.isdecimal() or int(value) < least or (most and int(value) > most):
-        right = f"from {least} to {most}" if most else f">= {least}"
+    if not value.isdecimal() or int(value) < minimum or (maximum and int(value) > maximum):
+        right = f"from {minimum} to {maximum}" if maximum else f">= {minimum}"
         raise InputError(f"{name}={value}: is not a whole number {right}; {WAY_OUT}")
     return int(value)
 
 
 def local_rank(rank: int, size: int) -> int:
     if os.environ.get("LOCAL_RANK"):
-        return number_of("LOCAL_RANK", 0)
+        return launcher_integer("LOCAL_RANK", 0)
     if size == 1:
         return 0
     if os.environ.get("LOCAL_WORLD_SIZE"):
-        return rank % number_of("LOCAL_WORLD_SIZE", 1)
+        return rank % launcher_integer("LOCAL_WORLD_SIZE", 1)
     scheduler = next((name for name in LOCAL_RANKS if os.environ.get(name)), None)
     if scheduler is None:
         raise InputError(f"LOCAL_RANK is not set, but RANK={rank} and WORLD_SIZE={size} are; {WAY_OUT}")
-    return number_of(scheduler, 0)
+    return launcher_integer(scheduler, 0)
 
 
 def check_rendezvous():
     """InputError unless the environment says where the processes of a run meet."""
     if not os.environ.get("MASTER_ADDR"):
         raise InputError(f"MASTER_ADDR is not set, but WORLD_SIZE={os.environ['WORLD_SIZE']} is; {WAY_OUT}")
-    number_of("MASTER_PORT", 1, 65535)
+    launcher_integer("MASTER_PORT", 1, 65535)
 
 
 def check_launcher(patience: float = 3):
-    """InputError where torchrun, which lets its processes meet, was killed while this one started.
+    """InputError where torchrun, at whose port its processes meet, was killed while this one started.
 
-    torch would look for it for half an hour. `patience`: seconds in which it has to answer.
+    torch would try to reach it for half an hour. patience: seconds in which it has to answer.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+        return
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + patience
     while True:
         try:
-            return socket.create_connection(place, timeout=patience).close()
+            socket.create_connection(place, timeout=patience).close()
+            return
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise InputError(
@@ -216,11 +215,11 @@ def check_launcher(patience: float = 3):
                     "is gone; start again"
                 ) from None
             time.sleep(0.2)
-        except OSError:  # a slow network, a name that is not known yet: torch is more patient
-            return None
+        except OSError:  # a slow network, or a host name that is not known yet: torch has more patience
+            return
 
 
 def leave_process_group():
-    """What an earlier launcher left behind is not meant for this process, which starts runs of its own."""
+    """Forget the variables of the launcher of this process, which starts runs of its own."""
     for name in PROCESS_GROUP:
         os.environ.pop(name, None)

@@ -149,7 +149,7 @@ def download(
                     failures[path] = f"{hub_set.repo}: {e}"
             pool.shutdown()
     except KeyboardInterrupt as e:
-        signals.leave(signals.number_of(e))  # threads go on, and no file is visible before it is whole
+        signals.leave(signals.signal_number(e))  # threads go on, and no file is visible before it is whole
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,13 +1,13 @@
-"""Leases: locks on file systems without flock, which no kernel frees when the holder dies.
+"""Leases: locks for file systems without flock, where no kernel frees a lock when its holder dies.
 
 A lease is a file that names its holder: host and process. The holder refreshes the file's time every
-HEARTBEAT seconds, and removes it in the end. The file of a dead process of this machine may be taken over at
-once. That of a process of another machine may be when it was not refreshed for LEASE seconds. The file
-system's clock counts them, by which all machines date their files. A holder that slept for so long may find
-that another process has its lease: `Lease.check`.
+HEARTBEAT seconds and removes the file in the end. If the holder was a process of this machine and is dead,
+its lease may be taken over at once. The lease of a process on another machine may be taken over once it was
+not refreshed for LEASE seconds. These are counted by the file system's clock, which dates the files of all
+machines. A holder that slept for so long may find that another process has its lease: `Lease.check`.
 
-Earlier versions of this program did not refresh their files. Those of other machines stay until a person
-removes them.
+Earlier versions of this program did not refresh their files. Such a file from another machine stays until a
+person removes it.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from nanochat.errors import InputError, named, printable
 from nanochat.files import TEMPORARY, open_new, parse_json
 
 HEARTBEAT = 10.0  # seconds between two signs of life
-LEASE = 120.0  # seconds without one after which a lease may be taken over
-GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: on a network file system
+LEASE = 120.0  # seconds without a sign of life after which a lease may be taken over
+GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: the same on a network file system
 TAKEOVER = ".takeover-"
 
 
 class Lease:
-    """A lease that this process has. A forked process shares it, and keeps it alive once it has signed."""
+    """A lease that this process has. A forked process keeps it alive too, once it has signed it."""
 
     def __init__(self, path: Path, identity: dict):
         self.path = path
         self.identity = identity
-        self.refreshed = math.inf  # when it was, by the file system's clock
+        self.refreshed = math.inf  # time of the last refresh, by the file system's clock
         self.keep_alive()
 
     def keep_alive(self):
-        """Refresh the file from now on. A forked process does so itself: it inherits no threads."""
+        """Refresh the file from now on. A forked process must call this itself: it inherits no threads."""
         self.pid = os.getpid()
         self.mutex = threading.Lock()
         self.released = threading.Event()
@@ -56,9 +56,9 @@ class Lease:
                     self._refresh()
 
     def _refresh(self) -> dict:
-        """Refresh the file. Returns who has the lease: the identity of this process, or another one.
+        """Refresh the file. Returns the identity of the process that has the lease: this one, or another.
 
-        {} if the lease ended, and whoever took it over is through.
+        {} if the lease had ended, and the process that took it over has ended too.
         """
         while True:
             try:
@@ -73,23 +73,23 @@ class Lease:
                     raise
             if file_system_time(self.path.parent) - self.refreshed > self.identity["lease"]:
                 return {}
-            if create(self.path, self.identity):  # a person had removed it
+            if create(self.path, self.identity):  # a person has removed the file
                 return self.identity
 
     def check(self):
-        """InputError if another process has taken the lease over, because this one slept for too long."""
+        """InputError if another process has taken the lease over because this one slept for too long."""
         with self.mutex:
             identity = self._refresh()
         if identity.get("token") != self.identity["token"]:
             raise InputError(
-                f"{self.path}: {in_words(identity)} has taken over what this process held, "
+                f"{self.path}: {describe_process(identity)} has taken over what this process held, "
                 f"which gave no sign of life for {LEASE:.0f} s (a sleeping machine, or a file "
                 "system that did not answer); nothing more is written here: leave it to that "
                 "process"
             )
 
     def sign(self, activity: str):
-        """Say in the file which process holds the lease now, and what it does."""
+        """Write into the file which process holds the lease now, and what it does."""
         if os.getpid() != self.pid:
             self.keep_alive()
         self.check()
@@ -107,12 +107,12 @@ class Lease:
 
 
 def acquire_lease(path: Path) -> Lease | None:
-    """None if a process that may live has it. Says so where the process that had it gave no sign of life."""
+    """A new lease, or None if a process that may be alive has it. Prints from whom it was taken over."""
     identity = this_process() | {"token": secrets.token_hex(8), "lease": LEASE}
     if not take(path, identity):
         return None
-    with contextlib.suppress(OSError):  # another process removes it too
-        remove_left_over(path)
+    with contextlib.suppress(OSError):  # another process removes them too
+        remove_leftovers(path)
     return Lease(path, identity)
 
 
@@ -120,7 +120,7 @@ def acquire_lease(path: Path) -> Lease | None:
 
 
 def open_own_file(path: Path, flags: int):
-    """A text file, open for reading and perhaps writing. InputError if its name leads to another file."""
+    """Open a text file by os.open flags. InputError if it is a link, or no ordinary file."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as e:
@@ -137,11 +137,11 @@ def open_own_file(path: Path, flags: int):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a lease's file says."""
+    """The content of a lease's file."""
 
     identity: dict  # of the holder; {} if the file is damaged, or is being written
-    digest: str  # of its name and content, which differ from those of every other lease
-    refreshed: float  # seconds, by the file system's clock
+    digest: str  # of the file's name and content, which no other lease has
+    refreshed: float  # when: seconds, by the file system's clock
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -163,7 +163,7 @@ def read_identity(text: str) -> dict:
 
 
 def write_temporary(path: Path, identity: dict) -> Path:
-    """A new file beside `path` that becomes it."""
+    """A new file beside `path`, which replaces it later."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
     with open_new(temporary) as f:
         f.write(json.dumps(identity).encode())
@@ -175,14 +175,14 @@ def replace(path: Path, identity: dict):
 
 
 def create(path: Path, identity: dict) -> bool:
-    """Whether this process created the file. It appears with its content, by a hard link to a whole one."""
+    """Whether this process created the file, which appears complete: as a hard link to a written file."""
     temporary = write_temporary(path, identity)
     try:
         os.link(temporary, path)
         return True
     except FileExistsError:
-        return os.stat(temporary).st_nlink > 1  # a server that did it, and whose first answer was lost
-    except OSError:  # no hard links here either
+        return os.stat(temporary).st_nlink > 1  # the link is ours: the server's first answer was lost
+    except OSError:  # the file system has no hard links either
         return create_exclusively(path, identity)
     finally:
         temporary.unlink(missing_ok=True)
@@ -198,20 +198,20 @@ def create_exclusively(path: Path, identity: dict) -> bool:
 
 
 def file_system_time(folder: Path) -> float:
-    """Seconds, by the clock of the file system: a new file's time."""
+    """The time by the file system's clock, in seconds: the date of a new file."""
     probe = folder / f".time.{secrets.token_hex(6)}{TEMPORARY}"
     try:
         with open_own_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL) as f:
             f.write("now")
             f.flush()
-            os.fsync(f.fileno())  # the server's time, where it is another machine
+            os.fsync(f.fileno())  # makes a file server date the file
             return os.fstat(f.fileno()).st_mtime
     finally:
         probe.unlink(missing_ok=True)
 
 
-def remove_left_over(path: Path):
-    """Remove what killed processes left beside the file."""
+def remove_leftovers(path: Path):
+    """Remove temporary files that killed processes left beside the lease."""
     now = file_system_time(path.parent)
     for entry in os.scandir(path.parent):
         temporary = entry.name.startswith((f".{path.name}.", ".time.")) and entry.name.endswith(TEMPORARY)
@@ -235,10 +235,10 @@ def take(path: Path, identity: dict) -> bool:
 
 
 def take_over(path: Path, entry: Entry, identity: dict) -> bool:
-    """Replace a lease that is over; False if another process does.
+    """Replace a lease that is over. Returns False if another process does so.
 
-    The right to do so is a lease itself, on a name that is made of the one that is over. Whoever has it looks
-    again: the file that it then still finds can be replaced by nobody else.
+    The right to replace it is a lease too. Its name is made from the old lease, so one process at a time has
+    it. That process reads the old lease again: if it is unchanged, nobody else can replace it.
     """
     right = path.with_name(f"{path.name.partition(TAKEOVER)[0]}{TAKEOVER}{entry.digest}")
     if not take(right, identity):
@@ -251,9 +251,9 @@ def take_over(path: Path, entry: Entry, identity: dict) -> bool:
     finally:
         right.unlink(missing_ok=True)
     if not is_dead(entry.identity) and TAKEOVER not in path.name:
-        name = in_words(entry.identity)
+        name = describe_process(entry.identity)
         print(
-            f"{path}: taken over from {name}, which gave no sign of life for {lease_of(entry):.0f} s",
+            f"{path}: taken over from {name}, which gave no sign of life for {lease_seconds(entry):.0f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -263,12 +263,12 @@ def take_over(path: Path, entry: Entry, identity: dict) -> bool:
 def is_over(path: Path, entry: Entry) -> bool:
     if is_here(entry.identity):
         return is_dead(entry.identity)
-    seconds = lease_of(entry)
+    seconds = lease_seconds(entry)
     return seconds is not None and file_system_time(path.parent) - entry.refreshed > seconds
 
 
-def lease_of(entry: Entry) -> float | None:
-    """For how many seconds it goes on without a sign of life; None: for ever."""
+def lease_seconds(entry: Entry) -> float | None:
+    """How long the lease lasts without a sign of life, in seconds; None: for ever."""
     if not entry.identity:
         return LEASE
     seconds = entry.identity.get("lease")
@@ -279,12 +279,12 @@ def lease_of(entry: Entry) -> float | None:
 
 
 def this_process() -> dict:
-    """What tells it from other processes, also from a later one with its number."""
+    """What tells this process from all others, also from a later one with the same process number."""
     pid_space = ""
     boot = ""
-    with contextlib.suppress(OSError):  # containers on one machine may have one host name
+    with contextlib.suppress(OSError):  # containers on one machine may share a host name
         pid_space = os.readlink("/proc/self/ns/pid")
-    with contextlib.suppress(OSError):  # and so may two machines
+    with contextlib.suppress(OSError):  # two machines may share one too
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pid = os.getpid()
     return {
@@ -297,14 +297,14 @@ def this_process() -> dict:
 
 
 def is_here(identity: dict) -> bool:
-    """Whether it is, or was, a process of this machine, with its process numbers."""
+    """Whether it is, or was, a process of this machine, and of this container on it."""
     here = this_process()
     same = all(identity.get(key) == here[key] for key in ("host", "pid_space"))
     return same and identity.get("boot", here["boot"]) == here["boot"]  # earlier versions wrote none
 
 
 def is_dead(identity: dict) -> bool:
-    """Whether it was a process of this machine and is no more, or waits only for its parent to learn that."""
+    """Whether it was a process of this machine that has ended, even if its parent has not noticed yet."""
     if not is_here(identity):
         return False
     pid = identity["pid"]
@@ -312,25 +312,25 @@ def is_dead(identity: dict) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except OSError:  # it is another user's
+    except OSError:  # it lives, as another user's process
         pass
     started = start_time(pid)
     return bool(started) and (started != identity.get("started") or process_fields(pid)[:1] == ["Z"])
 
 
 def start_time(pid: int) -> str:
-    """As Linux counts it, since the machine started; '' where that cannot be read."""
+    """When a process started, as Linux counts it since the machine started; '' where that is unknown."""
     return "".join(process_fields(pid)[19:20])
 
 
 def process_fields(pid: int) -> list[str]:
-    """What Linux tells of a process from its state on; [] where that cannot be read."""
+    """The fields of /proc/<pid>/stat from the state on; [] where they cannot be read."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
 
 
-def in_words(identity: dict) -> str:
+def describe_process(identity: dict) -> str:
     words = f"process {identity.get('pid')} on {identity.get('host')}{identity.get('activity', '')}"
     return printable(words) if identity else "an unknown process"

@@ -1,8 +1,8 @@
 """Locks between processes, and between machines that share a folder.
 
-The kernel's flock is taken where the file system has it: it is freed when its last holder dies, however
-that dies. Some network file systems have none (Lustre and NFS, as some sites mount them). There a second
-file, `<path>.owner`, is the lock: a lease, which its holder keeps alive (nanochat/leases.py).
+Where the file system has flock, the lock is the kernel's: it is free when its last holder has died, in
+whatever way. Some network file systems have no flock (Lustre and NFS, as some sites mount them). There a
+second file, `<path>.owner`, is the lock: a lease, which its holder keeps alive (nanochat/leases.py).
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from nanochat import leases
 from nanochat.errors import named, printable
-from nanochat.leases import Lease, acquire_lease, in_words, lease_of, open_own_file, read_entry
+from nanochat.leases import Lease, acquire_lease, describe_process, lease_seconds, open_own_file, read_entry
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-WRITING = ", which writes a checkpoint"  # what Lock.sign says of a writer
-POLL = 0.1  # seconds between the first two tries at a lease
-SLOWEST_POLL = 2.0  # between later ones: each is some calls to a server
+WRITING = ", which writes a checkpoint"  # the activity of a writer, for Lock.sign
+FIRST_PAUSE = 0.1  # seconds between the first two tries at a lease
+LONGEST_PAUSE = 2.0  # between later ones: a try costs some calls to a server
 NOTICE_AFTER = 10.0  # seconds until a waiting process says what it waits for
 
 
@@ -38,13 +38,14 @@ class Lock:
         return self.file.fileno()
 
     def check(self):
-        """InputError if another process has the lock by now. To be called before what it protects is written."""
+        """InputError if another process has taken the lock over. Call it before writing protected files."""
         if self.lease:
             self.lease.check()
 
     def sign(self, activity: str = ""):
-        """Say in the lock file that this process holds it and what it does. A forked process takes the lock
-        over by doing the same. InputError if another process has the lock by now.
+        """Write into the lock file that this process holds it, and what it does.
+
+        A forked process makes the lock its own in this way. InputError if another process has taken it over.
         """
         if self.lease:
             self.lease.sign(activity)
@@ -61,8 +62,10 @@ class Lock:
 
 
 def acquire(path: Path, wait: bool) -> Lock | None:
-    """The exclusive lock on `path` (created if needed). None, without `wait`, if another process has it.
-    InputError if the path is a link, whose target would be written to.
+    """The exclusive lock on `path`, a file that is created if needed.
+
+    If another process has the lock: wait for it, or return None if `wait` is false. InputError if the path is
+    a link, because its target would be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_own_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -91,7 +94,7 @@ def acquire(path: Path, wait: bool) -> Lock | None:
 
 def lock_by_lease(path: Path, file, wait: bool) -> Lock | None:
     notice_at = time.monotonic() + NOTICE_AFTER
-    pause = POLL
+    pause = FIRST_PAUSE
     while not (lease := acquire_lease(owner_path(path))):
         if not wait:
             return None
@@ -99,7 +102,7 @@ def lock_by_lease(path: Path, file, wait: bool) -> Lock | None:
             print(f"waiting for {path}: in use by {holder(path)}", file=sys.stderr, flush=True)
             notice_at = math.inf
         time.sleep(pause)
-        pause = min(1.1 * pause, SLOWEST_POLL)
+        pause = min(1.1 * pause, LONGEST_PAUSE)
     return Lock(path, file, lease)
 
 
@@ -108,24 +111,24 @@ def owner_path(path: Path) -> Path:
 
 
 def holder(path: Path) -> str:
-    """Who has the lock, in words; where no flock frees it, also what to do if that process is gone."""
+    """Who has the lock, in words. For a lease also what to do if that process is gone."""
     with contextlib.suppress(OSError):
         owner = owner_path(path)
         entry = read_entry(owner)
         if entry:
-            seconds = lease_of(entry)
+            seconds = lease_seconds(entry)
             may_wait = seconds is not None and not leases.is_here(entry.identity)
             remedy = f"wait {seconds:.0f} s or remove" if may_wait else "remove"
-            return f"{in_words(entry.identity)} ({remedy} {owner} if that process is gone)"
+            return f"{describe_process(entry.identity)} ({remedy} {owner} if that process is gone)"
         with open_own_file(path, os.O_RDONLY) as f:
             return printable(f.read().strip()) or "another process"
     return "another process"
 
 
 def last_sign_of_life(path: Path) -> float | None:
-    """When the holder, a process of another machine, last refreshed its lease; None of other holders."""
+    """When a holder on another machine last refreshed its lease; None for a holder on this machine."""
     with contextlib.suppress(OSError):
         entry = read_entry(owner_path(path))
-        if entry and lease_of(entry) is not None and not leases.is_here(entry.identity):
+        if entry and lease_seconds(entry) is not None and not leases.is_here(entry.identity):
             return entry.refreshed
     return None

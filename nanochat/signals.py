@@ -1,10 +1,10 @@
-"""How a process is asked to end: Ctrl-C, a closed terminal, the signals that launchers and schedulers send.
+"""Signals that ask a process to end: Ctrl-C, a closed terminal, launchers and schedulers.
 
 A script ends at once, with one line. A training loop saves first: `stop_signals`.
 
-Python runs a signal handler between two instructions of the main thread. That thread may be inside one
+Python runs a signal handler between two instructions of the main thread. That thread may be inside one matrix
 product, one collective or one compilation for minutes. So a second thread, the listener, reads the same
-signals from a pipe. It ends the process when the main thread does not, and when the user insists.
+signals from a pipe. It ends the process if the main thread does not, or if the user presses Ctrl-C again.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import time
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE = 75  # exit code of a process that was asked to end and can start again: EX_TEMPFAIL of sysexits.h
-GRACE = 5  # seconds in which the main thread cleans up
-ECHO = 0.1  # seconds: a wrapper may repeat the Ctrl-C that the terminal has sent; these two are one
+CLEANUP_SECONDS = 5  # how long the main thread may clean up
+ECHO_SECONDS = 0.1  # a wrapper may repeat the terminal's Ctrl-C so soon; the two count as one
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks this process to end. As Ctrl-C does, it passes what catches every Exception."""
+    """A signal asks this process to end. As with Ctrl-C, `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -39,19 +39,19 @@ class StopRequest(threading.Event):
             self.set()
 
 
-NEVER = StopRequest()  # for callers that cannot be asked: nothing sets it
+NEVER = StopRequest()  # for callers that nobody can ask to stop: nothing sets it
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     return signal.Signals(number).name
 
 
 def exit_code(number: int) -> int:
-    """130 after Ctrl-C, as shells have it; else REQUEUE."""
+    """130 after Ctrl-C, as in shells; else REQUEUE."""
     return 130 if number == signal.SIGINT else REQUEUE
 
 
-def number_of(e: KeyboardInterrupt) -> int:
+def signal_number(e: KeyboardInterrupt) -> int:
     return getattr(e, "number", signal.SIGINT)
 
 
@@ -60,15 +60,15 @@ def under_torchrun() -> bool:
 
 
 def say(line: str):
-    """One line on standard error, of the first process only. Unlike print it waits for no lock."""
+    """Print a line on standard error, in the first process only. Unlike print it waits for no lock."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
 
 
 def leave(number: int, line: str = ""):
-    """End this process now, whatever its threads do."""
-    say(line or f"stopped by {name_of(number)}")
+    """End this process now, whatever its threads are doing."""
+    say(line or f"stopped by {signal_name(number)}")
     os._exit(exit_code(number))
 
 
@@ -76,76 +76,76 @@ def leave(number: int, line: str = ""):
 
 
 class Listener(threading.Thread):
-    """Reads the numbers of the signals that come, while the main thread works."""
+    """Reads the numbers of signals while the main thread works."""
 
     def __init__(self):
         super().__init__(daemon=True, name="signals")
         self.request = None  # the StopRequest that a signal sets; None: a signal ends the process
-        self.raised = False  # whether the main thread was told to end
-        self.main_ended = False  # only Python's own shutdown is left to do
-        self.first = None  # number of the first signal that came
+        self.stop_raised = False  # whether Stopped was raised in the main thread
+        self.main_ended = False  # whether only Python's own shutdown is left
+        self.first_number = None  # of the first signal
         self.orphaned = False  # whether the launcher is gone: see launcher_gone
         self.last_interrupt = 0.0
         self.interrupts = 0
         self.pipe, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # its signals are not ours
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
 
     def run(self):
         deadline = None
         while True:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self.pipe], [], [], wait)[0]:
-                leave(self.first)
+                leave(self.first_number)
             for number in os.read(self.pipe, 64):
                 if signal.getsignal(number) is not on_signal:
                     continue
-                if self.insists(number):
+                if self.must_leave(number):
                     manner = "without saving" if self.request else "at once"
                     leave(signal.SIGINT, f"SIGINT again: left {manner}")
                 if self.request:
                     self.announce(number)
                     self.request.hear(number)
                 elif deadline is None:
-                    deadline = time.monotonic() + GRACE
+                    deadline = time.monotonic() + CLEANUP_SECONDS
 
-    def insists(self, number: int) -> bool:
-        """Whether this is the second Ctrl-C. At a second one torchrun sends a SIGTERM to its processes."""
-        self.first = self.first or number
+    def must_leave(self, number: int) -> bool:
+        """Whether this is a second Ctrl-C. After one, torchrun sends SIGTERM to its processes."""
+        self.first_number = self.first_number or number
         if number == signal.SIGTERM:
-            return self.first == signal.SIGINT and under_torchrun() and not self.orphaned
-        if number == signal.SIGINT and time.monotonic() - self.last_interrupt > ECHO:
+            return self.first_number == signal.SIGINT and under_torchrun() and not self.orphaned
+        if number == signal.SIGINT and time.monotonic() - self.last_interrupt > ECHO_SECONDS:
             self.last_interrupt = time.monotonic()
             self.interrupts += 1
         return self.interrupts > 1
 
     def announce(self, number: int):
-        if self.first == number:
+        if self.first_number == number:
             hint = "; once more leaves at once" if number == signal.SIGINT else ""
-            say(f"{name_of(number)}: the run saves its state and ends{hint}")
+            say(f"{signal_name(number)}: the run saves its state and ends{hint}")
 
 
 listener = None
 
 
 def on_signal(number, _frame):
-    """In the main thread, as soon as it is back in Python."""
+    """Runs in the main thread, as soon as that is back in Python."""
     if listener.request:
         listener.request.hear(number)
     elif listener.main_ended:
         os._exit(exit_code(number))
-    elif not listener.raised:
-        listener.raised = True
+    elif not listener.stop_raised:
+        listener.stop_raised = True
         raise Stopped(number)
 
 
 def listen():
-    """From now on the signals in ENDING end this process. The main thread gets Stopped, and GRACE seconds
-    later the process is gone.
+    """From now on the signals in ENDING end this process.
 
-    A signal that is ignored, as under nohup, stays so. Not under torchrun: after each signal that it passes
-    on it sends a SIGKILL.
+    Stopped is raised in the main thread, and CLEANUP_SECONDS later the process ends in any case. A signal
+    that is ignored, as under nohup, stays ignored. But not under torchrun: after a signal that it passes
+    on, it sends SIGKILL.
     """
     global listener
     if threading.current_thread() is not threading.main_thread():
@@ -153,23 +153,25 @@ def listen():
     if listener is None or not listener.is_alive():
         listener = Listener()
         listener.start()
-    listener.raised = listener.main_ended = False
+    listener.stop_raised = False
+    listener.main_ended = False
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN or under_torchrun():
             signal.signal(number, on_signal)
 
 
 def launcher_gone():
-    """The process that started this one is no more: this one is asked to end. That is no second Ctrl-C."""
+    """Ask this process to end because the one that started it has ended. This is no second Ctrl-C."""
     if listener:
         listener.orphaned = True
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def left_to_the_system():
-    """For a library's call that lets no other thread of Python run, and during which nothing is written:
-    signals end the process as they would without Python.
+def default_handlers():
+    """In this block signals end the process at once, as they would without Python.
+
+    For a library's call that lets no other Python thread run and writes no files.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -185,30 +187,30 @@ def left_to_the_system():
 
 
 def main_ended():
-    """The script's own work is done: from now on a signal ends the process with no word."""
+    """The script's own work is done: from now on a signal ends the process without a line."""
     if listener:
         listener.main_ended = True
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A StopRequest, a threading.Event, that the signals in ENDING set from now on.
+    """Yields a StopRequest, a threading.Event, which the signals in ENDING set.
 
-    A second Ctrl-C leaves at once.
+    A second Ctrl-C ends the process at once.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in ENDING}
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     listen()
     outer = listener.request
     listener.request = request
-    listener.first = None
+    listener.first_number = None
     listener.interrupts = 0
     try:
         yield request
     finally:
         listener.request = outer
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nanochat import locks
 from nanochat.common import InputError, get_base_dir, locked, process_layout
-from nanochat.environment import number_of
+from nanochat.environment import launcher_integer
 from nanochat.files import (
     NoOrdinaryFile,
     Schema,
@@ -136,7 +136,7 @@ def verify_caches(shards, tokenizer):
     _, local_rank, world_size = process_layout()
     local_world_size = 1  # where it is not known, processes read the same caches, one after another
     if world_size > 1 and os.environ.get("LOCAL_WORLD_SIZE"):
-        local_world_size = number_of("LOCAL_WORLD_SIZE", 1)
+        local_world_size = launcher_integer("LOCAL_WORLD_SIZE", 1)
     for shard in shards[local_rank::local_world_size]:
         make_whole(shard, tokenizer, cache_folder(shard, tokenizer), verify=True)
 

@@ -205,7 +205,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
 
     trainer = rustbpe.Tokenizer()
     parts = chain.from_iterable(map(pieces, texts))
-    with reported("the tokenizer cannot be trained on this text"), signals.left_to_the_system():
+    with reported("the tokenizer cannot be trained on this text"), signals.default_handlers():
         trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)

@@ -1,8 +1,8 @@
 """A run of several processes on this machine: they are started together, and they end together.
 
-torchrun gives its workers sessions of their own and makes a 1 of every exit code. Whoever started it can
-neither reach them all nor learn how they ended. A sweep has to, so it starts them itself, with the variables
-that torchrun would set.
+torchrun gives its workers sessions of their own, and its exit code is 1 whatever theirs were. Who started it
+can neither reach them all nor learn how they ended. A sweep needs both, so it starts the workers itself, with
+the variables that torchrun would set.
 """
 
 import os
@@ -14,17 +14,19 @@ import time
 
 from nanochat.common import REQUEUE
 
-POLL = 0.2  # seconds between two looks at the workers
-TO_SAVE = 600  # seconds from a request to stop: to finish a step or an evaluation, and write a checkpoint
-TO_FOLLOW = 30  # seconds from when one has failed: without it the others can do nothing
+WORKER_POLL = 0.2  # seconds between two looks at the workers
+# seconds from a request to stop: to finish a step or an evaluation, and to write a checkpoint
+SECONDS_TO_SAVE = 600
+# seconds after one has failed, in which the others end: without it they can do nothing
+SECONDS_TO_FOLLOW = 30
 
 
 def run_workers(command: list[str], count: int, stop) -> int:
     """Run `command` in `count` processes as one run, until all have ended.
 
     stop: an event that asks them to save and stop. Returns 0, common.REQUEUE if they stopped as asked, or the
-    exit code of the first that failed. None of them outlives this call. Should this process be killed, they
-    notice (`common.stop_without_launcher`), save, and stop.
+    exit code of the first that failed. None of them outlives this call. If this process is killed, they
+    notice it (`common.stop_without_launcher`), save, and stop.
     """
     workers = []
     try:
@@ -38,9 +40,7 @@ def run_workers(command: list[str], count: int, stop) -> int:
 
 
 def start_workers(workers: list[subprocess.Popen], command: list[str], count: int):
-    """Append the started processes to `workers`, one by one. They inherit the locks
-    that this one was given.
-    """
+    """Append the started processes to `workers`, one by one. They inherit this process's locks."""
     group = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -61,26 +61,27 @@ def free_port() -> int:
 
 
 def wait_for_workers(workers: list[subprocess.Popen], stop) -> int:
-    """The exit code of the run. Workers are told once that they are to stop, and killed when time is over."""
-    asked = False
+    """The exit code of the run. Workers are asked once to stop, and killed when their time is over."""
+    stopping = False
     failed = None
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers):
-        time.sleep(POLL)
-        if stop.is_set() and not asked:
-            asked = True
-            deadline = min(deadline, time.monotonic() + TO_SAVE)
+        time.sleep(WORKER_POLL)
+        if stop.is_set() and not stopping:
+            stopping = True
+            deadline = min(deadline, time.monotonic() + SECONDS_TO_SAVE)
             send(workers, signal.SIGTERM)
         if failed is None and (failed := first_failed(workers)) is not None:
-            deadline = min(deadline, time.monotonic() + TO_FOLLOW)
-            if not asked:
+            deadline = min(deadline, time.monotonic() + SECONDS_TO_FOLLOW)
+            if not stopping:
                 send(workers, signal.SIGTERM)
         if time.monotonic() > deadline:
             send(workers, signal.SIGKILL)
-    failed = first_failed(workers) if failed is None else failed
-    was_starting = failed is not None and asked and workers[failed].returncode == -signal.SIGTERM
-    if failed is None or was_starting:  # one that was still starting had nothing to save
-        stopped = asked or any(worker.returncode for worker in workers)
+    if failed is None:
+        failed = first_failed(workers)
+    was_starting = failed is not None and stopping and workers[failed].returncode == -signal.SIGTERM
+    if failed is None or was_starting:  # a worker that was still starting had nothing to save
+        stopped = stopping or any(worker.returncode for worker in workers)
         return REQUEUE if stopped else 0
     return failure_code(failed, workers)
 
@@ -92,13 +93,13 @@ def send(workers: list[subprocess.Popen], number: int):
 
 
 def first_failed(workers: list[subprocess.Popen]) -> int | None:
-    """The number of a worker that has failed; None if there is none."""
+    """The rank of the first worker that has failed; None if there is none."""
     codes = [worker.poll() for worker in workers]
     return next((rank for rank, code in enumerate(codes) if code not in (None, 0, REQUEUE)), None)
 
 
 def failure_code(rank: int, workers: list[subprocess.Popen]) -> int:
-    """As a shell has it: 128 and the number of the signal that killed it, which is said."""
+    """The exit code of a failed worker: as in shells, 128 + the signal that killed it. Prints that signal."""
     code = workers[rank].returncode
     if code > 0:
         return code

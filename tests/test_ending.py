@@ -116,7 +116,7 @@ def compute_without_an_end(_flags):
 # ---- one process
 
 
-@pytest.mark.parametrize("number", signals.ENDING, ids=signals.name_of)
+@pytest.mark.parametrize("number", signals.ENDING, ids=signals.signal_name)
 def test_each_signal_saves_the_run_and_says_so_in_its_code(launch, number):
     folder = metrics.runs_dir() / "stopped"
     launched = launch(
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_leaves_at_once(launch):
     wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 3)
     send(launched, signal.SIGINT)
     wait_until(lambda: list(folder.glob("checkpoints/.step_*")))
-    time.sleep(3 * signals.ECHO)
+    time.sleep(3 * signals.ECHO_SECONDS)
     began = time.monotonic()
     send(launched, signal.SIGINT)
     assert launched.codes() == [130] and time.monotonic() - began < 20
@@ -272,7 +272,7 @@ def test_a_library_that_lets_no_thread_run_is_ended_too():
     body = (
         "os.system(f'(sleep 0.5; kill -TERM {os.getpid()}) > /dev/null 2>&1 &')\n"
         # PyDLL keeps the interpreter's lock
-        "with signals.left_to_the_system():\n    ctypes.PyDLL(None).sleep(30)"
+        "with signals.default_handlers():\n    ctypes.PyDLL(None).sleep(30)"
     )
     assert script(body, "import ctypes\nfrom nanochat import signals") == (-signal.SIGTERM, "", "")
 

@@ -209,8 +209,8 @@ HANGING = "import time\nwhile True:\n    time.sleep(1)\n"
 def test_trouble_is_one_line_and_neither_stops_nor_stalls_the_run(
     trouble, said, offline, server, workers, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(wandb_log, "SECONDS_OFFLINE", 30 if offline else 1)
-    monkeypatch.setattr(wandb_log, "SECONDS_LATER", LATER)
+    monkeypatch.setattr(wandb_log, "OFFLINE_TIMEOUT", 30 if offline else 1)
+    monkeypatch.setattr(wandb_log, "TIMEOUT_MARGIN", LATER)
     server.behave(**trouble.get("start", {}))
     for name, value in trouble.get("environment", {}).items():
         monkeypatch.setenv(name, value)

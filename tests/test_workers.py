@@ -40,7 +40,7 @@ run_script(main)
 LAUNCHER = """
 import sys
 from nanochat import common, workers
-workers.TO_FOLLOW = 1
+workers.SECONDS_TO_FOLLOW = 1
 with common.stop_signals() as stop:
     code = workers.run_workers([sys.executable, *sys.argv[1:]], 2, stop)
 sys.exit(code)

@@ -31,7 +31,7 @@ class Display:
         self.is_terminal = sys.stdout.isatty()
         self.lines_drawn = 0
         self.last_update = time.monotonic()
-        # our own commands to the terminal: console.Plain spells out those of other texts
+        # our own commands to the terminal: console.PlainText spells out those of other texts
         self.write_command = getattr(sys.stdout, "command", sys.stdout.write)
         logs = sweep.folder / "logs"
         self.print_line(f"{sweep.name}: {self.total} runs, {self.finished} finished; logs in {logs}")

@@ -65,7 +65,7 @@ def create_sweep(config: dict, project: str) -> tuple[str, str]:
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    patience = wandb_log.seconds("INIT")
+    patience = wandb_log.timeout_seconds("INIT")
     thread.join(patience)
     return answers[0] if answers else ("", f"no answer from W&B within {patience:.0f} s")
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from nanochat import metrics
 from nanochat.common import REQUEUE, InputError
-from nanochat.signals import ENDING, name_of
+from nanochat.signals import ENDING, signal_name
 from nanochat.sweep import slurm
 from scripts import sweep
 
@@ -307,7 +307,7 @@ def test_a_run_gets_its_cores_and_its_log(task):
     assert TAGS[1] in process.stdout.read()
 
 
-@pytest.mark.parametrize("number", ENDING, ids=name_of)
+@pytest.mark.parametrize("number", ENDING, ids=signal_name)
 def test_a_signal_makes_the_run_save_and_the_task_wait_in_the_queue_again(task, number):
     process = started(task, task(SAVES, OMP_NUM_THREADS="2"))
     process.send_signal(number)
