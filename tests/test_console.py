@@ -23,9 +23,7 @@ run_script(main, *map(bool, sys.argv[2:]))
 
 
 def run(tmp_path, *arguments, shell="exec {}", **changes):
-    """SCRIPT under a shell's redirections: (exit code, what came through stdout, stderr,
-    whether the work was done).
-    """
+    """SCRIPT under a shell's redirections: (exit code, stdout, stderr, whether the work was done)."""
     code = shell.format('"$@"')
     done = subprocess.run(
         ["bash", "-c", code, "bash", sys.executable, "-c", SCRIPT, str(tmp_path / "work"), *arguments],
@@ -88,39 +86,24 @@ def test_a_script_that_is_there_for_what_it_prints_ends_with_its_reader_and_repo
     )
     assert (code, stdout, stderr, worked) == (141, "line 0 → é \\ud800\n", "", False)
     code, _, stderr, worked = run(tmp_path, "result", shell="exec {} > /dev/full")
-    assert (
-        code == 2
-        and not worked
-        and stderr.splitlines()[-1].startswith("error: file system: No space left on device")
-    )
+    assert code == 2 and not worked
+    assert stderr.splitlines()[-1].startswith("error: file system: No space left on device")
 
 
 def test_a_closed_stream_does_not_give_its_number_to_the_next_file(tmp_path):
     code = (
         "from nanochat.common import run_script\nimport os\n"
-        "def main():\n    f = open('{0}', 'w'); os.write(1, b'of a library'); f.write('work'); "
-        "f.close()\nrun_script(main)"
-    ).format(tmp_path / "work")
-    assert (
-        subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code], cwd=ROOT).returncode
-        == 0
+        f"def main():\n    f = open('{tmp_path / 'work'}', 'w')\n"
+        "    os.write(1, b'of a library')\n    f.write('work')\n    f.close()\nrun_script(main)"
     )
+    command = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
     assert (tmp_path / "work").read_text() == "work"
 
 
 def test_a_training_ends_well_though_nobody_reads_it_and_no_character_can_be_shown(base_dir, corpus_dir):
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.base_train",
-        *TINY,
-        "--data",
-        str(corpus_dir),
-        "--sample-every",
-        "3",
-        "--model-tag",
-        "mute",
-    ]
+    flags = ["--data", str(corpus_dir), "--sample-every", "3", "--model-tag", "mute"]
+    command = [sys.executable, "-m", "scripts.base_train", *TINY, *flags]
     shell = '"$@" 2>&1 | head -n 1; exit ${PIPESTATUS[0]}'
     done = subprocess.run(
         ["bash", "-c", shell, "bash", *command],

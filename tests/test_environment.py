@@ -1,6 +1,4 @@
-"""What launchers, schedulers, notebooks and containers leave in the environment: replaced,
-or said in one line.
-"""
+"""What launchers, schedulers, notebooks and containers leave in the environment: replaced, or refused."""
 
 import os
 import pwd
@@ -26,6 +24,12 @@ GROUP = {
 }
 
 
+# an earlier launcher's, without a group
+LEFTOVERS = {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"}
+# mpirun within a Slurm job
+TWO_LAUNCHERS = {"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+
+
 @pytest.fixture
 def variables(monkeypatch):
     """variables(NAME=value, …): the environment has these, and nothing else that a launcher sets."""
@@ -48,10 +52,7 @@ def variables(monkeypatch):
     "given, layout",
     [
         ({}, (0, 0, 1)),
-        (
-            {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
-            (0, 0, 1),
-        ),  # leftovers
+        (LEFTOVERS, (0, 0, 1)),
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 0, 1)),
         ({"WORLD_SIZE": "1"}, (0, 0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1)),
@@ -60,10 +61,7 @@ def variables(monkeypatch):
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 1, 8)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, (5, 1, 8)),
         ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "2"}, (5, 2, 8)),
-        (
-            {"RANK": "5", "WORLD_SIZE": "8", "SLURM_LOCALID": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "3"},
-            (5, 3, 8),
-        ),
+        (TWO_LAUNCHERS, (5, 3, 8)),
     ],
 )
 def test_the_place_of_a_process(given, layout, variables):
@@ -133,9 +131,8 @@ def test_thread_counts_and_figures_windows(variables, capsys):
     )
     environment.replace_unusable_variables()
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    assert not {"MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "MPLBACKEND"} & set(
-        os.environ
-    )
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "MPLBACKEND"):
+        assert name not in os.environ
     assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
     fault = "is no number of threads from 1 to 1024; going on without it"
     assert capsys.readouterr().err == (
@@ -159,16 +156,14 @@ def test_a_user_without_a_name_and_a_home(variables, nobody, tmp_path):
         os.environ.pop(name, None)
     environment.replace_unusable_variables()
     assert os.environ["USER"] == f"uid{os.getuid()}" and Path("~/x").expanduser() == tmp_path / "base/home/x"
-    assert all(
-        Path(os.environ[name]).is_relative_to(tmp_path / "base/home") for name in environment.HOME_FOLDERS
-    )
+    for name in environment.HOME_FOLDERS:
+        assert Path(os.environ[name]).is_relative_to(tmp_path / "base/home")
     assert not (tmp_path / "base").exists()  # variables only
     for name in ("HOME", "NANOCHAT_BASE_DIR"):
         os.environ.pop(name)
     environment.replace_unusable_variables()
-    with pytest.raises(
-        InputError, match="^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"
-    ):
+    message = "^NANOCHAT_BASE_DIR: not set, and there is no home folder; give it a folder"
+    with pytest.raises(InputError, match=message):
         common.get_base_dir()
 
 
@@ -241,18 +236,15 @@ def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_pa
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """cuda(listed, why, files): torch lists so many GPUs and can use none. This machine's
-    own files are not seen.
-    """
+    """cuda(listed, error, files): torch lists so many GPUs and can use none; /dev has these files."""
     import torch
 
-    too_old = RuntimeError(
-        "The NVIDIA driver on your system is too old (found version 11040).\nPlease update."
-    )
+    driver = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update."
+    too_old = RuntimeError(driver)
 
-    def be(listed=8, why=too_old, files=()):
+    def pretend(listed=8, error=too_old, files=()):
         def init():
-            raise why
+            raise error
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: listed)
@@ -260,7 +252,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(devices, "device_files", lambda: list(files))
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return be
+    return pretend
 
 
 def test_gpus_that_torch_cannot_use_are_said(cuda, command):
@@ -294,18 +286,15 @@ def test_a_gpu_that_does_not_compute_is_said(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(
-        InputError, match=r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"
-    ):
+    message = r"^--nproc_per_node: process 2 on this machine has no GPU, there are 2$"
+    with pytest.raises(InputError, match=message):
         devices.take_gpu(2)
 
-    def busy(_):
-        raise RuntimeError(
-            "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might …"
-        )
+    def set_busy_device(_):
+        reason = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might …"
+        raise RuntimeError(reason)
 
-    monkeypatch.setattr(torch.cuda, "set_device", busy)
-    with pytest.raises(
-        InputError, match="^--device-type cuda: GPU 1 cannot be used: CUDA error: all .* unavailable; choose"
-    ):
+    monkeypatch.setattr(torch.cuda, "set_device", set_busy_device)
+    message = "^--device-type cuda: GPU 1 cannot be used: CUDA error: all .* unavailable; choose"
+    with pytest.raises(InputError, match=message):
         devices.take_gpu(1)

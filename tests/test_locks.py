@@ -44,8 +44,8 @@ def test_a_claim_is_one_processes_and_ends_with_it(tmp_path, file_system):
     path = tmp_path / "locks" / "run.lock"
     for _ in range(2):
         with claimed(path, "run x"):
-            said = f"run x is in use by process {os.getpid()} on .*; wait for it, or stop it"
-            with pytest.raises(InputError, match=said), claimed(path, "run x"):
+            message = f"run x is in use by process {os.getpid()} on .*; wait for it, or stop it"
+            with pytest.raises(InputError, match=message), claimed(path, "run x"):
                 pass
             assert locks.acquire(path, wait=False) is None
     assert [p.name for p in path.parent.iterdir()] == ["run.lock"]
@@ -88,8 +88,8 @@ def test_without_flock_a_killed_holder_blocks_nobody(tmp_path, without_flock):
     while not path.with_name("ready").exists():
         assert holder.is_alive()
         time.sleep(0.01)
-    said = f"process {holder.pid} on .* \\(remove .*a.lock.owner if that process is gone\\)"
-    with pytest.raises(InputError, match=said), claimed(path, "x"):
+    message = f"process {holder.pid} on .* \\(remove .*a.lock.owner if that process is gone\\)"
+    with pytest.raises(InputError, match=message), claimed(path, "x"):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()

@@ -84,17 +84,15 @@ def test_training_where_nothing_can_be_kept(walk, tmp_path, corpus_dir):
 
 def test_nothing_on_standard_input(train, command, monkeypatch):
     train(tag="a")
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))
-    assert command("scripts/generate.py", "--model-tag", "a")[0] == 0
+    with open(os.devnull) as devnull:
+        monkeypatch.setattr(sys, "stdin", devnull)
+        assert command("scripts/generate.py", "--model-tag", "a")[0] == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nnot read"))
     assert command("scripts/generate.py", "--model-tag", "a", "--max-tokens", 3)[1].startswith("the cat")
     monkeypatch.setattr(sys, "stdin", None)  # as Python has it where the shell closed it
     code, _, stderr = command("scripts/generate.py", "--model-tag", "a")
-    assert (
-        code == 2
-        and "error: -p: no prompt, and standard input is closed" in stderr
-        and "Traceback" not in stderr
-    )
+    assert code == 2 and "error: -p: no prompt, and standard input is closed" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_model_that_diverged_says_so_and_its_training_is_saved(train, command):
@@ -102,33 +100,12 @@ def test_a_model_that_diverged_says_so_and_its_training_is_saved(train, command)
     from scripts import adapter_train
 
     train(tag="a")
-    adapter_train.main(
-        [
-            "--model-tag",
-            "a",
-            "--run-tag",
-            "wild",
-            "--adapter",
-            "none",
-            "--lr",
-            "1e30",
-            "--num-iterations",
-            "2",
-            "--total-batch-size",
-            "256",
-            "--device-batch-size",
-            "4",
-            "--eval-tokens",
-            "1024",
-            "--eval-every",
-            "-1",
-        ]
-    )
+    flags = "--model-tag a --run-tag wild --adapter none --lr 1e30 --num-iterations 2 --total-batch-size 256"
+    sizes = "--device-batch-size 4 --eval-tokens 1024 --eval-every -1"
+    adapter_train.main([*flags.split(), *sizes.split()])
     run = metrics.load_run(metrics.runs_dir() / "wild")
-    assert (
-        run.summary["status"] == "finished"
-        and "(the model's logits are not finite numbers" in run.history[-1]["sample"][0]
-    )
+    assert run.summary["status"] == "finished"
+    assert "(the model's logits are not finite numbers" in run.history[-1]["sample"][0]
     code, _, stderr = command("scripts/generate.py", "--model-tag", "wild", "-p", "a")
     assert code == 2 and "error: the model's logits are not finite numbers: it diverged" in stderr
 

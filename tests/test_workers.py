@@ -14,7 +14,7 @@ from nanochat.common import REQUEUE
 from scripts import base_train
 from scripts import sweep as sweeps
 
-# a run that takes its time, saves when it is told to stop, and does nothing of what costs seconds
+# a stand-in for a run: it sleeps, saves when it is asked to stop, and starts within a moment
 WORKER = """
 import os, pathlib, signal, sys, time
 from nanochat.common import print0, process_layout, run_script
@@ -49,30 +49,26 @@ sys.exit(code)
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(what) starts two workers that do that, from a launcher in a session of its own.
+    """launch(what) starts two workers that do `what`, from a launcher in a session of its own.
 
-    After the test nobody may be left.
+    After the test none of them may be left.
     """
     (tmp_path / "worker.py").write_text(WORKER)
-    launched = []
 
     def start(what, wait=True):
         command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "worker.py"), str(tmp_path), what]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        launched.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+        launcher = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         if wait:
             wait_for(lambda: (tmp_path / "started0").exists() and (tmp_path / "started1").exists())
-        return launched[0]
+        return launcher
 
     yield start
     wait_for(lambda: not alive(str(tmp_path / "worker.py")))
@@ -121,9 +117,8 @@ def test_one_that_fails_takes_the_others_along(launch, tmp_path, what, code, mes
 def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = tiny_experiment(tmp_path / "tiny.toml", "[points.low]\nattn-rank = [4]\n", [1], corpus_dir)
-    text = path.read_text().replace(
-        "num-iterations = 6\neval-every = 3", "num-iterations = 300\neval-every = 100"
-    )
+    short = "num-iterations = 6\neval-every = 3"
+    text = path.read_text().replace(short, "num-iterations = 300\neval-every = 100")
     path.write_text("baseline = false\nprocesses = 2\n" + text)
     tag = "tiny_low_attn4_s1"
     folder = metrics.runs_dir() / tag
@@ -133,11 +128,8 @@ def test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind(base_dir, corpu
     sweep.kill()
     wait_for(lambda: not alive(tag), 30)
     run = metrics.load_run(folder)
-    assert (
-        run.summary["status"] == "stopped"
-        and len(run.history) < 300
-        and run.config["device"]["processes"] == 2
-    )
+    assert run.summary["status"] == "stopped" and len(run.history) < 300
+    assert run.config["device"]["processes"] == 2
     point = sweeps.load(sweeps.build_parser().parse_args([str(path)])).point(tag)
     base_train.main(point.argv)  # it goes on, also in one process
     run = metrics.load_run(folder)

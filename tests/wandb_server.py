@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server: what the real client of the installed wandb sends to it, it keeps and hands out again when asked.
+"""A stand-in for W&B's server: it keeps what the client of the installed wandb sends, and answers from that.
 
 It knows the few GraphQL operations that `wandb.init`, `Run.log`, `wandb sync`, `wandb.Api().runs` and
 `Run.scan_history` send. `runs` is its whole memory, plain JSON: {id: {"displayName", "group", "tags": [text],
@@ -126,14 +126,14 @@ class WandbServer(ThreadingHTTPServer):
         if (given["entity"], given["project"]) != ("lab", "proj"):
             return None
         group = json.loads(given["filters"]).get("group")
-        found = [run_id for run_id, run in self.runs.items() if group in (None, run["group"])]
+        matching = [run_id for run_id, run in self.runs.items() if group in (None, run["group"])]
         first = int(given["cursor"] or 0)
-        page = found[first : first + given["perPage"]]
+        page = matching[first : first + given["perPage"]]
         edges = [{"node": self.node(run_id), "cursor": str(first + i + 1)} for i, run_id in enumerate(page)]
-        more = first + len(page) < len(found)
+        more = first + len(page) < len(matching)
         return {
             "internalId": "1",
-            "runCount": len(found),
+            "runCount": len(matching),
             "readOnly": False,
             "runs": {"edges": edges, "pageInfo": {"endCursor": str(first + len(page)), "hasNextPage": more}},
         }
@@ -164,9 +164,8 @@ class WandbServer(ThreadingHTTPServer):
             live = [{"_step": json.loads(line)["_step"]} for line in self.runs[given["runName"]]["history"]]
             return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
         if operation == "HistoryPage":
-            rows = [
-                json.loads(line, parse_constant=str) for line in self.runs[given["run"]]["history"]
-            ]  # NaN goes out as "NaN"
+            # NaN goes out as "NaN"
+            rows = [json.loads(line, parse_constant=str) for line in self.runs[given["run"]]["history"]]
             rows = [json.dumps(row) for row in rows if given["minStep"] <= row["_step"] < given["maxStep"]]
             return {"project": {"run": {"history": rows}}}
         if "runs(filters" in query:
@@ -186,11 +185,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/graphql":
             sent = json.loads(body)
-            answer = {
-                "data": self.server.answer(
-                    sent.get("operationName"), sent["query"], sent.get("variables") or {}
-                )
-            }
+            variables = sent.get("variables") or {}
+            answer = {"data": self.server.answer(sent.get("operationName"), sent["query"], variables)}
         elif self.path.endswith("/file_stream"):
             if status == 200:
                 status = self.server.stream_status

@@ -25,7 +25,7 @@ num-iterations = 6
 
 @pytest.fixture
 def read(tmp_path):
-    """read(text, preset) -> the Sweep of an experiment file that is FLAGS and this text; `before` stands above FLAGS."""
+    """read(text, preset) -> the Sweep of an experiment file: `before`, FLAGS, text."""
 
     def run(text="", preset="", data="", before=""):
         path = tmp_path / "question.toml"
@@ -43,9 +43,8 @@ def labels(sweep):
 
 
 def test_points_grid_and_seeds_are_multiplied_and_each_has_a_tag_and_its_flags(read):
-    sweep = read(
-        "[points.full]\n[points.low]\nattn-rank = 8\nmlp-rank = 0.25\n[grid]\nmatrix-lr = [0.01, 0.04]\n"
-    )
+    text = "[points.full]\n[points.low]\nattn-rank = 8\nmlp-rank = 0.25\n[grid]\nmatrix-lr = [0.01, 0.04]\n"
+    sweep = read(text)
     assert [p.tag for p in sweep.points] == [
         f"question_{point}_lr{lr}_s{seed}"
         for seed in (1, 2)
@@ -53,25 +52,14 @@ def test_points_grid_and_seeds_are_multiplied_and_each_has_a_tag_and_its_flags(r
         for lr in ("0.01", "0.04")
     ]
     low = next(p for p in sweep.points if p.tag == "question_low_lr0.04_s2")
-    assert (low.args.attn_rank, low.args.mlp_rank, low.args.matrix_lr, low.args.seed, low.args.model_tag) == (
-        8,
-        0.25,
-        0.04,
-        2,
-        low.tag,
-    )
+    args = low.args
+    assert (args.attn_rank, args.mlp_rank, args.matrix_lr, args.seed) == (8, 0.25, 0.04, 2)
+    assert args.model_tag == low.tag
     assert low.args == build_parser().parse_args(low.argv) and low.config.attn_ranks == (8, 8)
     assert low.args.resume == "auto" and 0 < low.args.save_every <= 6
-    assert (
-        set(low.varying) == {"attn-rank=8", "mlp-rank=0.25", "matrix-lr=0.04"}
-        and low.pair == "question_full_lr0.04_s2"
-    )
-    assert (
-        read(
-            "[points.full]\n[points.low]\nattn-rank = 8\nmlp-rank = 0.25\n[grid]\nmatrix-lr = [0.01, 0.04]\n"
-        )
-        == sweep
-    )
+    assert set(low.varying) == {"attn-rank=8", "mlp-rank=0.25", "matrix-lr=0.04"}
+    assert low.pair == "question_full_lr0.04_s2"
+    assert read(text) == sweep
 
 
 def test_every_low_rank_run_gets_its_full_rank_partner_at_its_seed_depth_and_learning_rate(read):
@@ -80,29 +68,20 @@ def test_every_low_rank_run_gets_its_full_rank_partner_at_its_seed_depth_and_lea
     )
     by_tag = {p.tag: p for p in sweep.points}
     low = [p for p in sweep.points if any(p.config.attn_ranks) or any(p.config.mlp_ranks)]
-    assert len(low) == 2 and all(
-        p.label.startswith("deep") for p in low
-    )  # named points, each at every rank of the grid, under its own seed
-    assert {p.pair for p in low} == {"question_full_d3_s7"} and not any(
-        by_tag["question_full_d3_s7"].config.attn_ranks
-    )
+    # the named point, at every rank of the grid, under its own seed
+    assert len(low) == 2 and all(p.label.startswith("deep") for p in low)
+    assert {p.pair for p in low} == {"question_full_d3_s7"}
+    assert not any(by_tag["question_full_d3_s7"].config.attn_ranks)
     grid = read("[grid]\nattn-rank = [4, 8]\ndepth = [1, 2]\n")
-    assert (
-        labels(grid) == ["full_d1", "attn4_d1", "full_d2", "attn4_d2", "attn8_d1", "attn8_d2"]
-        and len(grid.points) == 12
-    )
-    assert all(
-        by.seed == p.seed and by.config.n_layer == p.config.n_layer
-        for p in grid.points
-        if p.pair
-        for by in [next(q for q in grid.points if q.tag == p.pair)]
-    )
+    assert labels(grid) == ["full_d1", "attn4_d1", "full_d2", "attn4_d2", "attn8_d1", "attn8_d2"]
+    assert len(grid.points) == 12
+    for point in grid.points:
+        if point.pair:
+            partner = grid.point(point.pair)
+            assert partner.seed == point.seed and partner.config.n_layer == point.config.n_layer
     assert labels(read("[grid]\nattn-rank = [4, 8]\n", before="baseline = false\n")) == ["attn4", "attn8"]
-    assert labels(read("[points.full]\nmatrix-lr = 0.5\n[points.low]\nattn-rank = 4\n")) == [
-        "full",
-        "full-rank",
-        "low",
-    ]  # another full-rank run
+    another = read("[points.full]\nmatrix-lr = 0.5\n[points.low]\nattn-rank = 4\n")
+    assert labels(another) == ["full", "full-rank", "low"]
 
 
 def test_the_recipe_of_the_speedrun_is_asked_h3_beside_the_full_rank_run(read):
@@ -146,17 +125,16 @@ def test_the_partner_may_be_named_and_then_has_all_the_seeds(read):
 
 
 def test_scans_that_cross_run_their_common_point_once(read):
-    sweep = read(
-        "matrix-lr = 0.02\n[points.full]\nseeds = [1, 2, 3]\n[points.lr]\nmatrix-lr = [0.01, 0.02]\n[points.depth]\ndepth = [2, 3]\n"
-    )
+    scans = "[points.lr]\nmatrix-lr = [0.01, 0.02]\n[points.depth]\ndepth = [2, 3]\n"
+    sweep = read(f"matrix-lr = 0.02\n[points.full]\nseeds = [1, 2, 3]\n{scans}")
     assert labels(sweep) == ["full", "lr_lr0.01", "depth_d3"] and len(sweep.points) == 3 + 2 + 2
     assert sweep.duplicates == (("lr_lr0.02", "full"), ("depth_d2", "full"))
 
 
 def test_a_budget_may_be_the_parameters_of_another_point(read):
-    sweep = read(
-        "[points.full]\n[points.deep]\ndepth = 4\nattn-rank = 8\nmlp-rank = 8\nbudget-params = 'full'\nsolve = 'rank'\npaired-with = 'full'\n[grid]\nmodel-dim = [32, 64]\n"
-    )
+    budget = "budget-params = 'full'\nsolve = 'rank'\npaired-with = 'full'\n"
+    deep = f"[points.deep]\ndepth = 4\nattn-rank = 8\nmlp-rank = 8\n{budget}"
+    sweep = read(f"[points.full]\n{deep}[grid]\nmodel-dim = [32, 64]\n")
     at = {p.tag: p for p in sweep.points}
     for width in (32, 64):
         full = at[f"question_full_w{width}_s1"]
@@ -167,14 +145,15 @@ def test_a_budget_may_be_the_parameters_of_another_point(read):
 
 
 def test_presets_add_to_the_file_and_one_has_to_be_chosen(read):
-    text = "[points.a]\nattn-rank = 4\n[preset.small]\nseeds = [5]\n[preset.small.flags]\ndepth = 1\n[preset.small.points.a]\nmlp-rank = 4\n[preset.big.points.b]\ndepth = 3\n"
+    text = (
+        "[points.a]\nattn-rank = 4\n[preset.small]\nseeds = [5]\n[preset.small.flags]\ndepth = 1\n"
+        "[preset.small.points.a]\nmlp-rank = 4\n[preset.big.points.b]\ndepth = 3\n"
+    )
     small = read(text, "small")
     big = read(text, "big")
     assert small.name == "question-small" and {p.seed for p in small.points} == {5}
-    assert {(p.config.n_layer, p.args.attn_rank, p.args.mlp_rank) for p in small.points} == {
-        (1, 0, 0),
-        (1, 4, 4),
-    }
+    shapes = {(p.config.n_layer, p.args.attn_rank, p.args.mlp_rank) for p in small.points}
+    assert shapes == {(1, 0, 0), (1, 4, 4)}
     assert labels(big) == ["full", "a", "b"]
     with pytest.raises(InputError, match="--preset is missing: .* has small, big"):
         read(text)
@@ -190,14 +169,14 @@ def test_the_text_can_be_given_beside_the_file_and_a_folder_is_named_in_full(rea
 
 def test_switches_and_texts(read):
     sweep = read(
-        "[points.list]\nrank-schedule = '8,4'\n[points.tied]\ntie-embeddings = true\n[points.switch]\nvalue-embeddings = [true, false]\n"
+        "[points.list]\nrank-schedule = '8,4'\n[points.tied]\ntie-embeddings = true\n"
+        "[points.switch]\nvalue-embeddings = [true, false]\n"
     )
     assert labels(sweep) == ["list", "tied", "switch_value-embeddings", "switch_no-value-embeddings"]
     by_label = {p.label: p for p in sweep.points if p.seed == 1}
     assert by_label["list"].config.attn_ranks == (8, 4) and "--tie-embeddings" in by_label["tied"].argv
-    assert (
-        by_label["list"].pair == by_label["switch_no-value-embeddings"].tag
-    )  # which is full rank already, so no other one is added
+    # this point is full rank already, so no partner is added
+    assert by_label["list"].pair == by_label["switch_no-value-embeddings"].tag
 
 
 # ---- what is refused
@@ -282,16 +261,13 @@ def test_the_published_experiments_are_well_formed(name, preset):
     assert len(set(tags)) == len(tags) > 15 and all(tag.startswith(f"{name}-{preset}_") for tag in tags)
     assert len({p.plan["tokens"] for p in sweep.points}) == 1 and sweep.question and sweep.cost
     for p in sweep.points:
-        assert bool(p.pair) == (any(p.config.attn_ranks) or any(p.config.mlp_ranks)) and (
-            not p.pair or p.pair in tags
-        )
+        assert bool(p.pair) == (any(p.config.attn_ranks) or any(p.config.mlp_ranks))
+        assert not p.pair or p.pair in tags
     size = {p.label: count_parameters(p.config) for p in sweep.points}
     if name == "low_rank_substitution":
-        assert size["large"] == pytest.approx(size["full"], rel=0.003) and size["deep"] == pytest.approx(
-            size["full"], rel=0.01
-        )
+        assert size["large"] == pytest.approx(size["full"], rel=0.003)
+        assert size["deep"] == pytest.approx(size["full"], rel=0.01)
         assert size["deep"] <= size["full"] and size["falling"] == size["rising"] < size["medium"]
     if name == "rank_schedules":
-        assert all(
-            0.99 * size["constant"] < n <= size["constant"] for label, n in size.items() if label != "full"
-        )
+        del size["full"]
+        assert all(0.99 * size["constant"] < count <= size["constant"] for count in size.values())

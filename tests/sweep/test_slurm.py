@@ -1,4 +1,7 @@
-"""A sweep on Slurm: what is submitted, what a task does with signals and exit codes; and, opt-in, the whole on a real cluster."""
+"""A sweep on Slurm: what is submitted, what a task does with signals and exit codes.
+
+Opt-in (-m slurm): whole sweeps on a real cluster.
+"""
 
 import json
 import os
@@ -38,6 +41,14 @@ attn-rank = 4
 [points.lower]
 attn-rank = 2
 """
+# a job that takes the node, and gives it back after two seconds
+URGENT_JOB = [
+    "--job-name=question",
+    "--partition=urgent",
+    "--exclusive",
+    "--output=/dev/null",
+    "--wrap=sleep 2",
+]
 TAGS = ["question_full_s1", "question_low_s1", "question_lower_s1"]
 
 
@@ -50,15 +61,16 @@ def base(tmp_path, monkeypatch):
 
 @pytest.fixture
 def submit(base, tmp_path, monkeypatch):
-    """submit('--flag', …) -> the batch script, as sbatch would have got it; submit.calls(): what Slurm's commands were called with.
+    """submit('--flag', …) -> the batch script for sbatch; submit.calls(): the calls of Slurm's commands.
 
-    Slurm's commands are stand-ins that note their arguments and say what stands in the file <name>.says.
+    Slurm's commands are stand-ins that write down their arguments and print the file <name>.says.
     """
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     for name in ("sbatch", "squeue", "scontrol"):
         (bin_dir / name).write_text(
-            f'#!/usr/bin/env bash\necho {name} "$@" >> {bin_dir}/calls\ncat {bin_dir}/{name}.says 2>/dev/null\n'
+            f'#!/usr/bin/env bash\necho {name} "$@" >> {bin_dir}/calls\n'
+            f"cat {bin_dir}/{name}.says 2>/dev/null\n"
             f"if [ -f {bin_dir}/{name}.fails ]; then cat {bin_dir}/{name}.fails >&2; exit 1; fi\n"
         )
         (bin_dir / name).chmod(0o755)
@@ -89,7 +101,7 @@ def options(script):
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-# ---- what is submitted ----------------------------------------------------------------------------------------------
+# ---- what is submitted -------------------------------------------------------------------------------------
 
 
 def test_one_task_a_run_and_then_the_report(submit, base, capsys):
@@ -105,26 +117,22 @@ def test_one_task_a_run_and_then_the_report(submit, base, capsys):
         '--array="0-2%2"',
     ]
     report = (base / "sweeps" / "question" / "slurm_report.sh").read_text()
-    assert '--dependency="afterany:71"' in options(report) and report.rstrip().endswith(
-        "--data stdlib --run try --report"
-    )
+    assert '--dependency="afterany:71"' in options(report)
+    assert report.rstrip().endswith("--data stdlib --run try --report")
     assert subprocess.run(["bash", "-n"], input=script + report, text=True).returncode == 0
-    said = capsys.readouterr().out
-    assert (
-        "0 of 3 runs finished, 0 in the queue, 3 to submit" in said
-        and "submitted as job 71" in said
-        and "squeue --jobs=71" in said
-    )
+    output = capsys.readouterr().out
+    assert "0 of 3 runs finished, 0 in the queue, 3 to submit" in output
+    assert "submitted as job 71" in output and "squeue --jobs=71" in output
 
 
 def test_what_is_finished_or_in_the_queue_is_not_submitted_again(submit, base, capsys):
     finish(base, TAGS[0])
     assert options(submit())[-1] == '--array="0-1"'
-    (submit.bin / "squeue.says").write_text(
-        "71 1 question\n70 0 other\n71 0 other\n"
-    )  # "lower" waits; the rest is somebody else's
+    # "lower" waits; the other jobs are another user's
+    (submit.bin / "squeue.says").write_text("71 1 question\n70 0 other\n71 0 other\n")
     (submit.bin / "sbatch.says").write_text("80;cluster\n")
-    assert options(script := submit())[-1] == '--array="0-0"' and f"TAGS=(\n  {TAGS[1]}\n)" in script
+    script = submit()
+    assert options(script)[-1] == '--array="0-0"' and f"TAGS=(\n  {TAGS[1]}\n)" in script
     assert "afterany:71:80" in (base / "sweeps" / "question" / "slurm_report.sh").read_text()
     (submit.bin / "squeue.says").write_text("71 1 question\n80 0 question\n")
     calls = len(submit.calls())
@@ -150,13 +158,12 @@ def test_options_that_cannot_be(submit, given, message):
 
 
 def test_sbatch_refuses(submit, base):
-    (submit.bin / "sbatch.fails").write_text(
-        "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed\n"
+    errors = (
+        "sbatch: error: invalid partition specified: gpux",
+        "sbatch: error: Batch job submission failed",
     )
-    with pytest.raises(
-        InputError,
-        match="^--launcher slurm: sbatch: error: invalid partition specified: gpux sbatch: error: Batch job submission failed$",
-    ):
+    (submit.bin / "sbatch.fails").write_text("\n".join(errors) + "\n")
+    with pytest.raises(InputError, match=f"^--launcher slurm: {' '.join(errors)}$"):
         submit("--sbatch=--partition=gpux")
     assert not (base / "sweeps" / "question" / "slurm_jobs.json").exists()
 
@@ -257,7 +264,7 @@ def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(submit, base, monke
         submit()
 
 
-# ---- what a task does -----------------------------------------------------------------------------------------------
+# ---- what a task does --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -328,7 +335,7 @@ def test_a_cancelled_task_stays_out_of_the_queue(task, submit):
     assert process.wait(20) == REQUEUE and not task.requeued()
 
 
-# ---- a real cluster -------------------------------------------------------------------------------------------------
+# ---- a real cluster ----------------------------------------------------------------------------------------
 
 
 def states(job) -> list[str]:
@@ -355,7 +362,7 @@ def status_of(tag) -> str:
 
 @pytest.fixture
 def cluster():
-    """A Slurm that answers, as dev/slurm/local_cluster.sh makes it; after the test none of its jobs is left there."""
+    """A Slurm that answers, as dev/slurm/local_cluster.sh makes it. After the test its jobs are cancelled."""
     if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
         pytest.skip("no Slurm here that answers; bash dev/slurm/local_cluster.sh start makes one")
     yield
@@ -368,14 +375,7 @@ def cluster():
     "preemption",
     [
         ["scontrol", "requeue", "JOB_0"],
-        [
-            "sbatch",
-            "--job-name=question",
-            "--partition=urgent",
-            "--exclusive",
-            "--output=/dev/null",
-            "--wrap=sleep 2",
-        ],
+        ["sbatch", *URGENT_JOB],
     ],
 )
 def test_a_real_cluster_preempts_runs_and_they_end_finished(
@@ -384,14 +384,8 @@ def test_a_real_cluster_preempts_runs_and_they_end_finished(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     steps = 250
     (tmp_path / "question.toml").write_text(EXPERIMENT.format(steps=steps))
-    command = [
-        str(tmp_path / "question.toml"),
-        "--data",
-        str(corpus_dir),
-        "--launcher",
-        "slurm",
-        "--sbatch=--time=10",
-    ]
+    flags = ["--data", str(corpus_dir), "--launcher", "slurm", "--sbatch=--time=10"]
+    command = [str(tmp_path / "question.toml"), *flags]
     sweep.main(command)
     sweep.main(command)  # changes nothing: they are in the queue
     ((job, tasks),) = json.loads((base_dir / "sweeps/question/slurm_jobs.json").read_text()).items()

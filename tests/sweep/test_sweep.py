@@ -44,13 +44,15 @@ if folder.name in sys.argv[4].split(","):
     print("working\\nerror: --learning-rate: too hot", flush=True)
     sys.exit(2)
 def end(status, code):
-    (folder / "partial").write_text(json.dumps({"status": status, "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
-    (folder / "partial").rename(folder / "summary.json")  # whole at once, as a run does it: the sweep reads it all the while
+    summary = {"status": status, "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}
+    (folder / "partial").write_text(json.dumps(summary))
+    (folder / "partial").rename(folder / "summary.json")  # atomic: the sweep may be reading it
     sys.exit(code)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text("{}")
 signal.signal(signal.SIGTERM, lambda *_: end("stopped", 75))
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "total_training_time": 1.0, "val/ppl": 12.5}) + "\\n")
+row = {"step": 3, "total_training_time": 1.0, "val/ppl": 12.5}
+(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 time.sleep(seconds)
 end("finished", 0)
 """
@@ -58,28 +60,28 @@ end("finished", 0)
 
 @pytest.fixture
 def stand_in(tmp_path, experiment, monkeypatch):
-    """run(seconds, failing, j) runs four points with the stand-in and returns run_all's answer; .starts() are the tags started so far."""
+    """run(seconds, failing, j) -> what run_all returns of four points with the stand-in.
+
+    run.sweep: the sweep; run.starts(): the tags started so far.
+    """
     monkeypatch.setattr(local, "CHILD_POLL", 0.02)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     sweep = read_experiment(experiment("[points.full]\n[points.low]\nattn-rank = 4\n"))
 
     def run(seconds=0.1, failing="", j=1):
         def command(sweep, point, args):
-            return [
-                sys.executable,
-                str(tmp_path / "stand_in.py"),
-                str(point.folder),
-                str(seconds),
-                str(tmp_path / "starts"),
-                failing,
-            ]
+            script = tmp_path / "stand_in.py"
+            words = [script, point.folder, seconds, tmp_path / "starts", failing]
+            return [sys.executable, *map(str, words)]
 
         return local.run_all(sweep, SimpleNamespace(j=j, run="dummy"), command)
 
-    run.sweep, run.starts = (
-        sweep,
-        lambda: (tmp_path / "starts").read_text().split() if (tmp_path / "starts").exists() else [],
-    )
+    def starts():
+        path = tmp_path / "starts"
+        return path.read_text().split() if path.exists() else []
+
+    run.sweep = sweep
+    run.starts = starts
     return run
 
 
@@ -95,12 +97,9 @@ def test_runs_are_started_in_order_once_and_finished_ones_are_skipped(stand_in, 
 def test_a_failed_run_is_named_with_its_last_lines_stops_no_other_and_is_tried_again(stand_in):
     failed, stopped = stand_in(failing="tiny_full_s1")
     assert list(failed) == ["tiny_full_s1"] and not stopped
-    why, log, last = failed["tiny_full_s1"]
-    assert (
-        why == "exit code 2"
-        and log == stand_in.sweep.folder / "logs" / "tiny_full_s1.log"
-        and last == ["working", "error: --learning-rate: too hot"]
-    )
+    why, log, last_lines = failed["tiny_full_s1"]
+    assert why == "exit code 2" and log == stand_in.sweep.folder / "logs" / "tiny_full_s1.log"
+    assert last_lines == ["working", "error: --learning-rate: too hot"]
     assert len(stand_in.starts()) == 4 and status("tiny_low_s2") == "finished"
     assert stand_in() == ({}, "") and stand_in.starts()[4:] == ["tiny_full_s1"]
 
@@ -121,11 +120,8 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(stand_in, number, ti
         target=lambda: os._exit(stand_in(seconds=60, j=2) == ({}, number.name))
     )
     other.start()
-    wait_for(
-        lambda: (
-            len(stand_in.starts()) == 2 and (metrics.runs_dir() / "tiny_low_s1" / "metrics.jsonl").exists()
-        )
-    )
+    wait_for((metrics.runs_dir() / "tiny_full_s1" / "metrics.jsonl").exists)
+    wait_for((metrics.runs_dir() / "tiny_low_s1" / "metrics.jsonl").exists)
     for _ in range(times):
         os.kill(other.pid, number)
         time.sleep(0.05)
@@ -146,15 +142,12 @@ def test_a_run_whose_launcher_was_killed_is_left_to_itself_until_it_ends(stand_i
 
 def test_where_runs_go(stand_in, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert (
-        local.places(stand_in.sweep, None) == [{"gpus": (), "threads": 8}]
-        and local.places(stand_in.sweep, 4)[3]["threads"] == 2
-    )
+    assert local.places(stand_in.sweep, None) == [{"gpus": (), "threads": 8}]
+    assert local.places(stand_in.sweep, 4)[3]["threads"] == 2
     monkeypatch.setattr("nanochat.common.pick_device_type", lambda _: "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
-    assert [p["gpus"] for p in local.places(stand_in.sweep, None)] == [("2",), ("3",), ("5",)] and len(
-        local.places(stand_in.sweep, 2)
-    ) == 2
+    assert [p["gpus"] for p in local.places(stand_in.sweep, None)] == [("2",), ("3",), ("5",)]
+    assert len(local.places(stand_in.sweep, 2)) == 2
     two = SimpleNamespace(points=stand_in.sweep.points, processes=2, file="tiny.toml")
     assert [p["gpus"] for p in local.places(two, None)] == [("2", "3")]
     two.processes = 4
@@ -170,14 +163,10 @@ def test_plan_lists_every_run_and_its_cost_and_starts_nothing(experiment, capsys
     sweeps.main([str(path), "--plan"])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("tiny_")}
-    assert list(lines) == [
-        f"tiny_{label}_s{seed}" for seed in (1, 2) for label in ("low", "lr_lr0.02", "lr_lr-1")
-    ]  # the last is the partner
-    assert (
-        lines["tiny_low_s1"][1] == "new"
-        and "6 runs," in out
-        and "FLOP/s a run, measured on 2 layers of width 32" in out
-    )
+    points = ("low", "lr_lr0.02", "lr_lr-1")  # the last is the partner
+    assert list(lines) == [f"tiny_{label}_s{seed}" for seed in (1, 2) for label in points]
+    assert lines["tiny_low_s1"][1] == "new"
+    assert "6 runs," in out and "FLOP/s a run, measured on 2 layers of width 32" in out
     assert not metrics.runs_dir().exists()
 
 
@@ -203,9 +192,8 @@ def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the
     run = metrics.load_run(low)
     assert run.summary["status"] == "finished" and [e["step"] for e in run.history] == list(range(1, 151))
     report = sweeps.load(sweeps.build_parser().parse_args([str(path)])).folder / "report"
-    assert (report / "report.html").stat().st_size > 10_000 and "tiny_low_s1" in (
-        report / "report.csv"
-    ).read_text()
+    assert (report / "report.html").stat().st_size > 10_000
+    assert "tiny_low_s1" in (report / "report.csv").read_text()
 
 
 def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
@@ -214,20 +202,16 @@ def test_failed_runs_are_listed_after_the_report_and_a_stopped_sweep_makes_none(
     path = experiment("[points.low]\nattn-rank = 4\n", seeds=[1])
     reports = []
     monkeypatch.setattr(sweeps, "make_report", lambda *_: reports.append(1))
-    monkeypatch.setattr(
-        sweeps,
-        "run_all",
-        lambda *_: ({"tiny_low_s1": ("exit code 2", "logs/tiny_low_s1.log", ["error: too hot"])}, ""),
-    )
+    failed = {"tiny_low_s1": ("exit code 2", "logs/tiny_low_s1.log", ["error: too hot"])}
+    monkeypatch.setattr(sweeps, "run_all", lambda *_: (failed, ""))
     with pytest.raises(SystemExit) as end:
         sweeps.main([str(path)])
     assert end.value.code == 1 and reports == [1]
-    assert (
-        "1 of 2 runs failed" in (out := capsys.readouterr().out)
-        and "tiny_low_s1: exit code 2, logs/tiny_low_s1.log\n    error: too hot" in out
-    )
+    out = capsys.readouterr().out
+    assert "1 of 2 runs failed" in out
+    assert "tiny_low_s1: exit code 2, logs/tiny_low_s1.log\n    error: too hot" in out
     for name, code in (("SIGINT", 130), ("SIGTERM", REQUEUE)):
-        monkeypatch.setattr(sweeps, "run_all", lambda *_: ({}, name))
+        monkeypatch.setattr(sweeps, "run_all", lambda *_, name=name: ({}, name))
         with pytest.raises(SystemExit) as end:
             sweeps.main([str(path)])
         assert end.value.code == code and reports == [1]
@@ -258,16 +242,14 @@ def test_one_task_runs_in_the_foreground_with_its_names_for_wandb(experiment, mo
     monkeypatch.setattr("scripts.base_train.main", seen.append)
     sweeps.main([str(path), "--task", "tiny_low_s1", "--run", "mine"])
     argv = seen[0]
-    assert (
-        argv[argv.index("--run") + 1] == "mine-low_s1"
-        and argv[argv.index("--model-tag") + 1] == "tiny_low_s1"
-    )
+    assert argv[argv.index("--run") + 1] == "mine-low_s1"
+    assert argv[argv.index("--model-tag") + 1] == "tiny_low_s1"
     assert os.environ["WANDB_RUN_GROUP"] == "tiny" and os.environ["WANDB_TAGS"] == "attn-rank=4"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(os.environ["NANOCHAT_BASE_DIR"])
-    held = local.claim(local.claim_path("tiny_low_s1"))
+    lock = local.claim(local.claim_path("tiny_low_s1"))
     with pytest.raises(InputError, match="--task tiny_low_s1: this run is in use by process"):
         sweeps.main([str(path), "--task", "tiny_low_s1"])
-    held.close()
+    lock.close()
     with pytest.raises(InputError, match="has no such point; did you mean tiny_low_s1"):
         sweeps.main([str(path), "--task", "tiny_low_s3"])
 

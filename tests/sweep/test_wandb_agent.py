@@ -52,9 +52,8 @@ def register(tmp_path, monkeypatch, corpus_dir):
         from wandb.sdk.launch.sweeps.utils import load_sweep_config  # slow to import
 
         wandb_agent.register(sweep.load(args), args)
-        return sweep.load(args), load_sweep_config(
-            tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml"
-        )
+        path = tmp_path / "base" / "sweeps" / "question-small" / "wandb_sweep.yaml"
+        return sweep.load(args), load_sweep_config(path)
 
     return run
 
@@ -66,24 +65,19 @@ def agent_commands(config) -> list[list[str]]:
     ((name, parameter),) = config["parameters"].items()
     commands = []
     for value in parameter["values"]:
-        words = create_sweep_command_args({"args": {name: {"value": value}}}) | {
-            "env": ["/usr/bin/env"],
-            "interpreter": ["python"],
-        }
-        command = create_sweep_command(list(config["command"]))
-        commands.append(
-            [w for word in command for w in (words[word[2:-1]] if word.startswith("${") else [word])]
-        )
+        replacements = create_sweep_command_args({"args": {name: {"value": value}}})
+        replacements |= {"env": ["/usr/bin/env"], "interpreter": ["python"]}
+        command = []
+        for word in create_sweep_command(list(config["command"])):
+            command += replacements[word[2:-1]] if word.startswith("${") else [word]
+        commands.append(command)
     return commands
 
 
 def test_agents_run_every_point_exactly_once_with_flags_that_base_train_takes(register, capsys):
     planned, config = register("--run", "try")
-    assert (
-        config["method"] == "grid"
-        and config["name"] == "question-small"
-        and config["description"].startswith("Does rank matter?\n")
-    )
+    assert config["method"] == "grid" and config["name"] == "question-small"
+    assert config["description"].startswith("Does rank matter?\n")
     flags = set()
     tags = []
     for command in agent_commands(config):
@@ -118,9 +112,8 @@ def test_finished_runs_are_left_out(register, capsys):
         finish(point)
     _, config = register()
     assert config["parameters"]["task"]["values"] == [planned.points[0].tag]
-    assert (
-        config["command"][config["command"].index("--run") + 1] == "question-small"
-    )  # not 'dummy': agents report to W&B
+    # not 'dummy': agents report to W&B
+    assert config["command"][config["command"].index("--run") + 1] == "question-small"
     finish(planned.points[0])
     register()
     assert capsys.readouterr().out.endswith("all 16 runs are finished, nothing to register\n")
@@ -140,10 +133,8 @@ def test_online_the_configuration_goes_to_wandb_and_a_refusal_is_one_line(regist
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
 
     monkeypatch.setattr(wandb, "sweep", refuse)
-    with pytest.raises(
-        InputError,
-        match="^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later",
-    ):
+    message = "^--launcher wandb: No API key configured. Use `wandb login`; [^\n]*wandb_sweep.yaml later"
+    with pytest.raises(InputError, match=message):
         register()
 
 
@@ -160,19 +151,13 @@ def test_words_that_an_agent_or_a_shell_would_change(register, tmp_path, monkeyp
     config = load_sweep_config(planned.folder / "wandb_sweep.yaml")
     assert config["command"][config["command"].index("--data") + 1] == str(folder)
     command = capsys.readouterr().out.splitlines()[1].split("#")[0]
-    assert shlex.split(command) == [
-        "wandb",
-        "sweep",
-        "--project",
-        "our project; $(b)",
-        f"{planned.folder}/wandb_sweep.yaml",
-    ]
+    words = ["wandb", "sweep", "--project", "our project; $(b)", f"{planned.folder}/wandb_sweep.yaml"]
+    assert shlex.split(command) == words
     for name in ("${args}", "${envvar:HOME}", "a\x1b"):
         (tmp_path / name).mkdir()
+        flags = ["--preset", "small", "--data", str(tmp_path / name), "--launcher", "wandb"]
         with pytest.raises(InputError, match=r"--launcher wandb: .*agents do not take \$\{") as e:
-            sweep.main(
-                [str(path), "--preset", "small", "--data", str(tmp_path / name), "--launcher", "wandb"]
-            )
+            sweep.main([str(path), *flags])
         assert str(e.value).isprintable()
 
 
@@ -201,10 +186,8 @@ def test_an_agents_run_is_the_one_it_asked_for_with_its_names(register, base_dir
         assert list(server.runs) == ["run42"], "the run that the agent asked for"
     tag = command[-1].removeprefix("--task=")
     assert metrics.load_run(metrics.runs_dir() / tag).summary["status"] == run["state"] == "finished"
-    assert (
-        run["group"] == "question-small"
-        and run["displayName"] == f"try-{tag.removeprefix('question-small_')}"
-    )
+    assert run["group"] == "question-small"
+    assert run["displayName"] == f"try-{tag.removeprefix('question-small_')}"
     assert {"attn-rank=4", "matrix-lr=0.02", "tie-embeddings"} <= set(run["tags"])
     assert "baseline" not in run["tags"]
     assert (metrics.runs_dir() / tag / "wandb_id.txt").read_text() == "run42\n"
