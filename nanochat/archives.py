@@ -1,4 +1,4 @@
-"""An archive from the network, downloaded and unpacked within limits of size and time."""
+"""Downloading and unpacking a zip archive, within limits of size and time."""
 
 import hashlib
 import os
@@ -12,15 +12,15 @@ from pathlib import Path, PurePosixPath
 from nanochat.common import InputError, first_line, quoted
 from nanochat.files import create_folder, open_new, sync, sync_folder
 
-# The bundle of CORE has about 25 MB packed and 160 MB unpacked, in about 100 files.
+# CORE's bundle has about 25 MB packed and 160 MB unpacked, in about 100 files.
 MAX_PACKED = 256 * 2**20  # bytes
 MAX_UNPACKED = 512 * 2**20  # bytes
 MAX_FILES = 10_000
-MAX_DEPTH = 20  # folders in folders
+MAX_DEPTH = 20  # folders inside each other
 MAX_SECONDS = 3600.0  # of a download
-QUIET_SECONDS = 60.0  # in which at least QUIET_BYTES must come
+QUIET_SECONDS = 60.0  # in this time at least QUIET_BYTES must arrive
 QUIET_BYTES = 2**16
-BLOCK = 2**16
+BLOCK_BYTES = 2**16
 LIMITS = (
     f"at most {MAX_PACKED >> 20} MiB packed, {MAX_UNPACKED >> 20} MiB unpacked and {MAX_FILES:,} files "
     "are taken"
@@ -31,9 +31,9 @@ LIMITS = (
 
 
 class Download:
-    """A download in a thread of its own: whatever a server does, the program waits a limited time for it.
+    """A download in its own thread. Whatever the server does, the program waits a limited time for it.
 
-    A server may send a byte a minute, which no time limit of a connection notices.
+    The time limits of a connection are not enough: a server may send one byte a minute.
     """
 
     def __init__(self, url: str, path: Path):
@@ -47,7 +47,7 @@ class Download:
         threading.Thread(target=self._run, name="download", daemon=True).start()
 
     def wait(self) -> str:
-        """The SHA-256 of what came. InputError if it did not come whole, in time, and within the limits."""
+        """The SHA-256 of the file. InputError if it did not arrive complete, in time, within the limits."""
         begin = since = time.monotonic()
         size = 0
         try:
@@ -71,19 +71,19 @@ class Download:
             self._fetch()
         except InputError as e:
             self.failure = str(e)
-        except Exception as e:  # of sockets, TLS, HTTP, the URL it redirects to, the disk
+        except Exception as e:  # of a socket, TLS, HTTP, the address it redirects to, the disk
             self.failure = first_line(e) or type(e).__name__
         self.ended.set()
 
     def _fetch(self):
-        import urllib.request  # a fifth of a second of imports that only a download needs
+        import urllib.request  # here: it takes 0.2 s, and only a download needs it
 
         with urllib.request.urlopen(self.url, timeout=QUIET_SECONDS) as answer, open_new(self.path) as f:
             length = answer.headers.get("Content-Length") or ""
             announced = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
             if announced and announced > MAX_PACKED:
                 raise InputError(f"{announced:,} bytes announced; {LIMITS}")
-            while (block := answer.read1(BLOCK)) and not self.abandoned.is_set():
+            while (block := answer.read1(BLOCK_BYTES)) and not self.abandoned.is_set():
                 self.digest.update(block)
                 self.size += f.write(block)
                 if self.size > MAX_PACKED:
@@ -93,7 +93,7 @@ class Download:
 
 
 def fetch(url: str, path: Path) -> str:
-    """Download into a new file; its SHA-256. InputError: see Download.wait."""
+    """Download into a new file; returns its SHA-256. InputError: see Download.wait."""
     return Download(url, path).wait()
 
 
@@ -101,9 +101,10 @@ def fetch(url: str, path: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path):
-    """Unpack a zip archive into a new folder, there to stay.
+    """Unpack a zip archive into a new folder. The files survive a power cut.
 
-    InputError: it is damaged, larger than the limits, or holds anything but files and folders inside its own.
+    InputError if the archive is damaged or exceeds a limit, or holds a link, a device, or a path that leads
+    out of the folder.
     """
     try:
         check_directory(archive)
@@ -114,33 +115,36 @@ def unpack(archive: Path, folder: Path):
                 left -= unpack_entry(z, entry, folder, left)
     except (InputError, OSError):
         raise
-    except Exception as e:  # zipfile and what it unpacks with have many ways to say so
+    except Exception as e:  # zipfile and its decompressors raise many kinds
         raise InputError(first_line(e) or type(e).__name__) from None
-    for place, _, _ in os.walk(folder):
-        sync_folder(Path(place))
+    for subfolder, _, _ in os.walk(folder):
+        sync_folder(Path(subfolder))
 
 
 def check_directory(archive: Path):
-    """InputError if the list of files is larger than MAX_FILES need: zipfile reads it whole."""
+    """InputError if the list of files is too long for MAX_FILES files: zipfile reads all of it at once.
+
+    The archive ends with a record of 22 bytes, and perhaps a comment. Bytes 12 to 15 of the record are the
+    length of the list. Archives above 4 GiB (Zip64) have another record of 20 bytes before it.
+    """
     size = archive.stat().st_size
     with open(archive, "rb") as f:
         f.seek(max(0, size - 2**16 - 22))
         tail = f.read()
-    mark = b"PK\5\6"
-    at = tail.rfind(mark)
-    if tail[-22:-18] == mark and tail.endswith(b"\0\0"):  # no comment behind it
-        at = len(tail) - 22
-    if at < 0 or len(tail) < at + 22:
+    signature = b"PK\5\6"
+    start = tail.rfind(signature)
+    if tail[-22:-18] == signature and tail.endswith(b"\0\0"):  # no comment after it
+        start = len(tail) - 22
+    if start < 0 or len(tail) < start + 22:
         raise InputError("File is not a zip file")
-    length = int.from_bytes(tail[at + 12 : at + 16], "little")
-    if length > 512 * MAX_FILES or tail[max(0, at - 20) : at].startswith(
-        b"PK\6\7"
-    ):  # or one of many gigabytes
+    length = int.from_bytes(tail[start + 12 : start + 16], "little")
+    is_zip64 = tail[max(0, start - 20) : start].startswith(b"PK\6\7")
+    if length > 512 * MAX_FILES or is_zip64:
         raise InputError(f"the archive lists too many files; {LIMITS}")
 
 
 def check_entries(entries: list[zipfile.ZipInfo]):
-    """InputError unless all are files and folders of ordinary names, of a size within the limits."""
+    """InputError if an entry is no file or folder, or has an odd name, or all exceed the limits."""
     if len(entries) > MAX_FILES:
         raise InputError(f"the archive holds {len(entries):,} files; {LIMITS}")
     if (size := sum(entry.file_size for entry in entries)) > MAX_UNPACKED:
@@ -158,7 +162,7 @@ def check_entries(entries: list[zipfile.ZipInfo]):
 
 
 def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, left: int) -> int:
-    """Unpack a file, of at most `left` bytes, and check its sum; how many bytes it has."""
+    """Unpack one file of at most `left` bytes; returns its size. zipfile checks its checksum."""
     path = folder / entry.filename
     if entry.is_dir():
         create_folder(path)
@@ -166,7 +170,7 @@ def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, left:
     create_folder(path.parent)
     size = 0
     with z.open(entry) as source, open_new(path) as f:
-        while block := source.read(BLOCK):
+        while block := source.read(BLOCK_BYTES):
             size += f.write(block)
             if size > left:
                 raise InputError(f"the archive unpacks to more than {MAX_UNPACKED:,} bytes; {LIMITS}")

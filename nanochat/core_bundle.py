@@ -1,10 +1,10 @@
-"""The evaluation bundle of the CORE metric: a folder of tasks, read and checked, or downloaded once.
+"""The evaluation bundle of the CORE metric: a folder of tasks, which is read and checked, or downloaded once.
 
 core.yaml            icl_tasks: a list of label, dataset_uri, num_fewshot, icl_task_type and perhaps
                      continuation_delimiter
 eval_meta_data.csv   columns "Eval Task" and "Random baseline", in percent
-eval_data/*.jsonl    one example a line, at the dataset_uri of its task
-sha256, fingerprint  of a downloaded one: of its archive, and of the files that were read of it
+eval_data/*.jsonl    one example a line; the dataset_uri of a task is its path in this folder
+sha256, fingerprint  only in a downloaded bundle: hashes of the archive, and of the files that are read
 """
 
 import csv
@@ -32,24 +32,24 @@ FIELDS = {
     "language_modeling": ("context", "continuation"),
 }
 REQUIRED = ("label", "dataset_uri", "num_fewshot", "icl_task_type")  # of a task in core.yaml
-MAX_INDEX = 2**18  # bytes of core.yaml, whose reader is slow; CORE's has 4,000
-MAX_NESTING = 10  # lists and tables in one another
+MAX_INDEX = 2**18  # bytes of core.yaml: parsing YAML is slow; CORE's has 4,000
+MAX_YAML_NESTING = 10  # lists and tables inside each other
 MAX_TABLE = 2**22  # bytes of eval_meta_data.csv
-MAX_BYTES = 2**30  # of all files; a file counts for each task that it belongs to
+MAX_BYTES = 2**30  # of all files; a file counts once for each task that reads it
 MAX_SHOTS = 1000
-INCOMING = ".incoming."  # begins the name of a folder that a bundle is downloaded into
-MAX_OPTIONS = 1000  # answers, or contexts, of an example: they are scored together
+INCOMING = ".incoming."  # the start of the name of a folder that a bundle is downloaded into
+MAX_OPTIONS = 1000  # answers or contexts of an example: they are scored together
 
 
 class Unavailable(InputError):
-    """There is no bundle here and it cannot be downloaded."""
+    """There is no bundle on this machine, and it cannot be downloaded."""
 
 
 @dataclass(frozen=True)
 class Task:
     label: str
     kind: str  # a key of FIELDS
-    shots: int  # examples shown before the one asked
+    shots: int  # solved examples before the one asked
     delimiter: str  # between a question and its answer
     baseline: float  # accuracy of guessing, in [0, 1)
     examples: list[dict]
@@ -59,15 +59,15 @@ class Task:
 class Bundle:
     folder: Path
     tasks: list[Task]
-    fingerprint: str  # of the content of all files that were read
-    sha256: str | None  # of the archive, where it was downloaded
+    fingerprint: str  # a hash of the content of all files that were read
+    sha256: str | None  # of the archive, if the bundle was downloaded
 
 
 def open_bundle(folder: str = "") -> Bundle:
-    """The bundle in `folder` (--core-dir); '' = the downloaded one, fetched if it is not there yet.
+    """The bundle in `folder` (--core-dir). '' = the downloaded bundle; it is downloaded if it is missing.
 
-    Under torchrun, after init_process. InputError: a folder that is none, or a bundle with anything missing
-    or unreadable, named by file and line. Unavailable: none here, and none to be had.
+    Under torchrun, call init_process before. InputError names the file and line of anything that is missing
+    or damaged. Unavailable: there is no bundle, and the download failed.
     """
     if folder:
         if not Path(folder).is_dir():
@@ -78,9 +78,9 @@ def open_bundle(folder: str = "") -> Bundle:
         return read_bundle(Path(folder))
     place = get_base_dir() / "core"
     failures: list[str | None] = [None]
-    if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process a machine
+    if process_layout()[1] == 0 and not (place / "eval_bundle").is_dir():  # one process of each machine
         try:
-            with locked(place / ".lock"):  # another run waits, and then finds it
+            with locked(place / ".lock"):  # another run waits here, and then finds the bundle
                 if not (place / "eval_bundle").is_dir():
                     failures = [download(URL, place)]
         except OSError as e:
@@ -88,7 +88,7 @@ def open_bundle(folder: str = "") -> Bundle:
                 f"{place}: the evaluation bundle cannot be kept there ({e.strerror}); "
                 "give the folder of one with --core-dir"
             ]
-    if dist.is_initialized():  # all go on with the bundle, or all without
+    if dist.is_initialized():  # all processes continue with the bundle, or all without
         failures *= dist.get_world_size()
         dist.all_gather_object(failures, failures[0])
     if any(failures):
@@ -99,16 +99,16 @@ def open_bundle(folder: str = "") -> Bundle:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-class Files:
-    """The files of a bundle, read within limits."""
+class BundleFiles:
+    """Reads the files of a bundle, within limits of size, and hashes them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.digest = hashlib.sha256()  # of the content of all that were read
+        self.digest = hashlib.sha256()  # of the content of all files read so far
         self.left = MAX_BYTES
 
     def read(self, name: str, limit: int = MAX_BYTES) -> str:
-        """The text of one. InputError if it is missing, too large or no UTF-8."""
+        """The text of one file. InputError if it is missing, too large or not UTF-8."""
         path = self.folder / name
         if not path.is_file():
             raise InputError(
@@ -132,19 +132,23 @@ class Files:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    files = Files(folder)
+    """The bundle in a folder. InputError names the file and line of anything missing or damaged."""
+    files = BundleFiles(folder)
     entries = read_index(folder / "core.yaml", files.read("core.yaml", MAX_INDEX))
     baselines = read_baselines(folder / "eval_meta_data.csv", files.read("eval_meta_data.csv", MAX_TABLE))
     tasks = [read_task(files, entry, baselines) for entry in entries]
-    if twice := sorted(label for label, n in Counter(task.label for task in tasks).items() if n > 1):
-        raise InputError(f"{folder / 'core.yaml'}: {', '.join(twice)} listed more than once")
-    return Bundle(folder, tasks, files.digest.hexdigest()[:16], sum_beside(folder, "sha256", 64))
+    counts = Counter(task.label for task in tasks)
+    repeated = sorted(label for label, n in counts.items() if n > 1)
+    if repeated:
+        raise InputError(f"{folder / 'core.yaml'}: {', '.join(repeated)} listed more than once")
+    return Bundle(folder, tasks, files.digest.hexdigest()[:16], read_checksum(folder, "sha256", 64))
 
 
 def read_downloaded(folder: Path) -> Bundle:
-    """InputError, too, if it is not what was downloaded. Earlier versions kept no fingerprint."""
+    """read_bundle for a downloaded bundle. InputError also if its files have changed since the download."""
     bundle = read_bundle(folder)
-    if sum_beside(folder, "fingerprint", 16) not in (None, bundle.fingerprint):
+    recorded = read_checksum(folder, "fingerprint", 16)  # None: an earlier version downloaded it
+    if recorded not in (None, bundle.fingerprint):
         raise InputError(
             f"{folder}: its files are no longer those that were downloaded; remove the folder, "
             "and the bundle is downloaded again"
@@ -152,8 +156,8 @@ def read_downloaded(folder: Path) -> Bundle:
     return bundle
 
 
-def sum_beside(folder: Path, name: str, digits: int) -> str | None:
-    """The sum in a file beside core.yaml; None without such a file."""
+def read_checksum(folder: Path, name: str, digits: int) -> str | None:
+    """The checksum in a file beside core.yaml, or None if there is no such file."""
     path = folder / name
     if not path.is_file():
         return None
@@ -168,14 +172,17 @@ def sum_beside(folder: Path, name: str, digits: int) -> str | None:
 
 
 def read_index(path: Path, text: str) -> list[dict]:
-    """The entries of core.yaml. YAML can repeat a part by name, ten times in ten times …: that is refused."""
-    import yaml  # only CORE needs it
+    """The entries of core.yaml.
+
+    YAML's aliases are refused: aliases of aliases make a short file as large as one likes.
+    """
+    import yaml  # here: only CORE needs it
 
     class Loader(yaml.SafeLoader):
         depth = 0
 
         def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent) or self.depth > MAX_NESTING:
+            if self.check_event(yaml.AliasEvent) or self.depth > MAX_YAML_NESTING:
                 raise yaml.YAMLError("an alias, or lists in lists in lists")
             self.depth += 1
             node = super().compose_node(parent, index)
@@ -184,7 +191,7 @@ def read_index(path: Path, text: str) -> list[dict]:
 
     try:
         entries = yaml.load(text, Loader)["icl_tasks"]
-    except Exception:  # its reader has many ways to fail, by the text
+    except Exception:  # yaml raises many kinds
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: no list of tasks under icl_tasks (in YAML without aliases)")
@@ -192,7 +199,7 @@ def read_index(path: Path, text: str) -> list[dict]:
 
 
 def read_baselines(path: Path, text: str) -> dict[str, str]:
-    """{task: accuracy of guessing, in percent, as it is written}."""
+    """{task: accuracy of guessing in percent, as the file has it}"""
     try:
         reader = csv.DictReader(io.StringIO(text))
         rows = list(reader)
@@ -200,10 +207,8 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
     except csv.Error as e:
         raise InputError(f"{path}: not a table in CSV: {e}") from None
     if missing := [column for column in ("Eval Task", "Random baseline") if column not in columns]:
-        there = shortened(", ".join(columns)) or "none"
-        raise InputError(
-            f"{path}: no column {' and no column '.join(map(repr, missing))}; there are: {there}"
-        )
+        names = " and no column ".join(map(repr, missing))
+        raise InputError(f"{path}: no column {names}; there are: {shortened(', '.join(columns)) or 'none'}")
     baselines = {}
     for row in rows:
         task = row["Eval Task"]
@@ -217,9 +222,10 @@ def read_baselines(path: Path, text: str) -> dict[str, str]:
 
 
 def percent(text: str) -> float | None:
-    """'25' -> 25.0; None where the text is no percentage.
+    """'25' -> 25.0; None if the text is no percentage.
 
-    A number between 0 and 1, such as 0.25, is a fraction by mistake: no task has more than a hundred answers.
+    A number between 0 and 1, such as 0.25, must be a fraction by mistake: 0.25% would be a task with 400
+    answers.
     """
     try:
         value = float(text)
@@ -228,14 +234,16 @@ def percent(text: str) -> float | None:
     return value if value == 0 or 1 <= value < 100 else None
 
 
-def read_task(files: Files, entry: dict, baselines: dict) -> Task:
+def read_task(files: BundleFiles, entry: dict, baselines: dict[str, str]) -> Task:
+    """The task of an entry of core.yaml, with its examples."""
     where = f"{files.folder / 'core.yaml'}: task {in_words(entry.get('label', '(without a label)'))}"
     if missing := [key for key in REQUIRED if key not in entry]:
         raise InputError(f"{where}: {', '.join(missing)} missing")
     label = entry["label"]
     kind = entry["icl_task_type"]
     shots = entry["num_fewshot"]
-    label = str(label) if is_kind(label, float) and abs(label) < 1e9 else label  # a name such as 2048
+    if is_kind(label, float) and abs(label) < 1e9:  # YAML reads a name such as 2048 as a number
+        label = str(label)
     if not is_name(label) or len(label) > 100:
         raise InputError(f"{where}: its label is no name on one line, of at most 100 characters")
     if not isinstance(kind, str) or kind not in FIELDS:
@@ -249,16 +257,19 @@ def read_task(files: Files, entry: dict, baselines: dict) -> Task:
     delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(delimiter, str) or not encodable(delimiter):
         raise InputError(f"{where}: continuation_delimiter {in_words(delimiter, repr)} is not text")
-    given = baselines.get(label) or ""
-    if (baseline := percent(given)) is None:
+    baseline_text = baselines.get(label) or ""
+    baseline = percent(baseline_text)
+    if baseline is None:
         raise InputError(
             f"{files.folder / 'eval_meta_data.csv'}: "
-            f'no "Random baseline" in percent for task {label}: {quoted(given)}; '
+            f'no "Random baseline" in percent for task {label}: {quoted(baseline_text)}; '
             "give 0, or a number from 1 to below 100, such as 25 for one of four answers"
         )
     name = data_file(entry["dataset_uri"], where)
-    lines = [(number, line) for number, line in enumerate(files.read(name).split("\n"), 1) if line.strip()]
-    examples = [read_example(line, kind, f"{files.folder / name}: line {number}") for number, line in lines]
+    examples = []
+    for number, line in enumerate(files.read(name).split("\n"), 1):
+        if line.strip():
+            examples.append(read_example(line, kind, f"{files.folder / name}: line {number}"))
     if len(examples) <= shots:
         raise InputError(
             f"{files.folder / name}: {len(examples)} examples, but task {label} asks about one "
@@ -272,7 +283,7 @@ def is_name(value) -> bool:
 
 
 def data_file(uri, where: str) -> str:
-    """The path of a task's examples in the bundle. InputError if it leads out of eval_data/."""
+    """The path of a task's examples inside the bundle. InputError if it leads out of eval_data/."""
     path = PurePosixPath(uri) if is_name(uri) and len(uri) < 250 else None
     if path is None or path.is_absolute() or ".." in path.parts:
         raise InputError(f"{where}: dataset_uri {in_words(uri, repr)} is no path of a file in eval_data/")
@@ -280,15 +291,15 @@ def data_file(uri, where: str) -> str:
 
 
 def in_words(value, write=str) -> str:
-    """A value of YAML, of whatever kind, for a line."""
+    """A value from YAML, of any kind, on one line."""
     try:
         return " ".join(shortened(write(value)).split())
-    except (ValueError, RecursionError):  # Python writes no whole number of more than 4,300 digits
+    except (ValueError, RecursionError):  # Python refuses to write numbers of more than 4,300 digits
         return "(a value too large to show)"
 
 
 def read_example(line: str, kind: str, where: str) -> dict:
-    """One line of a task file, its fields checked; other fields are dropped."""
+    """One line of a task file, with its fields checked. Other fields are dropped."""
     content = parse_json(line)
     if not isinstance(content, dict):
         raise InputError(f"{where}: not a JSON object")
@@ -310,7 +321,7 @@ def read_example(line: str, kind: str, where: str) -> dict:
 
 
 def check_options(name: str, options, gold, where: str):
-    """InputError unless these are texts, and `gold` the index of one."""
+    """InputError unless `options` are texts and `gold` is the index of one."""
     are_texts = isinstance(options, list) and all(isinstance(option, str) for option in options)
     if not are_texts or len(options) < 2:
         raise InputError(f"{where}: {name!r} is not a list of two texts or more")
@@ -323,7 +334,7 @@ def check_options(name: str, options, gold, where: str):
 
 
 def encodable(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON and YAML may hold \\ud800 alone."""
+    """Whether UTF-8 can hold the text. JSON and YAML can escape half of a surrogate pair; UTF-8 cannot."""
     try:
         text.encode()
         return True
@@ -335,13 +346,14 @@ def encodable(text: str) -> bool:
 
 
 def download(url: str, place: Path) -> str | None:
-    """Fetch the archive and put its content at place/eval_bundle, whole and read once; else say why not.
+    """Download the archive, check the bundle in it, and move it to place/eval_bundle.
 
-    The caller holds the lock of `place`. No sum is published: the archive's own is kept in the file sha256.
+    Returns the reason if that failed, else None. The caller holds the lock of `place`. Nobody publishes a
+    checksum of the archive, so the file sha256 records the one of this download.
     """
     print0(f"downloading the evaluation bundle from {url}")
-    for left in place.glob(f"{INCOMING}*"):  # of a killed process
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in place.glob(f"{INCOMING}*"):  # of a killed process
+        shutil.rmtree(unfinished, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(dir=place, prefix=INCOMING))
     unpacked = staging / "unpacked"
     try:
@@ -349,7 +361,7 @@ def download(url: str, place: Path) -> str | None:
         unpack(staging / "bundle.zip", unpacked)
         folder = next((path.parent for path in sorted(unpacked.rglob("core.yaml"))), unpacked)
         for name in ("sha256", "fingerprint"):
-            (folder / name).unlink(missing_ok=True)  # the archive cannot know them
+            (folder / name).unlink(missing_ok=True)  # only this function writes these files
         bundle = read_bundle(folder)
         write_atomic(folder / "sha256", sha256 + "\n")
         write_atomic(folder / "fingerprint", bundle.fingerprint + "\n")

@@ -1,14 +1,19 @@
-"""The CORE metric of DCLM (Li et al., arXiv 2406.11794): how well a model answers short questions, over many tasks.
+"""The CORE metric of DCLM (Li et al., arXiv 2406.11794): how well a model answers short questions of many tasks.
 
-Three kinds of task, each asked after a few solved examples of the same task:
-    multiple_choice    a question and several answers: the answer with the lowest mean loss a token is taken
-    schema             several contexts and one continuation: the context that gives the continuation the lowest mean loss is taken
-    language_modeling  a context and its continuation: right if the greedy choice is the continuation's token at every place
-A task's accuracy a is centred on the accuracy g of guessing, (a - g) / (1 - g): 0 is guessing, 1 is all right. CORE is the mean over tasks.
+There are three kinds of task. Each question comes after a few solved examples of the same task:
+    multiple_choice    a question and several answers. The model chooses the answer with the lowest mean loss
+                       per token.
+    schema             several contexts and one continuation. The model chooses the context that gives the
+                       continuation the lowest mean loss per token.
+    language_modeling  a context and its continuation. The model is right if every token of the continuation
+                       is its greedy choice.
+With a task's accuracy a and the accuracy g of guessing, the centred accuracy is (a - g) / (1 - g): 0 is
+guessing, 1 is all right. CORE is the mean of the centred accuracies.
 """
 
 import random
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -22,29 +27,31 @@ from nanochat.functional import SOFTCAP, rows_at_once, squashed
 from nanochat.signals import NEVER, StopRequest
 
 DRAWS = 10_000  # of the bootstrap
-MOST_ROWS = 256  # continuations in a batch: their first tokens' logits are held at once
+MAX_ROWS = 256  # continuations in one batch: the logits of their first tokens are in memory together
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def chosen(task: Task, max_per_task: int) -> list[int]:
-    """The examples to ask about: all, or a seeded draw of so many; a larger draw contains the smaller."""
-    numbers = list(range(len(task.examples)))
-    if 0 < max_per_task < len(numbers):
-        random.Random(task.label).shuffle(numbers)
-        numbers = numbers[:max_per_task]
-    return numbers
+def select_examples(task: Task, max_per_task: int) -> list[int]:
+    """Indices of the examples to ask about: all, or a seeded draw. A larger draw contains the smaller one."""
+    indices = list(range(len(task.examples)))
+    if 0 < max_per_task < len(indices):
+        random.Random(task.label).shuffle(indices)
+        indices = indices[:max_per_task]
+    return indices
 
 
-def shots(task: Task, number: int) -> list[dict]:
-    """The solved examples shown before example `number`: drawn from all others of the task, the same ones every time."""
-    drawn = random.Random(f"{task.label} {number}").sample(range(len(task.examples) - 1), task.shots)
-    return [task.examples[i + (i >= number)] for i in drawn]
+def few_shot_examples(task: Task, number: int) -> list[dict]:
+    """The solved examples shown before example `number`: a draw from all others, the same one every time."""
+    rng = random.Random(f"{task.label} {number}")
+    drawn = rng.sample(range(len(task.examples) - 1), task.shots)
+    others = [i if i < number else i + 1 for i in drawn]
+    return [task.examples[i] for i in others]
 
 
-def solved(task: Task, example: dict) -> str:
-    """An example with its right answer, as it is shown."""
+def solved_text(task: Task, example: dict) -> str:
+    """The text of an example with its right answer."""
     if task.kind == "multiple_choice":
         return example["query"] + task.delimiter + example["choices"][example["gold"]]
     if task.kind == "schema":
@@ -53,22 +60,25 @@ def solved(task: Task, example: dict) -> str:
 
 
 def prompts(task: Task, number: int) -> list[str]:
-    """Solved examples and then example `number`: once with each answer, once with each context, or once without and once with its
-    continuation. Without it no space is left at the end, which would be the first character of the continuation's first token.
+    """The texts that the model reads for example `number`, each after the solved examples.
+
+    multiple_choice: one text with each answer. schema: one with each context. language_modeling: one without
+    the continuation and one with it. The one without ends in no space, because that space is the first
+    character of the continuation's first token.
     """
     example = task.examples[number]
-    before = "".join(solved(task, shot) + "\n\n" for shot in shots(task, number))
+    before = "".join(solved_text(task, shot) + "\n\n" for shot in few_shot_examples(task, number))
     if task.kind == "multiple_choice":
-        return [
-            before + solved(task, {**example, "choices": [choice], "gold": 0})
-            for choice in example["choices"]
-        ]
-    if task.kind == "schema":
-        return [before + solved(task, {**example, "gold": i}) for i in range(len(example["context_options"]))]
-    return [(before + solved(task, {**example, "continuation": ""})).rstrip(), before + solved(task, example)]
+        variants = [{**example, "choices": [choice], "gold": 0} for choice in example["choices"]]
+    elif task.kind == "schema":
+        variants = [{**example, "gold": i} for i in range(len(example["context_options"]))]
+    else:
+        without = before + solved_text(task, {**example, "continuation": ""})
+        return [without.rstrip(), before + solved_text(task, example)]
+    return [before + solved_text(task, variant) for variant in variants]
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,111 +86,116 @@ class Question:
     """An example as tokens: rows of a prompt and its continuations, int32."""
 
     number: int
-    gold: int | None  # which of all continuations is right; None: the only one, if it is the greedy choice
+    gold: int | None  # index of the right one among all continuations; None: the only one, if it is greedy
     rows: list[tuple[np.ndarray, list[np.ndarray]]]
 
 
 def common_length(sequences: list[list[int]]) -> int:
-    """How many tokens all of them begin with."""
-    low, high = (
-        min(sequences),
-        max(sequences),
-    )  # in lexical order: all others lie between and begin with what these two share
+    """How many first tokens all sequences share."""
+    # All others lie between these two in lexical order, so they share what these two share.
+    low = min(sequences)
+    high = max(sequences)
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
-def question(task: Task, number: int, tokenizer, context: int) -> Question:
-    """Prompts that differ from some token on are one prompt up to there; a schema's are told apart from the end.
+def split_prompts(task: Task, sequences: list[list[int]]) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt, continuations) of each row, from the tokens of `prompts`.
 
-    Where prompt and continuation exceed the model's context (in tokens), the prompt loses its beginning; with several answers, as much as
-    the longest asks for. A continuation is always whole: InputError if it does not fit by itself.
+    The tokens that the sequences share are the prompt; of a schema task they are the continuation, counted
+    from the end. Each continuation has at least one token.
     """
-    sequences = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts(task, number))]
     shortest = min(map(len, sequences))
     if task.kind == "schema":
-        n = min(max(1, common_length([s[::-1] for s in sequences])), shortest - 1)  # of the continuation
-        rows = [(s[:-n], [s[-n:]]) for s in sequences]
-    elif task.kind == "multiple_choice":
-        n = min(common_length(sequences), shortest - 1)  # of the prompt
-        rows = [(sequences[0][:n], [s[n:] for s in sequences])]
-    else:
-        whole = sequences[1]
-        n = min(common_length(sequences), len(whole) - 1)
-        rows = [(whole[:n], [whole[n:]])]
-    if n < 1:
+        reverse = [sequence[::-1] for sequence in sequences]
+        n = min(max(1, common_length(reverse)), shortest - 1)
+        return [(sequence[:-n], [sequence[-n:]]) for sequence in sequences]
+    if task.kind == "multiple_choice":
+        n = min(common_length(sequences), shortest - 1)
+        return [(sequences[0][:n], [sequence[n:] for sequence in sequences])]
+    whole = sequences[1]
+    n = min(common_length(sequences), len(whole) - 1)
+    return [(whole[:n], [whole[n:]])]
+
+
+def question(task: Task, number: int, tokenizer, context: int) -> Question:
+    """Example `number` as tokens.
+
+    If a prompt and its longest continuation exceed the model's context (in tokens), the prompt loses its
+    first tokens. A continuation is never cut: InputError if it does not fit into the context.
+    """
+    sequences = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts(task, number))]
+    rows = split_prompts(task, sequences)
+    if not rows[0][0]:
         raise InputError(f"CORE task {task.label}, example {number + 1}: empty")
     longest = max(len(c) for _, continuations in rows for c in continuations)
     if longest > context:
         raise InputError(
-            f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, more than the model's context of "
-            f"{context}; leave the task out of core.yaml, or train with a longer --max-seq-len"
+            f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, "
+            f"more than the model's context of {context}; leave the task out of core.yaml, "
+            "or train with a longer --max-seq-len"
         )
-    keep = context + 1 - longest  # the last token is predicted only
-    return Question(
-        number,
-        task.examples[number].get("gold"),
-        [
-            (np.array(prompt[-keep:], np.int32), [np.array(c, np.int32) for c in continuations])
-            for prompt, continuations in rows
-        ],
-    )
+    keep = context + 1 - longest  # the model predicts the last token and does not read it
+    arrays = []
+    for prompt, continuations in rows:
+        parts = [np.array(c, np.int32) for c in continuations]
+        arrays.append((np.array(prompt[-keep:], np.int32), parts))
+    return Question(number, task.examples[number].get("gold"), arrays)
 
 
 def questions(
     bundle: Bundle, tokenizer, context: int, max_per_task: int, rank: int = 0, world_size: int = 1
 ) -> list[list[Question]]:
-    """This process's share of each task's questions."""
-    return [
-        [
-            question(task, number, tokenizer, context)
-            for number in chosen(task, max_per_task)[rank::world_size]
-        ]
-        for task in bundle.tasks
-    ]
+    """The questions of each task that this process asks."""
+    shares = []
+    for task in bundle.tasks:
+        share = select_examples(task, max_per_task)[rank::world_size]
+        shares.append([question(task, number, tokenizer, context) for number in share])
+    return shares
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def row_length(row) -> int:
-    """Tokens of the prompt and its longest continuation, whose last is predicted only."""
+    """Tokens that the model reads of the prompt and its longest continuation: all but the last."""
     prompt, continuations = row
     return len(prompt) + max(map(len, continuations)) - 1
 
 
 def batches(rows: list, tokens: int) -> list[list[int]]:
-    """Indices of rows to be read together: as many continuations a row, and of like length, longest first. A batch, each continuation
-    with its prompt and its padding, comes to at most so many tokens and MOST_ROWS continuations, or is one row.
+    """Indices of the rows that the model reads together, longest rows first.
+
+    The rows of a batch have equally many continuations and similar lengths. A batch has at most so many
+    tokens, counting each continuation with its prompt and its padding, and at most MAX_ROWS continuations; or
+    it is one row.
     """
-    out = []
+    groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][1]), -row_length(rows[i]))):
-        first = rows[out[-1][0]] if out else rows[i]
         n = len(rows[i][1])
-        if (
-            not out
-            or len(first[1]) != n
-            or (len(out[-1]) + 1) * n > min(MOST_ROWS, tokens // row_length(first))
-        ):
-            out.append([])
-        out[-1].append(i)
-    return out
+        if groups:
+            first = rows[groups[-1][0]]  # the longest row of the batch
+            limit = min(MAX_ROWS, tokens // row_length(first))
+            if len(first[1]) == n and (len(groups[-1]) + 1) * n <= limit:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
 
 
 @torch.inference_mode()
 def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
-    """(mean loss in nats a token, whether every token is the greedy choice) of each continuation of each row, in order.
+    """(mean loss in nats per token, whether every token is the greedy choice) of each continuation, in order.
 
-    rows: (prompt, continuations), equally many continuations in each. A prompt is read once for all of its continuations, and only
-    these, which it predicts, have logits computed.
+    rows: (prompt, continuations), with equally many continuations in each. The model reads a prompt once for
+    all of its continuations. Logits are computed for the tokens of the continuations only.
     """
-    continuations = [c for _, of_row in rows for c in of_row]
-    each = len(rows[0][1])  # the last token is predicted only
-    T = max(map(len, continuations)) - 1
-    logits, cache = prefill(
-        model, [prompt.tolist() for prompt, _ in rows], max(len(prompt) for prompt, _ in rows) + T, dtype
-    )
+    continuations = list(chain.from_iterable(row[1] for row in rows))
+    each = len(rows[0][1])
+    T = max(map(len, continuations)) - 1  # the model predicts the last token and does not read it
+    prompt_ids = [prompt.tolist() for prompt, _ in rows]
+    logits, cache = prefill(model, prompt_ids, max(map(len, prompt_ids)) + T, dtype)
     cache.repeat(each)
-    targets = np.full((len(continuations), 1 + T), -1)  # padded at the end, where no token before it looks
+    targets = np.full((len(continuations), 1 + T), -1)  # padding is at the end, after all real tokens
     for row, c in zip(targets, continuations):
         row[: len(c)] = c
     targets = torch.from_numpy(targets).to(logits.device)
@@ -209,49 +224,63 @@ def judged(logits, targets):
 def score(
     model, rows: list, dtype, tokens: int, stop: StopRequest = NEVER
 ) -> list[list[tuple[float, bool]]] | None:
-    """score_batch's pairs for each of any number of rows, so many `tokens` at a time. None if this process
-    was asked to stop before the last.
+    """score_batch's pairs for each row, in batches of at most `tokens`.
+
+    None if this process was asked to stop before the last batch.
     """
-    out: list[list[tuple[float, bool]]] = [[]] * len(rows)
+    scores: list[list[tuple[float, bool]]] = [[]] * len(rows)
     for batch in batches(rows, tokens):
         if stop.is_set():
             return None
         pairs = iter(score_batch(model, [rows[i] for i in batch], dtype))
         for i in batch:
-            out[i] = [next(pairs) for _ in rows[i][1]]
-    return out
+            scores[i] = list(islice(pairs, len(rows[i][1])))
+    return scores
 
 
-def right(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
-    """pairs: of all continuations of the question. Of equal losses the first counts."""
+def is_correct(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
+    """pairs: of all continuations of the question. If losses are equal, the first one counts."""
     if asked.gold is None:
         return pairs[0][1]
     return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
 
 
+def count_correct(asked: list[Question], scores: list[list[tuple[float, bool]]]) -> int:
+    """scores: of all rows of these questions, in order."""
+    rows = iter(scores)
+    correct = 0
+    for one in asked:
+        pairs = list(chain.from_iterable(islice(rows, len(one.rows))))
+        correct += is_correct(one, pairs)
+    return correct
+
+
+# ---- the metric --------------------------------------------------------------------------------------------
+
+
 def evaluate_core(
     model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER
 ) -> dict | None:
-    """CORE from `questions`, over all processes. None if one of them was asked to stop before it was through.
+    """CORE from `questions`, over all processes. None if one of them was asked to stop before the end.
 
-    tokens: held in one forward pass, padding included; each answer to a question counts with its prompt.
-    Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, examples, correct}.
+    tokens: the most in one forward pass, padding included; each answer to a question counts with its prompt.
+    Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, baseline,
+    centered, correct, examples}.
     """
-    tasks = {}
-    # right and asked questions of each task; in the last row the processes that broke off
+    # a row for each task: correct questions, all questions; the last row counts the processes that stopped
     counts = torch.zeros(len(asked) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)
-    for i, of_task in enumerate(asked):
-        scores = score(model, [row for q in of_task for row in q.rows], dtype, tokens, stop)
+    for i, task_questions in enumerate(asked):
+        rows = list(chain.from_iterable(one.rows for one in task_questions))
+        scores = score(model, rows, dtype, tokens, stop)
         if scores is None:
             counts[-1] = 1
             break
-        scored = iter(scores)
-        correct = [right(q, [pair for _ in q.rows for pair in next(scored)]) for q in of_task]
-        counts[i] = torch.tensor([sum(correct), len(correct)])
+        counts[i] = torch.tensor([count_correct(task_questions, scores), len(task_questions)])
     if dist.is_initialized():
         dist.all_reduce(counts)
     if counts[-1].any():
         return None
+    tasks = {}
     for task, (correct, n) in zip(bundle.tasks, counts.tolist()):
         tasks[task.label] = {
             "accuracy": correct / n,
@@ -268,25 +297,24 @@ def centered(accuracy, baseline: float):
     return (accuracy - baseline) / (1 - baseline)
 
 
-def with_intervals(results: dict, seed: int = 0) -> dict:
-    """evaluate_core's results with 95% bootstrap intervals: of CORE and of each task's centred accuracy.
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95% of the values."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
 
-    Examples are drawn again within their task, with replacement. They are right or wrong, so the number of right ones in such a draw is
-    binomial, and that is what is drawn. A task with none or all right has an interval of no width.
+
+def with_intervals(results: dict, seed: int = 0) -> dict:
+    """evaluate_core's results with 95% bootstrap intervals of CORE and of each task's centred accuracy.
+
+    The bootstrap draws each task's examples again, with replacement. An example is right or wrong, so the
+    number of right ones in a draw is binomial, and that number is drawn here. If all or none of a task's
+    examples are right, its interval has no width.
     """
     rng = np.random.default_rng(seed)
-    draws = {
-        label: centered(rng.binomial(t["examples"], t["accuracy"], DRAWS) / t["examples"], t["baseline"])
-        for label, t in results["tasks"].items()
-    }
-
-    def interval(values):
-        return np.quantile(values, [0.025, 0.975]).tolist()
-
-    return {
-        **results,
-        "core_metric_interval": interval(np.mean(list(draws.values()), axis=0)),
-        "tasks": {
-            label: {**t, "centered_interval": interval(draws[label])} for label, t in results["tasks"].items()
-        },
-    }
+    draws = []
+    tasks = {}
+    for label, task in results["tasks"].items():
+        n = task["examples"]
+        accuracies = rng.binomial(n, task["accuracy"], DRAWS) / n
+        draws.append(centered(accuracies, task["baseline"]))
+        tasks[label] = {**task, "centered_interval": interval(draws[-1])}
+    return {**results, "core_metric_interval": interval(np.mean(draws, axis=0)), "tasks": tasks}

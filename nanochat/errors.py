@@ -1,15 +1,14 @@
-"""What is wrong with what the user gave, in one line that a terminal can show."""
+"""Errors of the user's input, in one line that is safe to print to a terminal."""
 
 import contextlib
 from pathlib import Path
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: the flag or file, what is wrong, what
-    would be right.
+    """Something that the user gave cannot be used.
 
-    It may quote names, files and what other programs said. Their line breaks and control characters are not
-    kept.
+    The message is one line: the flag or file, what is wrong, what would be right. It may quote names, files
+    and messages of other programs, whose line breaks and control characters are replaced.
     """
 
     def __init__(self, message=""):
@@ -17,7 +16,7 @@ class InputError(Exception):
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, as no terminal takes it for a command: "\x1b" and its like are spelt out."""
+    r"""The text on one line. Control characters such as "\x1b" are spelt out: a terminal might obey them."""
     text = " ".join(text.splitlines())
     if text.isprintable():
         return text
@@ -25,13 +24,13 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """Short enough for a line."""
+    """The text, cut to at most 60 characters."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextlib.contextmanager
 def named(path: Path):
-    """An OSError in here names the file: of an open file that cannot be read, the system does not."""
+    """Put the path into any OSError raised inside: a failed read of an open file does not name the file."""
     try:
         yield
     except OSError as e:

@@ -1,4 +1,4 @@
-"""What scripts.base_eval writes, eval_<step>.json and core_<step>.json in a run folder: read and checked."""
+"""Reading and checking the files that scripts.base_eval writes: eval_<step>.json and core_<step>.json."""
 
 import re
 from pathlib import Path
@@ -6,17 +6,8 @@ from pathlib import Path
 from nanochat.common import InputError, print0, shortened
 from nanochat.files import Schema, is_kind, read_json
 
-REMEDY = "it counts as missing"
-LOSSES = {
-    "train/loss",
-    "train/ppl",
-    "train/bpb",
-    "train/tokens",
-    "val/loss",
-    "val/ppl",
-    "val/bpb",
-    "val/tokens",
-}
+DAMAGED_REMEDY = "it counts as missing"
+LOSSES = {f"{split}/{key}" for split in ("train", "val") for key in ("loss", "ppl", "bpb", "tokens")}
 EVAL = Schema(
     "result of an evaluation",
     {"settings": dict},
@@ -28,7 +19,7 @@ EVAL = Schema(
         "data": str,
         "text_of_the_run": bool,
     },
-    remedy=REMEDY,
+    remedy=DAMAGED_REMEDY,
 )
 CORE = Schema(
     "result of CORE",
@@ -40,35 +31,35 @@ CORE = Schema(
         "centered_results": dict,
         "bundle_sha256": (str, type(None)),
     },
-    remedy=REMEDY,
+    remedy=DAMAGED_REMEDY,
 )
 TASK = Schema(
     "result of CORE",
     {"accuracy": float, "centered": float, "centered_interval": list, "examples": int},
-    remedy=REMEDY,
+    remedy=DAMAGED_REMEDY,
 )
-SETTINGS = Schema("result of CORE", {"step": int, "bundle": str, "max_per_task": int}, remedy=REMEDY)
+SETTINGS = Schema("result of CORE", {"step": int, "bundle": str, "max_per_task": int}, remedy=DAMAGED_REMEDY)
 
 
 def read_eval(path: Path) -> dict:
-    """An eval_<step>.json. InputError if it is none, or of another step."""
+    """The content of an eval_<step>.json. InputError if the file is damaged or of another step."""
     results = read_json(path, EVAL)
     check_step(path, results)
     if 0 < len(LOSSES & results.keys()) < len(LOSSES):
         missing = ", ".join(sorted(LOSSES - results.keys()))
-        raise InputError(f"{path}: not a {EVAL.name} ({missing}: missing); {REMEDY}")
+        raise InputError(f"{path}: not a {EVAL.name} ({missing}: missing); {DAMAGED_REMEDY}")
     if not all(isinstance(text, str) for text in results.get("sample", ())):
-        raise InputError(f"{path}: not a {EVAL.name} (sample: not a list of texts); {REMEDY}")
+        raise InputError(f"{path}: not a {EVAL.name} (sample: not a list of texts); {DAMAGED_REMEDY}")
     return results
 
 
 def read_core(path: Path) -> dict:
-    """A core_<step>.json. InputError if it is none, or of another step."""
+    """The content of a core_<step>.json. InputError if the file is damaged or of another step."""
     results = read_json(path, CORE)
     SETTINGS.check(f"{path}: settings", results["settings"])
     check_step(path, results)
     if not results.get("tasks"):
-        raise InputError(f"{path}: not a {CORE.name} (no tasks); {REMEDY}")
+        raise InputError(f"{path}: not a {CORE.name} (no tasks); {DAMAGED_REMEDY}")
     check_interval(path, "core_metric", results)
     for label, task in results["tasks"].items():
         where = f"{path}: task {shortened(label)}"
@@ -79,25 +70,27 @@ def read_core(path: Path) -> dict:
 def check_step(path: Path, results: dict):
     step = results["settings"].get("step")
     if step != step_of(path):
-        raise InputError(f"{path}: not a {EVAL.name} (of step {shortened(repr(step))}); {REMEDY}")
+        raise InputError(f"{path}: not a {EVAL.name} (of step {shortened(repr(step))}); {DAMAGED_REMEDY}")
 
 
 def check_interval(where, key: str, results: dict):
-    """InputError unless a number stands there, and under key_interval its two ends."""
+    """InputError unless results[key] is a number and results[key_interval] a list of two numbers."""
     interval = results.get(f"{key}_interval")
-    numbers = [results.get(key), *(interval if isinstance(interval, list) else ())]
-    if len(numbers) != 3 or not all(is_kind(number, float) and abs(number) < 1e9 for number in numbers):
-        raise InputError(f"{where}: not a {CORE.name} ({key}, or its interval, is no number); {REMEDY}")
+    numbers = [results.get(key), *interval] if isinstance(interval, list) else []
+    if len(numbers) != 3 or not all(is_kind(value, float) and abs(value) < 1e9 for value in numbers):
+        raise InputError(
+            f"{where}: not a {CORE.name} ({key}, or its interval, is no number); {DAMAGED_REMEDY}"
+        )
 
 
 def step_of(path: Path) -> int:
-    """-1 where the name of the file has none."""
+    """The step in a file's name, or -1."""
     match = re.fullmatch(r"(?:core|eval)_(\d{1,18})\.json", path.name)
     return int(match[1]) if match else -1
 
 
 def newest_core(folder: Path) -> dict:
-    """The run's result of CORE at the newest step that has one; {} without. A line names a damaged one."""
+    """CORE's result at the run's newest step that has one, or {}. A line names each damaged file."""
     for path in sorted(folder.glob("core_*.json"), key=step_of, reverse=True):
         if results := earlier_results(path, read_core):
             return results
@@ -105,7 +98,7 @@ def newest_core(folder: Path) -> dict:
 
 
 def earlier_results(path: Path, read) -> dict:
-    """What an evaluation has found, as `read` reads it; {} without. A damaged file is named in a line."""
+    """The results in a file, read by `read`; {} if there is none. A line names a damaged file."""
     try:
         return read(path) if path.is_file() else {}
     except InputError as e:
@@ -113,6 +106,6 @@ def earlier_results(path: Path, read) -> dict:
         return {}
 
 
-def under(settings: dict, results: dict) -> dict:
-    """The results, if they were found under these settings; else the settings alone."""
+def matching_results(settings: dict, results: dict) -> dict:
+    """The results, if they were measured with these settings; else the settings alone."""
     return results if results.get("settings") == settings else {"settings": settings}

@@ -1,8 +1,8 @@
-"""What is known of the files of a downloaded set: `.index.json` beside them has the size and the sum of each.
+"""The index of a downloaded set: `.index.json` beside the files holds the size and the checksum of each.
 
-A sum is `sha256:…`, or for files that the hub keeps in git itself `git-sha1:…`, as git names a content.
-Reading hundreds of GB at every call would take hours. So a file that was compared once is known again by its
-stamp (its size, times and number). It is read if that has changed since, and by --verify.
+A checksum is `sha256:…`, or `git-sha1:…` (git's hash of a blob) for files that the hub keeps in git itself.
+Reading hundreds of GB at every call would take hours. So a file is read and compared once, and its stamp
+(size, times and inode number) is recorded. It is read again if the stamp has changed, and with --verify.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from nanochat.files import Schema, digest_file, read_json, write_json
 from nanochat.fingerprints import stamp_of
 
 INDEX = ".index.json"
-SCHEMA = Schema("index of downloaded files", {"files": dict})
-RECORD = Schema("record of a downloaded file", {"size": int, "sum": str, "stamp": str})
-BAD = ""  # the stamp of a file that differs from its sum
+INDEX_SCHEMA = Schema("index of downloaded files", {"files": dict})
+FILE_RECORD = Schema("record of a downloaded file", {"size": int, "sum": str, "stamp": str})
+BAD = ""  # the stamp of a file that differs from its checksum
 
 
 def sum_of(path: Path, like: str) -> str:
-    """The sum of a file's content, of the kind that the sum `like` is."""
+    """The checksum of a file's content, of the same kind as the checksum `like`."""
     kind = like.partition(":")[0]
     digest = hashlib.sha256()
     if kind == "git-sha1":
@@ -36,29 +36,29 @@ class FileSums:
         self.path = folder / INDEX
         self.files = {}  # name -> {"size", "sum", "stamp"}
         content = {"files": {}}
-        with contextlib.suppress(InputError, FileNotFoundError):  # a damaged one is made again from the files
-            content = read_json(self.path, SCHEMA)
+        with contextlib.suppress(InputError, FileNotFoundError):  # a damaged index is made again
+            content = read_json(self.path, INDEX_SCHEMA)
         for name, record in content["files"].items():
             with contextlib.suppress(InputError):
-                self.files[name] = RECORD.check(name, record)
+                self.files[name] = FILE_RECORD.check(name, record)
 
     def save(self):
         write_json(self.path, {"files": dict(sorted(self.files.items()))})
 
     def fault(self, path: Path) -> str:
-        """What is wrong with a file as far as a look from outside tells, in words; '' if nothing is."""
+        """What is wrong with a file, as far as its size and the index tell, in words; '' if nothing."""
         state = os.stat(path)
         record = self.files.get(path.name)
-        if record is None:  # of an earlier version of this program
+        if record is None:  # an earlier version of this program downloaded it
             return "" if looks_whole(path, state.st_size) else f"is damaged ({state.st_size:,} bytes)"
         if state.st_size != record["size"]:
             return f"has {state.st_size:,} bytes instead of {record['size']:,}"
         return "differs from the hub's" if record["stamp"] == BAD else ""
 
     def compare(self, path: Path, size: int, sum: str, read: bool) -> str:
-        """What is wrong with a file of which the size and the sum ('': unknown) are given; '' if nothing is.
+        """Compare a file with its size and checksum ('': unknown). Returns what is wrong; '' if nothing.
 
-        read: the file is read even if it is as it was when last compared.
+        read: read the file even if its stamp has not changed since the last comparison.
         """
         record = self.files.get(path.name, {})
         stamp = BAD
@@ -75,17 +75,17 @@ class FileSums:
         except OSError as e:
             fault = f"cannot be read ({e.strerror})"
         outdated = record.get("stamp") == stamp != BAD and (record["size"], record["sum"]) != (size, sum)
-        if not (fault and outdated):  # an older file of the hub's is used until the new one is here
+        if not (fault and outdated):  # the hub has a new version: use the old file until the new one is here
             self.files[path.name] = {"size": size, "sum": sum, "stamp": BAD if fault else stamp}
         return fault
 
     def add(self, path: Path, size: int, sum: str):
-        """Record a file that was compared before it was put there."""
+        """Record a file that was compared before it was moved here."""
         self.files[path.name] = {"size": size, "sum": sum, "stamp": stamp_of(os.stat(path))}
 
 
 def looks_whole(path: Path, size: int) -> bool:
-    """Whether a file begins and ends as a parquet or gzip file does: lost writes leave nothing, or zeros."""
+    """Whether a file begins and ends as a parquet or gzip file does. Lost writes leave it empty, or zeros."""
     if size < 12:
         return False
     with open(path, "rb") as f:

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and that survive a power cut.
+"""Writing files that are either complete or absent, also after a power cut, and reading JSON files safely.
 
-A file keeps its content, and its folder keeps its name. A power cut may take either until it is synced:
-first the file, then the folder.
+The disk stores a file's content with the file, and its name with the folder. A power cut can lose both until
+they are synced: first the file, then the folder.
 """
 
 import contextlib
@@ -18,16 +18,17 @@ from pathlib import Path
 
 from nanochat.errors import InputError, named, shortened
 
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system says that cannot
-MAX_NESTING = 100  # lists and objects in one another, in JSON
-LARGEST_JSON = 2**30  # bytes of a file: several times what a tokenizer of 2**24 tokens takes
-TEMPORARY = ".tmp"  # ends the name of a file that is being written
+SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without sync
+MAX_NESTING = 100  # lists and objects inside each other, in JSON
+LARGEST_JSON = 2**30  # bytes of a file: several times the size of a tokenizer of 2**24 tokens
+TEMPORARY = ".tmp"  # the end of the name of a file that is being written
 
 
 def write_atomic(path: Path, content: str | bytes):
-    """Write a file so that a reader, a crash, a full disk or a power cut sees the old content or the new.
+    """Write a file so that it has either the old or the new content at any moment.
 
-    Once this returns, the new content is there to stay.
+    This holds for a reader, and after a crash, a full disk or a power cut. Once the function returns, the new
+    content survives a power cut.
     """
     create_folder(path.parent)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -47,17 +48,17 @@ def write_atomic(path: Path, content: str | bytes):
 
 
 def open_new(path: Path):
-    """A new file, open for writing bytes, with the permissions that the umask leaves. Not through a link."""
+    """Create a file and open it for writing bytes. It has the usual permissions. A link is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 class NoOrdinaryFile(OSError):
-    """A pipe, which would never end, a device or a socket."""
+    """The path is a pipe, a device or a socket. Reading a pipe might never end."""
 
 
 def open_file(path: Path):
-    """An ordinary file, open for reading bytes. NoOrdinaryFile if it is none."""
+    """Open an ordinary file for reading bytes. NoOrdinaryFile for anything else."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -66,29 +67,29 @@ def open_file(path: Path):
 
 
 def sync(file):
-    """Make what was written to an open file survive a power cut."""
+    """Make the content of an open file survive a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_file(path: Path):
-    """The same for a file that somebody else wrote, where the file system can be asked for that."""
+    """Make the content of a file that is already written survive a power cut, if the file system can."""
     with open(path, "rb") as f:
         try:
             os.fsync(f.fileno())
         except OSError as e:
-            if e.errno not in (*NO_SYNC, errno.EROFS):
+            if e.errno not in (*SYNC_UNSUPPORTED, errno.EROFS):
                 e.filename = str(path)
                 raise
 
 
 def sync_folder(folder: Path):
-    """Make the names in a folder survive a power cut, where the file system can be asked for that."""
+    """Make the names in a folder survive a power cut, if the file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno not in NO_SYNC:
+        if e.errno not in SYNC_UNSUPPORTED:
             e.filename = str(folder)
             raise
     finally:
@@ -96,7 +97,7 @@ def sync_folder(folder: Path):
 
 
 def create_folder(folder: Path):
-    """The folder and those around it, where they are missing, there to stay."""
+    """Create a folder, and the folders around it, where they are missing. They survive a power cut."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
@@ -107,19 +108,19 @@ def create_folder(folder: Path):
 
 
 def remove_temporary(folder: Path, *names: str):
-    """Remove what killed processes left of writing the files of these names. Nobody may write them now."""
+    """Remove what killed processes left of writing these names. Nobody may be writing them now."""
     for name in names:
-        for left in folder.glob(f".{name}.*{TEMPORARY}"):
-            left.unlink(missing_ok=True)
+        for temporary in folder.glob(f".{name}.*{TEMPORARY}"):
+            temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
-    """Of the file's content, in hexadecimal."""
+    """The SHA-256 of the file's content, in hexadecimal."""
     return digest_file(path, hashlib.sha256()).hexdigest()
 
 
 def digest_file(path: Path, digest, size: int = sys.maxsize):
-    """The digest, updated with the first `size` bytes of a file, or with fewer if it has fewer."""
+    """Update the digest with the first `size` bytes of a file, or with all of a shorter file; return it."""
     with named(path), open_file(path) as f:
         while size > 0 and (block := f.read(min(2**22, size))):
             digest.update(block)
@@ -128,9 +129,7 @@ def digest_file(path: Path, digest, size: int = sys.maxsize):
 
 
 def check_out(flag: str, path: Path, is_file: bool = False):
-    """InputError if results cannot be written there; ask before they are computed. path:
-    a folder, or a file.
-    """
+    """InputError if results cannot be written to `path`, a folder or a file. Called before computing them."""
     folder = path.absolute().parent if is_file else path.absolute()
     try:
         if is_file and path.is_dir():
@@ -142,7 +141,8 @@ def check_out(flag: str, path: Path, is_file: bool = False):
     except OSError as e:
         message = f"{flag} {shortened(str(path))}: cannot be written ({e.strerror}); give another place"
         raise InputError(message) from None
-    raise InputError(f"{flag} {path}: {'' if existing == folder else f'{existing} '}is a file; give a folder")
+    subject = "" if existing == folder else f"{existing} "
+    raise InputError(f"{flag} {path}: {subject}is a file; give a folder")
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
@@ -150,21 +150,20 @@ def check_out(flag: str, path: Path, is_file: bool = False):
 
 @dataclass(frozen=True)
 class Schema:
-    """What a JSON file of one kind holds: an object with these keys, and perhaps others.
+    """The content of one kind of JSON file: an object with these keys, and perhaps others.
 
-    A value's kind is `str`, `int` (no boolean), `float` (any number), `bool`, `list`, `dict`, or a tuple of
-    these.
-    remedy: what the user of a damaged file can do.
+    The kind of a value is `str`, `int` (no boolean), `float` (any number), `bool`, `list`, `dict`, or a tuple
+    of these. remedy: what a user can do about a damaged file.
     """
 
     name: str
     required: dict[str, type | tuple]
     optional: dict[str, type | tuple] = field(default_factory=dict)
-    format: int = 1  # the newest that this version of the program knows; a file without one has format 1
+    format: int = 1  # the newest one that this version of the program reads; a file without one has 1
     remedy: str = "restore it"
 
     def check(self, where: str, content) -> dict:
-        """The content itself. InputError, beginning with `where`, if it is none of this kind."""
+        """The content itself. InputError, which begins with `where`, if it does not fit the schema."""
         if not isinstance(content, dict):
             raise InputError(f"{where}: not a {self.name} (no JSON object); {self.remedy}")
         written = content.get("format", 1)
@@ -192,7 +191,7 @@ def is_kind(value, kind: type | tuple) -> bool:
 
 
 def parse_json(text: str):
-    """What a text says in JSON; None where it is none: json.loads fails in several ways, by the text."""
+    """The content of a JSON text; None if it is not valid JSON. json.loads fails with several errors."""
     try:
         content = json.loads(text, parse_int=parse_integer)
     except (ValueError, RecursionError):
@@ -202,23 +201,28 @@ def parse_json(text: str):
 
 
 def is_deep(content) -> bool:
-    """Whether lists and objects lie so deep in one another that a function which follows them may fail."""
+    """Whether lists and objects are nested deeper than MAX_NESTING, too deep for a recursive function."""
     level = [content]
     for _ in range(MAX_NESTING):
-        inner = [part for part in level if isinstance(part, (dict, list))]
-        level = [value for part in inner for value in (part.values() if isinstance(part, dict) else part)]
+        children: list = []
+        for value in level:
+            if isinstance(value, dict):
+                children.extend(value.values())
+            elif isinstance(value, list):
+                children.extend(value)
+        level = children
     return bool(level)
 
 
 def parse_integer(text: str) -> int:
-    """ValueError if it is too large to be used as a float."""
+    """ValueError if the number is too large for a float."""
     if len(text) > 300:
         raise ValueError(f"a whole number of {len(text)} digits")
     return int(text)
 
 
 def read_json(path: Path, schema: Schema) -> dict:
-    """The object in a JSON file. InputError if it is no such one, OSError if it cannot be read."""
+    """The object in a JSON file. InputError if it does not fit the schema, OSError if it cannot be read."""
     with named(path), open_file(path) as f:
         content = f.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:

@@ -1,7 +1,7 @@
-"""Short hashes of text files: data is the same where its content is, wherever it lies, whatever it is called.
+"""Hashes of text files. Two texts are the same if their content is, whatever their names and folders.
 
-The hash of a large file is kept in $NANOCHAT_BASE_DIR/fingerprints with the file's size, times and number:
-thousands of shards would take many minutes at every start, in every process.
+The hash of a large file is kept in $NANOCHAT_BASE_DIR/fingerprints, together with the file's size, times and
+inode number. Hashing thousands of shards again would take many minutes at every start, in every process.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ from pathlib import Path
 from nanochat.common import get_base_dir
 from nanochat.files import open_file, sha256, sync_file, write_atomic
 
-# A compressed file larger than all its samples together is hashed by samples.
+# Of a compressed file larger than SAMPLES * SAMPLE_BYTES only samples are hashed.
 COMPRESSED = (".parquet", ".gz", ".zst")
 SAMPLES = 64
 SAMPLE_BYTES = 2**20
 
-KEPT_FROM = 2**22  # bytes; smaller files are hashed in no time
-SETTLED_AFTER = 2.0  # seconds since the last change: within a tick of the clock a file can change unseen
+KEPT_FROM = 2**22  # bytes: the hash of a smaller file is computed each time
+SETTLED_AFTER = 2.0  # seconds: a second change soon after the first may leave the same time
 
 
 def file_hash(path: Path) -> str:
-    """In hexadecimal, of the whole content, or of samples of a large compressed file."""
+    """The hash of a file in hexadecimal: of all of its content, or of samples of a large compressed file."""
     state = os.stat(path)
     if state.st_size < KEPT_FROM:
         return content_hash(path)
@@ -35,27 +35,27 @@ def file_hash(path: Path) -> str:
             return digest
     digest = content_hash(path)
     if time.time() - state.st_ctime > SETTLED_AFTER:
-        with contextlib.suppress(OSError):  # a base directory that cannot be written: hashed again next time
-            sync_file(path)  # after a power cut it could have its size and times, and no content
+        with contextlib.suppress(OSError):  # if it cannot be written, it is computed again next time
+            sync_file(path)  # else a power cut could leave the file its size and times, without content
             line = f"{stamp} {digest}"
             write_atomic(kept, f"{line}\n{short_hash([line])}\n")
     return digest
 
 
 def stamp_of(state: os.stat_result) -> str:
-    """What differs once a file has changed: no program can set back the time of its last change."""
+    """A text that differs after any change to the file. No program can set back st_ctime."""
     return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
 
 
 def kept_hash(text: str, stamp: str) -> str:
-    """The hash that a kept text holds; '' if it is of another state of the file, or damaged.
+    """The hash in the text of a kept file; '' if it is of another state of the file, or damaged.
 
-    Earlier versions kept no check beside it.
+    Line 1 is the stamp and the hash; line 2 is a checksum of line 1. Earlier versions wrote no line 2.
     """
-    line, *check = text.splitlines() or [""]
-    before, _, digest = line.rpartition(" ")
-    whole = len(digest) == 64 and check in ([], [short_hash([line])])
-    return digest if whole and before == stamp else ""
+    line, *checksum = text.splitlines() or [""]
+    kept_stamp, _, digest = line.rpartition(" ")
+    is_valid = len(digest) == 64 and checksum in ([], [short_hash([line])])
+    return digest if is_valid and kept_stamp == stamp else ""
 
 
 def content_hash(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""The documents of one file: parquet, JSON lines, a JSON array or plain text, the last three also compressed.
+"""Reading the documents of a file: parquet, JSON lines, a JSON array or plain text.
 
-In all formats a row whose text is null or empty is an empty document, which training skips and counts. A
-row without a field `text`, or with one that is no string, is refused with its place and the reason.
+All but parquet may be compressed. In all formats a row with a null or empty text is an empty document, which training skips and counts. A row
+without a field `text`, or with one that is no string, is an error that names the row.
 """
 
 import codecs
@@ -20,17 +20,17 @@ MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memo
 COMPRESSIONS = (".gz", ".zst")
 LINES = (".jsonl", ".ndjson")
 FORMATS = (".parquet", *LINES, ".json", ".txt")
-READ = ".parquet, .jsonl, .json or .txt, and .gz or .zst of the last three"  # in words, for messages
+FORMAT_NAMES = ".parquet, .jsonl, .json or .txt, and .gz or .zst of the last three"  # for messages
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
-BLOCK = 2**16  # bytes of a JSON array that are read at once
+ARRAY_BLOCK = 2**16  # bytes of a JSON array that are read together
 
-# Numbers are never used: an integer of 5,000 digits, which Python refuses to convert, is valid JSON.
+# Python refuses to convert an integer of 5,000 digits, though it is valid JSON. Numbers are not used here.
 DECODER = json.JSONDecoder(parse_int=float)
 
 
 def text_format(path: Path) -> str:
-    """Which of FORMATS a file has by its name; '' if none."""
+    """Which of FORMATS the file's name tells; '' if none."""
     name = path.name.lower()
     compressed = name.endswith(COMPRESSIONS)
     for suffix in COMPRESSIONS:
@@ -40,7 +40,7 @@ def text_format(path: Path) -> str:
 
 
 def stem(path: Path) -> str:
-    """The file's name without what tells its format."""
+    """The file's name without the endings of its format and compression."""
     name = path.name
     for suffix in (*COMPRESSIONS, text_format(path)):
         if suffix and name.lower().endswith(suffix):
@@ -49,10 +49,10 @@ def stem(path: Path) -> str:
 
 
 def read_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of each document in order, '' where a row has none.
+    """(place, text) of each document in order; the text of an empty document is ''.
 
-    InputError: a file that is not what its name says, a row that is no document, invalid UTF-8, a document
-    longer than MAX_DOCUMENT_CHARS.
+    InputError: a file of another format than its name tells, a row that is no document, invalid UTF-8, a
+    document longer than MAX_DOCUMENT_CHARS.
     """
     with named(path):
         for place, text in reader_of(path):
@@ -62,7 +62,7 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def reader_of(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".py":  # of the embedded corpus
+    if path.suffix == ".py":  # a file of the embedded corpus
         return read_source(path)
     suffix = text_format(path)
     if suffix == ".parquet":
@@ -78,7 +78,7 @@ def reader_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
-    import pyarrow as pa  # here, because the embedded corpus needs none of it
+    import pyarrow as pa  # here: the embedded corpus does not need it
     import pyarrow.parquet as pq
 
     with open(path, "rb") as f:
@@ -86,7 +86,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
             parquet = pq.ParquetFile(f)
             check_text_column(path, parquet.schema_arrow)
             row = 0
-            for batch in parquet.iter_batches(batch_size=64, columns=["text"]):  # few rows: they may be long
+            for batch in parquet.iter_batches(batch_size=64, columns=["text"]):  # rows may be long
                 for value in as_bytes(batch.column(0)):
                     row += 1
                     place = f"{path}: row {row}"
@@ -96,7 +96,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_text_column(path: Path, schema):
-    """InputError unless there is a column `text` of strings, as they are or by a dictionary."""
+    """InputError unless there is a column `text` of strings, plain or dictionary-encoded."""
     types = {field.name: field.type for field in schema}
     kind = types.get("text")
     kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
@@ -106,12 +106,12 @@ def check_text_column(path: Path, schema):
 
 
 def as_bytes(column):
-    """As bytes, because pyarrow does not check that strings are UTF-8."""
+    """The column as bytes: pyarrow does not check that strings are valid UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if str(column.type) == "string_view":  # there is no direct way
+    if str(column.type) == "string_view":  # pyarrow has no direct cast to bytes
         column = column.cast(pa.large_string())
     return column.cast(pa.large_binary())
 
@@ -125,7 +125,7 @@ def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
 
 
 def json_lines(f, path: Path) -> Iterator[tuple[str, str]]:
-    """Of objects, one a line."""
+    """(place, text) of each object, one on a line."""
     for number, line in enumerate(iter(lambda: f.readline(max_bytes() + 1), b""), 1):
         if line.isspace():
             continue
@@ -133,14 +133,14 @@ def json_lines(f, path: Path) -> Iterator[tuple[str, str]]:
         try:
             row = DECODER.decode(decode(line, place).rstrip())
         except json.JSONDecodeError as e:
-            raise not_a_document(place, f"invalid JSON at column {e.colno}: {e.msg}")
+            raise not_a_document(place, f"invalid JSON at column {e.colno}: {e.msg}") from None
         except RecursionError:
-            raise not_a_document(place, "nested too deeply")
+            raise not_a_document(place, "nested too deeply") from None
         yield place, text_field(row, place)
 
 
 def json_array(f, path: Path) -> Iterator[tuple[str, str]]:
-    """Of objects or strings, read piece by piece: the file may be larger than memory."""
+    """(place, text) of each object or string, read in parts: the file may be larger than memory."""
     stream = CharacterStream(f, path)
     stream.skip(" \t\r\n")
     stream.position += 1  # the bracket
@@ -152,20 +152,21 @@ def json_array(f, path: Path) -> Iterator[tuple[str, str]]:
         try:
             item, end = DECODER.raw_decode(stream.text, stream.position)
         except RecursionError:
-            raise not_a_document(place, "nested too deeply")
-        except json.JSONDecodeError as e:  # or the item goes on in what is not read yet
+            raise not_a_document(place, "nested too deeply") from None
+        except json.JSONDecodeError as e:  # invalid, or the rest of the item is not read yet
             reason = f"invalid JSON at its character {e.pos - stream.position + 1}: {e.msg}"
             if len(stream.text) - stream.position > max_bytes():
-                raise not_a_document(place, f"{reason}, or more than {MAX_DOCUMENT_CHARS:,} characters")
-            if not stream.read_on():
-                raise not_a_document(place, reason)
+                reason = f"{reason}, or more than {MAX_DOCUMENT_CHARS:,} characters"
+                raise not_a_document(place, reason) from None
+            if not stream.read_more():
+                raise not_a_document(place, reason) from None
             continue
         stream.end_item(end)
         yield place, text_field({"text": item} if isinstance(item, str) else item, place)
 
 
 class CharacterStream:
-    """The characters of a file from `position` on, as far as they are read."""
+    """Decodes a file in blocks. The characters of `text` from `position` on are read and not used yet."""
 
     def __init__(self, f, path: Path):
         self.file = f
@@ -174,22 +175,23 @@ class CharacterStream:
         self.text = ""
         self.position = 0  # in the text
         self.items = 0  # read so far
-        self.block = BLOCK
+        self.block = ARRAY_BLOCK
 
-    def read_on(self) -> bool:
-        """False at the end of the file. Blocks grow, so that a long item is not tried too often."""
+    def read_more(self) -> bool:
+        """Read another block; False at the end of the file. Blocks grow: after each one the item is tried."""
         data = self.file.read(self.block)
         try:
             self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
         except UnicodeDecodeError:
-            raise InputError(f"{self.path}: invalid UTF-8 after item {self.items}; convert the file to UTF-8")
+            message = f"{self.path}: invalid UTF-8 after item {self.items}; convert the file to UTF-8"
+            raise InputError(message) from None
         self.position = 0
         self.block = 2 * self.block
         return bool(data)
 
     def skip(self, characters: str):
-        """Go to the first other character."""
-        while self.position < len(self.text) or self.read_on():
+        """Move to the next character that is none of these. InputError at the end of the file."""
+        while self.position < len(self.text) or self.read_more():
             if self.position < len(self.text):
                 if self.text[self.position] not in characters:
                     return
@@ -199,16 +201,18 @@ class CharacterStream:
     def end_item(self, position: int):
         self.items += 1
         self.position = position
-        self.block = BLOCK
+        self.block = ARRAY_BLOCK
 
 
 def text_field(row, place: str) -> str:
-    """The text of a row, '' for null; InputError with the reason if it has none."""
+    """The text of a row, '' for null. InputError, with the reason, if it has none."""
     if not isinstance(row, dict):
         raise not_a_document(place, f"it is {kind_of(row)}")
     if "text" not in row:
-        keys = ", ".join(map(repr, list(row)[:8])) + (", …" if len(row) > 8 else "")
-        raise not_a_document(place, f"its keys are {keys}" if row else "it has no keys")
+        keys = list(map(repr, row))
+        if len(keys) > 8:
+            keys[8:] = ["…"]
+        raise not_a_document(place, f"its keys are {', '.join(keys)}" if row else "it has no keys")
     text = row["text"]
     if text is None:
         return ""
@@ -220,13 +224,13 @@ def text_field(row, place: str) -> str:
 
 
 def kind_of(value) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, in words."""
     words = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
     return words.get(type(value), "null")
 
 
 def is_text(text: str) -> bool:
-    """Whether all of it are characters: JSON can escape half of a surrogate pair."""
+    """Whether UTF-8 can hold the text: JSON can escape half of a surrogate pair, which is no character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -244,10 +248,10 @@ def begins_with_bracket(path: Path) -> bool:
 
 
 def holds_no_text(path: Path) -> bool:
-    """Whether a .json file is neither an array nor lines of which the first has a field `text`.
+    """Whether a .json file holds settings or describes a data set.
 
-    Such files hold settings or describe a data set. False of a file that cannot be read: reading it tells
-    why.
+    Such a file is neither an array nor lines of which the first has a field `text`. False for a file that
+    cannot be read: whoever reads it gets the error.
     """
     try:
         if begins_with_bracket(path):
@@ -275,7 +279,7 @@ def read_text(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_source(path: Path) -> Iterator[tuple[str, str]]:
-    """As read_text, without CPython's few files in other encodings (tests of its codecs) and empty ones."""
+    """read_text without empty files, and without CPython's few files in other encodings (tests of codecs)."""
     with contextlib.suppress(InputError):
         for place, text in read_text(path):
             if text:
@@ -284,7 +288,10 @@ def read_source(path: Path) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def opened(path: Path):
-    """The bytes of a file, decompressed: a reader with `peek`. InputError: not compressed as named."""
+    """Open a file for reading its decompressed bytes, with `peek`.
+
+    InputError if it is not compressed as its name tells.
+    """
     suffix = path.suffix.lower()
     if suffix == ".gz":
         try:
@@ -299,9 +306,9 @@ def opened(path: Path):
             with io.BufferedReader(pa.input_stream(str(path), compression="zstd")) as f:
                 yield f
         except (pa.ArrowException, OSError) as e:
-            if getattr(e, "errno", None) is not None:  # of the file system
+            if getattr(e, "errno", None) is not None:  # an error of the file system
                 raise
-            raise InputError(f"{path}: not a readable zstd file ({first_line(e)})")
+            raise InputError(f"{path}: not a readable zstd file ({first_line(e)})") from None
     else:
         with open(path, "rb") as f:
             yield f
@@ -313,12 +320,13 @@ def decode(data: bytes, place) -> str:
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is no text
     except UnicodeDecodeError as e:
-        raise InputError(f"{place}: invalid UTF-8 at byte {e.start}; convert the file to UTF-8")
+        message = f"{place}: invalid UTF-8 at byte {e.start}; convert the file to UTF-8"
+        raise InputError(message) from None
     return text
 
 
 def max_bytes() -> int:
-    return 4 * MAX_DOCUMENT_CHARS  # a character takes at most 4
+    return 4 * MAX_DOCUMENT_CHARS  # a character takes at most 4 bytes
 
 
 def too_long(place) -> InputError:

@@ -1,8 +1,8 @@
-"""The files of a run folder: where they are, what they hold, and what they say together.
+"""The files of a run folder: their paths, their contents, and the state of the run that they show.
 
-A checkpoint is the one commit of a run. It appears whole, by one rename, after what it vouches for: its
-tensors, the rows of metrics.jsonl up to its step, the summary at that step, and whether the run ends with it.
-summary.json repeats that for readers. After a kill it may be older.
+Only a checkpoint commits a run's progress. One rename makes it visible, after everything that it refers to is
+on the disk: its tensors, the rows of metrics.jsonl up to its step, the summary at that step, and whether the
+run ends there. summary.json repeats the summary for readers. After a kill it may be older.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat.common import InputError, shortened
 from nanochat.files import Schema, read_json, write_json
 
-REMEDY = "restore it, or remove the folder"
+FOLDER_REMEDY = "restore it, or remove the folder"
 CONFIG = Schema(
     "run's config.json",
     {"flags": dict},
@@ -31,10 +31,10 @@ CONFIG = Schema(
         "tokenizer": dict,
         "reference_losses": dict,
     },
-    remedy=REMEDY,
+    remedy=FOLDER_REMEDY,
 )
-SUMMARY = Schema("run's summary.json", {"status": str}, {"step": int}, remedy=REMEDY)
-META = Schema(
+SUMMARY = Schema("run's summary.json", {"status": str}, {"step": int}, remedy=FOLDER_REMEDY)
+CHECKPOINT_META = Schema(
     "checkpoint's meta.json",
     {"step": int, "sha256": str},
     {
@@ -57,42 +57,45 @@ META = Schema(
 )
 
 
-RECORD = Schema(f"{META.name}: record", {"bytes": int, "sha256": str}, remedy=META.remedy)
-PARTS = {
+RECORD_META = Schema(
+    f"{CHECKPOINT_META.name}: record", {"bytes": int, "sha256": str}, remedy=CHECKPOINT_META.remedy
+)
+CONFIG_PARTS = {
     "flags": Schema(
-        f"{CONFIG.name}: flags", {}, {"data": str, "eval_tokens": int, "seed": int}, remedy=REMEDY
+        f"{CONFIG.name}: flags", {}, {"data": str, "eval_tokens": int, "seed": int}, remedy=FOLDER_REMEDY
     ),
     "derived": Schema(
         f"{CONFIG.name}: derived",
         {},
         {"model": dict, "corpus": dict, "tokenizer_hash": str, "source": dict},
-        remedy=REMEDY,
+        remedy=FOLDER_REMEDY,
     ),
 }
-HASH = (str, type(None))  # none: the text is not known
+HASH_OR_NONE = (str, type(None))  # None: the text is not known
 CORPUS = Schema(
     f"{CONFIG.name}: derived.corpus",
     {},
-    {"name": str, "path": str, "train_fingerprint": HASH, "val_fingerprint": HASH},
-    remedy=REMEDY,
+    {"name": str, "path": str, "train_fingerprint": HASH_OR_NONE, "val_fingerprint": HASH_OR_NONE},
+    remedy=FOLDER_REMEDY,
 )
 
 
 class Part(dict):
-    """An object of a config.json. A key that a program needs and that is not there is one line."""
+    """An object of a config.json. Reading a key that is not there is an InputError."""
 
     def __init__(self, where: str, content: dict):
         super().__init__(content)
         self.where = where
 
     def __missing__(self, key: str):
-        raise InputError(f"{self.where}.{key} is missing; {REMEDY}")
+        raise InputError(f"{self.where}.{key} is missing; {FOLDER_REMEDY}")
 
 
 def read_config(folder: Path) -> dict:
+    """The content of config.json. InputError if it is damaged."""
     path = folder / "config.json"
     config = read_json(path, CONFIG)
-    for name, schema in PARTS.items():
+    for name, schema in CONFIG_PARTS.items():
         config[name] = Part(f"{path}: {name}", schema.check(str(path), config.get(name, {})))
     derived = config["derived"]
     if "corpus" in derived:
@@ -109,76 +112,77 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 
 def saved_steps(run_folder: Path) -> list[int]:
-    """Steps with a checkpoint, ascending; not yet verified. OSError where that cannot be seen: a run would
-    begin again.
+    """The steps that have a checkpoint, ascending. The files are not verified.
+
+    OSError if the folder cannot be read: with an empty list instead, a run would begin again.
     """
     steps = []
     with contextlib.suppress(FileNotFoundError), os.scandir(run_folder / "checkpoints") as entries:
         for entry in entries:
-            number = re.fullmatch("step_([0-9]{6,18})", entry.name)
-            if number and entry.name == step_folder(run_folder, int(number[1])).name and entry.is_dir():
-                steps.append(int(number[1]))
+            match = re.fullmatch("step_([0-9]{6,18})", entry.name)
+            if match and entry.name == step_folder(run_folder, int(match[1])).name and entry.is_dir():
+                steps.append(int(match[1]))
     return sorted(steps)
 
 
 def remove_unfinished(run_folder: Path):
-    """Remove what is no checkpoint, or none any more, among them. Nobody may be writing one now."""
-    for left in (run_folder / "checkpoints").glob(".step_*"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove checkpoints that were not finished, or were set aside. Nobody may be writing one now."""
+    for path in (run_folder / "checkpoints").glob(".step_*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def read_meta(run_folder: Path, step: int) -> dict:
     """meta.json of a checkpoint. InputError if it is damaged, OSError if it cannot be read."""
     path = step_folder(run_folder, step) / "meta.json"
-    meta = read_json(path, META)
-    RECORD.check(str(path), meta.get("record", {"bytes": 0, "sha256": ""}))
+    meta = read_json(path, CHECKPOINT_META)
+    RECORD_META.check(str(path), meta.get("record", {"bytes": 0, "sha256": ""}))
     if meta["step"] != step:
         raise InputError(f"{path}: is of step {meta['step']}; use another step")
-    if meta.get("format", 1) > 1 or "meta_sha256" in meta:  # earlier versions wrote no sum
-        if meta.get("meta_sha256") != own_sum(meta):
-            raise InputError(f"{path}: damaged (its content does not match its checksum); use another step")
+    has_checksum = meta.get("format", 1) > 1 or "meta_sha256" in meta  # earlier versions wrote none
+    if has_checksum and meta.get("meta_sha256") != meta_checksum(meta):
+        raise InputError(f"{path}: damaged (its content does not match its checksum); use another step")
     return meta
 
 
 def check_owner(run_folder: Path, meta: dict):
-    """InputError if a checkpoint was made under other flags than config.json has: one of the two is another
-    run's, or damaged. Checkpoints of earlier versions do not say.
+    """InputError if a checkpoint was made with other flags than config.json has.
+
+    One of the two is damaged or belongs to another run. Checkpoints of earlier versions hold no flags.
     """
     if "flags" not in meta or not (run_folder / "config.json").exists():
         return
     flags = read_config(run_folder)["flags"]
     for name, value in meta["flags"].items():
         if name in flags and flags[name] != value:
-            there = shortened(repr(flags[name]))
             raise InputError(
-                f"{step_folder(run_folder, meta['step'])}: was made with {name} "
-                f"{shortened(repr(value))}, config.json has {there}: one of them is of another "
-                "run, or damaged; restore it, or use another step"
+                f"{step_folder(run_folder, meta['step'])}: was made with {name} {shortened(repr(value))}, "
+                f"config.json has {shortened(repr(flags[name]))}: one of them is of another run, or damaged; "
+                "restore it, or use another step"
             )
 
 
 def write_meta(folder: Path, meta: dict):
-    """meta.json into the folder of a checkpoint, which may be one that is being built."""
-    meta = {**meta, "format": META.format}
-    write_json(folder / "meta.json", {**meta, "meta_sha256": own_sum(meta)})
+    """Write meta.json into the folder of a checkpoint, which may be unfinished."""
+    meta = {**meta, "format": CHECKPOINT_META.format}
+    write_json(folder / "meta.json", {**meta, "meta_sha256": meta_checksum(meta)})
 
 
-def own_sum(meta: dict) -> str:
-    """The sum of all else that a meta.json holds."""
+def meta_checksum(meta: dict) -> str:
+    """The SHA-256 of a meta.json's entries, without the entry for it."""
     content = {key: value for key, value in meta.items() if key != "meta_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-# ---- how far a run is --------------------------------------------------------------------------------------
+# ---- the state of a run ------------------------------------------------------------------------------------
 
 
 def read_summary(folder: Path) -> dict:
     """The last values of a run and its status: running (or killed), stopped, diverged, finished.
 
-    From summary.json or, where it is missing, damaged or older, from the newest checkpoint.
+    They come from summary.json or, if that is missing, damaged or older, from the newest checkpoint.
     """
     committed = newest_commit(folder)
     path = folder / "summary.json"
@@ -195,13 +199,13 @@ def read_summary(folder: Path) -> dict:
 
 
 def complete_summary(folder: Path):
-    """Write the summary.json of a finished run where its process was killed before that."""
+    """Write the summary.json of a finished run if its process was killed before it could."""
     if not summary_says_finished(folder):
         write_json(folder / "summary.json", read_summary(folder))
 
 
 def summary_says_finished(folder: Path) -> bool:
-    """Whether summary.json is whole and says so."""
+    """Whether summary.json is undamaged and has the status finished."""
     path = folder / "summary.json"
     try:
         return path.exists() and read_json(path, SUMMARY)["status"] == "finished"
@@ -210,13 +214,13 @@ def summary_says_finished(folder: Path) -> bool:
 
 
 def check_ending(folder: Path):
-    """InputError if the newest checkpoint is not the last of this run, though summary.json says finished.
+    """InputError if summary.json says finished, but the newest checkpoint is not the last of a run.
 
-    One of the two may be of another run, or the last checkpoint is gone.
+    Then the last checkpoint is missing, or one of the two belongs to another run.
     """
     steps = saved_steps(folder)
     meta = {}
-    with contextlib.suppress(InputError, OSError):  # who loads it says why
+    with contextlib.suppress(InputError, OSError):  # whoever loads the checkpoint reports it
         meta = read_meta(folder, steps[-1]) if steps else {}
     check_owner(folder, meta)
     if meta.get("last") is False:
@@ -227,11 +231,11 @@ def check_ending(folder: Path):
 
 
 def newest_commit(folder: Path) -> dict:
-    """The summary in the newest checkpoint; {} if there is none, as in those of earlier versions."""
+    """The summary in the newest readable checkpoint; {} if it has none. Earlier versions wrote none."""
     for step in reversed(saved_steps(folder)):
         try:
             return committed_summary(read_meta(folder, step))
-        except (InputError, OSError):  # who loads it says why
+        except (InputError, OSError):  # whoever loads the checkpoint reports it
             continue
     return {}
 

@@ -1,14 +1,16 @@
-"""Which files of a folder are training text, which are validation text, and which are left out.
+"""Sorting the files of a folder into training text, validation text, and files that are left out.
 
-A name tells the split when its first or last word is one of SPLIT_WORDS. Words stand between - _ . and
-spaces; upper or lower case, numbers, "of" and long hexadecimal numbers do not count. These names tell it:
-train-00000-of-00004.parquet, my_corpus.val.jsonl, Test.txt, data_train2.txt. contest.jsonl and
-development.jsonl do not. Where a file is one document (.txt), its whole name has to be such a word, unless
-a name of the folder tells training text: the-test.txt among stories is a story, wiki.test.txt beside
-wiki.train.txt is a test split. A subfolder tells the split by its whole name: train/, dev/, test/.
+A file's name tells its split if its first or last word is one of SPLIT_WORDS. Words are separated by - _ .
+and spaces. Upper case, numbers, "of" and long hexadecimal numbers are ignored. These names tell a split:
+train-00000-of-00004.parquet, my_corpus.val.jsonl, Test.txt, data_train2.txt. These do not: contest.jsonl,
+development.jsonl.
 
-Test splits are never trained or validated on. Files whose names tell nothing are training text. Where there
-is no validation text, it is the last training file.
+A .txt file is one document. Its whole name must be such a word, unless some name in the folder tells training
+text: the-test.txt among stories is a story; wiki.test.txt beside wiki.train.txt is a test split. A subfolder
+tells the split by its whole name: train/, dev/, test/.
+
+Test splits are never used. Files whose names tell nothing are training text. If there is no validation text,
+the last training file becomes it.
 """
 
 import os
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import InputError
-from nanochat.readers import READ, holds_no_text, stem, text_format
+from nanochat.readers import FORMAT_NAMES, holds_no_text, stem, text_format
 
 SPLIT_WORDS = {
     "train": "train",
@@ -33,7 +35,7 @@ SPLIT_WORDS = {
 NO_FILE = "no .parquet, .jsonl, .txt file (or .json, .gz, .zst) directly in this folder"
 TEST = "a test split"
 NO_TEXT = "no text"
-UNREAD = f"not read: give {READ}"
+UNREAD = f"not read: give {FORMAT_NAMES}"
 SUBFOLDER = "a folder that is not read: give it as --data"
 DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|notice|changelog|citation|checksums?|(sha|md5)\d*sums?|_success)(\..*)?"
@@ -56,9 +58,9 @@ class FolderText:
 
 
 def split_of(name: str, whole: bool) -> str | None:
-    """'train', 'val' or 'test'; None if the name tells nothing. whole: no other words may stand beside it.
+    """'train', 'val' or 'test'; None if the name tells nothing. whole: the name must have no other words.
 
-    Of a name that tells two (dev-test, train_test) the one of less risk counts: test before val before train.
+    If a name tells two splits (dev-test, train_test), the safer one counts: test before val before train.
     """
     words = [word for word in re.split(r"[-_.\s]+", name.lower()) if not NO_WORDS.fullmatch(word)]
     if not words or (whole and len(words) > 1):
@@ -68,7 +70,7 @@ def split_of(name: str, whole: bool) -> str | None:
 
 
 def sort_folder(folder: Path) -> FolderText:
-    """The text of a folder and of its subfolders that are called as splits. InputError if there is none."""
+    """The text of a folder and of its subfolders named after splits. InputError if there is none."""
     text = FolderText()
     files, subfolders = readable_files(folder, folder, text)
     names_tell = any(split_of(stem(file), whole=False) == "train" for file in files)
@@ -84,13 +86,13 @@ def sort_folder(folder: Path) -> FolderText:
 
 
 def readable_files(folder: Path, root: Path, text: FolderText) -> tuple[list[Path], list[Path]]:
-    """Files to read, and folders, by name; hidden ones aside. Other files are put down as left out."""
+    """(files to read, subfolders), sorted by name, without hidden ones. Other files are left out."""
     files = []
     subfolders = []
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as e:
-        raise InputError(f"--data {folder}: {e.strerror}")
+        raise InputError(f"--data {folder}: {e.strerror}") from None
     for entry in entries:
         suffix = text_format(entry)
         if entry.is_dir():
@@ -104,6 +106,7 @@ def readable_files(folder: Path, root: Path, text: FolderText) -> tuple[list[Pat
 
 
 def add_subfolder(subfolder: Path, split: str | None, text: FolderText, root: Path):
+    """Add the files of a subfolder to its split. split None: leave the subfolder out."""
     if not split:
         if any(text_format(Path(name)) for name in names_below(subfolder)):
             text.leave_out(f"{subfolder.relative_to(root).as_posix()}/", SUBFOLDER)
@@ -127,7 +130,7 @@ def add_file(file: Path, split: str | None, text: FolderText, root: Path):
 
 
 def names_below(folder: Path, most: int = 10_000) -> Iterator[str]:
-    """Names of files in a folder and its subfolders, hidden ones aside; not more than this many."""
+    """Names of files in a folder and its subfolders, without hidden ones. Stops after about `most` files."""
     for _, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (name for name in files if not name.startswith("."))
@@ -142,6 +145,8 @@ def in_words(left_out: dict[str, list[str]]) -> str:
 
 
 def shortened(names, most: int = 6) -> list[str]:
-    """The first and last of many names."""
+    """At most `most` names: the first ones, and the last."""
     names = list(names)
-    return names if len(names) <= most else [*names[: most - 1], f"… {len(names) - most} more …", names[-1]]
+    if len(names) <= most:
+        return names
+    return [*names[: most - 1], f"… {len(names) - most} more …", names[-1]]

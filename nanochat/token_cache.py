@@ -1,12 +1,12 @@
-"""The token cache: text is tokenised once, and kept as numbers that are memory-mapped.
+"""The token cache: each shard of text is tokenised once, and its tokens are kept in a memory-mapped file.
 
     $NANOCHAT_BASE_DIR/token_cache/<tokenizer hash>/<shard fingerprint>/
-        tokens.bin   the slots of one shard
-        meta.json    how many they are, their type, and the sha256 of tokens.bin
+        tokens.bin   the slots of one shard: the tokens of its documents, with BOS after each document
+        meta.json    number of slots, their type, and the SHA-256 of tokens.bin
 
-Disks lose data without a word: a write that a full disk refused leaves zeros in a file of the right size.
-So a cache has the sum of what was to be written. What the disk holds is compared with it when the cache is
-built, and by --verify.
+Disks lose data silently: a write that a full disk refused can leave zeros in a file of the right size. So the
+checksum is computed from the data in memory. The file on the disk is compared with it when the cache is
+built, and with --verify.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ from nanochat.files import (
 )
 from nanochat.tokenizer import EncodingError
 
-DOCUMENTS_AT_ONCE = 512
-PAGE = 4096  # bytes: a write that was lost leaves at least one page of zeros
-BLOCK = 1024 * PAGE
+DOCUMENT_BATCH = 512  # documents tokenised together
+PAGE = 4096  # bytes: a lost write leaves at least one page of zeros
+READ_BYTES = 1024 * PAGE
 META = Schema(
     "description of a token cache",
     {"dtype": str, "slots": int, "vocab_size": int},
@@ -56,28 +56,30 @@ META = Schema(
         "empty": int,
     },
 )
-NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-examined = set()  # folders of caches without a sum that this process found whole and could not add the sum to
+# caches of an earlier version, without a checksum, that this process has examined and cannot write to
+examined: set[Path] = set()
 
 
-class NotWhole(Exception):
-    """A cache that is to be built again. The message says what is wrong with it; '' where there is none."""
+class IncompleteCache(Exception):
+    """A cache that must be built again. The message says what is wrong; '' if there is no cache."""
 
 
 def cached_tokens(shard, tokenizer):
-    """The slots of one shard as a read-only memory map, tokenised now if this (shard, tokenizer) never was.
+    """The slots of one shard as a read-only memory map. The shard is tokenised if it has no complete cache.
 
-    A cache appears whole, by one rename. A lock makes a second process wait for the first and take over if
-    that one dies. A folder that is not whole (copied in part, left by a full disk) is built again.
+    A cache is written under another name and renamed once it is complete. A lock makes a second process wait
+    for the first one, and take over if that one dies. An incomplete folder is built again: it may have been
+    copied in part, or left by a full disk.
     """
     folder = cache_folder(shard, tokenizer)
-    with contextlib.suppress(NotWhole):
+    with contextlib.suppress(IncompleteCache):
         return open_cache(folder, tokenizer)
     make_whole(shard, tokenizer, folder)
     try:
         return open_cache(folder, tokenizer)
-    except NotWhole:
+    except IncompleteCache:
         message = f"{folder}: just built and not whole; is another program changing this token cache?"
         raise InputError(message) from None
 
@@ -87,10 +89,10 @@ def cache_folder(shard, tokenizer) -> Path:
 
 
 def open_cache(folder: Path, tokenizer) -> np.ndarray:
-    """The slots in a cache folder as a memory map. NotWhole: no whole cache of this vocabulary with a sum."""
+    """The slots in a cache folder as a memory map. IncompleteCache also if it has no checksum."""
     meta = read_meta(folder, tokenizer)
     if "sha256" not in meta and folder not in examined:
-        raise NotWhole("it has no sum")
+        raise IncompleteCache("it has no sum")
     if meta["slots"] == 0:
         return np.zeros(0, dtype=meta["dtype"])
     path = folder / "tokens.bin"
@@ -99,25 +101,25 @@ def open_cache(folder: Path, tokenizer) -> np.ndarray:
 
 
 def read_meta(folder: Path, tokenizer=None) -> dict:
-    """meta.json, which agrees with the tokenizer and with the size of tokens.bin. NotWhole if it does not."""
+    """The content of meta.json. IncompleteCache if the tokenizer or the size of tokens.bin does not fit."""
     try:
         meta = read_json(folder / "meta.json", META)
         tokens = os.stat(folder / "tokens.bin")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NoOrdinaryFile) as e:
-        raise NotWhole(f"no file {Path(e.filename).name}" if os.path.lexists(folder) else "") from None
+        raise IncompleteCache(f"no file {Path(e.filename).name}" if os.path.lexists(folder) else "") from None
     except InputError:
-        raise NotWhole("its meta.json is damaged") from None
+        raise IncompleteCache("its meta.json is damaged") from None
     dtype = dtype_of(meta["vocab_size"])
     expected = {"dtype": dtype.name, "tokenizer_hash": folder.parent.name, "fingerprint": folder.name}
     if tokenizer:
         expected["vocab_size"] = tokenizer.vocab_size
     for key, value in expected.items():
         if meta.get(key, value) != value:
-            raise NotWhole(f"its meta.json has another {key}")
+            raise IncompleteCache(f"its meta.json has another {key}")
     if "sha256" in meta and not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
-        raise NotWhole("its meta.json has no proper sha256")
+        raise IncompleteCache("its meta.json has no proper sha256")
     if not stat.S_ISREG(tokens.st_mode) or tokens.st_size != meta["slots"] * dtype.itemsize:
-        raise NotWhole("tokens.bin has another size than meta.json says")
+        raise IncompleteCache("tokens.bin has another size than meta.json says")
     return meta
 
 
@@ -129,12 +131,12 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 
 def verify_caches(shards, tokenizer):
-    """Read the caches of these shards whole; build those again that differ from their sum or do not exist.
+    """Read all of these shards' caches. Build those that are missing or differ from their checksum.
 
-    The processes of one machine share the work. Another machine may have another disk.
+    The processes of one machine share the work. Each machine does all of it: it may have another disk.
     """
     _, local_rank, world_size = process_layout()
-    local_world_size = 1  # where it is not known, processes read the same caches, one after another
+    local_world_size = 1  # if it is unknown, all processes read all caches, one after another
     if world_size > 1 and os.environ.get("LOCAL_WORLD_SIZE"):
         local_world_size = launcher_integer("LOCAL_WORLD_SIZE", 1)
     for shard in shards[local_rank::local_world_size]:
@@ -142,62 +144,62 @@ def verify_caches(shards, tokenizer):
 
 
 def remove_damaged(shards) -> tuple[int, int]:
-    """Read the caches whole that these shards have, of any tokenizer, and remove those that are damaged.
+    """Read all caches of these shards, of any tokenizer, and remove the damaged ones.
 
-    Returns how many there were, and how many of them are removed.
+    Returns the number of caches, and how many of them were removed.
     """
     fingerprints = {shard.fingerprint for shard in shards}
-    folders = [
-        folder
-        for folder in sorted((get_base_dir() / "token_cache").glob("*/*"))
-        if folder.name in fingerprints and folder.is_dir()
-    ]
+    folders = sorted((get_base_dir() / "token_cache").glob("*/*"))
+    folders = [folder for folder in folders if folder.name in fingerprints and folder.is_dir()]
     removed = 0
     for folder in folders:
         with locked(lock_path(folder)):
             try:
                 check_cache(folder, None, verify=True)
-            except NotWhole as fault:
+            except IncompleteCache as fault:
                 print(f"{folder}: removed, the token cache there was not whole ({fault})", flush=True)
-                (folder / "meta.json").unlink(missing_ok=True)  # first: the rest is no cache without it
+                (folder / "meta.json").unlink(missing_ok=True)  # first: without it the rest is no cache
                 shutil.rmtree(folder)
                 removed += 1
     return len(folders), removed
 
 
 def check_cache(folder: Path, tokenizer, verify: bool = False):
-    """NotWhole, with the reason, if there is no whole cache. The caller has its lock, or cannot write here.
+    """IncompleteCache, with the reason, unless the cache is complete.
 
-    verify: tokens.bin is read and compared with its sum. A cache of an earlier version of this program has
-    none: it is read in any case, and gets its sum if nothing looks damaged.
+    The caller has the cache's lock, or cannot write here. verify: compare all of tokens.bin with its
+    checksum. A cache of an earlier version of this program has no checksum. It is read in any case, and gets
+    one if nothing looks damaged.
     """
     meta = read_meta(folder, tokenizer)
     if "sha256" in meta:
         if verify and sha256(folder / "tokens.bin") != meta["sha256"]:
-            raise NotWhole("tokens.bin differs from its sum")
+            raise IncompleteCache("tokens.bin differs from its sum")
         return
     meta["sha256"] = examine(folder / "tokens.bin", dtype_of(meta["vocab_size"]), meta["vocab_size"])
     try:
         remove_temporary(folder, "meta.json")
         write_json(folder / "meta.json", meta)
-    except OSError:  # a full disk, or a folder of somebody else: the next process reads it again
+    except OSError:  # a full disk, or the folder of another user: the next process reads it again
         examined.add(folder)
 
 
 def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
-    """The sha256 of slots that were written without a sum. NotWhole: zeros of a lost write, or no tokens.
+    """The SHA-256 of a tokens.bin without a checksum.
 
-    A text of zero bytes has such pages too. It is tokenised once more, and has a sum from then on.
+    IncompleteCache if it has a page of zeros, as a lost write leaves it, or numbers that are no token. A text
+    of zero bytes has such pages too. It is tokenised once more, and has a checksum from then on.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(BLOCK):
+        while block := f.read(READ_BYTES):
             digest.update(block)
-            pages = np.frombuffer(block.ljust(-len(block) % PAGE + len(block), b"\0"), np.uint64)
-            if not pages.reshape(-1, PAGE // 8).any(axis=1).all():
-                raise NotWhole("tokens.bin has pages of zeros, as lost writes leave them")
+            padded = block.ljust(-len(block) % PAGE + len(block), b"\0")
+            pages = np.frombuffer(padded, np.uint64).reshape(-1, PAGE // 8)
+            if not pages.any(axis=1).all():
+                raise IncompleteCache("tokens.bin has pages of zeros, as lost writes leave them")
             if np.frombuffer(block, dtype).max() >= vocab_size:
-                raise NotWhole("tokens.bin has numbers that are no token")
+                raise IncompleteCache("tokens.bin has numbers that are no token")
     return digest.hexdigest()
 
 
@@ -205,26 +207,26 @@ def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
 
 
 def make_whole(shard, tokenizer, folder: Path, verify: bool = False):
-    """Build a cache unless it is whole. verify: see check_cache."""
+    """Build a cache unless it is complete. verify: see check_cache."""
     root = folder.parent
     try:
         create_folder(root)
         with locked(lock_path(folder)):
             try:
                 check_cache(folder, tokenizer, verify)
-            except NotWhole as fault:
+            except IncompleteCache as fault:
                 build_cache(shard, tokenizer, folder, str(fault))
     except OSError as e:
-        e.filename = e.filename or str(folder)  # reading and writing name no file
-        if not str(e.filename).startswith(str(root)) or e.errno not in NO_WRITING:
+        e.filename = e.filename or str(folder)  # an error of reading or writing names no file
+        if not str(e.filename).startswith(str(root)) or e.errno not in READ_ONLY:
             raise
         try:
-            check_cache(folder, tokenizer, verify)  # somebody else's, which is only to be read
-        except NotWhole as fault:
+            check_cache(folder, tokenizer, verify)  # another user's cache can still be read
+        except IncompleteCache as fault:
             reason = f" ({fault})" if str(fault) else ""
             message = f"{e.filename}: {e.strerror}: the tokens of {shard.name} cannot be kept there{reason}"
-            way_out = f"make {root} writable, or let NANOCHAT_BASE_DIR name a folder of your own"
-            raise InputError(f"{message}; {way_out}") from None
+            remedy = f"make {root} writable, or let NANOCHAT_BASE_DIR name a folder of your own"
+            raise InputError(f"{message}; {remedy}") from None
 
 
 def lock_path(folder: Path) -> Path:
@@ -232,11 +234,11 @@ def lock_path(folder: Path) -> Path:
 
 
 def build_cache(shard, tokenizer, folder: Path, fault: str):
-    """Tokenise a shard into `folder`, under its lock. fault: what is wrong with the cache that is there."""
-    remove_left_over(folder)
+    """Tokenise a shard into `folder`. The caller has its lock. fault: what is wrong with the cache there."""
+    remove_unfinished_caches(folder)
     building = None
     try:
-        # a name of its own: what another user left may be there to stay
+        # a new name each time: an unfinished folder of another user cannot be removed
         building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building.", dir=folder.parent))
         meta = write_tokens(shard, tokenizer, building / "tokens.bin")
         write_json(building / "meta.json", meta)
@@ -253,49 +255,40 @@ def build_cache(shard, tokenizer, folder: Path, fault: str):
         print(line, flush=True)
 
 
-def remove_left_over(folder: Path):
-    """Remove what killed builders left of this cache, and of those beside it that nobody builds now."""
-    for left in folder.parent.glob("*.building*"):
-        other = folder.with_name(left.name.partition(".building")[0])
+def remove_unfinished_caches(folder: Path):
+    """Remove unfinished folders of this cache, and of others beside it that no process is building."""
+    for unfinished in folder.parent.glob("*.building*"):
+        other = folder.with_name(unfinished.name.partition(".building")[0])
         if other == folder:  # the caller has its lock
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             continue
         with contextlib.suppress(OSError):
             if lock := locks.acquire(lock_path(other), wait=False):
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
                 lock.close()
 
 
 def write_tokens(shard, tokenizer, path: Path) -> dict:
-    """Write the slots of a shard; returns what meta.json is to hold.
+    """Write the slots of a shard; returns the content of meta.json.
 
-    InputError: text that cannot be read or encoded, or a disk that does not hold what was written.
+    InputError if the text cannot be read or encoded, or the disk lost a part of what was written.
     """
     dtype = dtype_of(tokenizer.vocab_size)
     digest = hashlib.sha256()
     counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
     documents = shard.located()
-    with (
-        open(path, "wb") as f,
-        tqdm(
-            desc=f"tokenising {shard.name}",
-            unit=" chars",
-            unit_scale=True,
-            leave=False,
-            disable=True if process_layout()[0] else None,
-        ) as bar,
-    ):
-        while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
-            filled = [(place, text) for place, text in batch if text]
-            for ids in encode_documents(tokenizer, filled):
+    with open(path, "wb") as f, progress_bar(shard) as bar:
+        while batch := list(islice(documents, DOCUMENT_BATCH)):
+            nonempty = [(place, text) for place, text in batch if text]
+            for ids in encode_documents(tokenizer, nonempty):
                 slots = np.array(ids + [tokenizer.bos_id], dtype=dtype).tobytes()
                 f.write(slots)  # ndarray.tofile loses the error of a full disk
                 digest.update(slots)
                 counts["slots"] += len(ids) + 1
-            characters = sum(len(text) for _, text in filled)
-            counts["documents"] += len(filled)
+            characters = sum(len(text) for _, text in nonempty)
+            counts["documents"] += len(nonempty)
             counts["characters"] += characters
-            counts["empty"] += len(batch) - len(filled)
+            counts["empty"] += len(batch) - len(nonempty)
             bar.update(characters)
         sync(f)
     check_written(path, counts["slots"] * dtype.itemsize, digest.hexdigest())
@@ -310,12 +303,23 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
     }
 
 
+def progress_bar(shard):
+    """Of tokenising a shard, on process 0 and on a terminal only."""
+    return tqdm(
+        desc=f"tokenising {shard.name}",
+        unit=" chars",
+        unit_scale=True,
+        leave=False,
+        disable=True if process_layout()[0] else None,
+    )
+
+
 def check_written(path: Path, size: int, digest: str):
-    """InputError unless the disk holds so many bytes of this sha256."""
+    """InputError unless the file on the disk has this size and SHA-256."""
     remedy = "free some space or take another disk, then run the same command again"
     if path.stat().st_size != size:
         raise InputError(f"{path}: {path.stat().st_size:,} of {size:,} bytes were written; {remedy}")
-    if hasattr(os, "posix_fadvise"):  # what is in memory says nothing about the disk
+    if hasattr(os, "posix_fadvise"):  # drop the copy in memory, so that the disk is read
         with open(path, "rb") as f, contextlib.suppress(OSError):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if sha256(path) != digest:
@@ -325,7 +329,7 @@ def check_written(path: Path, size: int, digest: str):
 def encode_documents(tokenizer, documents: list[tuple[str, str]]) -> list[list[int]]:
     """Token ids of (place, text) pairs, in parallel threads (tiktoken releases the GIL).
 
-    InputError: the place of a text that the tokenizer cannot encode.
+    InputError names the place of a text that the tokenizer cannot encode.
     """
     try:
         return tokenizer.encode_batch([text for _, text in documents], threads=os.cpu_count() or 1)
@@ -334,14 +338,14 @@ def encode_documents(tokenizer, documents: list[tuple[str, str]]) -> list[list[i
             try:
                 tokenizer.encode_batch([text], threads=1)
             except EncodingError as e:
-                raise InputError(f"{place}: {e}")
+                raise InputError(f"{place}: {e}") from None
         first = documents[0][0]
         last = documents[-1][0]
-        raise InputError(f"{first} to {last}: {failure}")  # each by itself can be encoded
+        raise InputError(f"{first} to {last}: {failure}") from None  # each one alone can be encoded
 
 
 def replace_folder(folder: Path, new: Path, fault: str):
-    """Put `new` in the place of `folder`, whatever is there, to stay."""
+    """Rename `new` to `folder`, and remove what was there. The new name survives a power cut."""
     aside = new.with_name(f"{new.name}.before")
     try:
         os.replace(new, folder)

@@ -98,7 +98,7 @@ class Learner:
         self.model.load_state_dict(state["model"])
 
     def meta(self) -> dict:
-        """What `checkpoint_manager.load_model` needs to know to build the model again, as JSON has it."""
+        """What `adapters.loading.load_model` needs to know to build the model again, as JSON has it."""
         return {"model": asdict(self.model.config)}
 
 

@@ -14,7 +14,8 @@ from nanochat import common, metrics
 from nanochat.adapters.adalora import Allocator
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.adapters.learner import AdapterLearner
-from nanochat.checkpoint_manager import ADAPTER, fitting_together, load_bases, step_or_newest
+from nanochat.adapters.loading import ADAPTER, load_bases
+from nanochat.checkpoint_manager import fitting_together, step_or_newest
 from nanochat.common import ArgumentParser, InputError, number, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
 from nanochat.flag_types import layer_map_flag

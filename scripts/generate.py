@@ -1,33 +1,36 @@
-"""Text from a trained model: it continues a prompt, token by token.
+"""Generate text with a trained model: it continues a prompt, token by token.
 
     python -m scripts.generate -p "Once upon a time"
-    python -m scripts.generate --model-tag d20 --temperature 0.7 --top-k 50      # a line in, its continuation out
+    python -m scripts.generate --model-tag d20 --temperature 0.7 --top-k 50     # prompts from standard input
 
-Text goes to stdout as it comes, all else to stderr. It ends at --max-tokens or where the model ends its document.
+The text is printed to stdout as it is generated. Everything else is printed to stderr. The text ends after
+--max-tokens, or where the model ends its document.
 """
 
 import codecs
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, step_or_newest
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import step_or_newest
 from nanochat.common import InputError, number, whole_number
-from nanochat.engine import generate, what_fits
+from nanochat.engine import Sampling, crop_to_context, generate
 from nanochat.naming import optional_tag, run_folder
 from nanochat.run_files import read_summary, saved_steps
 
 
-def say(text: str):
+def print_note(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
 def newest_finished_run() -> str:
     finished = []
     for config in metrics.runs_dir().glob("*/config.json"):
-        with contextlib.suppress(InputError):  # a damaged run is not the one that is meant
+        with contextlib.suppress(InputError):  # skip a damaged run
             if saved_steps(config.parent) and read_summary(config.parent)["status"] == "finished":
                 finished.append((last_change(config.parent), config.parent.name))
     if not finished:
@@ -44,7 +47,10 @@ def last_change(folder: Path) -> float:
 
 
 def open_model(tag: str, step: int, device):
-    """(model, the tokenizer it was trained with, step) of a run; step -1: its newest checkpoint. InputError if they do not belong together."""
+    """(model, the tokenizer it was trained with, step) of a run. step -1: its newest checkpoint.
+
+    InputError if they do not belong together.
+    """
     folder = run_folder("--model-tag", tag)
     step = step_or_newest(folder, step)
     model, tokenizer, _ = load_model(folder, step, device)
@@ -52,7 +58,7 @@ def open_model(tag: str, step: int, device):
 
 
 class Text:
-    """One row's tokens as text: a character that several tokens share is held back until it is whole."""
+    """Decodes one row's tokens. A character that takes several tokens appears with the last of them."""
 
     def __init__(self, tokenizer):
         self.tokens = tokenizer.tokens
@@ -60,38 +66,31 @@ class Text:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int | None) -> str:
-        """The text that this token completes; None: what is left at the end. A special token is no text."""
-        data = self.tokens[token] if token is not None and token < len(self.tokens) else b""
+        """The text that this token completes. None stands for the end. A special token has no text."""
+        is_ordinary = token is not None and token < len(self.tokens)
+        data = self.tokens[token] if is_ordinary else b""
         new = self.decoder.decode(data, final=token is None)
         self.text += new
         return new
 
 
 def continue_prompt(model, tokenizer, prompt: str, args, dtype):
-    """Print the prompt with its continuation: the first sample as it comes, the others when all are done."""
+    """Print the prompt and its continuation: the first sample at once, the others when all have ended."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     context = model.config.sequence_len
-    kept = what_fits(tokens, context)
-    if len(kept) < len(tokens):
-        say(
-            f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: the model reads its last {len(kept) - 1}"
+    cropped = crop_to_context(tokens, context)
+    if len(cropped) < len(tokens):
+        print_note(
+            f"the prompt has {len(tokens) - 1} tokens, with BOS more than the context of {context}: "
+            f"the model reads its last {len(cropped) - 1}"
         )
     texts = [Text(tokenizer) for _ in range(args.num_samples)]
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    stop = (tokenizer.bos_id,)
     count = 0
     print(prompt, end="", flush=True)
     started = first = time.perf_counter()
-    for step in generate(
-        model,
-        [tokens],
-        args.max_tokens,
-        args.num_samples,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.seed,
-        stop=(tokenizer.bos_id,),
-        dtype=dtype,
-    ):
+    for step in generate(model, [tokens], args.max_tokens, sampling, args.num_samples, stop, dtype):
         first = first if count else time.perf_counter()
         new = [text.add(token) if token is not None else "" for text, token in zip(texts, step)]
         print(new[0], end="", flush=True)
@@ -101,22 +100,22 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
     for text in texts[1:]:
         text.add(None)
         print(f"\n{prompt}{text.text}", flush=True)
-    say(
+    print_note(
         f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s; "
-        f"{1e3 * (first - started):.0f} ms to the first, after a prompt of {len(kept)}"
+        f"{1e3 * (first - started):.0f} ms to the first, after a prompt of {len(cropped)}"
     )
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = common.ArgumentParser("Continue a text with a trained model.")
     add = parser.add_argument
     add(
         "-p",
         "--prompt",
         default=None,
-        help="text to continue; without it, one prompt a line from standard input, until an empty one",
+        help="text to continue; without it, standard input has one prompt a line, an empty line ends",
     )
-    add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest that is finished")
+    add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest finished one")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--num-samples", type=whole_number(1, 2**16), default=1, help="continuations of a prompt")
     add(
@@ -140,23 +139,31 @@ def main(argv=None):
         raise InputError("-p: the prompt is empty; give some text, or leave -p out and type it")
     if args.top_p == 0:
         raise InputError("--top-p 0: leaves no token; give a number above 0, up to 1")
+    return args
 
-    tag = args.model_tag or newest_finished_run()
-    device = common.init_process(args.device_type, alone=True)[0]
-    dtype = common.compute_dtype(args.dtype, device.type)
-    model, tokenizer, step = open_model(tag, args.step, device)
-    model.to(dtype)  # once, and not at every token
-    say(f"{tag}, step {step}{'' if args.model_tag else ' (the newest finished run)'}")
-    if args.prompt is not None:
-        return continue_prompt(model, tokenizer, args.prompt, args, dtype)
+
+def read_prompts() -> Iterator[str]:
+    """The lines of standard input, until an empty one."""
     if sys.stdin is None:
         raise InputError(
             "-p: no prompt, and standard input is closed; give a prompt, or one a line on standard input"
         )
     if sys.stdin.isatty():
-        say("a line to continue, an empty one to end:")
+        print_note("type a line to continue, an empty one to end:")
     while (line := sys.stdin.readline()).strip():
-        continue_prompt(model, tokenizer, line.rstrip("\n"), args, dtype)
+        yield line.rstrip("\n")
+
+
+def main(argv=None):
+    args = parse(argv)
+    tag = args.model_tag or newest_finished_run()
+    device = common.init_process(args.device_type, alone=True)[0]
+    dtype = common.compute_dtype(args.dtype, device.type)
+    model, tokenizer, step = open_model(tag, args.step, device)
+    model.to(dtype)  # once, and not at every token
+    print_note(f"{tag}, step {step}{'' if args.model_tag else ' (the newest finished run)'}")
+    for prompt in read_prompts() if args.prompt is None else [args.prompt]:
+        continue_prompt(model, tokenizer, prompt, args, dtype)
 
 
 if __name__ == "__main__":

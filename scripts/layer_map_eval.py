@@ -16,7 +16,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
 from nanochat import common, metrics
-from nanochat.checkpoint_manager import load_model, step_or_newest
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import step_or_newest
 from nanochat.common import InputError, whole_number
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import DEEPEST

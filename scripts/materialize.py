@@ -18,7 +18,8 @@ import torch
 
 from nanochat import common, metrics
 from nanochat.adapters.attach import plain
-from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint, step_or_newest
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, step_or_newest
 from nanochat.common import InputError, number, whole_number
 from nanochat.continuation import deciding, differing_keys
 from nanochat.factorize import (

@@ -18,7 +18,8 @@ from processes import Launched
 from test_core_eval import write_bundle
 
 from nanochat import common, metrics, training
-from nanochat.checkpoint_manager import load_checkpoint, load_model, saved_steps
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import REQUEUE, InputError
 from nanochat.loss_eval import reference_losses
 from scripts import base_eval, base_train

@@ -11,6 +11,7 @@ from conftest import Killed, losses
 
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics, training
+from nanochat.adapters.loading import load_model
 from nanochat.common import InputError
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_meta, read_summary, step_folder, write_meta
@@ -230,7 +231,7 @@ def test_a_state_of_another_model_is_a_line(interrupted):
     with pytest.raises(
         InputError, match="step_000005: does not hold the model that it should .*; use another step"
     ):
-        cm.load_model(interrupted, 5)
+        load_model(interrupted, 5)
 
 
 def test_a_poisoned_checkpoint_is_skipped_and_none_is_written(train, interrupted, monkeypatch, capsys):

@@ -18,16 +18,16 @@ from nanochat import core_bundle, metrics
 from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
 from nanochat.core_eval import (
-    MOST_ROWS,
+    MAX_ROWS,
     batches,
-    chosen,
+    select_examples,
     evaluate_core,
     prompts,
     question,
     questions,
     row_length,
     score,
-    shots,
+    few_shot_examples,
     with_intervals,
 )
 from nanochat.gpt import GPT, GPTConfig
@@ -163,33 +163,35 @@ def reference(model, prompt, continuation):
 
 def test_prompts_show_solved_examples_and_then_ask(bundle):
     choice, contexts, following = bundle.tasks
-    first, second = shots(choice, 5)
+    first, second = few_shot_examples(choice, 5)
     assert (
         first != second
         and choice.examples[5] not in (first, second)
-        and shots(choice, 5) == [first, second] != shots(choice, 6)
+        and few_shot_examples(choice, 5) == [first, second] != few_shot_examples(choice, 6)
     )
     before = "".join(f"{e['query']}\nAnswer: {e['choices'][e['gold']]}\n\n" for e in (first, second))
     assert prompts(choice, 5) == [f"{before}after f?\nAnswer: {c}" for c in ("xf", "fghi", "no fff", "?")]
     assert prompts(contexts, 1) == ["the b is here", "zz bb is here"]
-    (shown,) = shots(following, 4)
+    (shown,) = few_shot_examples(following, 4)
     before = shown["context"].strip() + shown["continuation"] + "\n\nefg"
     assert prompts(following, 4) == [before, before + "hij"]
 
 
 def test_few_shot_examples_come_from_the_whole_task_but_the_example_itself(bundle):
     task = dataclasses.replace(bundle.tasks[0], shots=8)
-    drawn = [{e["query"] for e in shots(task, number)} for number in range(20)]
+    drawn = [{e["query"] for e in few_shot_examples(task, number)} for number in range(20)]
     assert set.union(*drawn) == {e["query"] for e in task.examples}
     assert all(task.examples[number]["query"] not in shown for number, shown in enumerate(drawn))
 
 
 def test_fewer_questions_are_the_same_questions(bundle):
     task = bundle.tasks[0]
-    assert chosen(task, -1) == list(range(20)) and chosen(task, 99) == list(range(20))
-    assert len(set(chosen(task, 5))) == 5 and chosen(task, 5) == chosen(task, 9)[:5]
+    assert select_examples(task, -1) == list(range(20)) and select_examples(task, 99) == list(range(20))
+    assert (
+        len(set(select_examples(task, 5))) == 5 and select_examples(task, 5) == select_examples(task, 9)[:5]
+    )
     few, all_ = (questions(bundle, Letters(), 99, n)[0] for n in (3, -1))
-    assert [q.number for q in few] == chosen(task, 3)
+    assert [q.number for q in few] == select_examples(task, 3)
     for q in few:  # asked after the same solved examples, drawn from the whole file
         np.testing.assert_array_equal(q.rows[0][0], all_[q.number].rows[0][0])
 
@@ -343,7 +345,7 @@ def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
             and (len(batch) == 1 or lengths[0] * len(batch) * each.pop() <= 300)
         )
     assert sum(row_length(rows[batch[0]]) * len(batch) for batch in found) < 1.1 * sum(map(row_length, rows))
-    assert max(map(len, batches([rows[0]] * 200, 10**6))) == MOST_ROWS // len(rows[0][1])
+    assert max(map(len, batches([rows[0]] * 200, 10**6))) == MAX_ROWS // len(rows[0][1])
 
 
 def test_intervals_are_those_of_drawing_the_examples_again():

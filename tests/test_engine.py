@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import engine
-from nanochat.engine import generate, next_logits, prefill, sample, what_fits
+from nanochat.engine import GREEDY, Sampling, crop_to_context, generate, next_logits, prefill, sample
 from nanochat.gpt import GPT, GPTConfig
 
 LOW = dict(attn_ranks=(4, 8, 16), mlp_ranks=(16, 8, 4), lm_head_rank=8)
@@ -14,20 +14,8 @@ PROMPTS = [[49, 3, 7, 1, 30], [49, 8, 8, 2, 5, 4, 17, 6, 1, 22, 9], [49]]
 
 def tiny(**changes) -> GPT:
     """16 positions, windows of 8, 16 and 16 of them; every part of it matters to the output."""
-    config = GPTConfig(
-        **{
-            **dict(
-                sequence_len=16,
-                vocab_size=50,
-                n_layer=3,
-                n_head=4,
-                n_kv_head=4,
-                n_embd=32,
-                window_pattern="SL",
-            ),
-            **changes,
-        }
-    )
+    shape = dict(sequence_len=16, vocab_size=50, n_layer=3, n_head=4, n_kv_head=4, n_embd=32)
+    config = GPTConfig(**{**shape, "window_pattern": "SL", **changes})
     torch.manual_seed(0)
     model = GPT(config).double().requires_grad_(False)
     model.init_weights()
@@ -37,11 +25,11 @@ def tiny(**changes) -> GPT:
 
 
 def full_logits(model, tokens: list[int]):
-    """Of the token after these, by the forward pass without a cache."""
+    """Logits of the token after these, by the forward pass without a cache."""
     return model(torch.tensor([tokens]), compute_dtype=torch.float64)[0, -1]
 
 
-# ---- the cache is not seen in what comes out
+# ---- the cache does not change the output
 
 
 @pytest.mark.parametrize(
@@ -62,7 +50,7 @@ def full_logits(model, tokens: list[int]):
     ],
 )
 def test_cached_logits_equal_the_full_forward(changes):
-    """One row to many digits; rows of unequal length, which begin at other positions, to those of float32 angles."""
+    """One row: to many digits. Rows of unequal length begin at other positions: to those of float32 angles."""
     model = tiny(**changes)
     for prompts, tolerance in ([PROMPTS[1]], 1e-12), (PROMPTS, 1e-5):
         rows = [list(prompt) for prompt in prompts]
@@ -77,7 +65,7 @@ def test_cached_logits_equal_the_full_forward(changes):
             logits = next_logits(model, new, torch.float64, cache)
 
 
-def test_a_text_may_be_read_in_pieces():
+def test_a_text_can_be_read_in_pieces():
     model = tiny(n_kv_head=2)
     text = PROMPTS[1] + PROMPTS[0]
     for padded in (False, True):
@@ -95,21 +83,25 @@ def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
     model = tiny(**changes)
     expected = []
     for prompt in PROMPTS + [list(range(40))]:
-        visible = what_fits(prompt, 16)
+        visible = crop_to_context(prompt, 16)
         text = []
         for _ in range(28):
             text.append(full_logits(model, visible).argmax().item())
-            visible = what_fits(visible + text[-1:], 16)
+            visible = crop_to_context(visible + text[-1:], 16)
         expected.append(text)
-    steps = list(generate(model, PROMPTS + [list(range(40))], 28, temperature=0, dtype=torch.float64))
+    steps = list(generate(model, PROMPTS + [list(range(40))], 28, GREEDY, dtype=torch.float64))
     assert [list(row) for row in zip(*steps)] == expected
     assert len({tuple(row) for row in expected}) == 4, "the prompts matter"
 
 
-def test_what_is_kept_of_a_text_longer_than_the_context():
-    assert what_fits(list(range(16)), 16) == list(range(16))
-    assert what_fits(list(range(17)), 16) == [0, *range(9, 17)] == what_fits([0, 5, *range(2, 17)], 16)
-    assert what_fits([1, 2, 3], 2) == [1, 3]
+def test_a_text_longer_than_the_context_is_cropped():
+    assert crop_to_context(list(range(16)), 16) == list(range(16))
+    assert (
+        crop_to_context(list(range(17)), 16)
+        == [0, *range(9, 17)]
+        == crop_to_context([0, 5, *range(2, 17)], 16)
+    )
+    assert crop_to_context([1, 2, 3], 2) == [1, 3]
 
 
 def test_weights_cast_once_give_what_casting_them_at_every_step_gives():
@@ -126,14 +118,13 @@ def test_the_draws_of_a_seed_are_those_of_the_plain_loop():
     rng = torch.Generator().manual_seed(3)
     tokens = list(PROMPTS[0])
     for _ in range(11):
-        tokens.append(
-            torch.multinomial(F.softmax(full_logits(model, tokens) / 0.8, dim=-1), 1, generator=rng).item()
-        )
-    first, again, other = (
-        [token for (token,) in generate(model, PROMPTS[:1], 11, seed=seed, dtype=torch.float64)]
-        for seed in (3, 3, 4)
-    )
-    assert first == again == tokens[5:] and first != other
+        probabilities = F.softmax(full_logits(model, tokens) / 0.8, dim=-1)
+        tokens.append(torch.multinomial(probabilities, 1, generator=rng).item())
+    texts = []
+    for seed in (3, 3, 4):
+        steps = generate(model, PROMPTS[:1], 11, Sampling(seed=seed), dtype=torch.float64)
+        texts.append([token for (token,) in steps])
+    assert texts[0] == texts[1] == tokens[5:] and texts[0] != texts[2]
 
 
 def test_top_k_and_top_p_by_hand():
@@ -144,7 +135,6 @@ def test_top_k_and_top_p_by_hand():
         drawn = sample(logits[row].expand(n, 4), temperature, top_k, top_p, rng)
         return (torch.bincount(drawn, minlength=4) / n).tolist()
 
-    near = lambda *values: pytest.approx(values, abs=0.04)
     for found, expected in (
         (frequencies(0), (0.5, 0.1, 0.25, 0.15)),
         (frequencies(0, top_k=9), (0.5, 0.1, 0.25, 0.15)),
@@ -157,36 +147,39 @@ def test_top_k_and_top_p_by_hand():
         (frequencies(1, temperature=0), (0, 1, 0, 0)),
         (frequencies(1, temperature=1e-40), (0, 1, 0, 0)),
     ):
-        assert found == near(*expected), expected
+        assert found == pytest.approx(expected, abs=0.04), expected
         assert [f > 0 for f in found] == [e > 0 for e in expected], expected
 
 
 def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):
     shapes = []
-    monkeypatch.setattr(
-        engine,
-        "next_logits",
-        lambda model, idx, *rest: shapes.append(tuple(idx.shape)) or next_logits(model, idx, *rest),
-    )
+
+    def record_shape(model, idx, *rest):
+        shapes.append(tuple(idx.shape))
+        return next_logits(model, idx, *rest)
+
+    monkeypatch.setattr(engine, "next_logits", record_shape)
     steps = list(generate(tiny(), PROMPTS[:2], 4, samples=3, dtype=torch.float64))
     assert shapes == [(2, 11), (6, 1), (6, 1), (6, 1)]
     assert len({tuple(row) for row in zip(*steps)}) == 6
-    greedy = list(zip(*generate(tiny(), PROMPTS[:2], 4, samples=3, temperature=0, dtype=torch.float64)))
+    greedy = list(zip(*generate(tiny(), PROMPTS[:2], 4, GREEDY, samples=3, dtype=torch.float64)))
     assert greedy[0] == greedy[1] == greedy[2] != greedy[3] == greedy[4] == greedy[5]
 
 
 def test_a_row_ends_at_a_stop_token_and_the_text_with_the_last_row():
     model = tiny()
-    rows = [list(row) for row in zip(*generate(model, PROMPTS, 20, temperature=0, dtype=torch.float64))]
+    rows = [list(row) for row in zip(*generate(model, PROMPTS, 20, GREEDY, dtype=torch.float64))]
     stop = (rows[0][4], rows[1][2])
-    ends = [next((i for i, token in enumerate(row) if token in stop), 20) for row in rows]
+    ends = []
+    for row in rows:
+        ends.append(next((i for i, token in enumerate(row) if token in stop), 20))
     assert len(set(ends)) > 1
-    for prompts, ends, rows in ((PROMPTS, ends, rows), (PROMPTS[:2], ends[:2], rows[:2])):
-        steps = list(generate(model, prompts, 20, temperature=0, stop=stop, dtype=torch.float64))
-        assert len(steps) == max(ends)
-        assert [list(row) for row in zip(*steps)] == [
-            row[:end] + [None] * (max(ends) - end) for row, end in zip(rows, ends)
-        ]
+    for count in (3, 2):
+        steps = list(generate(model, PROMPTS[:count], 20, GREEDY, stop=stop, dtype=torch.float64))
+        last = max(ends[:count])
+        assert len(steps) == last
+        expected = [row[:end] + [None] * (last - end) for row, end in zip(rows[:count], ends)]
+        assert [list(row) for row in zip(*steps)] == expected
 
 
 def test_nothing_to_do_and_nothing_to_begin_with():

@@ -10,7 +10,8 @@ import torch
 
 from nanochat import metrics
 from nanochat.common import InputError
-from nanochat.engine import generate as tokens_of
+from nanochat.engine import GREEDY
+from nanochat.engine import generate as generate_tokens
 from scripts import generate
 from scripts.generate import Text, newest_finished_run, open_model
 
@@ -38,7 +39,7 @@ def test_the_text_is_the_models_and_the_seeds(low, run):
     out, err = run("-p", "the cat", "--max-tokens", 30, "--temperature", 0)
     model, tokenizer, step = open_model("low", -1, CPU)
     prompt = [tokenizer.bos_id, *tokenizer.encode("the cat")]
-    steps = tokens_of(model, [prompt], 30, temperature=0, stop=(tokenizer.bos_id,))
+    steps = generate_tokens(model, [prompt], 30, GREEDY, stop=(tokenizer.bos_id,))
     assert step == 6 and out == "the cat" + tokenizer.decode(token for (token,) in steps) + "\n"
     assert err.startswith("low, step 6 (the newest finished run)\n") and "tokens/s" in err.splitlines()[-1]
     drawn = [

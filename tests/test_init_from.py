@@ -8,7 +8,8 @@ from conftest import TINY, Killed, losses
 from test_base_train import final_state, same
 
 from nanochat import metrics
-from nanochat.checkpoint_manager import load_checkpoint, load_model
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus

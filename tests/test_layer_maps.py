@@ -10,7 +10,7 @@ import torch
 from nanochat.adapters import attach
 from nanochat.adapters.attach import AdapterConfig
 from nanochat.common import InputError
-from nanochat.engine import generate, next_logits, prefill
+from nanochat.engine import GREEDY, generate, next_logits, prefill
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import (
     copied_out,
@@ -224,7 +224,7 @@ def test_cached_decoding_of_repeated_layers_is_the_full_forward(form):
         ), end
         logits = next_logits(model, torch.tensor([[text[end]]]), torch.float64, cache)
     row = list(text[:5])
-    for (token,) in generate(model, [row], 11, temperature=0, dtype=torch.float64):
+    for (token,) in generate(model, [row], 11, GREEDY, dtype=torch.float64):
         assert token == model(torch.tensor([row]), compute_dtype=torch.float64)[0, -1].argmax().item()
         row.append(token)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanochat import metrics
-from nanochat.checkpoint_manager import load_checkpoint, load_model, save_checkpoint
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
 from nanochat.common import InputError
 from nanochat.dataset import open_corpus
 from nanochat.factorize import linear_layers, merge, rank_of_energy, truncate

@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_experiment
 
 from nanochat import metrics
-from nanochat.checkpoint_manager import load_bases
+from nanochat.adapters.loading import load_bases
 from nanochat.common import InputError, get_base_dir
 from nanochat.naming import is_tag, lock_path, option, run_folder
 from nanochat.report.wandb_import import run_name

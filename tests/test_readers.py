@@ -152,7 +152,7 @@ def test_a_refused_array_gives_the_reason(tmp_path, content, reason):
 
 
 def test_arrays_of_strings_and_small_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 1)
+    monkeypatch.setattr(readers, "ARRAY_BLOCK", 1)
     texts = ["a", "", "三 🙂 [,]", 'say "x" \\', "long " * 100]
     array = json.dumps(texts, ensure_ascii=False).encode()
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf \n" + array + b"\n")

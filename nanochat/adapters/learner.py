@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from nanochat.adapters.adalora import Allocator, orthogonality
 from nanochat.adapters.attach import adapter_state, adapters_of, describe, load_adapter_state
-from nanochat.checkpoint_manager import ADAPTER
+from nanochat.adapters.loading import ADAPTER
 from nanochat.gpt import GPT
 from nanochat.optim import build_optimizers
 from nanochat.training import Learner

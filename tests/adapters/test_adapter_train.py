@@ -11,7 +11,8 @@ from test_base_train import final_state, same
 from nanochat import metrics
 from nanochat.adapters.adalora import orthogonality
 from nanochat.adapters.attach import adapters_of
-from nanochat.checkpoint_manager import ADAPTER, amend_checkpoint, load_checkpoint, load_model, saved_steps
+from nanochat.adapters.loading import ADAPTER, load_model
+from nanochat.checkpoint_manager import amend_checkpoint, load_checkpoint, saved_steps
 from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
 from nanochat.gpt import GPTConfig

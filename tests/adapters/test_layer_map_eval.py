@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanochat import metrics
-from nanochat.checkpoint_manager import amend_checkpoint, load_model, saved_steps
+from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_manager import amend_checkpoint, saved_steps
 from nanochat.common import InputError
 from nanochat.layer_maps import with_copied_layers
 from nanochat.loss_eval import evaluate, validation_rows
