@@ -1,4 +1,4 @@
-"""The CORE metric of DCLM (Li et al., arXiv 2406.11794): how well a model answers short questions of many tasks.
+"""The CORE metric of DCLM (Li et al., arXiv 2406.11794): how well a model answers short questions.
 
 There are three kinds of task. Each question comes after a few solved examples of the same task:
     multiple_choice    a question and several answers. The model chooses the answer with the lowest mean loss

@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded corpus, a folder of the user's files, or a downloaded public set.
+"""The sources of text: Python's standard library, a folder of the user's files, or a downloaded public set.
 
 Download:  python -m nanochat.dataset --data climbmix -n 8 -w 4
 """
@@ -26,24 +26,24 @@ from nanochat.splits import TEST, in_words, shortened, sort_folder
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of text that is tokenised and cached by itself."""
+    """A part of the text that is tokenised and cached as one unit."""
 
     name: str
     paths: tuple[Path, ...]  # one file of many documents, or many files of one document each
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of the content, read once; file names and times do not count.
+        """A short hash of the content. File names and times do not count.
 
-        Large compressed files (downloaded sets go to hundreds of GB) are not read whole: their size and
-        evenly spaced blocks are hashed, from the first to the last one. Other text nearly always means
-        another last one: it has the offset, length and statistics of every column chunk of a parquet, and
-        the checksum of all text in a gzip.
+        Downloaded sets have up to hundreds of GB, so of a large compressed file only the size and evenly
+        spaced blocks are hashed, the first and the last one included. A change of the text nearly always
+        changes the last block: in parquet it holds the offset, length and statistics of every column chunk,
+        in gzip the checksum of all text.
         """
         return short_hash(file_hash(path) for path in self.paths)
 
     def located(self) -> Iterator[tuple[str, str]]:
-        """(place in words, text) of each document, in order, empty ones included.
+        """(place in words, text) of each document in order, empty ones included.
 
         InputError: see readers.read_documents.
         """
@@ -57,12 +57,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class AnnouncedShard(Shard):
-    """A shard that process 0 of a run has listed and hashed. This process reads it only to tokenise it."""
+    """A shard that process 0 of a run has listed and hashed. Another process reads it only to tokenise it."""
 
     fingerprint: str = ""
 
     def located(self) -> Iterator[tuple[str, str]]:
-        """As of any shard. InputError too where this process has other text than process 0."""
+        """Shard.located. InputError also if this process has other text than process 0."""
         fingerprint = Shard(self.name, self.paths).fingerprint
         if fingerprint != self.fingerprint:
             raise InputError(
@@ -76,8 +76,8 @@ class AnnouncedShard(Shard):
 class Corpus:
     """Training and validation text.
 
-    folder: where its files are. left_out: reason -> names of files there that are in neither split.
-    note: how the validation text was chosen, where it has no name of its own.
+    folder: the one with its files. left_out: reason -> names of the files there that are in neither split.
+    note: how the validation text was chosen, if no file name tells it.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Corpus:
     folder: Path
     left_out: dict[str, list[str]] = field(default_factory=dict)
     note: str = ""
-    path: str = ""  # of the user's folder, absolute
+    path: str = ""  # the user's folder, absolute; '' for a built-in text
 
     @property
     def place(self) -> str:
-        """What `--data` calls it from anywhere."""
+        """What to give to `--data` in any working directory."""
         return self.path or self.name
 
     def split(self, name: str) -> tuple[Shard, ...]:
@@ -105,11 +105,11 @@ class Corpus:
         return short_hash(shard.fingerprint for shard in self.split(split))
 
     def files(self, split: str) -> list[str]:
-        """Their names, within the folder."""
+        """The paths of the split's files, relative to the folder."""
         return [os.path.relpath(path, self.folder) for shard in self.split(split) for path in shard.paths]
 
     def record(self) -> dict:
-        """Which files are which, for a run's config.json; of many the first and the last."""
+        """The files of each split, for a run's config.json: all names, or the first ones and the last."""
         record: dict[str, dict] = {
             "left_out": {reason: shortened(names, 100) for reason, names in self.left_out.items()}
         }
@@ -119,7 +119,7 @@ class Corpus:
         return record
 
     def announced(self) -> "Corpus":
-        """This corpus, listed and hashed by process 0, for another process."""
+        """This corpus, which process 0 has listed and hashed, for another process."""
         folder = self.folder if self.path else set_folder(self.name)
         splits: dict[str, Any] = {}
         for split in ("train", "val"):
@@ -127,7 +127,7 @@ class Corpus:
         return replace(self, folder=folder, **splits)
 
     def line(self) -> str:
-        """The same for people, in one line."""
+        """The files of each split in one line, for people."""
         train = self.files("train")
         val = self.files("val")
         training = f"{len(train):,} training files ({train[0]} … {train[-1]})"
@@ -137,27 +137,27 @@ class Corpus:
         return line + (f", left out: {in_words(self.left_out)}" if self.left_out else "")
 
 
-def announced_shard(shard: Shard, folder_there: Path, folder_here: Path) -> AnnouncedShard:
-    """The folder of a built-in text may be elsewhere on another machine."""
-    paths = tuple(folder_here / path.relative_to(folder_there) for path in shard.paths)
+def announced_shard(shard: Shard, first_folder: Path, own_folder: Path) -> AnnouncedShard:
+    """The folder of a built-in text may differ between process 0's machine and this one."""
+    paths = tuple(own_folder / path.relative_to(first_folder) for path in shard.paths)
     return AnnouncedShard(shard.name, paths, shard.fingerprint)
 
 
 def set_folder(name: str) -> Path:
-    """Where the text of a built-in name is on this machine."""
+    """The folder of a built-in text on this machine."""
     return Path(sysconfig.get_path("stdlib")) if name == "stdlib" else get_base_dir() / "data" / name
 
 
 def open_corpus(data: str) -> Corpus:
     """The corpus that `--data` names: `stdlib`, a downloaded set, or a folder of files that readers.py reads.
 
-    A built-in name wins over a folder of that name; `./stdlib` is the folder.
-    InputError: an unknown name, a folder without enough files, a set that is not downloaded or lacks its validation.
+    A built-in name wins over a folder of that name; `./stdlib` is the folder. InputError: an unknown name, a
+    folder without enough files, a set that is not downloaded or lacks its validation file.
     """
     if data == "stdlib":
-        return _open_stdlib()
+        return open_stdlib()
     if data in HUB_SETS:
-        return _open_downloaded(data)
+        return open_downloaded(data)
     folder = Path(data).expanduser()
     if not data or not folder.exists():
         raise InputError(
@@ -165,43 +165,50 @@ def open_corpus(data: str) -> Corpus:
         )
     if not folder.is_dir():
         raise InputError(f"--data {data}: a file; give the folder it is in")
-    return _open_folder(folder)
+    return open_folder(folder)
 
 
-# ---- the embedded corpus --------------------------------------------------------------------------------------------
+# ---- Python's standard library -----------------------------------------------------------------------------
 
 
-def _open_stdlib() -> Corpus:
+def open_stdlib() -> Corpus:
     root = set_folder("stdlib")
-    names = sorted(path.relative_to(root).as_posix() for path in _sources(root))
+    names = sorted(path.relative_to(root).as_posix() for path in python_sources(root))
     if not names:
         raise InputError(f"--data stdlib: no Python source below {root}; give a folder of text instead")
-    val = tuple(root / name for name in names if _is_val(name))
-    train = tuple(root / name for name in names if not _is_val(name))
+    val = tuple(root / name for name in names if is_val(name))
+    train = tuple(root / name for name in names if not is_val(name))
     return Corpus("stdlib", (Shard("train", train),), (Shard("val", val),), root)
 
 
-def _sources(root: Path) -> Iterator[Path]:
+def python_sources(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            s
-            for s in subfolders
-            if s not in ("site-packages", "dist-packages", "__pycache__")
-            and not s.startswith(".")
-            and not Path(folder, s, "pyvenv.cfg").exists()
-        ]
-        yield from (path for name in files if (path := Path(folder, name)).suffix == ".py" and path.is_file())
+        subfolders[:] = [name for name in subfolders if is_library_folder(Path(folder, name))]
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix == ".py" and path.is_file():
+                yield path
 
 
-def _is_val(name: str) -> bool:
-    """Whether the file of this relative path is validation: about one in 20, whatever other files there are."""
+def is_library_folder(folder: Path) -> bool:
+    """Whether a folder belongs to the standard library itself, and not to packages installed beside it."""
+    if folder.name in ("site-packages", "dist-packages", "__pycache__") or folder.name.startswith("."):
+        return False
+    return not (folder / "pyvenv.cfg").exists()
+
+
+def is_val(name: str) -> bool:
+    """Whether the file of this relative path is validation text.
+
+    This holds for about one file in 20, and does not depend on which other files there are.
+    """
     return hashlib.sha256(os.fsencode(name)).digest()[0] < 13  # of 256
 
 
-# ---- a folder of the user's -----------------------------------------------------------------------------------------
+# ---- a folder of the user's --------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path) -> Corpus:
+def open_folder(folder: Path) -> Corpus:
     text = sort_folder(folder)
     note = ""
     if not text.val:
@@ -217,20 +224,24 @@ def _open_folder(folder: Path) -> Corpus:
             "in two files or more"
         )
     path = os.path.abspath(folder)
-    return Corpus(Path(path).name, _shards(text.train), _shards(text.val), folder, text.left_out, note, path)
+    train = shards_of(text.train)
+    val = shards_of(text.val)
+    return Corpus(Path(path).name, train, val, folder, text.left_out, note, path)
 
 
-def _shards(files: list[Path]) -> tuple[Shard, ...]:
-    """A shard a file, but one for all txt files together: a folder of 100,000 is no reason for as many caches."""
+def shards_of(files: list[Path]) -> tuple[Shard, ...]:
+    """One shard for each file, and one for all .txt files: 100,000 of them must not make as many caches."""
     texts = tuple(f for f in files if text_format(f) == ".txt")
     shards = [Shard(f.name, (f,)) for f in files if text_format(f) != ".txt"]
-    return tuple(shards + ([Shard("txt", texts)] if texts else []))
+    if texts:
+        shards.append(Shard("txt", texts))
+    return tuple(shards)
 
 
-# ---- downloaded sets ------------------------------------------------------------------------------------------------
+# ---- downloaded sets ---------------------------------------------------------------------------------------
 
 
-def _open_downloaded(name: str) -> Corpus:
+def open_downloaded(name: str) -> Corpus:
     folder = set_folder(name)
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     hub_set = HUB_SETS[name]
@@ -244,14 +255,15 @@ def _open_downloaded(name: str) -> Corpus:
     for file in (val, *train):
         if fault := sums.fault(folder / file):
             raise InputError(f"--data {name}: {folder / file} {fault}; to fetch it again {remedy}")
-    return Corpus(name, _shards([folder / file for file in train]), _shards([folder / val]), folder)
+    train_shards = shards_of([folder / file for file in train])
+    return Corpus(name, train_shards, shards_of([folder / val]), folder)
 
 
 def parse(argv=None):
     parser = ArgumentParser(
         "Download a public corpus: its validation file first, then training files. "
-        "Files that are there already are compared with what the hub lists, and fetched "
-        "again if they differ. HF_ENDPOINT names another host, HF_TOKEN a login."
+        "Files that exist are compared with the hub's list, and downloaded again if they differ. "
+        "HF_ENDPOINT names another host, HF_TOKEN a login."
     )
     parser.add_argument("--data", choices=HUB_SETS, required=True, help="which one")
     parser.add_argument(
@@ -259,14 +271,14 @@ def parse(argv=None):
         type=whole_number(0, off=-1),
         default=argparse.SUPPRESS,
         metavar="N",
-        help="training files to have, -1 = all (default: 8, or all if there are fewer; with "
-        "--verify those that are there)",
+        help="training files to have, -1 = all (default: 8, or all if there are fewer; "
+        "with --verify the files that exist)",
     )
     parser.add_argument("-w", type=whole_number(1), default=4, metavar="N", help="parallel downloads")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read all files whole, and their token caches, and compare them with their sums",
+        help="read all files and their token caches, and compare them with their checksums",
     )
     return parser.parse_args(argv)
 
@@ -281,7 +293,7 @@ def main(argv=None):
         )
     folder = set_folder(args.data)
     create_folder(folder)
-    with locked(folder / ".lock"):  # a second process waits, and then finds the files
+    with locked(folder / ".lock"):  # a second process waits here, and then finds the files
         every = {folder / hub_set.local_name(f): f for f in hub_set.files(hub_set.train_files)}
         names = set(os.listdir(folder))
         present = {path: f for path, f in every.items() if path.name in names}
@@ -309,11 +321,13 @@ def main(argv=None):
 
 
 def verify_token_caches(paths: list[Path]):
-    from nanochat.token_cache import remove_damaged  # here: numpy, which downloading does not need
+    from nanochat.token_cache import remove_damaged  # here: downloading does not need numpy
 
-    count, removed = remove_damaged(_shards(paths))
-    kept = "all as they were built" if not removed else f"{removed} removed: they are built again when needed"
-    print(f"token caches of these files: {count} read, {kept}")
+    count, removed = remove_damaged(shards_of(paths))
+    result = "all as they were built"
+    if removed:
+        result = f"{removed} removed: they are built again when needed"
+    print(f"token caches of these files: {count} read, {result}")
 
 
 if __name__ == "__main__":

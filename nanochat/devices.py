@@ -1,4 +1,4 @@
-"""Whether torch can use the GPUs of this machine; and, as a script, how many: python -m nanochat.devices"""
+"""The GPUs that torch can use on this machine. `python -m nanochat.devices` prints how many there are."""
 
 import glob
 import os
@@ -11,41 +11,42 @@ ON_THE_CPU = "or train on the CPU: --device-type cpu, or CUDA_VISIBLE_DEVICES= (
 
 
 def usable_gpus() -> int:
-    """How many GPUs torch can use. InputError where this machine has some, and torch can use none.
+    """How many GPUs torch can use. InputError if this machine has GPUs and torch can use none of them.
 
-    With a driver too old for torch's CUDA, or a build of torch without CUDA, a run would otherwise train on
-    the CPU, unnoticed for hours.
+    Without this error a run would train on the CPU, unnoticed for hours, if the driver is too old for torch's
+    CUDA or torch was built without CUDA.
     """
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says there what is said below
+        warnings.simplefilter("ignore")  # the error below says the same as torch's warning
         if torch.cuda.is_available():
             return torch.cuda.device_count()
-        listed = 0 if hidden() else max(torch.cuda.device_count(), len(device_files()))
-    if listed:
+        present = 0 if gpus_disabled() else max(torch.cuda.device_count(), len(device_files()))
+    if present:
         raise InputError(
-            f"--device-type: this machine has {listed} GPU(s), "
-            f"but torch {torch.__version__} cannot use them: {reason()}; "
+            f"--device-type: this machine has {present} GPU(s), "
+            f"but torch {torch.__version__} cannot use them: {cuda_error()}; "
             f"install a driver and a build of torch that fit each other, {ON_THE_CPU}"
         )
     return 0
 
 
-def hidden() -> bool:
-    """Whether the user, or a scheduler, wants no GPU to be used."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given is not None and given.split(",")[0].strip().lower() in NO_GPU
+def gpus_disabled() -> bool:
+    """Whether the user or a scheduler has disabled all GPUs by CUDA_VISIBLE_DEVICES."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices is not None and devices.split(",")[0].strip().lower() in NO_GPU
 
 
 def device_files() -> list[str]:
-    """The device files of those NVIDIA GPUs that we may open. A container or a scheduler may show us files of
-    other GPUs too.
+    """The device files of the NVIDIA GPUs that this process may open.
+
+    In a container or under a scheduler there may be files of other GPUs too.
     """
-    return [path for path in glob.glob("/dev/nvidia[0-9]*") if opens(path)]
+    return [path for path in glob.glob("/dev/nvidia[0-9]*") if can_open(path)]
 
 
-def opens(path: str) -> bool:
+def can_open(path: str) -> bool:
     try:
         os.close(os.open(path, os.O_RDWR))
     except OSError:
@@ -53,8 +54,8 @@ def opens(path: str) -> bool:
     return True
 
 
-def reason() -> str:
-    """Why CUDA does not start, in torch's words."""
+def cuda_error() -> str:
+    """torch's message about why CUDA does not start."""
     import torch
 
     try:
@@ -64,20 +65,20 @@ def reason() -> str:
     return "torch.cuda.is_available() is False"
 
 
-def take_gpu(number: int):
-    """Make this the process's GPU, and compute something on it. InputError if it does not."""
+def take_gpu(index: int):
+    """Let this process use one GPU, and compute something on it. InputError if that fails."""
     import torch
 
     count = torch.cuda.device_count()
-    if number >= count:
-        raise InputError(f"--nproc_per_node: process {number} on this machine has no GPU, there are {count}")
+    if index >= count:
+        raise InputError(f"--nproc_per_node: process {index} on this machine has no GPU, there are {count}")
     try:
-        torch.cuda.set_device(number)
+        torch.cuda.set_device(index)
         torch.ones(1, device="cuda").add_(1)
         torch.cuda.synchronize()
-    except RuntimeError as e:  # another process has it for itself, it is full, or torch was not built for it
+    except RuntimeError as e:  # another process has the GPU, it is full, or torch was not built for it
         raise InputError(
-            f"--device-type cuda: GPU {number} cannot be used: {first_line(e)}; "
+            f"--device-type cuda: GPU {index} cannot be used: {first_line(e)}; "
             f"choose others with CUDA_VISIBLE_DEVICES, {ON_THE_CPU}"
         ) from None
 

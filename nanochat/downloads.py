@@ -1,6 +1,6 @@
-"""The folder of a downloaded set: files are compared with the hub's list, and fetched again if they differ.
+"""Completing the folder of a downloaded set: fetching files that are missing or differ from the hub's list.
 
-Where the hub cannot be reached, files are compared with what they were when it last was.
+If the hub cannot be reached, files are compared with the index of the last time (file_sums.py).
 """
 
 import shutil
@@ -23,11 +23,12 @@ def complete(
     workers: int,
     verify: bool,
 ) -> dict[Path, str]:
-    """Compare the present files with the hub's and fetch what differs or is missing. Returns why each failed
-    one is not there. The caller holds the folder's lock.
+    """Compare the present files with the hub's list. Fetch those that differ, and the missing ones.
 
-    present, missing: path -> start of its path in the repository. verify: the present ones are read whole.
-    InputError: the hub cannot be reached, and some file is missing or damaged.
+    Returns {path: reason} of the files that could not be fetched. The caller holds the folder's lock.
+
+    present, missing: path -> start of the file's path in the repository. verify: read all present files.
+    InputError: the hub cannot be reached, and a file is missing or damaged.
     """
     remove_temporary(folder, INDEX)
     sums = FileSums(folder)
@@ -57,7 +58,7 @@ def complete(
 
     if files:
         failures |= download(hub_set, revision, files, staging, workers, when_fetched)
-    shutil.rmtree(staging, ignore_errors=True)  # a killed download's, where there was nothing to fetch
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed download
     if unknown := [path for path, f in every.items() if f in listed and not listed[f].sum]:
         print(
             f"{len(unknown)} file(s) ({unknown[0].name}, …) are compared by size alone: "
@@ -67,9 +68,9 @@ def complete(
 
 
 def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, verify: bool) -> dict[Path, str]:
-    """{path: what is wrong with it} of those that differ from what they are to be. The index notes it.
+    """{path: what is wrong} of the files that differ. The index records the result.
 
-    files: path -> what it is to be; None where that is not known.
+    files: path -> the file as the hub lists it, or None if that is not known.
     """
 
     def fault_of(path: Path) -> str:
@@ -78,16 +79,10 @@ def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, ver
 
     pool = ThreadPoolExecutor(workers)
     try:
-        bar = tqdm(
-            pool.map(fault_of, files),
-            total=len(files),
-            desc="comparing",
-            unit="file",
-            leave=False,
-            disable=None,
-        )
+        results = pool.map(fault_of, files)
+        bar = tqdm(results, total=len(files), desc="comparing", unit="file", leave=False, disable=None)
         faults = dict(zip(files, bar))
-    finally:  # also where the user loses patience: hundreds of GB are not read twice
+    finally:  # also after Ctrl-C, so that hundreds of GB are not read twice
         pool.shutdown(cancel_futures=True)
         if any(files.values()):
             sums.save()
@@ -95,12 +90,12 @@ def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, ver
 
 
 def compare_offline(sums: FileSums, paths: list[Path], reason: str, workers: int, verify: bool):
-    """Compare files with what they were when the hub was last reached. InputError if one differs."""
-    known = {
-        path: HubFile("", record["size"], record["sum"])
-        for path in paths
-        if (record := sums.files.get(path.name)) and record["stamp"] != BAD
-    }
+    """Compare files with the index, which records the hub's list of last time. InputError if one differs."""
+    known = {}
+    for path in paths:
+        record = sums.files.get(path.name)
+        if record and record["stamp"] != BAD:
+            known[path] = HubFile("", record["size"], record["sum"])
     faults = compare(sums, {path: known.get(path) for path in paths}, workers, verify)
     if faults:
         path, fault = min(faults.items())

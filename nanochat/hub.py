@@ -1,6 +1,6 @@
-"""Public datasets on the Hugging Face hub: which there are, and how their files come here, each one whole or not at all.
+"""Public datasets on the Hugging Face hub: their names, and downloading their files.
 
-HF_ENDPOINT names another host, HF_TOKEN a login.
+A file appears under its name only when it is complete. HF_ENDPOINT names another host, HF_TOKEN a login.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
 from nanochat import signals
@@ -25,10 +25,13 @@ from nanochat.files import is_kind, sync_file, sync_folder
 
 @dataclass(frozen=True)
 class HubSet:
-    """A public dataset: files of one kind in one folder. They are given by the start of their path in the repository."""
+    """A public dataset: files of one format in one folder.
+
+    A file is named by the start of its path in the repository: the path may end with a hash.
+    """
 
     repo: str
-    train_file: str  # to be formatted with the number of the shard
+    train_file: str  # a format string for the number of the shard
     train_files: int
     val_file: str
     suffix: str = ".parquet"
@@ -38,7 +41,7 @@ class HubSet:
         return [self.val_file] + [self.train_file.format(i) for i in range(train_files)]
 
     def local_name(self, hub_file: str) -> str:
-        """Without the folder and the hash that the file may have in the repository."""
+        """The file's name on this machine: without its folder and hash in the repository."""
         return hub_file.rpartition("/")[2] + self.suffix
 
 
@@ -52,9 +55,9 @@ HUB_SETS = {
         "allenai/c4", "en/c4-train.{:05d}-of-01024", 1024, "en/c4-validation.00000-of-00008", ".json.gz"
     ),
 }
-ATTEMPTS = 3  # at a file, each with huggingface_hub's own retries inside
-MOST_LISTED = 100_000  # files of a repository's folder
-SPARE = 2**26  # bytes by which other files that are written meanwhile, such as a log, may be larger
+ATTEMPTS = 3  # for each file; in each one huggingface_hub makes retries of its own
+MAX_LISTED = 100_000  # files of a repository's folder
+SPARE_BYTES = 2**26  # for other files that this process writes during a download, such as a log
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,25 @@ class HubFile:
 
     path: str  # in the repository
     size: int
-    sum: str  # see file_sums.sum_of; '' where the hub tells none
+    sum: str  # see file_sums.sum_of; '' if the hub tells none
 
 
 def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, dict[str, HubFile]]:
-    """The current revision of the repository, so that one call never mixes two, and what it has of the files.
+    """(the repository's current revision, {name: file} of the files it has).
 
-    names: the starts of their paths, which are the keys of the result. InputError: the hub cannot be reached.
+    names: the starts of the files' paths. The revision is given so that one call never mixes two of them.
+    InputError: the hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants, utils
 
-    utils.logging.set_verbosity_error()  # no line for each of its retries
+    utils.logging.set_verbosity_error()  # without a line for each of its retries
 
     def request():
         api = HfApi()
         revision = api.dataset_info(hub_set.repo, timeout=10).sha
         folder = hub_set.train_file.rpartition("/")[0]
         tree = api.list_repo_tree(hub_set.repo, folder or None, repo_type="dataset", revision=revision)
-        return revision, list(islice(tree, MOST_LISTED))
+        return revision, list(islice(tree, MAX_LISTED))
 
     try:
         revision, entries = persistently(request, attempts)
@@ -88,28 +92,36 @@ def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, d
         raise InputError(
             f"cannot list dataset {hub_set.repo} at {constants.ENDPOINT}: {e} "
             "(network down? HF_ENDPOINT names another host)"
-        )
-    rest = re.compile(rf"[\w.-]*{re.escape(hub_set.suffix)}")  # of a path: it is in no other folder
+        ) from None
     files = {entry.path: entry for entry in entries if is_file(entry)}
     paths = sorted(files)
     listed = {}
     for name in names:
-        from_name = islice(paths, bisect_left(paths, name), None)
-        same_start = takewhile(lambda path: path.startswith(name), from_name)
-        path = next((path for path in same_start if rest.fullmatch(path, len(name))), None)
+        path = path_of(name, hub_set.suffix, paths)
         if path is not None:
             listed[name] = HubFile(path, files[path].size, listed_sum(files[path]))
     return revision, listed
 
 
+def path_of(name: str, suffix: str, paths: list[str]) -> str | None:
+    """The first path that begins with `name`, ends with `suffix` and has no more folders. paths: sorted."""
+    rest = re.compile(rf"[\w.-]*{re.escape(suffix)}")
+    for path in islice(paths, bisect_left(paths, name), None):
+        if not path.startswith(name):
+            break
+        if rest.fullmatch(path, len(name)):
+            return path
+    return None
+
+
 def is_file(entry) -> bool:
-    """Whether an entry of the listing is a file of which path and size make sense."""
+    """Whether an entry of the listing is a file with a possible path and size."""
     size = getattr(entry, "size", -1)  # a folder has none
     return isinstance(entry.path, str) and is_kind(size, int) and 0 <= size <= LARGEST_INTEGER
 
 
 def listed_sum(entry) -> str:
-    """What the hub says of a file's content. Where a file is in LFS, git's blob is a pointer to it."""
+    """The checksum of a file's content, as the hub lists it. For a file in LFS git has only a pointer."""
     if entry.lfs:
         return f"sha256:{entry.lfs.sha256}" if is_hexadecimal(entry.lfs.sha256, 64) else ""
     return f"git-sha1:{entry.blob_id}" if is_hexadecimal(entry.blob_id, 40) else ""
@@ -122,25 +134,24 @@ def is_hexadecimal(value, length: int) -> bool:
 def download(
     hub_set: HubSet, revision: str, wanted: dict[Path, HubFile], staging: Path, workers: int, when_fetched
 ) -> dict[Path, str]:
-    """Fetch {where to put it: file}; return why each failed one is missing.
+    """Download files to their paths. Returns {path: reason} of those that failed.
 
-    when_fetched(path, file) is called, in this thread, once a file is in its place to stay.
+    when_fetched(path, file) is called in this thread once a file is complete under its path.
     """
     from huggingface_hub import utils
     from tqdm import tqdm
 
-    utils.disable_progress_bars()  # ours counts files
+    utils.disable_progress_bars()  # the bar below counts files
     pool = ThreadPoolExecutor(workers)
     futures = {}
     failures = {}
     try:
-        with files_no_larger_than(SPARE + max(file.size for file in wanted.values())):
+        with file_size_limit(SPARE_BYTES + max(file.size for file in wanted.values())):
             for path, file in wanted.items():
                 action = functools.partial(fetch, hub_set.repo, revision, file, path, staging)
                 futures[pool.submit(persistently, action)] = path
-            for future in tqdm(
-                as_completed(futures), total=len(futures), desc=hub_set.repo, unit="file", disable=None
-            ):
+            done = as_completed(futures)
+            for future in tqdm(done, total=len(futures), desc=hub_set.repo, unit="file", disable=None):
                 path = futures[future]
                 try:
                     future.result()
@@ -149,7 +160,7 @@ def download(
                     failures[path] = f"{hub_set.repo}: {e}"
             pool.shutdown()
     except KeyboardInterrupt as e:
-        signals.leave(signals.signal_number(e))  # threads go on, and no file is visible before it is whole
+        signals.leave(signals.signal_number(e))  # the threads end too; no incomplete file has its final name
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(staging, ignore_errors=True)
@@ -157,19 +168,19 @@ def download(
 
 
 @contextlib.contextmanager
-def files_no_larger_than(size: int):
-    """While this lasts, the system lets this process write no larger file: a host may send without an end."""
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limits = [size, *(limit for limit in (before, most) if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (min(*limits, LARGEST_INTEGER), most))
+def file_size_limit(size: int):
+    """Forbid this process to write larger files while the code inside runs: a host may send without end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(size, LARGEST_INTEGER, *limits), hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def fetch(repo: str, revision: str, file: HubFile, target: Path, staging: Path):
-    """Download one file next to its place, compare it with the hub's size and sum, and then put it there."""
+    """Download a file to `staging`, compare it with the hub's size and checksum, move it to `target`."""
     from huggingface_hub import hf_hub_download
 
     path = Path(hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=staging))
@@ -182,17 +193,15 @@ def fetch(repo: str, revision: str, file: HubFile, target: Path, staging: Path):
 
 
 def persistently(action, attempts: int = ATTEMPTS):
-    """action(), repeated when it fails in a way that may pass. InputError says what failed last."""
+    """action(), repeated after a failure that may be temporary. InputError with the last failure."""
     for attempt in range(attempts):
         time.sleep(attempt)
         try:
             return action()
-        except (
-            Exception
-        ) as e:  # of httpx, requests or xet, as the version and the transport of huggingface_hub have it
+        except Exception as e:  # from httpx, requests or xet: this depends on huggingface_hub's version
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise  # and no other file will fit either
-            failure = e.__cause__ or e  # huggingface_hub wraps "an error happened" around what happened
+                raise  # the disk is full: no other file will fit either
+            failure = e.__cause__ or e  # huggingface_hub wraps the error in a general one
             if getattr(getattr(failure, "response", None), "status_code", None) in (401, 403, 404):
                 break
     raise InputError(first_line(failure))

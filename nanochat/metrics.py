@@ -1,9 +1,9 @@
-"""The run record: one folder a run, the same names on wandb, time to a threshold, memory.
+"""The record of a run: its folder, the same values on W&B, the time to a perplexity, memory, versions.
 
 runs/<model-tag>/config.json     written once, before the first step
-                 metrics.jsonl   append-only, one JSON object a line
+                 metrics.jsonl   one JSON object a line; lines are only added
                  summary.json    rewritten at every checkpoint and at the end
-                 wandb_id.txt    so that a resumed run continues the same line on the dashboard
+                 wandb_id.txt    lets a resumed run continue the same line on the dashboard
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_config, read_summary, remove_unfinished
 
-# what only the process that has the run's lock writes
-WRITTEN = ("config.json", "summary.json", "tokenizer.json", "wandb_id.txt")
+# the files that only the process with the run's lock writes
+LOCKED_FILES = ("config.json", "summary.json", "tokenizer.json", "wandb_id.txt")
 
 
 def runs_dir() -> Path:
@@ -37,11 +37,11 @@ class Run:
     config: dict  # {"flags", "derived", "git", "versions", "device", "seed"}
     summary: dict  # flat metric names -> last values, "status": see run_files.read_summary
     history: History | list[dict]  # one dict a step, in order; keys as in design section 6
-    core: dict = field(default_factory=dict)  # in the report: see eval_results.newest_core
+    core: dict = field(default_factory=dict)  # only in the report: see eval_results.newest_core
 
 
 def load_run(folder: Path) -> Run:
-    """Read a run folder. InputError if it is none. A line half-written by a killed process is skipped."""
+    """Read a run folder. InputError if it is none. Incomplete lines of killed processes are skipped."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a run folder (no config.json)")
@@ -49,19 +49,22 @@ def load_run(folder: Path) -> Run:
 
 
 def remove_left_overs(folder: Path):
-    """Remove what killed processes left half-written in a run folder. This process has the run's lock."""
-    remove_temporary(folder, *WRITTEN)
+    """Remove the unfinished files of killed processes in a run folder. The caller has the run's lock."""
+    remove_temporary(folder, *LOCKED_FILES)
     remove_unfinished(folder)
 
 
 def dtype_so_far(folder: Path, device_type: str) -> str:
-    """The dtype that the run in this folder began with on a device of this type; '' if there is none."""
+    """The dtype of the run in this folder, if it began on this type of device; else ''."""
     device = read_config(folder).get("device", {}) if (folder / "config.json").exists() else {}
     return device.get("dtype", "") if device.get("type") == device_type else ""
 
 
 class RunRecord:
-    """Writes a run folder and, unless the wandb name is 'dummy', the same to wandb. Lives on rank 0 only."""
+    """Writes a run folder, and the same values to W&B unless its name for the run is 'dummy'.
+
+    It exists on rank 0 only.
+    """
 
     def __init__(
         self,
@@ -73,8 +76,8 @@ class RunRecord:
         resumed_step: int = 0,
         lock=None,
     ):
-        """config: as stored in config.json. accounting: flat params/…, flops/…, mem/… known before the first
-        step. lock: the locks.Lock by which this process holds the folder.
+        """config: the content of config.json. accounting: the params/…, flops/… and mem/… values that are
+        known before the first step. lock: this process's locks.Lock on the folder.
         """
         self.folder = folder
         self.thresholds = thresholds
@@ -82,14 +85,14 @@ class RunRecord:
         self.latest = dict(accounting)
         self.evals = []
         for entry in read_history(folder):
-            if entry["step"] <= resumed_step:  # what the checkpoint knows of; later steps are run again
+            if entry["step"] <= resumed_step:  # later steps are run again
                 self._remember(entry)
         write_json(folder / "config.json", config)
         self.file = HistoryFile(folder / "metrics.jsonl")
         self.status = "running"
         self.wandb = None
         if wandb_run != "dummy":
-            from nanochat.wandb_log import WandbLog  # what runs without W&B need not pay for
+            from nanochat.wandb_log import WandbLog  # here: it takes time that other runs need not spend
 
             self.wandb = WandbLog(folder, wandb_run, accounting, self.file.size, resumed_step)
 
@@ -103,88 +106,93 @@ class RunRecord:
             self.evals.append(metrics)
 
     def log(self, metrics: dict):
-        """Append one line. metrics must hold `step` and the clocks in CLOCKS. InputError if another process
-        has the folder by now.
+        """Append one line. metrics must have `step` and the clocks in CLOCKS.
+
+        InputError if another process has taken the folder.
         """
         self._check_lock()
         self._remember(metrics)
         self.file.append(metrics)
 
     def summary(self) -> dict:
-        """The last value of every metric, and the thresholds reached."""
+        """The last value of every metric, and the times to the thresholds that were reached."""
         values = {k: v for k, v in self.latest.items() if isinstance(v, (int, float, str, dict))}
         return values | time_to_ppl(self.evals, self.thresholds)
 
     def commit(self) -> dict:
-        """What a checkpoint's meta.json holds of this record, which is on the disk by then."""
+        """This record's entries for a checkpoint's meta.json. The record itself is on the disk by then."""
         return {"record": self.file.commit(), "summary": self.summary()}
 
     def summarize(self, status: str):
-        """Rewrite summary.json, also for W&B. InputError if another process has the folder by now."""
+        """Rewrite summary.json; W&B reads it too. InputError if another process has taken the folder."""
         self._check_lock()
         self.status = status
         write_json(self.folder / "summary.json", {"status": status, **self.summary()})
 
     def close(self):
-        """The run has ended, as the last summarize() said. W&B gets a limited time to have all of it."""
+        """End the record with the status of the last summarize(). W&B has a limited time to send the rest."""
         self.file.close()
         if self.wandb:
             self.wandb.close("failed" if self.status == "running" else self.status)
 
 
 def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
-    """{time_to_ppl/P/{seconds,step,tokens,flops}: value at the first evaluation with val/ppl <= P}.
+    """{time_to_ppl/P/{seconds,step,tokens,flops}: value at the first evaluation with val/ppl <= P}
 
-    `…_interpolated` beside each is where log perplexity, taken as linear between the two evaluations around P, crosses
-    it; absent when the very first evaluation is already below P. Thresholds not reached have no entry. A row
-    that lacks a clock, or whose perplexity is none, counts as no evaluation: a damaged file may hold it.
+    Beside each stands `…_interpolated`: the value at which log perplexity crosses P, taken as linear between
+    the two evaluations around it. It is missing if the first evaluation is already below P. A threshold that
+    was not reached has no entry. An evaluation without a clock or a perplexity is ignored: a damaged file may
+    have one.
     """
-    out = {}
-    evals = [e for e in evals if all(key in e for key, _ in CLOCKS) and not (e["val/ppl"] or 0) <= 0]
+    times = {}
+    evals = [e for e in evals if is_complete(e)]
     for threshold in thresholds:
         i = next((i for i, e in enumerate(evals) if e["val/ppl"] <= threshold), None)
         if i is None:
             continue
         for key, name in CLOCKS:
-            out[f"time_to_ppl/{threshold:g}/{name}"] = evals[i][key]
+            times[f"time_to_ppl/{threshold:g}/{name}"] = evals[i][key]
             if i > 0:
                 high = math.log(evals[i - 1]["val/ppl"])
                 low = math.log(evals[i]["val/ppl"])
                 share = (high - math.log(threshold)) / (high - low)
-                out[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = evals[i - 1][key] + share * (
-                    evals[i][key] - evals[i - 1][key]
-                )
-    return out
+                before = evals[i - 1][key]
+                crossing = before + share * (evals[i][key] - before)
+                times[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = crossing
+    return times
 
+
+def is_complete(evaluation: dict) -> bool:
+    """Whether an evaluation has all clocks, and a perplexity that is not known to be wrong."""
+    return all(key in evaluation for key, _ in CLOCKS) and not (evaluation["val/ppl"] or 0) <= 0
+
+
+# ---- device, memory, versions ------------------------------------------------------------------------------
 
 # bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-# ---- what a run ran on ----------------------------------------------------------------------------------------------
-
-
 def peak_flops(device_name: str) -> float | None:
-    """Of a GPU of this name; None if it is not known, or a CPU."""
+    """The peak of a GPU of this name in FLOP/s; None for a CPU or an unknown GPU."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def reset_peak_memory(device):
-    """Start measuring the peak afresh where the platform can (CUDA, Linux)."""
+    """Start to measure the peak memory again, if the platform can (CUDA, Linux)."""
     if device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
     elif os.path.exists("/proc/self/clear_refs"):
-        try:
+        # A container may forbid this. Then the peak is that since the start of the process.
+        with contextlib.suppress(OSError):
             # sets VmHWM, the peak, to the present resident size
             Path("/proc/self/clear_refs").write_text("5", "utf-8")
-        except OSError:
-            pass  # containers may forbid it: the peak then counts from the start of the process
 
 
 def peak_memory_bytes(device) -> int:
-    """CUDA: most bytes allocated by torch on this process's GPU. CPU: peak resident set of this whole process."""
+    """CUDA: the most bytes that torch allocated on its GPU. CPU: the peak resident set of the process."""
     if device.type == "cuda":
         import torch
 
@@ -196,18 +204,19 @@ def peak_memory_bytes(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
-def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
-    """Commit and dirty flag of this program's own repository, with the top folder `root`; None without one.
+def git_state(root: Path | None = None) -> dict:
+    """Commit and dirty flag of this program's own repository, of which `root` is the top folder.
 
-    A copy of the program inside another repository, or an installed one, does not have that one's commit.
+    Both are None without one. A copy of the program inside another repository does not have its commit.
     """
-    # git must not look elsewhere: not in the folders above, and not where a hook or a script has pointed it
+    root = root or Path(__file__).resolve().parents[1]
+    # git must not look in the folders above, nor where a hook or a script has pointed it
     pointers = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
     environment = {name: value for name, value in os.environ.items() if name not in pointers}
     environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*args):
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", *args],
             cwd=root,
             env=environment,
@@ -218,7 +227,7 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
             timeout=5,
             check=True,
         )
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     state: dict[str, str | bool | None] = {"commit": None, "dirty": None}
     if not (root / ".git").exists():
@@ -231,12 +240,13 @@ def git_state(root: Path = Path(__file__).resolve().parents[1]) -> dict:
 
 
 def versions() -> dict:
+    """The versions of Python and of the packages that matter for a run; None for a missing package."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    packages: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("nanochat-lowrank", "torch", "numpy", "tiktoken", "rustbpe", "wandb"):
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            packages[package] = None
+    return packages

@@ -1,7 +1,8 @@
 """Reading the documents of a file: parquet, JSON lines, a JSON array or plain text.
 
-All but parquet may be compressed. In all formats a row with a null or empty text is an empty document, which training skips and counts. A row
-without a field `text`, or with one that is no string, is an error that names the row.
+All but parquet may be compressed. In all formats a row with a null or empty text is an empty document, which
+training skips and counts. A row without a field `text`, or with one that is no string, is an error that names
+the row.
 """
 
 import codecs
@@ -92,7 +93,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, str]]:
                     place = f"{path}: row {row}"
                     yield place, decode(value.as_py() or b"", place)
         except (pa.ArrowException, OSError) as e:
-            raise InputError(f"{path}: not a readable parquet file ({first_line(e)})")
+            raise InputError(f"{path}: not a readable parquet file ({first_line(e)})") from None
 
 
 def check_text_column(path: Path, schema):
@@ -298,7 +299,7 @@ def opened(path: Path):
             with gzip.open(path, "rb") as f:
                 yield f
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise InputError(f"{path}: not a readable gzip file ({first_line(e)})")
+            raise InputError(f"{path}: not a readable gzip file ({first_line(e)})") from None
     elif suffix == ".zst":
         import pyarrow as pa
 

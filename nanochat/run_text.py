@@ -1,4 +1,4 @@
-"""The text of a run, wherever it is now: its folder may have been moved, or hold other text than it did."""
+"""Finding the text of a run again. Its folder may have been moved since, or its content changed."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from nanochat.metrics import Run
 
 
 def open_run_text(run: Run, data: str = "") -> Corpus:
-    """The text of --data or, without it, what is now where the run read its text: see `note_on_text`."""
+    """The text of --data. Without it, the text that is now in the folder of the run's text."""
     if data:
         return open_corpus(data)
     given = run.config["flags"]["data"]
-    place = run.config["derived"]["corpus"].get("path") or given  # earlier versions did not record the path
+    place = run.config["derived"]["corpus"].get("path") or given  # earlier versions recorded no path
     if not Path(place).is_dir() and Path(given).expanduser().is_dir():
         place = given
     if place not in ("stdlib", *HUB_SETS) and not Path(place).expanduser().is_dir():
@@ -24,22 +24,22 @@ def open_run_text(run: Run, data: str = "") -> Corpus:
 
 
 def recorded_text(run: Run) -> dict[str, str]:
-    """{split: fingerprint} of the text that the run was trained on."""
+    """{split: fingerprint} of the text that the run was trained on"""
     corpus = run.config["derived"]["corpus"]
     return {split: corpus[f"{split}_fingerprint"] for split in ("train", "val")}
 
 
 def fingerprints(corpus: Corpus) -> dict[str, str]:
-    """{split: fingerprint}"""
+    """{split: fingerprint} of a corpus"""
     return {split: corpus.fingerprint(split) for split in ("train", "val")}
 
 
 def note_on_text(run: Run, corpus: Corpus) -> str:
-    """A line where the corpus is not the text that the run was trained on, else ''."""
+    """A line that says that the corpus is not the text of the run; '' if it is."""
     recorded = recorded_text(run)
-    now = fingerprints(corpus)
+    present = fingerprints(corpus)
     words = {"train": "training", "val": "validation"}
-    splits = [words[split] for split in words if now[split] != recorded[split]]
+    splits = [words[split] for split in words if present[split] != recorded[split]]
     if not splits:
         return ""
     text = f"the {' and '.join(splits)} text in {corpus.place}"

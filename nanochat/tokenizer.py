@@ -1,4 +1,4 @@
-"""Byte-pair encoding: trained by rustbpe, run by tiktoken, stored as one JSON file of plain data with a content hash."""
+"""Byte-pair encoding: rustbpe trains it, tiktoken encodes with it, one JSON file stores it with its hash."""
 
 import base64
 import contextlib
@@ -20,17 +20,22 @@ from nanochat.files import Schema, read_json, write_atomic
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (BOS,)  # they take the last ids of the vocabulary
-# Words with their leading space, digits by twos (long numbers would eat a small vocabulary), punctuation, line ends;
-# the shape of GPT-4's pattern (OpenAI, tiktoken's cl100k_base).
-PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+# The form of GPT-4's pattern (OpenAI, tiktoken's cl100k_base). Numbers are split into parts of two digits: a
+# small vocabulary has no place for longer ones.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)"  # the ends of "it's", "we'll", …
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"  # a word with its leading space
+    r"|\p{N}{1,2}"  # one or two digits
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"  # punctuation
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"  # ends of lines and other white space
+)
 
-
-# Longer texts are encoded in pieces: tiktoken's regular expression fails on a million blanks in a row, with
-# a panic.
+# Longer texts are encoded in pieces: on a million blanks in a row tiktoken's regular expression panics.
 PIECE_CHARS = 2**17
-# Where the pattern begins a new match whatever stands before and after: at a blank after anything else;
-# after the end of a line before anything else; after a letter before an ASCII character or East Asian
-# punctuation that is no letter. LETTERS are some of those that every version of Unicode calls so.
+# Places where the pattern begins a new match, whatever the rest of the text is: before a blank that follows
+# another character; after the end of a line, before another character; after a letter, before an ASCII
+# character or East Asian punctuation mark that is no letter. LETTERS holds only such letters as are letters
+# in every version of Unicode.
 LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 NO_LETTERS = r"\x00-@\[-`{-\x7f\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 BREAK = re.compile(rf"(?<=\S)(?= )|(?<=\n)(?=\S)|(?<=[{LETTERS}])(?=[{NO_LETTERS}])")
@@ -40,20 +45,19 @@ STORED = Schema(
     {"pattern": str, "tokens": list, "trained_on": dict, "hash": str},
     {"vocab_size": int, "special_tokens": list},
 )
-LARGEST_FILE = 2**30  # bytes of a tokenizer.json: several times what 2**24 tokens take
+LARGEST_FILE = 2**30  # bytes of a tokenizer.json: several times the size of 2**24 tokens
 
 
 def tokenizer_path(tag: str = "") -> Path:
-    """Where the tokenizer of this name is; '' = the one that is used where none is named."""
+    """The file of the tokenizer of this name; '' = the default one."""
     return get_base_dir() / "tokenizer" / tag / "tokenizer.json"
 
 
 def pieces(text: str) -> list[str]:
-    """A text in pieces of at most PIECE_CHARS characters, which have the same tokens as the whole.
+    """The text in pieces of at most PIECE_CHARS characters. Together they have the same tokens as the text.
 
-    Each piece ends at the first BREAK in the second half of what may be its length. Only where there is
-    none, in a word or in blanks of more than PIECE_CHARS / 2, it ends after PIECE_CHARS, whatever stands
-    there.
+    A piece ends at the first BREAK after PIECE_CHARS / 2 characters. If there is none, within a word or
+    blanks of more than PIECE_CHARS / 2 characters, it ends after PIECE_CHARS, and tokens may differ there.
     """
     parts = []
     begin = 0
@@ -67,12 +71,12 @@ def pieces(text: str) -> list[str]:
 
 
 class EncodingError(InputError):
-    """A library of tokenizers failed on a text. Who knows where the text is says so."""
+    """A tokenizer library failed on a text. The caller adds where the text is."""
 
 
 @contextlib.contextmanager
 def reported(problem: str):
-    """An EncodingError for whatever the libraries of tokenizers throw; a panic of theirs is no Exception."""
+    """EncodingError for any failure of a tokenizer library. Their panics are BaseExceptions."""
     try:
         yield
     except (InputError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -82,7 +86,7 @@ def reported(problem: str):
 
 
 def content_of(pattern: str, tokens: list[bytes]) -> dict:
-    """What of a tokenizer.json makes the tokens of a text."""
+    """The entries of a tokenizer.json that decide which tokens a text has. The hash is over them."""
     encoded = [base64.b64encode(token).decode() for token in tokens]
     return {"pattern": pattern, "special_tokens": list(SPECIAL_TOKENS), "tokens": encoded}
 
@@ -114,7 +118,7 @@ class Tokenizer:
         self.hash = hash_of(content_of(pattern, tokens))
 
     def encode_batch(self, texts: list[str], threads: int = 8) -> list[list[int]]:
-        """Token ids of each text, without BOS. Text that looks like a special token is ordinary text."""
+        """Token ids of each text, without BOS. A special token written in a text is ordinary text."""
         parts = [pieces(text) for text in texts]
         with reported("the text cannot be encoded"):
             encoded = iter(self.encoding.encode_ordinary_batch(list(chain(*parts)), num_threads=threads))
@@ -128,7 +132,7 @@ class Tokenizer:
         return self.encoding.decode(list(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: bytes of text each id stands for; 0 for special tokens."""
+        """(vocab_size,) int64: the number of bytes of each token; 0 for special tokens."""
         return np.array([len(t) for t in self.tokens] + [0] * len(self.special), dtype=np.int64)
 
     def save(self, path: Path):
@@ -143,7 +147,7 @@ class Tokenizer:
 
 
 def other_text(tokenizer: Tokenizer, corpus) -> str:
-    """A line that says that the tokenizer was not trained on this training text; '' if it was."""
+    """A line that says that the tokenizer was trained on another text; '' if it was trained on this one."""
     trained_on = tokenizer.trained_on
     if trained_on.get("fingerprint") == corpus.fingerprint("train"):
         return ""
@@ -157,15 +161,16 @@ def other_text(tokenizer: Tokenizer, corpus) -> str:
 
 
 def load_tokenizer(path: Path | None = None) -> Tokenizer:
-    """Read a tokenizer (default: the one scripts.tok_train wrote). InputError if absent, damaged or of another kind."""
+    """Read a tokenizer.json. Default: the one of scripts.tok_train. InputError if missing or damaged."""
     path = path or tokenizer_path()
     tag = path.parent.name
-    named = f" --tokenizer-tag {shlex.quote(tag)}" if path == tokenizer_path(tag) else ""
+    tag_flag = f" --tokenizer-tag {shlex.quote(tag)}" if path == tokenizer_path(tag) else ""
     if not path.is_file():
         raise InputError(
-            f"{path}: no tokenizer here yet; train one with: python -m scripts.tok_train --data NAME{named}"
+            f"{path}: no tokenizer here yet; train one with: "
+            f"python -m scripts.tok_train --data NAME{tag_flag}"
         )
-    remedy = f"train it again with: python -m scripts.tok_train{named}"
+    remedy = f"train it again with: python -m scripts.tok_train{tag_flag}"
     if path.stat().st_size > LARGEST_FILE:
         raise InputError(f"{path}: damaged (more than {LARGEST_FILE:,} bytes); {remedy}")
     stored = read_json(path, replace(STORED, remedy=remedy))
@@ -178,7 +183,7 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
 
 
 def tokenizer_of(stored: dict) -> Tokenizer:
-    """From the content of a tokenizer.json. ValueError: what is wrong with it, before a library meets it."""
+    """The tokenizer in a tokenizer.json's content. ValueError says what is wrong with the content."""
     try:
         tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
     except (ValueError, TypeError):
@@ -200,7 +205,10 @@ def tokenizer_of(stored: dict) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> Tokenizer:
-    """Train a BPE vocabulary of exactly vocab_size ids, special tokens included. InputError if the text is too small for it."""
+    """Train a BPE vocabulary of exactly vocab_size ids, special tokens included.
+
+    InputError if the text is too small for it.
+    """
     import rustbpe
 
     trainer = rustbpe.Tokenizer()

@@ -113,7 +113,7 @@ def parse(argv=None):
         "-p",
         "--prompt",
         default=None,
-        help="text to continue; without it, standard input has one prompt a line, an empty line ends",
+        help="text to continue; without it, read from standard input, a prompt a line, until an empty line",
     )
     add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest finished one")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")

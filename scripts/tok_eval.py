@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses: bytes per token on training and validation text, beside GPT-2's encoding.
+"""Measure how well a tokenizer compresses text: bytes per token, beside those of GPT-2's encoding.
 
 python -m scripts.tok_eval --data stdlib
 """
@@ -14,18 +14,15 @@ from scripts.tok_train import capped
 
 
 def gpt2_encoding():
-    """tiktoken's gpt2 where its files are already on this machine, else None: nothing is fetched for a comparison."""
+    """tiktoken's gpt2, if its files are already on this machine, else None: nothing is downloaded."""
     import hashlib
     import tempfile
 
     import tiktoken
 
-    # tiktoken keeps a download under the SHA-1 of its address, in this folder
-    cache = (
-        os.environ.get("TIKTOKEN_CACHE_DIR")
-        or os.environ.get("DATA_GYM_CACHE_DIR")
-        or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    )
+    # the folder where tiktoken keeps a download, under the SHA-1 of its address
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    cache = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     for name in ("vocab.bpe", "encoder.json"):
         address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         if not (Path(cache) / hashlib.sha1(address.encode()).hexdigest()).exists():
@@ -35,38 +32,30 @@ def gpt2_encoding():
 
 def main(argv=None):
     parser = ArgumentParser("Print bytes per token of the trained tokenizer.")
-    parser.add_argument(
-        "--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder"
-    )
-    parser.add_argument(
-        "--tokenizer-tag",
-        type=optional_tag,
-        default="",
-        help="name of the tokenizer; '' = the one without a name",
-    )
-    parser.add_argument(
-        "--max-chars", type=whole_number(1), default=10_000_000, help="characters of each split to measure on"
-    )
+    add = parser.add_argument
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
+    add("--tokenizer-tag", type=optional_tag, default="", help="name of the tokenizer; '' = the default one")
+    add("--max-chars", type=whole_number(1), default=10_000_000, help="characters to read of each split")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(tokenizer_path(args.tokenizer_tag))
     corpus = open_corpus(args.data)
     gpt2 = gpt2_encoding()
-    print(
-        f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {tokenizer.trained_on.get('corpus')}"
-    )
+    corpus_name = tokenizer.trained_on.get("corpus")
+    print(f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {corpus_name}")
     print(f"{'split':8}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}{'gpt2 (50257)':>16}")
     for split in ("train", "val"):
         texts = list(capped(corpus.documents(split), args.max_chars, args.max_chars))
-        n_bytes = sum(len(t.encode()) for t in texts)
+        n_bytes = sum(len(text.encode()) for text in texts)
         if not n_bytes:
             raise InputError(f"--data {args.data}: no {split} text")
         n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        beside = "not on disk"
+        gpt2_ratio = "not on disk"
         if gpt2:
             parts = [part for text in texts for part in pieces(text)]
             with reported("GPT-2's encoding cannot encode the text"):
-                beside = f"{n_bytes / sum(map(len, gpt2.encode_ordinary_batch(parts))):.3f}"
-        print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{beside:>16}")
+                gpt2_tokens = sum(map(len, gpt2.encode_ordinary_batch(parts)))
+            gpt2_ratio = f"{n_bytes / gpt2_tokens:.3f}"
+        print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{gpt2_ratio:>16}")
 
 
 if __name__ == "__main__":

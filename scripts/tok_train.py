@@ -1,7 +1,7 @@
 """Train the tokenizer: python -m scripts.tok_train --data stdlib --vocab-size 4096
 
 Writes $NANOCHAT_BASE_DIR/tokenizer/tokenizer.json, or with --tokenizer-tag NAME
-tokenizer/NAME/tokenizer.json. The same text and vocabulary again: nothing to do.
+tokenizer/NAME/tokenizer.json. If that file was trained with the same text and flags, nothing is done.
 """
 
 import time
@@ -14,7 +14,7 @@ from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, tr
 
 
 def capped(documents, doc_cap: int, max_chars: int):
-    """Documents cut to doc_cap characters, until max_chars in all."""
+    """The documents, each cut to doc_cap characters, until they have max_chars characters together."""
     left = max_chars
     for text in documents:
         if left <= 0:
@@ -25,7 +25,7 @@ def capped(documents, doc_cap: int, max_chars: int):
 
 
 class Documents:
-    """The non-empty documents of some shards. `place` says where the last one is."""
+    """Iterates over the non-empty documents of shards. `place` tells where the last one is."""
 
     def __init__(self, shards):
         self.shards = shards
@@ -39,7 +39,7 @@ class Documents:
 
 
 def previous_tokenizer(path):
-    """The tokenizer that is there; None if there is none, or a damaged one."""
+    """The tokenizer in the file; None if there is none or it is damaged."""
     try:
         return load_tokenizer(path)
     except InputError:
@@ -48,31 +48,28 @@ def previous_tokenizer(path):
 
 def parse(argv=None):
     parser = ArgumentParser("Train a byte-pair encoding on the training text.")
-    parser.add_argument(
-        "--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", default="stdlib", help="stdlib, tinystories, climbmix, fineweb-edu, c4, or a folder")
+    add(
         "--tokenizer-tag",
         type=optional_tag,
         default="",
-        help="its name, for base_train; '' = the one that is used where none is named",
+        help="name of the tokenizer, for base_train; '' = the default one",
     )
-    parser.add_argument(
+    add(
         "--vocab-size",
         type=whole_number(258, 2**31 - 1),
         default=32768,
-        help="ids in all, the BOS token included",
+        help="number of ids, the BOS token included",
     )
-    parser.add_argument(
-        "--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on"
-    )
-    parser.add_argument("--doc-cap", type=whole_number(1), default=10_000, help="characters of each document")
+    add("--max-chars", type=whole_number(1), default=2_000_000_000, help="characters to train on")
+    add("--doc-cap", type=whole_number(1), default=10_000, help="characters to read of each document")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    # of two nodes, or tasks, one trains it and the other finds it
+    # if two nodes or tasks start together, one trains the tokenizer and the other finds it
     with locked(lock_path("tokenizer", "all")):
         train(args)
 
@@ -89,10 +86,11 @@ def train(args):
     }
     previous = previous_tokenizer(path)
     if previous and previous.trained_on == source:
-        return print(
+        print(
             f"tokenizer: {path} is already trained on this text "
             f"({previous.vocab_size} tokens, hash {previous.hash})"
         )
+        return
     check_out("NANOCHAT_BASE_DIR", path, is_file=True)
     remove_temporary(path.parent, path.name)
     print(corpus.line())
@@ -101,7 +99,7 @@ def train(args):
     try:
         tokenizer = train_tokenizer(capped(documents, args.doc_cap, args.max_chars), args.vocab_size, source)
     except EncodingError as e:
-        raise InputError(f"{documents.place} or shortly before: {e}")
+        raise InputError(f"{documents.place} or shortly before: {e}") from None
     tokenizer.save(path)
     seconds = time.perf_counter() - started
     line = f"tokenizer: {path}, {tokenizer.vocab_size} tokens, hash {tokenizer.hash}, {seconds:.1f} s"

@@ -72,7 +72,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(
-    "parts, said",
+    "parts, message",
     [
         (
             [OK, b"Content-Length: 999999999999\r\n\r\n"],
@@ -89,11 +89,11 @@ OK = b"HTTP/1.1 200 OK\r\n"
         ([b"HTTP/1.1 302 Found\r\nLocation: http://[::bad/\r\n\r\n"], "Invalid|302"),
     ],
 )
-def test_a_server_of_any_manners_is_left_after_a_time(tmp_path, monkeypatch, parts, said):
+def test_a_server_of_any_manners_is_left_after_a_time(tmp_path, monkeypatch, parts, message):
     if endless in parts:
         monkeypatch.setattr(archives, "MAX_PACKED", 100_000)
     monkeypatch.setattr(archives, "QUIET_SECONDS", 0.2)
-    with answering(*parts) as url, pytest.raises(InputError, match=said) as e:
+    with answering(*parts) as url, pytest.raises(InputError, match=message) as e:
         fetch(url, tmp_path / "x.zip")
     assert "\n" not in str(e.value)
 
@@ -108,11 +108,12 @@ def test_a_download_ends_in_time_even_where_some_bytes_come(tmp_path, monkeypatc
 def test_odd_lengths_do_not_matter(tmp_path):
     for length in (b"", b"-5", b"many", "٣".encode()):
         with answering(OK, b"Content-Length: " + length + b"\r\n\r\nabc") as url:
-            fetch(url, path := tmp_path / f"x{length.hex()}")
+            path = tmp_path / f"x{length.hex()}"
+            fetch(url, path)
         assert path.read_bytes() == b"abc"
 
 
-# ---- archives
+# ---- archives ----------------------------------------------------------------------------------------------
 
 
 def entry(name, mode=0, **settings):
@@ -138,7 +139,7 @@ def lying_about_its_size(data):
 
 
 @pytest.mark.parametrize(
-    "data, said",
+    "data, message",
     [
         (archive(("a", bytes(300_000))), "unpacks to 300,000 bytes; at most"),
         (archive(*((f"f{i}", b"") for i in range(30))), "holds 30 files; at most"),
@@ -166,12 +167,12 @@ def lying_about_its_size(data):
     ],
 )
 def test_an_archive_of_any_content_stays_in_its_folder_and_within_its_limits(
-    tmp_path, monkeypatch, data, said
+    tmp_path, monkeypatch, data, message
 ):
     monkeypatch.setattr(archives, "MAX_UNPACKED", 100_000)
     monkeypatch.setattr(archives, "MAX_FILES", 20)
     (tmp_path / "a.zip").write_bytes(data)
-    with pytest.raises(InputError, match=said) as e:
+    with pytest.raises(InputError, match=message) as e:
         unpack(tmp_path / "a.zip", tmp_path / "to")
     assert "\n" not in str(e.value) and {path.name for path in tmp_path.iterdir()} <= {"a.zip", "to"}
 
@@ -229,11 +230,11 @@ def umask():
     return mask
 
 
-# ---- the files
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage, message",
     [
         (edit("core.yaml", lambda t: "a: &a [1]\nb: [*a, *a]\nicl_tasks: []"), "core.yaml: no list of tasks"),
         (
@@ -284,10 +285,10 @@ def umask():
         ),
     ],
 )
-def test_hostile_files_of_a_bundle_are_one_line(tmp_path, damage, said):
+def test_hostile_files_of_a_bundle_are_one_line(tmp_path, damage, message):
     folder = write_bundle(tmp_path / "bundle")
     damage(folder)
-    with pytest.raises(InputError, match=said) as e:
+    with pytest.raises(InputError, match=message) as e:
         read_bundle(folder)
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 

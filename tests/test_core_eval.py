@@ -20,14 +20,14 @@ from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
 from nanochat.core_eval import (
     MAX_ROWS,
     batches,
-    select_examples,
     evaluate_core,
+    few_shot_examples,
     prompts,
     question,
     questions,
     row_length,
     score,
-    few_shot_examples,
+    select_examples,
     with_intervals,
 )
 from nanochat.gpt import GPT, GPTConfig
@@ -35,13 +35,13 @@ from scripts import base_eval, report
 
 
 class Letters:
-    """A tokenizer: a character is a token."""
+    """A tokenizer in which every character is a token."""
 
     bos_id = 128
     vocab_size = 129
 
     def encode_batch(self, texts):
-        return [[ord(c) for c in text] for text in texts]
+        return [list(map(ord, text)) for text in texts]
 
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -158,7 +158,7 @@ def reference(model, prompt, continuation):
     return nats / len(continuation), greedy
 
 
-# ---- prompts and tokens
+# ---- prompts and tokens ------------------------------------------------------------------------------------
 
 
 def test_prompts_show_solved_examples_and_then_ask(bundle):
@@ -179,9 +179,12 @@ def test_prompts_show_solved_examples_and_then_ask(bundle):
 
 def test_few_shot_examples_come_from_the_whole_task_but_the_example_itself(bundle):
     task = dataclasses.replace(bundle.tasks[0], shots=8)
-    drawn = [{e["query"] for e in few_shot_examples(task, number)} for number in range(20)]
-    assert set.union(*drawn) == {e["query"] for e in task.examples}
-    assert all(task.examples[number]["query"] not in shown for number, shown in enumerate(drawn))
+    shown = set()
+    for number, example in enumerate(task.examples):
+        queries = {shot["query"] for shot in few_shot_examples(task, number)}
+        assert example["query"] not in queries
+        shown |= queries
+    assert shown == {example["query"] for example in task.examples}
 
 
 def test_fewer_questions_are_the_same_questions(bundle):
@@ -204,10 +207,8 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
     choice, contexts, following = bundle.tasks
 
     def split(task, number):
-        return [
-            (text(prompt), [text(c) for c in continuations])
-            for prompt, continuations in question(task, number, Letters(), 200).rows
-        ]
+        rows = question(task, number, Letters(), 200).rows
+        return [(text(prompt), list(map(text, continuations))) for prompt, continuations in rows]
 
     before = "<bos>" + prompts(choice, 0)[0].removesuffix("xa")
     assert split(choice, 0) == [(before, ["xa", "abcd", "no aaa", "?"])]
@@ -217,73 +218,43 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
 
 def test_one_answer_that_begins_another_keeps_a_token(tmp_path):
     example = {"query": "q", "choices": ["ab", "abc", "ab"], "gold": 1}
-    bundle = read_bundle(
-        write_bundle(
-            tmp_path / "b", {"t": ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])}
-        )
-    )
+    task = ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])
+    bundle = read_bundle(write_bundle(tmp_path / "b", {"t": task}))
     ((_, continuations),) = question(bundle.tasks[0], 0, Letters(), 9).rows
     assert list(map(text, continuations)) == ["b", "bc", "b"]
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end(bundle):
-    ((prompt, continuations),), ((end, same),) = (
-        question(bundle.tasks[0], 3, Letters(), context).rows for context in (200, 12)
-    )
+    ((prompt, continuations),) = question(bundle.tasks[0], 3, Letters(), 200).rows
+    ((end, same),) = question(bundle.tasks[0], 3, Letters(), 12).rows
     assert list(map(text, continuations)) == list(map(text, same)) and max(map(len, same)) == len("no ddd")
-    assert (
-        text(end) == text(prompt)[-7:]
-    )  # 7 tokens and the 6 of the longest answer, of which the last is not read
-    with pytest.raises(
-        InputError,
-        match="CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5",
-    ):
+    # 7 tokens and the 6 of the longest answer, of which the last is not read
+    assert text(end) == text(prompt)[-7:]
+    message = "CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5"
+    with pytest.raises(InputError, match=message):
         question(bundle.tasks[0], 3, Letters(), 5)
 
 
-# ---- scores
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_recites_the_alphabet(tmp_path):
-    def task(kind, *examples):
-        return {"icl_task_type": kind, "num_fewshot": [0], "continuation_delimiter": ""}, 20, list(examples)
+    def task(kind, examples):
+        return {"icl_task_type": kind, "num_fewshot": [0], "continuation_delimiter": ""}, 20, examples
 
-    bundle = read_bundle(
-        write_bundle(
-            tmp_path / "b",
-            {
-                "choice": task(
-                    "multiple_choice",
-                    *(
-                        {"query": "abc", "choices": ["dee", "def", "xyz"], "gold": gold}
-                        for gold in (1, 1, 0, 1)
-                    ),
-                ),
-                "contexts": task(
-                    "schema",
-                    *(
-                        {"context_options": ["xx", "ab"], "continuation": "cd", "gold": gold}
-                        for gold in (1, 0, 0, 0)
-                    ),
-                ),
-                "next": task(
-                    "language_modeling",
-                    *({"context": "mxo", "continuation": c} for c in ("pqr", "pqs", "p", "qr", "pqrst")),
-                ),
-            },
-        )
-    )
-    result = core(recite(), bundle)
-    assert {label: t["correct"] for label, t in result["tasks"].items()} == {
-        "choice": 3,
-        "contexts": 1,
-        "next": 3,
+    choice = {"query": "abc", "choices": ["dee", "def", "xyz"]}
+    context = {"context_options": ["xx", "ab"], "continuation": "cd"}
+    continuations = ("pqr", "pqs", "p", "qr", "pqrst")
+    tasks = {
+        "choice": task("multiple_choice", [{**choice, "gold": gold} for gold in (1, 1, 0, 1)]),
+        "contexts": task("schema", [{**context, "gold": gold} for gold in (1, 0, 0, 0)]),
+        "next": task("language_modeling", [{"context": "mxo", "continuation": c} for c in continuations]),
     }
-    assert {label: t["accuracy"] for label, t in result["tasks"].items()} == {
-        "choice": 0.75,
-        "contexts": 0.25,
-        "next": 0.6,
-    }
+    result = core(recite(), read_bundle(write_bundle(tmp_path / "b", tasks)))
+    correct = {label: task["correct"] for label, task in result["tasks"].items()}
+    assert correct == {"choice": 3, "contexts": 1, "next": 3}
+    accuracies = {label: task["accuracy"] for label, task in result["tasks"].items()}
+    assert accuracies == {"choice": 0.75, "contexts": 0.25, "next": 0.6}
     assert result["centered_results"] == pytest.approx(
         {"choice": 0.55 / 0.8, "contexts": 0.05 / 0.8, "next": 0.4 / 0.8}
     )
@@ -309,9 +280,9 @@ def test_scores_are_those_of_a_loop_in_float64(bundle, shape):
         for continuation in continuations
     ]
     for tokens in (1, 4000):
-        found = [pair for pairs in score(model, rows, torch.float32, tokens) for pair in pairs]
-        assert [g for _, g in found] == [g for _, g in expected]
-        np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in expected], rtol=2e-5)
+        result = [pair for pairs in score(model, rows, torch.float32, tokens) for pair in pairs]
+        assert [g for _, g in result] == [g for _, g in expected]
+        np.testing.assert_allclose([loss for loss, _ in result], [loss for loss, _ in expected], rtol=2e-5)
 
 
 def test_many_at_a_time_and_over_processes_is_one_at_a_time(bundle):
@@ -319,60 +290,49 @@ def test_many_at_a_time_and_over_processes_is_one_at_a_time(bundle):
     one = core(model, bundle, tokens=1)
     many = core(model, bundle, tokens=4000)
     assert one == many and many["core_metric"] != 0
-    assert {label: t["examples"] for label, t in many["tasks"].items()} == {
-        "choice": 20,
-        "contexts": 11,
-        "next": 15,
-    }
+    examples = {label: task["examples"] for label, task in many["tasks"].items()}
+    assert examples == {"choice": 20, "contexts": 11, "next": 15}
     shares = [core(model, bundle, rank=rank, world_size=3)["tasks"] for rank in range(3)]
     for label, task in one["tasks"].items():
-        assert [sum(share[label][key] for share in shares) for key in ("correct", "examples")] == [
-            task["correct"],
-            task["examples"],
-        ]
+        for key in ("correct", "examples"):
+            assert sum(share[label][key] for share in shares) == task[key]
 
 
 def test_batches_hold_rows_of_like_length_within_the_tokens(bundle):
     rows = [row for of_task in questions(bundle, Letters(), 64, -1) for q in of_task for row in q.rows]
-    found = batches(rows, 300)
-    assert sorted(i for batch in found for i in batch) == list(range(len(rows)))
-    for batch in found:
+    result = batches(rows, 300)
+    assert sorted(i for batch in result for i in batch) == list(range(len(rows)))
+    for batch in result:
         lengths = [row_length(rows[i]) for i in batch]
-        each = {len(rows[i][1]) for i in batch}
-        assert (
-            lengths == sorted(lengths, reverse=True)
-            and len(each) == 1
-            and (len(batch) == 1 or lengths[0] * len(batch) * each.pop() <= 300)
-        )
-    assert sum(row_length(rows[batch[0]]) * len(batch) for batch in found) < 1.1 * sum(map(row_length, rows))
+        (continuations,) = {len(rows[i][1]) for i in batch}
+        assert lengths == sorted(lengths, reverse=True)
+        assert len(batch) == 1 or lengths[0] * len(batch) * continuations <= 300
+    assert sum(row_length(rows[batch[0]]) * len(batch) for batch in result) < 1.1 * sum(map(row_length, rows))
     assert max(map(len, batches([rows[0]] * 200, 10**6))) == MAX_ROWS // len(rows[0][1])
 
 
 def test_intervals_are_those_of_drawing_the_examples_again():
     answers = {"a": [1] * 30 + [0] * 70, "b": [1] * 9 + [0] * 3}
     baselines = {"a": 0.25, "b": 0.0}
-    found = with_intervals(
-        {
-            "tasks": {
-                label: {"examples": len(v), "accuracy": np.mean(v), "baseline": baselines[label]}
-                for label, v in answers.items()
-            }
-        }
-    )
+    tasks = {
+        label: {"examples": len(values), "accuracy": np.mean(values), "baseline": baselines[label]}
+        for label, values in answers.items()
+    }
+    result = with_intervals({"tasks": tasks})
     rng = np.random.default_rng(7)
     draws = {}
     for label, values in answers.items():
         means = rng.choice(values, (20_000, len(values))).mean(1)
         draws[label] = (means - baselines[label]) / (1 - baselines[label])
         np.testing.assert_allclose(
-            found["tasks"][label]["centered_interval"], np.quantile(draws[label], [0.025, 0.975]), atol=0.015
+            result["tasks"][label]["centered_interval"], np.quantile(draws[label], [0.025, 0.975]), atol=0.015
         )
     np.testing.assert_allclose(
-        found["core_metric_interval"], np.quantile((draws["a"] + draws["b"]) / 2, [0.025, 0.975]), atol=0.01
+        result["core_metric_interval"], np.quantile((draws["a"] + draws["b"]) / 2, [0.025, 0.975]), atol=0.01
     )
 
 
-# ---- the bundle
+# ---- the bundle --------------------------------------------------------------------------------------------
 
 
 def edit(name, change):
@@ -387,6 +347,12 @@ def line(change):
     return edit(
         "eval_data/some/choice.jsonl", lambda t: t.replace(t.split("\n")[2], change(t.split("\n")[2]), 1)
     )
+
+
+def wrong_baseline(text):
+    """(damage, message) of a baseline that is no percentage."""
+    damage = edit("eval_meta_data.csv", lambda content: content.replace(",25", f",{text}"))
+    return damage, rf"in percent for task choice: '{text}'; give 0, or a number from 1"
 
 
 @pytest.mark.parametrize(
@@ -419,13 +385,7 @@ def line(change):
             edit("eval_meta_data.csv", lambda t: t.replace(",50", ",")),
             r"eval_meta_data.csv: no \"Random baseline\" .* for task contexts",
         ),
-        *(
-            (
-                edit("eval_meta_data.csv", lambda t, wrong=wrong: t.replace(",25", f",{wrong}")),
-                rf"in percent for task choice: '{wrong}'; give 0, or a number from 1",
-            )
-            for wrong in ("0.25", "25%", "nan", "-25", "100", "1e400", "inf", "")
-        ),
+        *map(wrong_baseline, ("0.25", "25%", "nan", "-25", "100", "1e400", "inf", "")),
         (
             edit("eval_meta_data.csv", lambda t: t.replace("Random baseline", "baseline")),
             r"csv: no column 'Random baseline'; there are: Eval Task, Task Category, baseline",
@@ -499,7 +459,7 @@ def files_of(folder):
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
-    """served(content, announced size, status): what the bundle's address answers from now on; the list of requests so far."""
+    """served(content, announced size, status) sets the answer of the bundle's address; returns requests."""
     answer = []
     requests = []
 
@@ -557,26 +517,20 @@ def test_what_cannot_be_had_whole_is_not_there(served, bundle_dir, tmp_path, how
     if how == "incomplete":
         del files["eval_bundle/eval_data/some/next.jsonl"]
     archive = zipped(files | ({"../evil": b"x"} if how == "escapes" else {}))
-    served(
-        *{"gone": (b"", None, 404), "cut": (archive[:-500], len(archive)), "page": (b"<html>",)}.get(
-            how, (archive,)
-        )
-    )
+    answers = {"gone": (b"", None, 404), "cut": (archive[:-500], len(archive)), "page": (b"<html>",)}
+    served(*answers.get(how, (archive,)))
     with pytest.raises(Unavailable, match=reason) as e:
         open_bundle()
-    assert (
-        "give its folder with --core-dir" in str(e.value)
-        and "\n" not in str(e.value)
-        and ".incoming" not in str(e.value)
-    )
-    assert [p.name for p in (tmp_path / "base/core").iterdir()] == [".lock"] and not (
-        tmp_path / "evil"
-    ).exists()
+    message = str(e.value)
+    assert "give its folder with --core-dir" in message
+    assert "\n" not in message and ".incoming" not in message
+    assert [p.name for p in (tmp_path / "base/core").iterdir()] == [".lock"]
+    assert not (tmp_path / "evil").exists()
     served(zipped(files_of(bundle_dir)))
     assert len(open_bundle().tasks) == 3  # and later it may be
 
 
-# ---- end to end
+# ---- end to end --------------------------------------------------------------------------------------------
 
 STORIES = {
     "choice": (
@@ -606,40 +560,40 @@ def test_core_of_a_run_from_training_to_report(train, corpus_dir, tmp_path, caps
     flags = ["--model-tag", "core", "--core-dir", str(folder), "--max-per-task", "5"]
     base_eval.main([*flags, "--eval", "core"])
     place = metrics.runs_dir() / "core"
-    found = json.loads((place / "core_000006.json").read_text())
+    result = json.loads((place / "core_000006.json").read_text())
     assert (
-        found["core_metric"] == measured[6]["core_metric"]
-        and found["tasks"]["next"]["examples"] == 5
-        and found["bundle_sha256"] is None
+        result["core_metric"] == measured[6]["core_metric"]
+        and result["tasks"]["next"]["examples"] == 5
+        and result["bundle_sha256"] is None
     )
-    low, high = found["core_metric_interval"]
-    assert low <= found["core_metric"] <= high and not (place / "eval_000006.json").exists()
-    said = capsys.readouterr().out
-    assert f"{found['core_metric']:.4f}   {low:.4f} to {high:.4f}" in said
+    low, high = result["core_metric_interval"]
+    assert low <= result["core_metric"] <= high and not (place / "eval_000006.json").exists()
+    output = capsys.readouterr().out
+    assert f"{result['core_metric']:.4f}   {low:.4f} to {high:.4f}" in output
     with monkeypatch.context() as m:
         m.setattr(base_eval, "evaluate_core", lambda *a: pytest.fail("measured again"))
         base_eval.main([*flags, "--eval", "core"])
-        assert capsys.readouterr().out == said
+        assert capsys.readouterr().out == output
     base_eval.main([*flags[:-1], "6", "--eval", "core"])
     assert json.loads((place / "core_000006.json").read_text())["settings"]["max_per_task"] == 6
 
     report.main(["core", "plain", "--out", str(tmp_path / "report")])
-    found = json.loads((place / "core_000006.json").read_text())
+    result = json.loads((place / "core_000006.json").read_text())
     page = (tmp_path / "report/report.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| CORE ") and "–" in line)
-    assert f"{found['core_metric']:.4f}" in row and f"{found['core_metric_interval'][0]:.4f} to" in row
+    assert f"{result['core_metric']:.4f}" in row and f"{result['core_metric_interval'][0]:.4f} to" in row
 
 
 def test_without_a_bundle_all_else_goes_on(train, served, capsys):
     served(b"", None, 404)
     run = train("--core-metric-every", 2)
     assert run.summary["status"] == "finished" and "core_metric" not in run.summary
-    said = [
+    output = [
         text
         for text in capsys.readouterr().out.splitlines()
         if text.startswith("CORE is not measured: no evaluation bundle in")
     ]
-    assert len(said) == 1
+    assert len(output) == 1
     with pytest.raises(Unavailable, match="give its folder with --core-dir"):
         base_eval.main(["--model-tag", "tiny", "--eval", "core,bpb", "--eval-tokens", "1024"])
     assert (

@@ -52,9 +52,11 @@ def test_rows_are_full_begin_with_bos_and_continue_the_stream(rows, base_dir, co
 
 def test_an_epoch_visits_every_row_once_and_the_next_in_another_order(rows):
     r = rows()
-    epochs = [[tuple(r.training_row(e * r.count + k)) for k in range(r.count)] for e in range(2)]
+    visited = [tuple(r.training_row(k)) for k in range(2 * r.count)]
+    first = visited[: r.count]
+    second = visited[r.count :]
     every = Counter(tuple(r.row(i)) for i in range(r.count))
-    assert Counter(epochs[0]) == Counter(epochs[1]) == every and epochs[0] != epochs[1]
+    assert Counter(first) == Counter(second) == every and first != second
 
 
 def test_a_row_depends_on_its_number_and_the_seed_alone(rows):
@@ -187,8 +189,8 @@ def test_a_cache_that_is_not_whole_is_built_again(rows, base_dir, capsys, damage
     capsys.readouterr()
     assert np.array_equal(rows().row(0), before)
     assert sorted(p.name for p in folder.parent.iterdir()) == names
-    said = capsys.readouterr().out
-    assert f"{folder}: the token cache there was not whole" in said or damage is as_an_empty_folder
+    output = capsys.readouterr().out
+    assert f"{folder}: the token cache there was not whole" in output or damage is as_an_empty_folder
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -203,9 +205,11 @@ def test_what_another_user_left_behind_is_no_hindrance(rows, base_dir, monkeypat
     """Root may remove anything, so removing fails by decree."""
     monkeypatch.setattr("nanochat.token_cache.shutil.rmtree", lambda *a, **k: None)
     cache = base_dir / "token_cache" / load_tokenizer().hash
-    for shard in (fingerprint := [s.fingerprint for s in open_corpus(rows.corpus).train]):
-        (cache / f"{shard}.building").mkdir(parents=True)
-    assert rows().count and all((cache / shard / "meta.json").exists() for shard in fingerprint)
+    fingerprints = [shard.fingerprint for shard in open_corpus(rows.corpus).train]
+    for fingerprint in fingerprints:
+        (cache / f"{fingerprint}.building").mkdir(parents=True)
+    assert rows().count
+    assert all((cache / fingerprint / "meta.json").exists() for fingerprint in fingerprints)
 
 
 def test_a_full_disk_leaves_no_cache(rows, base_dir, monkeypatch):

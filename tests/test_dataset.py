@@ -18,7 +18,10 @@ from nanochat.dataset import Shard, open_corpus
 DATA = Path(__file__).parents[2] / "shared/corpora/tinystories"
 
 
-def write_parquet(path, texts, column="text", type=pa.string()):
+STRING = pa.string()
+
+
+def write_parquet(path, texts, column="text", type=STRING):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"id": range(len(texts)), column: pa.array(texts, type)}), path, row_group_size=2)
 
@@ -38,7 +41,7 @@ def refuses(words, call, *args):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-# ---- readers --------------------------------------------------------------------------------------------------------
+# ---- readers -----------------------------------------------------------------------------------------------
 
 TEXTS = ["one", "", "two\nlines", "drei – 三 🙂", "five"]
 
@@ -151,7 +154,7 @@ def test_a_huge_file_is_refused_without_reading_it(tmp_path):
     refuses("a document of more than 67,108,864 characters", documents, tmp_path / "a.txt")
 
 
-# ---- fingerprints ---------------------------------------------------------------------------------------------------
+# ---- fingerprints ------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_is_of_the_content_alone(tmp_path):
@@ -211,7 +214,7 @@ def test_corpus_fingerprint_depends_on_the_order_of_shards_and_not_on_their_name
     assert a.fingerprint("val") == swapped.fingerprint("val") != b.fingerprint("val")
 
 
-# ---- the embedded corpus --------------------------------------------------------------------------------------------
+# ---- Python's standard library -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -282,7 +285,7 @@ def test_stdlib_order_and_split_do_not_depend_on_other_files_or_on_listing_order
 
 def test_stdlib_split_is_pinned():
     """Another hash would silently change everyone's validation text."""
-    assert [i for i in range(60) if dataset._is_val(f"package/module{i}.py")] == [17, 22, 26, 43, 47, 55]
+    assert [i for i in range(60) if dataset.is_val(f"package/module{i}.py")] == [17, 22, 26, 43, 47, 55]
 
 
 def test_no_stdlib_sources(stdlib_root):
@@ -295,7 +298,7 @@ def test_this_machines_stdlib():
     assert sizes["train"] > 3_000_000 and 0.01 < sizes["val"] / sizes["train"] < 0.2
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------------------
 
 
 def test_last_file_by_name_is_validation(tmp_path):
@@ -380,7 +383,7 @@ def test_real_shards():
     assert sum(len(list(corpus.documents(split))) for split in ("train", "val")) == 7151
 
 
-# ---- downloaded sets ------------------------------------------------------------------------------------------------
+# ---- downloaded sets ---------------------------------------------------------------------------------------
 
 
 def test_downloaded_set_keeps_its_validation_however_much_is_there(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`python -m nanochat.dataset` as a subprocess, against a local server that speaks the hub's calls and misbehaves."""
+"""`python -m nanochat.dataset` as a subprocess, against a local server that acts as the hub, with faults."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ def parquet_bytes(text):
 
 
 class Hub(ThreadingHTTPServer):
-    """One dataset repository. faults[(method, file)] lists what happens to the next requests, then all is well."""
+    """One dataset repository. faults[method, file] lists the faults of the next requests."""
 
     def __init__(self, repo, files):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -49,7 +49,8 @@ class Hub(ThreadingHTTPServer):
         self.kept_in = {}  # file -> 'git' or 'nothing': where it is not in LFS, or the hub tells no sum
         self.strange = []  # entries that its listing begins with
         self.tokens = set()
-        self.stalled, self.release = threading.Event(), threading.Event()
+        self.stalled = threading.Event()
+        self.release = threading.Event()
 
     @property
     def url(self):
@@ -140,11 +141,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(200, body if method == "GET" else b"", headers | {"Content-Length": size})
 
-    def send(self, status, body=b"", headers={}):
+    def send(self, status, body=b"", headers=None):
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0")
-        for name, value in ({"Content-Length": len(body)} | headers).items():
+        for name, value in ({"Content-Length": len(body)} | (headers or {})).items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
@@ -194,6 +195,7 @@ def environment(url):
 def start(url, *args, token=None):
     env = environment(url)
     env |= {"HF_TOKEN": token} if token else {}
+    # a suite that runs in the background ignores SIGINT, and so would its children
     return subprocess.Popen(
         [sys.executable, "-c", HURRIED, *args],
         cwd=Path(dataset.__file__).parents[1],
@@ -202,7 +204,7 @@ def start(url, *args, token=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # a suite run in the background ignores it
+    )
 
 
 def download(url, *args, **kwargs):
@@ -298,9 +300,8 @@ def test_tinystories_files_are_found_by_the_start_of_their_names():
     names = [f"data/train-0000{i}-of-00004-2d5a1467fff1081b.parquet" for i in range(4)]
     names += ["data/validation-00000-of-00001-869c898b519ad725.parquet", "README.md"]
     with serve("roneneldan/TinyStories", {name: parquet_bytes(name) for name in names}) as hub:
-        code, stdout, errors = download(
-            hub.url, "--data", "tinystories", token="hf_secret"
-        )  # 4 files: fewer than 8
+        # it has 4 files, fewer than the default of 8
+        code, stdout, errors = download(hub.url, "--data", "tinystories", token="hf_secret")
         assert (code, errors) == (0, [])
         assert "hf_secret" not in stdout
         assert hub.tokens == {"Bearer hf_secret"}
@@ -388,7 +389,7 @@ CONVERSATION = """
 import json, sys, time
 from nanochat import dataset, hub
 from nanochat.common import InputError
-sleep, time.sleep, hub.SPARE = time.sleep, lambda seconds: sleep(seconds / 20), 2**20
+sleep, time.sleep, hub.SPARE_BYTES = time.sleep, lambda seconds: sleep(seconds / 20), 2**20
 for line in sys.stdin:
     code = 0
     try:
@@ -434,49 +435,59 @@ def changed(path, offset, data):
     return before
 
 
-def test_every_call_compares_the_files_that_are_there(hub, call, base_dir):
-    folder = base_dir / "data/climbmix"
-    names = [f"shard_0000{i}.parquet" for i in range(4)]
+NAMES = [f"shard_0000{i}.parquet" for i in range(4)]
+
+
+@pytest.fixture
+def folder(hub, call, base_dir):
+    """A downloaded set with its validation file and NAMES."""
     assert call("-n", "4")[0] == 0 and len(hub.fetched()) == 5
+    return base_dir / "data/climbmix"
+
+
+def test_every_call_compares_the_files_that_are_there(hub, call, folder):
     assert call("-n", "4")[0] == 0 and hub.fetched() == []
 
-    # what power cuts leave; a changed byte; of more files than the call asks for
-    (folder / names[0]).write_bytes(b"")
-    changed(folder / names[1], 0, bytes(8))
-    changed(folder / names[3], 50, b"?")
-    said = f"{folder / names[0]} has 0 bytes instead of {len(hub.files[names[0]])}"
-    with pytest.raises(InputError, match=f"{said}; to fetch it again run: python -m nanochat.dataset"):
+    # what power cuts leave, and a changed byte, also in files beyond those that the call asks for
+    (folder / NAMES[0]).write_bytes(b"")
+    changed(folder / NAMES[1], 0, bytes(8))
+    changed(folder / NAMES[3], 50, b"?")
+    message = f"{folder / NAMES[0]} has 0 bytes instead of {len(hub.files[NAMES[0]])}"
+    with pytest.raises(InputError, match=f"{message}; to fetch it again run: python -m nanochat.dataset"):
         open_corpus("climbmix")
     code, lines = call("-n", "1")
-    assert code == 0 and sorted(hub.fetched()) == [names[0], names[1], names[3]]
+    assert code == 0 and sorted(hub.fetched()) == [NAMES[0], NAMES[1], NAMES[3]]
     assert [line for line in lines if line.endswith(": has another sum: fetched again")] == [
-        f"{folder / name}: has another sum: fetched again" for name in (names[1], names[3])
+        f"{folder / name}: has another sum: fetched again" for name in (NAMES[1], NAMES[3])
     ]
     assert folder_of("climbmix").items() <= hub.files.items() and len(open_corpus("climbmix").train) == 4
 
     # a copy of the folder, or one of an earlier version: read once, and not fetched
     (folder / ".index.json").unlink()
-    (folder / names[2]).write_bytes(b"")
+    (folder / NAMES[2]).write_bytes(b"")
     with pytest.raises(InputError, match=r"is damaged \(0 bytes\)"):
         open_corpus("climbmix")
-    assert call("-n", "4")[0] == 0 and hub.fetched() == [names[2]]
+    assert call("-n", "4")[0] == 0 and hub.fetched() == [NAMES[2]]
 
-    # damage that the file's times do not tell
-    changed(folder / names[2], 50, b"?")
+
+def test_verify_finds_damage_that_the_times_of_a_file_do_not_tell(hub, call, folder):
+    changed(folder / NAMES[2], 50, b"?")
     index = json.loads((folder / ".index.json").read_text())
-    index["files"][names[2]]["stamp"] = stamp_of((folder / names[2]).stat())
+    index["files"][NAMES[2]]["stamp"] = stamp_of((folder / NAMES[2]).stat())
     (folder / ".index.json").write_text(json.dumps(index))
     assert call("-n", "4")[0] == 0 and hub.fetched() == []
-    hub.faults["GET", names[2]] = ["corrupt"] * 3
+    hub.faults["GET", NAMES[2]] = ["corrupt"] * 3
     code, lines = call("--verify")
     assert code == 2 and "1 of 5 files missing" in lines[-1]
-    with pytest.raises(InputError, match=f"{names[2]} differs from the hub's; to fetch it again run"):
+    with pytest.raises(InputError, match=f"{NAMES[2]} differs from the hub's; to fetch it again run"):
         open_corpus("climbmix")
     code, lines = call("--verify")
-    assert code == 0 and hub.fetched() == [names[2]]
+    assert code == 0 and hub.fetched() == [NAMES[2]]
     assert lines[-2].startswith("climbmix: 4 training files")
     assert "token caches of these files: 0 read" in lines[-1]
 
+
+def test_a_damaged_index_and_a_new_version_on_the_hub(hub, call, folder):
     wrong = '{"files": {"shard_00001.parquet": {"size": "1"}}}'
     for content in ("", "[]", '{"files": []}', wrong, '{"format": 9}'):
         (folder / ".index.json").write_text(content)
@@ -484,19 +495,20 @@ def test_every_call_compares_the_files_that_are_there(hub, call, base_dir):
         assert call("-n", "2")[0] == 0 and hub.fetched() == []
 
     # the hub has another file now, and does not get it here: the old one is used until then
-    hub.files[names[0]] = parquet_bytes("new")
-    hub.faults["HEAD", names[0]] = [404]
+    hub.files[NAMES[0]] = parquet_bytes("new")
+    hub.faults["HEAD", NAMES[0]] = [404]
     assert call("-n", "2")[0] == 2 and len(open_corpus("climbmix").train) == 4
-    assert call("-n", "2")[0] == 0 and folder_of("climbmix")[names[0]] == hub.files[names[0]]
+    assert call("-n", "2")[0] == 0 and folder_of("climbmix")[NAMES[0]] == hub.files[NAMES[0]]
 
-    # without the hub
+
+def test_without_the_hub_files_are_compared_with_the_index(hub, call, folder):
     hub.shutdown()
     hub.server_close()
     code, lines = call("-n", "4")
     assert code == 0 and "refused" in lines[0] and "compared with the sums of their download" in lines[0]
-    changed(folder / names[1], 50, b"?")
+    changed(folder / NAMES[1], 50, b"?")
     code, lines = call("-n", "4")
-    assert code == 2 and len(lines) == 1 and f"{names[1]} has another sum; 1 of 5 files" in lines[0]
+    assert code == 2 and len(lines) == 1 and f"{NAMES[1]} has another sum; 1 of 5 files" in lines[0]
 
 
 def test_files_that_are_not_in_lfs_or_have_no_sum_or_no_end(hub, call):

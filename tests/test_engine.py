@@ -50,14 +50,14 @@ def full_logits(model, tokens: list[int]):
     ],
 )
 def test_cached_logits_equal_the_full_forward(changes):
-    """One row: to many digits. Rows of unequal length begin at other positions: to those of float32 angles."""
+    """One row: to 12 digits. Rows of unequal length begin at other positions: to 5, since angles are float32."""
     model = tiny(**changes)
     for prompts, tolerance in ([PROMPTS[1]], 1e-12), (PROMPTS, 1e-5):
         rows = [list(prompt) for prompt in prompts]
         logits, cache = prefill(model, rows, 16, torch.float64)
         while True:
-            for row, found in zip(rows, logits):
-                torch.testing.assert_close(found, full_logits(model, row), atol=tolerance, rtol=0)
+            for row, result in zip(rows, logits):
+                torch.testing.assert_close(result, full_logits(model, row), atol=tolerance, rtol=0)
             if cache.length == 16:
                 break
             new = torch.randint(0, 50, (len(rows), 1))
@@ -73,8 +73,10 @@ def test_a_text_can_be_read_in_pieces():
         _, cache = prefill(model, prompts, 16, torch.float64)
         for start, end in ((4, 10), (10, 11), (11, 14)):
             logits = next_logits(model, torch.tensor([text[start:end]] * len(prompts)), torch.float64, cache)
-            for prompt, found in zip(prompts, logits):
-                torch.testing.assert_close(found, full_logits(model, prompt + text[4:end]), atol=1e-5, rtol=0)
+            for prompt, result in zip(prompts, logits):
+                torch.testing.assert_close(
+                    result, full_logits(model, prompt + text[4:end]), atol=1e-5, rtol=0
+                )
 
 
 @pytest.mark.parametrize("changes", [{}, {**LOW, "n_kv_head": 2}])
@@ -135,7 +137,7 @@ def test_top_k_and_top_p_by_hand():
         drawn = sample(logits[row].expand(n, 4), temperature, top_k, top_p, rng)
         return (torch.bincount(drawn, minlength=4) / n).tolist()
 
-    for found, expected in (
+    for result, expected in (
         (frequencies(0), (0.5, 0.1, 0.25, 0.15)),
         (frequencies(0, top_k=9), (0.5, 0.1, 0.25, 0.15)),
         (frequencies(1, top_k=2), (0, 4 / 7, 0, 3 / 7)),
@@ -147,8 +149,8 @@ def test_top_k_and_top_p_by_hand():
         (frequencies(1, temperature=0), (0, 1, 0, 0)),
         (frequencies(1, temperature=1e-40), (0, 1, 0, 0)),
     ):
-        assert found == pytest.approx(expected, abs=0.04), expected
-        assert [f > 0 for f in found] == [e > 0 for e in expected], expected
+        assert result == pytest.approx(expected, abs=0.04), expected
+        assert [f > 0 for f in result] == [e > 0 for e in expected], expected
 
 
 def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):

@@ -90,10 +90,8 @@ def test_it_ends_where_the_model_ends_its_document(low, run, monkeypatch):
     _, tokenizer, _ = open_model("low", -1, CPU)
     cat = tokenizer.encode(" cat")[0]
     bos = tokenizer.bos_id
-    monkeypatch.setattr(
-        "nanochat.engine.sample",
-        lambda logits, *rest, script=iter([cat, cat, bos]): torch.tensor([next(script)]),
-    )
+    script = iter([cat, cat, bos])
+    monkeypatch.setattr("nanochat.engine.sample", lambda *arguments: torch.tensor([next(script)]))
     out, err = run("-p", "the", "--max-tokens", 30)
     assert out == f"the{2 * tokenizer.decode([cat])}\n" and err.splitlines()[-1].startswith("2 tokens in")
 

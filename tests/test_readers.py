@@ -50,7 +50,7 @@ def compress(path, content: bytes):
 
 
 def write(path, rows: list[dict]):
-    """Rows as this kind of file has them; JSON is an array where the name says nothing of lines."""
+    """Write rows in the file's format. JSON is an array unless the name tells lines."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif "lines" in path.name or "nd" in path.suffix or "jsonl" in path.name.lower():
@@ -86,12 +86,12 @@ def test_rows_are_the_same_documents_in_all_formats(tmp_path, name, suffix):
 def test_rows_without_a_string_are_refused_in_all_formats(tmp_path, suffix, row):
     path = tmp_path / f"a{suffix}"
     write(path, [row])
-    said = refusal(path)
+    message = refusal(path)
     if suffix == ".parquet":
-        assert said.startswith(": no string column 'text' (it has ")
+        assert message.startswith(": no string column 'text' (it has ")
     else:
-        assert said.startswith((": line 1", ": item 1"))
-        assert ": not a JSON object with a string 'text' (its " in said
+        assert message.startswith((": line 1", ": item 1"))
+        assert ": not a JSON object with a string 'text' (its " in message
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ def test_damaged_compressed_files(tmp_path, suffix, kind):
 def test_long_documents_are_refused_in_all_formats(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARS", 1000)
     for suffix in (*FORMATS, ".txt", ".txt.gz", ".txt.zst"):
-        for length in (1000, 1001, 9000):
+        for text in ("x" * 1000, "x" * 1001, "x" * 9000):
             path = tmp_path / f"a{suffix}"
             if ".txt" in suffix:
-                compress(path, b"x" * length)
+                compress(path, text.encode())
             else:
-                write(path, [{"text": "x" * length}])
-            if length == 1000:
-                assert texts_of(path) == ["x" * 1000]
+                write(path, [{"text": text}])
+            if len(text) == 1000:
+                assert texts_of(path) == [text]
             else:
                 assert "more than 1,000 characters" in refusal(path)
 

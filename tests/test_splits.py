@@ -133,8 +133,10 @@ def test_layouts(tmp_path, layout):
 
 
 def test_a_test_split_is_not_validated_on_either(tmp_path):
-    said = r"only train.jsonl, beside test.jsonl \(a test split, left out: call it val to validate on it\);"
-    with pytest.raises(InputError, match=said):
+    message = (
+        r"only train.jsonl, beside test.jsonl \(a test split, left out: call it val to validate on it\);"
+    )
+    with pytest.raises(InputError, match=message):
         open_corpus(str(fill(tmp_path, "train.jsonl", "test.jsonl")))
     with pytest.raises(InputError, match=r"no .parquet, .* left out: test.jsonl \(a test split\)"):
         open_corpus(str(fill(tmp_path / "only", "test.jsonl")))
@@ -171,8 +173,8 @@ def test_what_is_not_read_is_named(tmp_path):
 
 
 def test_a_folder_without_text_says_what_it_has(tmp_path):
-    said = r"no .parquet, .jsonl, .txt file .*; left out: a.csv \(not read: .*\), data/ \(a folder"
-    with pytest.raises(InputError, match=said):
+    message = r"no .parquet, .jsonl, .txt file .*; left out: a.csv \(not read: .*\), data/ \(a folder"
+    with pytest.raises(InputError, match=message):
         open_corpus(str(fill(tmp_path, "a.csv", "data/train-0.jsonl")))
 
 
@@ -195,11 +197,11 @@ def test_a_run_says_and_records_which_files_are_which(base_dir, tmp_path, train,
     for name, seeds in parts.items():
         (text / f"{name}.jsonl").write_text("".join(json.dumps({"text": story(s)}) + "\n" for s in seeds))
     run = train("--data", text, "--num-iterations", 3, "--save-every", 2)
-    said = (
+    message = (
         f"text: {text}: 1 training file (train-0.jsonl), validation: validation-0.jsonl, "
         "left out: test-0.jsonl (a test split)\n"
     )
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert run.config["text"] == {
         "train": {"count": 1, "files": ["train-0.jsonl"]},
         "val": {"count": 1, "files": ["validation-0.jsonl"]},

@@ -165,8 +165,8 @@ def test_whatever_meta_json_says_there_is_no_traceback(text, capsys):
     for content in contents:
         (folder / "meta.json").write_text(content, errors="surrogatepass")
         assert cached_tokens(shard, tokenizer).tolist() == slots, content[:80]
-        said = capsys.readouterr().out
-        assert said.count("\n") == 1 and "was not whole (" in said and "meta.json" in said
+        output = capsys.readouterr().out
+        assert output.count("\n") == 1 and "was not whole (" in output and "meta.json" in output
         assert meta_of(folder) == intact
     for name in ("meta.json", "tokens.bin"):  # a folder in the place of a file
         (folder / name).unlink()
@@ -181,9 +181,9 @@ def test_verify_reads_every_cache_and_builds_the_damaged_again(train, base_dir, 
     change(caches[2], 100, b"\x01\x00\x02\x00")
     capsys.readouterr()
     mended = train("--verify", tag="mended")
-    said = capsys.readouterr().out
-    assert said.count("was not whole (tokens.bin differs from its sum) and is built again") == 2
-    assert "token caches: 3 read whole" in said
+    output = capsys.readouterr().out
+    assert output.count("was not whole (tokens.bin differs from its sum) and is built again") == 2
+    assert "token caches: 3 read whole" in output
     assert losses(mended) == losses(whole) and mended.summary["val/ppl"] == whole.summary["val/ppl"]
     assert train(tag="mended").summary == mended.summary, "the flag is free at a resume"
 

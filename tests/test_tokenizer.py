@@ -215,12 +215,12 @@ def test_what_the_tokenizer_throws_is_one_line_with_the_file(tmp_path, base_dir,
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     (tmp_path / "val.txt").write_text("the cat")
     shard = Shard("a.jsonl", (tmp_path / "a.jsonl",))
-    said = r"a.jsonl: line 2: the text cannot be encoded \(PanicException: .*StackOverflow"
-    with pytest.raises(InputError, match=said) as e:
+    message = r"a.jsonl: line 2: the text cannot be encoded \(PanicException: .*StackOverflow"
+    with pytest.raises(InputError, match=message) as e:
         cached_tokens(shard, load_tokenizer())
     assert "\n" not in str(e.value)
-    said = r"a.jsonl: line 2 or shortly before: the tokenizer cannot be trained on this text \(PanicEx"
-    with pytest.raises(InputError, match=said):
+    message = r"a.jsonl: line 2 or shortly before: the tokenizer cannot be trained on this text \(PanicEx"
+    with pytest.raises(InputError, match=message):
         tok_train.main(["--data", str(tmp_path), "--vocab-size", "262", "--doc-cap", "5000000"])
 
 
@@ -251,8 +251,10 @@ def test_names_that_are_no_folder_are_refused(tag):
 def test_replacing_a_tokenizer_is_said(base_dir, corpus_dir, tmp_path, capsys):
     hash = load_tokenizer().hash
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
-    said = f"; it replaces one of 300 tokens trained on {corpus_dir.name}, hash {hash} (--tokenizer-tag NAME"
-    assert said in capsys.readouterr().out
+    message = (
+        f"; it replaces one of 300 tokens trained on {corpus_dir.name}, hash {hash} (--tokenizer-tag NAME"
+    )
+    assert message in capsys.readouterr().out
     tokenizer_path().unlink()
     tok_train.main(["--data", str(corpus_dir), "--vocab-size", "290"])
     assert "replaces" not in capsys.readouterr().out
@@ -267,8 +269,8 @@ def test_a_run_says_that_its_tokenizer_is_of_another_text(train, tmp_path, corpu
     for name in ("a", "val"):
         (other / f"{name}.jsonl").write_bytes((corpus_dir / "part0.jsonl").read_bytes())
     train("--data", other, tag="other")
-    said = f"tokenizer: trained on {corpus_dir.name}, this text is other: it takes more tokens"
-    assert said in capsys.readouterr().out
+    message = f"tokenizer: trained on {corpus_dir.name}, this text is other: it takes more tokens"
+    assert message in capsys.readouterr().out
     train("--data", other, tag="other")  # finished: the record is the same
 
 
