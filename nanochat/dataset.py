@@ -42,7 +42,7 @@ class Shard:
         """
         return short_hash(file_hash(path) for path in self.paths)
 
-    def located(self) -> Iterator[tuple[str, str]]:
+    def read(self) -> Iterator[tuple[str, str]]:
         """(place in words, text) of each document in order, empty ones included.
 
         InputError: see readers.read_documents.
@@ -52,7 +52,7 @@ class Shard:
 
     def documents(self) -> Iterator[str]:
         """The non-empty documents, in order."""
-        return (text for _, text in self.located() if text)
+        return (text for _, text in self.read() if text)
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class AnnouncedShard(Shard):
 
     fingerprint: str = ""
 
-    def located(self) -> Iterator[tuple[str, str]]:
-        """Shard.located. InputError also if this process has other text than process 0."""
+    def read(self) -> Iterator[tuple[str, str]]:
+        """Shard.read. InputError also if this process has other text than process 0."""
         fingerprint = Shard(self.name, self.paths).fingerprint
         if fingerprint != self.fingerprint:
             raise InputError(
                 f"{self.paths[0]}: other text than process 0 has (fingerprint {fingerprint}, "
                 f"there {self.fingerprint}); give all processes the same files"
             )
-        yield from super().located()
+        yield from super().read()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from nanochat.files import named
 
 MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
 COMPRESSIONS = (".gz", ".zst")
-LINES = (".jsonl", ".ndjson")
-FORMATS = (".parquet", *LINES, ".json", ".txt")
+LINE_FORMATS = (".jsonl", ".ndjson")
+FORMATS = (".parquet", *LINE_FORMATS, ".json", ".txt")
 FORMAT_NAMES = ".parquet, .jsonl, .json or .txt, and .gz or .zst of the last three"  # for messages
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
@@ -68,7 +68,7 @@ def reader_of(path: Path) -> Iterator[tuple[str, str]]:
     suffix = text_format(path)
     if suffix == ".parquet":
         return read_parquet(path)
-    if suffix in LINES:
+    if suffix in LINE_FORMATS:
         return read_json(path, is_array=False)
     if suffix == ".json":
         return read_json(path, is_array=begins_with_bracket(path))
@@ -121,7 +121,7 @@ def as_bytes(column):
 
 
 def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
-    with opened(path) as f:
+    with open_decompressed(path) as f:
         yield from json_array(f, path) if is_array else json_lines(f, path)
 
 
@@ -244,7 +244,7 @@ def not_a_document(place: str, reason: str) -> InputError:
 
 
 def begins_with_bracket(path: Path) -> bool:
-    with opened(path) as f:
+    with open_decompressed(path) as f:
         return f.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
@@ -257,7 +257,7 @@ def holds_no_text(path: Path) -> bool:
     try:
         if begins_with_bracket(path):
             return False
-        with opened(path) as f:
+        with open_decompressed(path) as f:
             line = f.readline(max_bytes() + 1)
             while line.isspace():
                 line = f.readline(max_bytes() + 1)
@@ -275,7 +275,7 @@ def holds_no_text(path: Path) -> bool:
 def read_text(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix.lower() not in COMPRESSIONS and path.stat().st_size > max_bytes():
         raise too_long(path)
-    with opened(path) as f:
+    with open_decompressed(path) as f:
         yield str(path), decode(f.read(max_bytes() + 1), path)
 
 
@@ -288,7 +288,7 @@ def read_source(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def opened(path: Path):
+def open_decompressed(path: Path):
     """Open a file for reading its decompressed bytes, with `peek`.
 
     InputError if it is not compressed as its name tells.

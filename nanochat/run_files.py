@@ -72,7 +72,7 @@ CONFIG_PARTS = {
     ),
 }
 HASH_OR_NONE = (str, type(None))  # None: the text is not known
-CORPUS = Schema(
+CORPUS_SCHEMA = Schema(
     f"{CONFIG.name}: derived.corpus",
     {},
     {"name": str, "path": str, "train_fingerprint": HASH_OR_NONE, "val_fingerprint": HASH_OR_NONE},
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict:
         config[name] = Part(f"{path}: {name}", schema.check(str(path), config.get(name, {})))
     derived = config["derived"]
     if "corpus" in derived:
-        corpus = CORPUS.check(str(path), derived["corpus"])
+        corpus = CORPUS_SCHEMA.check(str(path), derived["corpus"])
         derived["corpus"] = Part(f"{path}: derived.corpus", corpus)
     return config
 

@@ -58,8 +58,8 @@ META = Schema(
 )
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-# caches of an earlier version, without a checksum, that this process has examined and cannot write to
-examined: set[Path] = set()
+# caches of an earlier version, without a checksum, that this process has verified and cannot write to
+verified_folders: set[Path] = set()
 
 
 class IncompleteCache(Exception):
@@ -91,7 +91,7 @@ def cache_folder(shard, tokenizer) -> Path:
 def open_cache(folder: Path, tokenizer) -> np.ndarray:
     """The slots in a cache folder as a memory map. IncompleteCache also if it has no checksum."""
     meta = read_meta(folder, tokenizer)
-    if "sha256" not in meta and folder not in examined:
+    if "sha256" not in meta and folder not in verified_folders:
         raise IncompleteCache("it has no sum")
     if meta["slots"] == 0:
         return np.zeros(0, dtype=meta["dtype"])
@@ -181,7 +181,7 @@ def check_cache(folder: Path, tokenizer, verify: bool = False):
         remove_temporary(folder, "meta.json")
         write_json(folder / "meta.json", meta)
     except OSError:  # a full disk, or the folder of another user: the next process reads it again
-        examined.add(folder)
+        verified_folders.add(folder)
 
 
 def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
@@ -248,7 +248,7 @@ def build_cache(shard, tokenizer, folder: Path, fault: str):
         if building:
             shutil.rmtree(building, ignore_errors=True)
         raise
-    examined.discard(folder)
+    verified_folders.discard(folder)
     if meta["empty"]:
         total = meta["documents"] + meta["empty"]
         line = f"{shard.name}: {meta['empty']:,} of {total:,} documents are empty (no text, or null): skipped"
@@ -276,7 +276,7 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
     dtype = dtype_of(tokenizer.vocab_size)
     digest = hashlib.sha256()
     counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
-    documents = shard.located()
+    documents = shard.read()
     with open(path, "wb") as f, progress_bar(shard) as bar:
         while batch := list(islice(documents, DOCUMENT_BATCH)):
             nonempty = [(place, text) for place, text in batch if text]

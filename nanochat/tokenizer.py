@@ -75,7 +75,7 @@ class EncodingError(InputError):
 
 
 @contextlib.contextmanager
-def reported(problem: str):
+def encoding_errors(problem: str):
     """EncodingError for any failure of a tokenizer library. Their panics are BaseExceptions."""
     try:
         yield
@@ -120,12 +120,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], threads: int = 8) -> list[list[int]]:
         """Token ids of each text, without BOS. A special token written in a text is ordinary text."""
         parts = [pieces(text) for text in texts]
-        with reported("the text cannot be encoded"):
+        with encoding_errors("the text cannot be encoded"):
             encoded = iter(self.encoding.encode_ordinary_batch(list(chain(*parts)), num_threads=threads))
         return [list(chain.from_iterable(islice(encoded, len(part)))) for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        with reported("the text cannot be encoded"):
+        with encoding_errors("the text cannot be encoded"):
             return list(chain(*map(self.encoding.encode_ordinary, pieces(text))))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -200,7 +200,7 @@ def tokenizer_of(stored: dict) -> Tokenizer:
         raise ValueError(f"no token for {len(missing)} of the 256 bytes")
     if b"" in tokens:
         raise ValueError("a token without bytes")
-    with reported("its pattern or tokens cannot be used"):
+    with encoding_errors("its pattern or tokens cannot be used"):
         return Tokenizer(stored["pattern"], tokens, stored["trained_on"])
 
 
@@ -213,7 +213,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, trained_on: dict) -> 
 
     trainer = rustbpe.Tokenizer()
     parts = chain.from_iterable(map(pieces, texts))
-    with reported("the tokenizer cannot be trained on this text"), signals.default_handlers():
+    with encoding_errors("the tokenizer cannot be trained on this text"), signals.default_handlers():
         trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     tokenizer = Tokenizer(PATTERN, [bytes(token) for token, _ in ranks], trained_on)

@@ -9,8 +9,8 @@ from pathlib import Path
 from nanochat.common import ArgumentParser, InputError, run_script, whole_number
 from nanochat.dataset import open_corpus
 from nanochat.naming import optional_tag
-from nanochat.tokenizer import load_tokenizer, pieces, reported, tokenizer_path
-from scripts.tok_train import capped
+from nanochat.tokenizer import encoding_errors, load_tokenizer, pieces, tokenizer_path
+from scripts.tok_train import cut_documents
 
 
 def gpt2_encoding():
@@ -44,7 +44,7 @@ def main(argv=None):
     print(f"tokenizer {tokenizer.hash}: {tokenizer.vocab_size} tokens, trained on {corpus_name}")
     print(f"{'split':8}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}{'gpt2 (50257)':>16}")
     for split in ("train", "val"):
-        texts = list(capped(corpus.documents(split), args.max_chars, args.max_chars))
+        texts = list(cut_documents(corpus.documents(split), args.max_chars, args.max_chars))
         n_bytes = sum(len(text.encode()) for text in texts)
         if not n_bytes:
             raise InputError(f"--data {args.data}: no {split} text")
@@ -52,7 +52,7 @@ def main(argv=None):
         gpt2_ratio = "not on disk"
         if gpt2:
             parts = [part for text in texts for part in pieces(text)]
-            with reported("GPT-2's encoding cannot encode the text"):
+            with encoding_errors("GPT-2's encoding cannot encode the text"):
                 gpt2_tokens = sum(map(len, gpt2.encode_ordinary_batch(parts)))
             gpt2_ratio = f"{n_bytes / gpt2_tokens:.3f}"
         print(f"{split:8}{n_bytes:14,}{n_tokens:14,}{n_bytes / n_tokens:14.3f}{gpt2_ratio:>16}")

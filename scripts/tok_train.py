@@ -13,7 +13,7 @@ from nanochat.naming import lock_path, optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer
 
 
-def capped(documents, doc_cap: int, max_chars: int):
+def cut_documents(documents, doc_cap: int, max_chars: int):
     """The documents, each cut to doc_cap characters, until they have max_chars characters together."""
     left = max_chars
     for text in documents:
@@ -33,7 +33,7 @@ class Documents:
 
     def __iter__(self):
         for shard in self.shards:
-            for self.place, text in shard.located():
+            for self.place, text in shard.read():
                 if text:
                     yield text
 
@@ -97,7 +97,9 @@ def train(args):
     started = time.perf_counter()
     documents = Documents(corpus.train)
     try:
-        tokenizer = train_tokenizer(capped(documents, args.doc_cap, args.max_chars), args.vocab_size, source)
+        tokenizer = train_tokenizer(
+            cut_documents(documents, args.doc_cap, args.max_chars), args.vocab_size, source
+        )
     except EncodingError as e:
         raise InputError(f"{documents.place} or shortly before: {e}") from None
     tokenizer.save(path)

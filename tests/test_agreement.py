@@ -196,8 +196,8 @@ def agree_step_by_step(folder, base):
     os.chdir(folder / f"process{rank}")  # each has another text of this name
     corpus = shared_text(place, lambda: open_corpus("text"))
     assert fingerprints(corpus)["val"] == agreement.from_first(place, fingerprints, corpus)["val"]
-    list(corpus.val[0].located())
-    refused("other text than process 0 has (fingerprint ", lambda: list(corpus.train[0].located()))
+    list(corpus.val[0].read())
+    refused("other text than process 0 has (fingerprint ", lambda: list(corpus.train[0].read()))
 
     if rank == 1:
         os.environ["NANOCHAT_BASE_DIR"] = str(base)

@@ -268,7 +268,7 @@ class SlowShard:
     def __init__(self, log):
         self.log = log
 
-    def located(self):
+    def read(self):
         with open(self.log, "a") as f:
             f.write("read\n")
         for i in range(40):

@@ -50,7 +50,7 @@ def full_logits(model, tokens: list[int]):
     ],
 )
 def test_cached_logits_equal_the_full_forward(changes):
-    """One row: to 12 digits. Rows of unequal length begin at other positions: to 5, since angles are float32."""
+    """One row: to 12 digits. Rows of unequal length begin elsewhere: to 5, as angles are float32."""
     model = tiny(**changes)
     for prompts, tolerance in ([PROMPTS[1]], 1e-12), (PROMPTS, 1e-5):
         rows = [list(prompt) for prompt in prompts]

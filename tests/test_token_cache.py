@@ -132,7 +132,7 @@ def test_a_cache_of_an_earlier_version_that_is_somebody_elses_is_examined_once_a
     assert cached_tokens(shard, tokenizer).tolist() == slots
     change(folder / "tokens.bin", 4096, bytes(4096))  # it is not read again
     assert len(cached_tokens(shard, tokenizer)) == len(slots)
-    token_cache.examined.clear()
+    token_cache.verified_folders.clear()
     with pytest.raises(InputError, match=r"denied: .* cannot be kept there \(tokens.bin has pages of zeros"):
         cached_tokens(shard, tokenizer)
 

@@ -124,7 +124,9 @@ def test_too_little_text_for_the_vocabulary_names_the_largest_possible():
 
 
 def test_the_training_text_is_capped():
-    assert list(tok_train.capped(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)) == [
+    assert list(
+        tok_train.cut_documents(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)
+    ) == [
         "abcd",
         "xyz",
         "12",

@@ -78,7 +78,7 @@ class Noise:
         self.vocab_size = vocab_size
         self.hash = f"noise{vocab_size}"
 
-    def located(self):
+    def read(self):
         return ((f"document {i}", str(i)) for i in range(2000))
 
     def encode_batch(self, texts, threads):
