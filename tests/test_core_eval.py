@@ -164,11 +164,8 @@ def reference(model, prompt, continuation):
 def test_prompts_show_solved_examples_and_then_ask(bundle):
     choice, contexts, following = bundle.tasks
     first, second = few_shot_examples(choice, 5)
-    assert (
-        first != second
-        and choice.examples[5] not in (first, second)
-        and few_shot_examples(choice, 5) == [first, second] != few_shot_examples(choice, 6)
-    )
+    assert first != second and choice.examples[5] not in (first, second)
+    assert few_shot_examples(choice, 5) == [first, second] != few_shot_examples(choice, 6)
     before = "".join(f"{e['query']}\nAnswer: {e['choices'][e['gold']]}\n\n" for e in (first, second))
     assert prompts(choice, 5) == [f"{before}after f?\nAnswer: {c}" for c in ("xf", "fghi", "no fff", "?")]
     assert prompts(contexts, 1) == ["the b is here", "zz bb is here"]
@@ -190,13 +187,12 @@ def test_few_shot_examples_come_from_the_whole_task_but_the_example_itself(bundl
 def test_fewer_questions_are_the_same_questions(bundle):
     task = bundle.tasks[0]
     assert select_examples(task, -1) == list(range(20)) and select_examples(task, 99) == list(range(20))
-    assert (
-        len(set(select_examples(task, 5))) == 5 and select_examples(task, 5) == select_examples(task, 9)[:5]
-    )
-    few, all_ = (questions(bundle, Letters(), 99, n)[0] for n in (3, -1))
-    assert [q.number for q in few] == select_examples(task, 3)
-    for q in few:  # asked after the same solved examples, drawn from the whole file
-        np.testing.assert_array_equal(q.rows[0][0], all_[q.number].rows[0][0])
+    five = select_examples(task, 5)
+    assert len(set(five)) == 5 and five == select_examples(task, 9)[:5]
+    some, every = (questions(bundle, Letters(), 99, n)[0] for n in (3, -1))
+    assert [q.number for q in some] == select_examples(task, 3)
+    for q in some:  # after the same solved examples, drawn from all examples of the task
+        np.testing.assert_array_equal(q.rows[0][0], every[q.number].rows[0][0])
 
 
 def text(ids):
@@ -495,10 +491,8 @@ def test_the_bundle_is_downloaded_once_and_its_checksum_kept(served, bundle_dir,
     first = open_bundle()
     second = open_bundle()
     assert len(requests) == 1 and first == second
-    assert (
-        first.sha256 == hashlib.sha256(archive).hexdigest()
-        and first.fingerprint == read_bundle(bundle_dir).fingerprint
-    )
+    assert first.sha256 == hashlib.sha256(archive).hexdigest()
+    assert first.fingerprint == read_bundle(bundle_dir).fingerprint
     assert sorted(p.name for p in (tmp_path / "base/core").iterdir()) == [".lock", "eval_bundle"]
 
 
@@ -552,20 +546,16 @@ def test_core_of_a_run_from_training_to_report(train, corpus_dir, tmp_path, caps
     plain = train(tag="plain")
     measured = {entry["step"]: entry for entry in run.history if "core_metric" in entry}
     assert list(measured) == [4, 6] and losses(run) == losses(plain)
-    assert {"centered_results/choice", "centered_results/next"} <= measured[6].keys() and run.summary[
-        "core_metric"
-    ] == measured[6]["core_metric"]
+    assert {"centered_results/choice", "centered_results/next"} <= measured[6].keys()
+    assert run.summary["core_metric"] == measured[6]["core_metric"]
     assert "| CORE " in capsys.readouterr().out
 
     flags = ["--model-tag", "core", "--core-dir", str(folder), "--max-per-task", "5"]
     base_eval.main([*flags, "--eval", "core"])
     place = metrics.runs_dir() / "core"
     result = json.loads((place / "core_000006.json").read_text())
-    assert (
-        result["core_metric"] == measured[6]["core_metric"]
-        and result["tasks"]["next"]["examples"] == 5
-        and result["bundle_sha256"] is None
-    )
+    assert result["core_metric"] == measured[6]["core_metric"]
+    assert result["tasks"]["next"]["examples"] == 5 and result["bundle_sha256"] is None
     low, high = result["core_metric_interval"]
     assert low <= result["core_metric"] <= high and not (place / "eval_000006.json").exists()
     output = capsys.readouterr().out
@@ -588,18 +578,12 @@ def test_without_a_bundle_all_else_goes_on(train, served, capsys):
     served(b"", None, 404)
     run = train("--core-metric-every", 2)
     assert run.summary["status"] == "finished" and "core_metric" not in run.summary
-    output = [
-        text
-        for text in capsys.readouterr().out.splitlines()
-        if text.startswith("CORE is not measured: no evaluation bundle in")
-    ]
-    assert len(output) == 1
+    output = capsys.readouterr().out
+    assert output.count("\nCORE is not measured: no evaluation bundle in") == 1
     with pytest.raises(Unavailable, match="give its folder with --core-dir"):
         base_eval.main(["--model-tag", "tiny", "--eval", "core,bpb", "--eval-tokens", "1024"])
-    assert (
-        "val   | 1,024 tokens" in capsys.readouterr().out
-        and (metrics.runs_dir() / "tiny/eval_000006.json").exists()
-    )
+    assert "val   | 1,024 tokens" in capsys.readouterr().out
+    assert (metrics.runs_dir() / "tiny/eval_000006.json").exists()
 
 
 def test_parts_are_evaluated_as_they_are_asked_for(train, capsys, monkeypatch):

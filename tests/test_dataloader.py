@@ -299,8 +299,7 @@ def test_a_builder_killed_half_way_leaves_nothing_and_blocks_no_one(base_dir, tm
     assert not (folder / "slow").exists()
     tokens = cached_tokens(SlowShard(log), load_tokenizer())
     tokenizer = load_tokenizer()
-    assert tokens.tolist() == [
-        t for i in range(40) for t in tokenizer.encode(f"the cat number {i}") + [tokenizer.bos_id]
-    ]
+    texts = [f"the cat number {i}" for i in range(40)]
+    assert tokens.tolist() == [t for text in texts for t in tokenizer.encode(text) + [tokenizer.bos_id]]
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["slow"]
     assert json.loads((folder / "slow/meta.json").read_text())["documents"] == 40

@@ -236,25 +236,12 @@ def names_of(shards, root):
 
 def test_stdlib_takes_sources_alone(stdlib_root):
     write_sources(stdlib_root, ["os.py", "json/decoder.py", "test/x.py"])
-    write_sources(
-        stdlib_root,
-        [
-            "site-packages/a.py",
-            "dist-packages/a.py",
-            "__pycache__/a.py",
-            ".venv/lib/a.py",
-            "env/lib/a.py",
-            "notes.txt",
-            "x.pyc",
-        ],
-    )
+    packages = ["site-packages/a.py", "dist-packages/a.py", ".venv/lib/a.py", "env/lib/a.py"]
+    write_sources(stdlib_root, [*packages, "__pycache__/a.py", "notes.txt", "x.pyc"])
     (stdlib_root / "env/pyvenv.cfg").touch()
     corpus = open_corpus("stdlib")
-    assert sorted(names_of(corpus.train + corpus.val, stdlib_root)) == [
-        "json/decoder.py",
-        "os.py",
-        "test/x.py",
-    ]
+    names = sorted(names_of(corpus.train + corpus.val, stdlib_root))
+    assert names == ["json/decoder.py", "os.py", "test/x.py"]
     assert [s.name for s in corpus.train + corpus.val] == ["train", "val"]
 
 
@@ -303,14 +290,14 @@ def test_this_machines_stdlib():
 
 def test_last_file_by_name_is_validation(tmp_path):
     for name in ("b.jsonl", "c.jsonl", "a.parquet"):
-        (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, [name])
+        write = write_parquet if name.endswith("parquet") else write_jsonl
+        write(tmp_path / name, [name])
     write_jsonl(tmp_path / ".z.jsonl", ["hidden"])
     (tmp_path / "z.csv").touch()
     (tmp_path / "zz.jsonl").mkdir()
     corpus = open_corpus(str(tmp_path))
-    assert [s.name for s in corpus.train] == ["a.parquet", "b.jsonl"] and [s.name for s in corpus.val] == [
-        "c.jsonl"
-    ]
+    assert [s.name for s in corpus.train] == ["a.parquet", "b.jsonl"]
+    assert [s.name for s in corpus.val] == ["c.jsonl"]
     assert list(corpus.documents("train")) == ["a.parquet", "b.jsonl"]
 
 
@@ -399,11 +386,8 @@ def test_downloaded_set_keeps_its_validation_however_much_is_there(tmp_path, mon
     write_parquet(folder / "shard_00000.parquet", ["zero"])
     write_parquet(folder / "zzz.parquet", ["not of the set"])
     three = open_corpus("climbmix")
-    assert list(one.documents("train")) == ["three"] and list(three.documents("train")) == [
-        "zero",
-        "three",
-        "last",
-    ]
+    assert list(one.documents("train")) == ["three"]
+    assert list(three.documents("train")) == ["zero", "three", "last"]
     assert list(one.documents("val")) == list(three.documents("val")) == ["val"]
     assert three.name == "climbmix"
     for file in folder.glob("shard_0000*"):
@@ -416,10 +400,8 @@ def test_import_is_light():
     heavy = ["torch", "matplotlib", "pyarrow", "huggingface_hub"]
     code = f"import sys, nanochat.dataset; print([m for m in {heavy} if m in sys.modules])"
     root = Path(dataset.__file__).parents[1]
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout
-        == "[]\n"
-    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert process.stdout == "[]\n"
 
 
 # ---- fingerprints that are kept ----------------------------------------------------------------------------

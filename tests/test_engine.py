@@ -98,11 +98,8 @@ def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
 
 def test_a_text_longer_than_the_context_is_cropped():
     assert crop_to_context(list(range(16)), 16) == list(range(16))
-    assert (
-        crop_to_context(list(range(17)), 16)
-        == [0, *range(9, 17)]
-        == crop_to_context([0, 5, *range(2, 17)], 16)
-    )
+    for tokens in (list(range(17)), [0, 5, *range(2, 17)]):
+        assert crop_to_context(tokens, 16) == [0, *range(9, 17)]
     assert crop_to_context([1, 2, 3], 2) == [1, 3]
 
 

@@ -42,33 +42,16 @@ def test_the_text_is_the_models_and_the_seeds(low, run):
     steps = generate_tokens(model, [prompt], 30, GREEDY, stop=(tokenizer.bos_id,))
     assert step == 6 and out == "the cat" + tokenizer.decode(token for (token,) in steps) + "\n"
     assert err.startswith("low, step 6 (the newest finished run)\n") and "tokens/s" in err.splitlines()[-1]
-    drawn = [
-        run("-p", "the cat", "--max-tokens", 10, "--temperature", 1.5, "--seed", seed)[0]
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert (
-        run("-p", "the cat", "--max-tokens", 30, "--top-k", 1)[0]
-        == run("-p", "the cat", "--max-tokens", 30, "--top-p", 1e-6)[0]
-        == out
-    )
+    warm = ("-p", "the cat", "--max-tokens", 10, "--temperature", 1.5)
+    first, again, other = (run(*warm, "--seed", seed)[0] for seed in (1, 1, 2))
+    assert first == again != other
+    for limit in (("--top-k", 1), ("--top-p", 1e-6)):
+        assert run("-p", "the cat", "--max-tokens", 30, *limit)[0] == out
 
 
 def test_several_samples_and_a_prompt_longer_than_the_context(low, run):
-    out, err = run(
-        "-p",
-        "the cat",
-        "--num-samples",
-        3,
-        "--max-tokens",
-        8,
-        "--temperature",
-        1.5,
-        "--model-tag",
-        "low",
-        "--step",
-        6,
-    )
+    checkpoint = ("--model-tag", "low", "--step", 6)
+    out, err = run("-p", "the cat", "--num-samples", 3, "--max-tokens", 8, "--temperature", 1.5, *checkpoint)
     texts = out.removesuffix("\n").split("\n\nthe cat")
     assert len(set(texts)) == 3 and texts[0].startswith("the cat") and err.startswith("low, step 6\n")
     assert "24 tokens in" in err
@@ -99,15 +82,8 @@ def test_it_ends_where_the_model_ends_its_document(low, run, monkeypatch):
 def test_a_character_of_several_tokens_is_printed_once_it_is_whole():
     tokenizer = SimpleNamespace(tokens=[b"a", b"\xe2", b"\x9f\xb6 b", "é".encode()])
     text = Text(tokenizer)
-    assert [text.add(t) for t in (0, 1, 2, 3, 1, 4, None)] == [
-        "a",
-        "",
-        "⟶ b",
-        "é",
-        "",
-        "",
-        "\ufffd",
-    ]  # 4: a special token
+    parts = [text.add(token) for token in (0, 1, 2, 3, 1, 4, None)]  # 4: a special token
+    assert parts == ["a", "", "⟶ b", "é", "", "", "\ufffd"]
     assert text.text == "a⟶ bé\ufffd"
 
 

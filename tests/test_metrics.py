@@ -21,22 +21,22 @@ def evaluation(step, ppl):
 
 def test_time_to_a_threshold_by_hand():
     evals = [evaluation(10, 400.0), evaluation(20, 100.0), evaluation(30, 25.0), evaluation(40, 30.0)]
-    out = time_to_ppl(evals, [500.0, 100.0, 50.0, 30.0, 10.0])
-    assert out["time_to_ppl/500/step"] == 10 and "time_to_ppl/500/step_interpolated" not in out
-    assert out["time_to_ppl/100/step"] == 20 and out["time_to_ppl/100/step_interpolated"] == pytest.approx(20)
-    assert out["time_to_ppl/50/step"] == 30 and out["time_to_ppl/50/step_interpolated"] == pytest.approx(
-        25
-    )  # √(100·25) = 50
-    assert out["time_to_ppl/50/seconds"] == 60 and out[
-        "time_to_ppl/50/seconds_interpolated"
-    ] == pytest.approx(50)
-    assert out["time_to_ppl/50/tokens"] == 3000 and out["time_to_ppl/50/flops_interpolated"] == pytest.approx(
-        25e6
-    )
-    assert out["time_to_ppl/30/tokens_interpolated"] == pytest.approx(
-        2000 + 1000 * math.log(100 / 30) / math.log(4)
-    )
-    assert not any("/10/" in key for key in out)
+    times = time_to_ppl(evals, [500.0, 100.0, 50.0, 30.0, 10.0])
+    expected = {
+        "500/step": 10,
+        "100/step": 20,
+        "100/step_interpolated": 20,
+        "50/step": 30,
+        "50/step_interpolated": 25,  # √(100·25) = 50
+        "50/seconds": 60,
+        "50/seconds_interpolated": 50,
+        "50/tokens": 3000,
+        "50/flops_interpolated": 25e6,
+        "30/tokens_interpolated": 2000 + 1000 * math.log(100 / 30) / math.log(4),
+    }
+    for key, value in expected.items():
+        assert times[f"time_to_ppl/{key}"] == pytest.approx(value)
+    assert "time_to_ppl/500/step_interpolated" not in times and not any("/10/" in key for key in times)
     odd = [{"step": 5, "val/ppl": 20.0}, evaluation(6, None), evaluation(7, -1.0)]  # of a damaged file
     assert time_to_ppl([*odd, *evals], [50.0]) == time_to_ppl(evals, [50.0])
 

@@ -124,13 +124,8 @@ def test_too_little_text_for_the_vocabulary_names_the_largest_possible():
 
 
 def test_the_training_text_is_capped():
-    assert list(
-        tok_train.cut_documents(iter(["abcdef", "xyz", "12345", "never"]), doc_cap=4, max_chars=9)
-    ) == [
-        "abcd",
-        "xyz",
-        "12",
-    ]
+    documents = iter(["abcdef", "xyz", "12345", "never"])
+    assert list(tok_train.cut_documents(documents, doc_cap=4, max_chars=9)) == ["abcd", "xyz", "12"]
 
 
 # ---- long texts --------------------------------------------------------------------------------------------
