@@ -117,7 +117,7 @@ def split_prompts(task: Task, sequences: list[list[int]]) -> list[tuple[list[int
     return [(whole[:n], [whole[n:]])]
 
 
-def question(task: Task, number: int, tokenizer, context: int) -> Question:
+def tokenize_example(task: Task, number: int, tokenizer, context: int) -> Question:
     """Example `number` as tokens.
 
     If a prompt and its longest continuation exceed the model's context (in tokens), the prompt loses its
@@ -149,7 +149,7 @@ def questions(
     shares = []
     for task in bundle.tasks:
         share = select_examples(task, max_per_task)[rank::world_size]
-        shares.append([question(task, number, tokenizer, context) for number in share])
+        shares.append([tokenize_example(task, number, tokenizer, context) for number in share])
     return shares
 
 
@@ -238,20 +238,20 @@ def score(
     return scores
 
 
-def is_correct(asked: Question, pairs: list[tuple[float, bool]]) -> bool:
+def is_correct(question: Question, pairs: list[tuple[float, bool]]) -> bool:
     """pairs: of all continuations of the question. If losses are equal, the first one counts."""
-    if asked.gold is None:
+    if question.gold is None:
         return pairs[0][1]
-    return min(range(len(pairs)), key=lambda i: pairs[i][0]) == asked.gold
+    return min(range(len(pairs)), key=lambda i: pairs[i][0]) == question.gold
 
 
-def count_correct(asked: list[Question], scores: list[list[tuple[float, bool]]]) -> int:
+def count_correct(task_questions: list[Question], scores: list[list[tuple[float, bool]]]) -> int:
     """scores: of all rows of these questions, in order."""
     rows = iter(scores)
     correct = 0
-    for one in asked:
-        pairs = list(chain.from_iterable(islice(rows, len(one.rows))))
-        correct += is_correct(one, pairs)
+    for question in task_questions:
+        pairs = list(chain.from_iterable(islice(rows, len(question.rows))))
+        correct += is_correct(question, pairs)
     return correct
 
 
@@ -259,18 +259,18 @@ def count_correct(asked: list[Question], scores: list[list[tuple[float, bool]]])
 
 
 def evaluate_core(
-    model, bundle: Bundle, asked: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER
+    model, bundle: Bundle, shares: list[list[Question]], dtype, tokens: int, stop: StopRequest = NEVER
 ) -> dict | None:
-    """CORE from `questions`, over all processes. None if one of them was asked to stop before the end.
+    """CORE over all processes. None if one of them was asked to stop before the end.
 
-    tokens: the most in one forward pass, padding included; each answer to a question counts with its prompt.
-    Returns core_metric, centered_results {label: centred accuracy}, and tasks {label: accuracy, baseline,
-    centered, correct, examples}.
+    shares: this process's part, from `questions`. tokens: the most in one forward pass, padding included;
+    each answer to a question counts with its prompt. Returns core_metric, centered_results {label: centred
+    accuracy}, and tasks {label: accuracy, baseline, centered, correct, examples}.
     """
     # a row for each task: correct questions, all questions; the last row counts the processes that stopped
-    counts = torch.zeros(len(asked) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)
-    for i, task_questions in enumerate(asked):
-        rows = list(chain.from_iterable(one.rows for one in task_questions))
+    counts = torch.zeros(len(shares) + 1, 2, dtype=torch.float64, device=model.wte.weight.device)
+    for i, task_questions in enumerate(shares):
+        rows = list(chain.from_iterable(question.rows for question in task_questions))
         scores = score(model, rows, dtype, tokens, stop)
         if scores is None:
             counts[-1] = 1

@@ -294,6 +294,7 @@ def main(argv=None):
     folder = set_folder(args.data)
     create_folder(folder)
     with locked(folder / ".lock"):  # a second process waits here, and then finds the files
+        # path on this machine -> start of the file's path on the hub
         every = {folder / hub_set.local_name(f): f for f in hub_set.files(hub_set.train_files)}
         names = set(os.listdir(folder))
         present = {path: f for path, f in every.items() if path.name in names}

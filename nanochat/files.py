@@ -108,7 +108,7 @@ def create_folder(folder: Path):
 
 
 def remove_temporary(folder: Path, *names: str):
-    """Remove what killed processes left of writing these names. Nobody may be writing them now."""
+    """Remove the temporary files of killed writers. The caller knows that no process writes these names."""
     for name in names:
         for temporary in folder.glob(f".{name}.*{TEMPORARY}"):
             temporary.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def saved_steps(run_folder: Path) -> list[int]:
 
 
 def remove_unfinished(run_folder: Path):
-    """Remove checkpoints that were not finished, or were set aside. Nobody may be writing one now."""
+    """Remove checkpoints that are unfinished or set aside. The caller knows that no process writes one."""
     for path in (run_folder / "checkpoints").glob(".step_*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

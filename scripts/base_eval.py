@@ -37,10 +37,10 @@ RESULT_KEYS = {"core": "core_metric", "bpb": "val/bpb", "sample": "sample"}  # b
 
 
 def eval_parts(text: str) -> list[str]:
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    if not asked or set(asked) - set(RESULT_KEYS):
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or set(parts) - set(RESULT_KEYS):
         raise ArgumentTypeError(f"{quoted(text)}: give one or more of {','.join(RESULT_KEYS)}")
-    return asked
+    return parts
 
 
 def parse(argv=None):
@@ -88,12 +88,12 @@ def main(argv=None):
         model, tokenizer, _ = load_same(place, load, step_folder(folder, step))
         context = model.config.sequence_len
         if core_missing:  # before the long part: a question may not fit into the model's context
-            asked = questions(bundle, tokenizer, context, args.max_per_task, rank, world_size)
+            shares = questions(bundle, tokenizer, context, args.max_per_task, rank, world_size)
         if missing:
             results |= evaluate_on_text(missing, model, tokenizer, corpus, args, place, dtype)
             unwritten += store(out, results, rank)
         if core_missing:
-            measured = evaluate_core(model, bundle, asked, dtype, args.device_batch_size * context)
+            measured = evaluate_core(model, bundle, shares, dtype, args.device_batch_size * context)
             core_results |= {"bundle_sha256": bundle.sha256, **with_intervals(measured)}
             unwritten += store(core_out, core_results, rank)
 
@@ -189,22 +189,22 @@ def store(path: Path, results: dict, rank: int) -> list[str]:
     try:
         write_atomic(path, json.dumps(results, indent=2) + "\n")
     except OSError as e:
-        return [f"{path}: cannot be written ({e.strerror}); the results are shown above and kept nowhere"]
+        return [f"{path}: cannot be written ({e.strerror}); the results are shown above and stored nowhere"]
     return []
 
 
 # ---- printing ----------------------------------------------------------------------------------------------
 
 
-def show(results: dict, asked: list[str]):
+def show(results: dict, parts: list[str]):
     print0(f"{results['settings']['model_tag']}, step {results['settings']['step']}")
-    if "bpb" in asked:
+    if "bpb" in parts:
         for split in ("train", "val"):
             print0(
                 f"{split:5} | {results[f'{split}/tokens']:,} tokens | loss {results[f'{split}/loss']:.4f} | "
                 f"ppl {results[f'{split}/ppl']:.3f} | bpb {results[f'{split}/bpb']:.4f}"
             )
-    if "sample" in asked:
+    if "sample" in parts:
         print0("\n".join(f"sample: {text!r}" for text in results.get("sample", ())))
 
 

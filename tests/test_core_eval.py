@@ -23,11 +23,11 @@ from nanochat.core_eval import (
     evaluate_core,
     few_shot_examples,
     prompts,
-    question,
     questions,
     row_length,
     score,
     select_examples,
+    tokenize_example,
     with_intervals,
 )
 from nanochat.gpt import GPT, GPTConfig
@@ -203,7 +203,7 @@ def test_prompt_and_continuations_are_told_apart_by_token(bundle):
     choice, contexts, following = bundle.tasks
 
     def split(task, number):
-        rows = question(task, number, Letters(), 200).rows
+        rows = tokenize_example(task, number, Letters(), 200).rows
         return [(text(prompt), list(map(text, continuations))) for prompt, continuations in rows]
 
     before = "<bos>" + prompts(choice, 0)[0].removesuffix("xa")
@@ -216,19 +216,19 @@ def test_one_answer_that_begins_another_keeps_a_token(tmp_path):
     example = {"query": "q", "choices": ["ab", "abc", "ab"], "gold": 1}
     task = ({"icl_task_type": "multiple_choice", "num_fewshot": [0]}, 0, [example])
     bundle = read_bundle(write_bundle(tmp_path / "b", {"t": task}))
-    ((_, continuations),) = question(bundle.tasks[0], 0, Letters(), 9).rows
+    ((_, continuations),) = tokenize_example(bundle.tasks[0], 0, Letters(), 9).rows
     assert list(map(text, continuations)) == ["b", "bc", "b"]
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end(bundle):
-    ((prompt, continuations),) = question(bundle.tasks[0], 3, Letters(), 200).rows
-    ((end, same),) = question(bundle.tasks[0], 3, Letters(), 12).rows
+    ((prompt, continuations),) = tokenize_example(bundle.tasks[0], 3, Letters(), 200).rows
+    ((end, same),) = tokenize_example(bundle.tasks[0], 3, Letters(), 12).rows
     assert list(map(text, continuations)) == list(map(text, same)) and max(map(len, same)) == len("no ddd")
     # 7 tokens and the 6 of the longest answer, of which the last is not read
     assert text(end) == text(prompt)[-7:]
     message = "CORE task choice, example 4: a continuation of 6 tokens, more than the model's context of 5"
     with pytest.raises(InputError, match=message):
-        question(bundle.tasks[0], 3, Letters(), 5)
+        tokenize_example(bundle.tasks[0], 3, Letters(), 5)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -267,8 +267,8 @@ def test_a_model_that_recites_the_alphabet(tmp_path):
 )
 def test_scores_are_those_of_a_loop_in_float64(bundle, shape):
     model = random_model(**shape)
-    asked = questions(bundle, Letters(), model.config.sequence_len, 3)
-    rows = [row for of_task in asked for q in of_task for row in q.rows]
+    shares = questions(bundle, Letters(), model.config.sequence_len, 3)
+    rows = [row for share in shares for question in share for row in question.rows]
     wide = copy.deepcopy(model).double()
     expected = [
         reference(wide, prompt, continuation)
