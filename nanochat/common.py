@@ -336,38 +336,6 @@ def pick_device_type(name: str) -> str:
     return name or ("cuda" if usable_gpus() else "cpu")
 
 
-def keep_freed_memory():
-    """Let glibc's malloc keep what tensors of up to 16 MiB free, instead of handing it back and faulting it in again at every step: a
-    tenth of a CPU step, at a lower peak (dev/LOG.md). Other systems are left as they are.
-    """
-    import ctypes
-
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 17 * 2**20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def multiply_by_onednn():
-    """Let oneDNN multiply float32 matrices on processors that MKL is not made for: a seventh faster on AMD's Zen 4 (dev/LOG.md).
-
-    torch does so only where oneDNN may round the factors to bfloat16. oneDNN makes use of that on processors with AMX; a product tells
-    whether it does on this one.
-    """
-    import torch
-
-    if (
-        processor().get("vendor_id") != "AuthenticAMD"
-        or "avx512_bf16" not in processor().get("flags", "").split()
-    ):
-        return
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    x = torch.full((256, 256), 1 + 2**-12)
-    if not torch.equal(x @ torch.eye(256), x):
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-
-
 def init_process(device_type: str, alone: bool = False):
     """Join the process group (under torchrun) and take this process's device: (device, rank, world size).
 
@@ -376,6 +344,7 @@ def init_process(device_type: str, alone: bool = False):
     """
     import torch
 
+    from nanochat import cpu
     from nanochat.devices import take_gpu, usable_gpus
 
     rank, local_rank, world_size = process_layout()
@@ -390,8 +359,8 @@ def init_process(device_type: str, alone: bool = False):
         take_gpu(local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     else:
-        keep_freed_memory()
-        multiply_by_onednn()
+        cpu.keep_freed_memory()
+        cpu.multiply_by_onednn()
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if world_size > 1:
         join_group(device, rank, world_size)

@@ -11,18 +11,20 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from nanochat import cpu
 from nanochat.common import InputError, first_line, print0
-from nanochat.functional import loss_of_logits, loss_of_logits_to_compile
+from nanochat.ops import SOFTCAP, CrossEntropy
 
-NEW_ENOUGH = {
-    "g++": 11,
-    "clang++": 14,
-}  # versions that know every set of vector instructions that torch compiles for
-PATIENCE = 60  # seconds for an empty program: a compiler that waits for a network or a licence may never end
+# versions that know every set of vector instructions that torch compiles for
+NEW_ENOUGH = {"g++": 11, "clang++": 14}
+COMPILER_PATIENCE = (
+    60  # seconds for an empty program: a compiler that waits for a network or a licence may never end
+)
 
 
 def wanted(choice: str, device_type: str, flops: float) -> bool:
@@ -88,10 +90,14 @@ def trouble_with_compiler() -> str:
     with tempfile.TemporaryFile() as errors:  # a child of the compiler could hold a pipe open
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, timeout=PATIENCE
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                timeout=COMPILER_PATIENCE,
             )
         except subprocess.TimeoutExpired:
-            return f"the C++ compiler {compiler} does not answer within {PATIENCE} s"
+            return f"the C++ compiler {compiler} does not answer within {COMPILER_PATIENCE} s"
         except OSError as e:
             return f"no C++ compiler {compiler} ({e.strerror})"
         if done.returncode == 0:
@@ -108,23 +114,58 @@ def useful_line(e: Exception) -> str:
 
 
 def compile_blocks(model, backend: str = "inductor"):
-    """Compile the blocks and the loss for training; one compilation serves all blocks of the same ranks and kind.
+    """Compile the blocks and the loss for training; blocks of the same ranks and kind share a compilation.
 
-    Everything in which blocks differ otherwise is an argument; a window too, except where some layers have a mask and others none. Evaluation and generation stay eager (`GPT.eager`): their batches
-    have other shapes.
+    Everything in which blocks differ otherwise is an argument; a window too, except where some layers have a
+    mask and others none. Without a gradient, so in evaluation and generation, blocks run as they are: the
+    batches there have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import
     from torch._inductor import config as inductor
 
-    dynamo.recompile_limit = max(
-        dynamo.recompile_limit, 2 * len(model.blocks)
-    )  # under a rank schedule all blocks differ
+    # under a rank schedule all blocks differ
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))
     if inductor.cpp.vec_isa_ok is None and knows_all_vector_instructions():
         inductor.cpp.vec_isa_ok = True
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, backend=backend)
-    model.of_logits = torch.compile(loss_of_logits_to_compile, dynamic=False, fullgraph=True, backend=backend)
-    model.compiled = True
+        block._compiled_call_impl = partial(run_block, block, block._compiled_call_impl)
+    compiled = torch.compile(chunk_loss, dynamic=False, fullgraph=True, backend=backend)
+    model.loss = partial(compiled_loss, compiled)
+
+
+def run_block(block, compiled, x, x0, *inputs):
+    """Block.forward, compiled where a gradient is taken.
+
+    One compilation serves the first block too if x and x0 are two objects there, and on a CPU all windows if
+    each comes as a 0-d tensor.
+    """
+    if not torch.is_grad_enabled():
+        return block._call_impl(x, x0, *inputs)
+    *others, mask, extend = inputs
+    if not x.is_cuda:
+        mask = cpu.window_of(mask, x.size(1))
+    return compiled(x.view_as(x) if x is x0 else x, x0, *others, mask, extend)
+
+
+def compiled_loss(compiled, x, weight, targets):
+    return CrossEntropy.apply(x, weight, targets, compiled if torch.is_grad_enabled() else None)
+
+
+def chunk_loss(z, target, share):
+    """What `ops.CrossEntropy` does with a chunk of logits, for the compiler: in two passes over each row.
+
+    z: (n, V), before the softcap; target, share = 1/N: (n, 1) -> (part of the mean loss, gradient of z).
+    With tanh(u) = 1 - 2 / (1 + exp(2u)), which is twice as fast here.
+    """
+    half = 1 / (1 + torch.exp(z.to(share.dtype) * (2 / SOFTCAP)))  # (1 - tanh) / 2
+    half_at_target = 1 / (1 + torch.exp(z.gather(1, target).to(share.dtype) * (2 / SOFTCAP)))
+    # each row has a share of its own here, or the first pass would be one over all rows
+    p = torch.exp(SOFTCAP - 2 * SOFTCAP * half) * share
+    sums = p.sum(dim=-1, keepdim=True)
+    loss = (share * ((sums / share).log() - SOFTCAP + 2 * SOFTCAP * half_at_target)).sum()
+    hit = torch.arange(z.size(1), device=z.device) == target
+    return loss, ((p / sums - hit.to(share.dtype)) * share * 4 * half * (1 - half)).to(z.dtype)
 
 
 def make_eager(model):
@@ -133,13 +174,13 @@ def make_eager(model):
         torch._dynamo.reset()
     for block in model.blocks:
         block._compiled_call_impl = None  # what nn.Module.compile sets
-    model.of_logits = loss_of_logits
-    model.compiled = False
+    vars(model).pop("loss", None)
 
 
 def knows_all_vector_instructions() -> bool:
-    """Whether the C++ compiler is new enough. Else torch compiles a program for each set that the CPU has, to see, which is a third of
-    the time that a cold start takes on a CPU.
+    """Whether the C++ compiler is new enough.
+
+    Else torch compiles a program for each set that the CPU has, to see: a third of a cold start's time.
     """
     compiler = os.environ.get("CXX", "g++")  # as torch chooses it
     oldest = next(
@@ -147,9 +188,6 @@ def knows_all_vector_instructions() -> bool:
     )
     if oldest is None or not shutil.which(compiler):
         return False
-    version = (
-        subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True)
-        .stdout.strip()
-        .split(".")[0]
-    )
+    output = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True).stdout
+    version = output.strip().split(".")[0]
     return version.isdigit() and int(version) >= oldest

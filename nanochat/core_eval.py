@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from nanochat.common import InputError
 from nanochat.core_bundle import Bundle, Task
 from nanochat.engine import prefill
-from nanochat.functional import SOFTCAP, rows_at_once, squashed
+from nanochat.ops import logits as head_logits
+from nanochat.ops import rows_at_once
 from nanochat.signals import NEVER, StopRequest
 
 DRAWS = 10_000  # of the bootstrap
@@ -204,16 +205,22 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     losses[:, 0], greedy[:, 0] = judged(logits.repeat_interleave(each, dim=0), targets[:, 0])
     if T:
         real = targets[:, 1:] >= 0
-        with model.eager():
-            x, weight = model.head(targets[:, :-1].clamp(min=0), dtype, cache)
-        x, n = x[real.flatten()], rows_at_once(x, weight.size(0))
+        inputs = targets[:, :-1].clamp(min=0)
+        x, weight = model(inputs, compute_dtype=dtype, cache=cache, head=head_input)
+        x = x[real]
+        n = rows_at_once(x, weight.size(0))
         parts = [
-            judged(SOFTCAP * squashed(part, weight), target)
+            judged(head_logits(part, weight), target)
             for part, target in zip(x.split(n), targets[:, 1:][real].split(n))
         ]
         losses[:, 1:][real], greedy[:, 1:][real] = (torch.cat(values) for values in zip(*parts))
     means = losses.double().sum(1).cpu() / torch.tensor([len(c) for c in continuations])
     return list(zip(means.tolist(), greedy.all(1).tolist()))
+
+
+def head_input(x, weight, targets=None):
+    """What the head multiplies: (B, T, C) and (V, C)."""
+    return x, weight
 
 
 def judged(logits, targets):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from nanochat.attention import window_mask
 from nanochat.common import InputError
-from nanochat.functional import SOFTCAP, for_rows, squashed
+from nanochat.cpu import few_rows_by_mkl
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.ops import logits as head_logits
 
 # ---- the cache ---------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ class KVCache:
     The smear needs that embedding.
 
     padding: (B,), the first slot of each row that holds a token; None: all rows begin at slot 0.
-    For T new positions `GPT.hidden` calls `before`, `mask` and, in each layer, `extend`. Then it adds T to
+    For T new positions `GPT.forward` calls `before`, `mask` and, in each layer, `extend`. Then it adds T to
     `length`.
     """
 
@@ -107,9 +108,13 @@ def next_logits(model: GPT, idx, dtype, cache: KVCache):
 
     Their keys and values are added to the cache.
     """
-    with model.eager(), for_rows(idx.numel()):
-        x, weight = model.head(idx, dtype, cache)
-        return SOFTCAP * squashed(x.unflatten(0, idx.shape)[:, -1], weight)
+    with few_rows_by_mkl(idx.numel()):
+        return model(idx, compute_dtype=dtype, cache=cache, head=last_logits)
+
+
+def last_logits(x, weight, targets=None):
+    """The head's output (B, V) at the last position."""
+    return head_logits(x[:, -1], weight)
 
 
 def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float32):

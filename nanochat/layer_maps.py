@@ -131,7 +131,6 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
         model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     )  # adapters included
     new.config = replace(model.config, layer_map=tuple(layers))
-    new.compiled = False
     for name in ("resid_lambdas", "x0_lambdas"):
         setattr(new, name, scalars_of(name, [(model, place) for place in first]))
     return new
@@ -182,7 +181,6 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
         own = replace(own, layer_kinds=kinds)
     new = deepcopy(model)
     new.config = own
-    new.compiled = False
     new.blocks = nn.ModuleList(deepcopy(source.blocks[layer]) for source, layer, _ in origins)
     new.value_embeds = nn.ModuleDict(
         {

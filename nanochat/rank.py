@@ -8,10 +8,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn as nn
 
-from nanochat.attention import by_blocks
-from nanochat.functional import hidden_rows_at_once, rows_at_once
+from nanochat.cpu import by_blocks, tile_rows
 from nanochat.gpt import GPT, MATRICES, GPTConfig, LowRankLinear
+from nanochat.ops import rows_at_once
 from nanochat.optim import uses_muon
 from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank
 
@@ -286,98 +287,120 @@ def account(model: GPT | GPTConfig) -> dict:
 
 
 def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
-    """Bytes of tensors at the highest point of a training step that is not compiled, `rows` at a time; the allocator's and Python's
-    own memory come on top. Compiled code keeps other tensors: on a CPU its peak was 3 to 9% higher (dev/LOG.md).
+    """Bytes of tensors at the highest point of a training step, `rows` at a time, without a compiler.
 
-    accumulated: gradients live on between several passes of a step. Optimizer state not split over processes. Logits are taken in
-    chunks of a CPU's size.
+    The allocator's and Python's own memory come on top. Compiled code keeps other tensors: on a CPU its peak
+    was 3 to 9% higher (dev/LOG.md).
+    accumulated: gradients live on between several passes of a step. Optimizer state not split over processes.
+    Logits are taken in chunks of a CPU's size.
     """
     model = on_meta(config)
     costs = account(config)
     C = config.n_embd
-    K = config.n_kv_head * config.n_embd // config.n_head
     V = config.vocab_size
-    T = config.sequence_len
-    token = rows * T * dtype_bytes  # bytes of one number for each token
-    kept = [
-        kept_by_block(
-            model.blocks[layer], C, K, config.n_hidden, by_blocks(T, config.window(layer)), token, dtype_bytes
-        )
-        for layer in config.positions
-    ]
+    M = config.n_hidden
+    N = rows * config.sequence_len  # tokens in a pass
+    token = N * dtype_bytes  # bytes of one number for each token
+    blocks = [(model.blocks[layer], config.has_value_embedding(layer)) for layer in config.positions]
+    kept = [kept_by_block(block, config, token, dtype_bytes, has_values) for block, has_values in blocks]
+    recomputed = [kept_for_backward(block, config, token, dtype_bytes) for block, _ in blocks]
     activations = sum(kept) + token * 2 * C  # the embeddings: previous token's share, input of the norm
-    width = C if model.lm_head is None else model.lm_head.first_factor().size(0) if config.lm_head_rank else C
+    width = model.lm_head.rank if isinstance(model.lm_head, LowRankLinear) else C
     head_grad = 4 * V * width
     at_once = rows_at_once(torch.empty(0), V)
     chunks = (
-        4 * V * (3 * at_once if rows * T > at_once else 2 * rows * T)
+        4 * V * (3 * at_once if at_once < N else 2 * N)
     )  # float32, one of them left from the chunk before
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
-    at_head = (
-        activations
-        + token * (2 * C + width)
-        + head_grad
-        + chunks
-        + (V * width * dtype_bytes if dtype_bytes < 4 else 0)
-    )
-    # in the MLP: the gradient that goes on, and of a part of the rows two tensors as wide as the hidden layer, three if that was not kept
-    last = model.blocks[config.positions[-1]].mlp
-    hidden = config.n_hidden
-    part = hidden_rows_at_once(
-        torch.empty(rows * T, 0, dtype=torch.float32 if dtype_bytes == 4 else torch.bfloat16), hidden
-    )
-    in_mlp = token * C + (2 + last.recompute) * part * hidden * dtype_bytes
+    at_head = activations + token * (2 * C + width) + head_grad + chunks
+    at_head += V * width * dtype_bytes if dtype_bytes < 4 else 0
+    # in a block: what it computes again; the gradient that goes on; of a tile of the MLP two tensors of its
+    # inner width, three where relu's output was not kept
+    tile = tile_rows(N, M, dtype_bytes) * M * dtype_bytes
+    inside = token * C + (3 if keeps_bottleneck(blocks[-1][0].mlp.down, config) else 2) * tile
     grads = costs["mem/grads_bytes"]
-    at_backward = (
-        max(activations + head_grad, grads + kept[0] + token * 2 * C) + in_mlp
-    )  # at its first block; at its last
+    at_last_block = activations + head_grad + recomputed[-1] + inside
+    at_first_block = grads + kept[0] + token * 2 * C + recomputed[0] + inside
+    at_backward = max(at_last_block, at_first_block)
     if accumulated:
-        at_head = at_head + grads
-        at_backward = at_backward + grads
+        at_head += grads
+        at_backward += grads
     groups = {}  # Muon works on all matrices of one shape at a time, in about six copies
     for name, p in model.named_parameters():
         if uses_muon(name, p):
             key = (name.rsplit(".", 1)[1], *p.shape)
             groups[key] = groups.get(key, 0) + 4 * p.numel()
     at_update = grads + 6 * max(groups.values())
-    return {
-        "mem/activations_bytes": activations,
-        "mem/predicted_peak_bytes": costs["mem/weights_bytes"]
-        + costs["mem/optimizer_bytes"]
-        + max(at_head, at_backward, at_update),
-    }
+    own = costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"]
+    peak = own + max(at_head, at_backward, at_update)
+    return {"mem/activations_bytes": activations, "mem/predicted_peak_bytes": peak}
 
 
-def kept_by_block(block, C: int, K: int, N: int, by_blocks: bool, token: int, dtype_bytes: int) -> int:
-    """Bytes that one block keeps for the backward pass. token: bytes of one number for each token; K, N: widths of keys and values, and of the MLP."""
-    kept = C  # the residual stream as it comes in
+def recomputes(block, config: GPTConfig) -> bool:
+    """Whether a block is computed again in the backward pass: see recompute.py."""
+    factored = any(isinstance(layer, LowRankLinear) for layer in block.modules())
+    return config.recompute == "block" or (config.recompute == "bottleneck" and factored)
+
+
+def keeps_bottleneck(layer, config: GPTConfig) -> bool:
+    """Whether a layer's product r wide is kept while its block is computed again."""
+    return config.recompute == "bottleneck" and layer.rank > 0
+
+
+def kept_by_block(block, config: GPTConfig, token: int, dtype_bytes: int, has_values: bool) -> int:
+    """Bytes that a block keeps from its forward to its backward pass. token: bytes of one number a token."""
+    if not recomputes(block, config):
+        return token * config.n_embd + kept_for_backward(block, config, token, dtype_bytes, recomputed=False)
+    attn = block.attn
+    mlp = block.mlp
+    numbers = config.n_embd  # the residual stream as it comes in
+    if has_values:
+        numbers += attn.v.out_features
+    joint = (attn.q, attn.k, attn.v)
+    for layers in (joint, (attn.o,), (mlp.up,), (mlp.down,)):
+        if all(keeps_bottleneck(layer, config) for layer in layers):
+            numbers += sum(layer.rank for layer in layers)
+    return token * numbers
+
+
+def kept_for_backward(block, config: GPTConfig, token: int, dtype_bytes: int, recomputed: bool = True) -> int:
+    """Bytes that a block's backward pass needs beside its input and, if it is computed again, what it kept.
+
+    recomputed: whether they are to be counted only where the block is computed again.
+    """
+    if recomputed and not recomputes(block, config):
+        return 0
+    attn = block.attn
+    mlp = block.mlp
+    C = config.n_embd
+    K = attn.k.out_features
+    # outputs of the norms; q, k, v; of attention, by token, and by torch's kernel also by head
+    numbers = 2 * C + C + 2 * K + (C if by_blocks(config.sequence_len, block.window) else 2 * C)
+    numbers += 0 if keeps_bottleneck(mlp.down, config) else config.n_hidden  # relu's output
     copies = 0
-    y = C if by_blocks else 2 * C  # by token, and by torch's kernel also by head
-    for part, first, last, wide in (
-        (block.attn, (block.attn.q, block.attn.k, block.attn.v), block.attn.o, C + 2 * K + y),
-        (block.mlp, (block.mlp.up,), block.mlp.down, N),
-    ):  # relu
-        factored = [m for m in (*first, last) if isinstance(m, LowRankLinear)]
-        kept += C + sum(m.rank for m in factored)  # C: the norm's output or, recomputing, its input
-        kept += sum(
-            m.rank
-            for m in factored
-            if m.act != "none" and (m is last or part is block.mlp or not part.recompute)
-        )
-        if not part.recompute:
-            kept += wide
-            copies += (
-                sum(m.first_factor().numel() for m in first) if part is block.attn else 0
-            )  # q, k, v in one matrix
-    if dtype_bytes < 4:  # a copy of every matrix in the compute dtype
+    if dtype_bytes == 4:
+        for layer in (attn.q, attn.k, attn.v):  # first factors in one matrix
+            copies += layer.A.numel() if layer.rank else layer.weight.numel()
+    else:  # a copy of every matrix in the compute dtype
         copies = sum(p.numel() for p in block.parameters())
-    return token * kept + dtype_bytes * copies
+    for layer in (attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down):
+        if layer.rank:
+            numbers += 0 if keeps_bottleneck(layer, config) else layer.rank
+            numbers += layer.rank if layer.act != "none" else 0
+    return token * numbers + dtype_bytes * copies
 
 
 def on_meta(config: GPTConfig) -> GPT:
     """The model's shapes without its memory."""
-    with torch.device("meta"):
-        return GPT(config)
+    draw = nn.Embedding.reset_parameters
+    nn.Embedding.reset_parameters = lambda table: (
+        None
+    )  # to draw on the meta device would load torch's compiler
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    finally:
+        nn.Embedding.reset_parameters = draw
 
 
 def parameter_group(name: str) -> str:

@@ -56,9 +56,10 @@ MACHINE_GROUP = FlagGroup(
         Flag(
             "--recompute",
             "save memory: compute activations again in the backward pass. none = keep them all; "
-            "bottleneck = of each factored layer keep only the product that is as wide as the rank",
+            "bottleneck = of each block with low-rank matrices keep its input and what is r wide; "
+            "block = of every block keep only its input",
             default="none",
-            choices=("none", "bottleneck"),
+            choices=("none", "bottleneck", "block"),
             role=Role.COST,
             free=True,
         ),

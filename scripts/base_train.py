@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat import common, metrics
+from nanochat import common, metrics, recompute
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError, print0
 from nanochat.continuation import inherit, read_record, tag_by_default
@@ -128,6 +128,7 @@ def main(argv=None):
         with torch.device(device):
             model = GPT(config)
             model.init_weights()
+        recompute.apply(model)
         rates = dict(
             embedding_lr=args.embedding_lr,
             unembedding_lr=args.unembedding_lr,

@@ -29,8 +29,8 @@ from nanochat.common import ArgumentParser, InputError, whole_number
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST, rank_flag
 from nanochat.flags import add_rank_multiple
-from nanochat.functional import rows_at_once
 from nanochat.gpt import GPTConfig, make_linear
+from nanochat.ops import rows_at_once
 from nanochat.rank import on_meta
 from nanochat.report.page import to_markdown
 from nanochat.report.plotting import PALETTE, colour_and_marker, new_figure, png, tidy

@@ -34,11 +34,11 @@ from nanochat.factorize import (
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import matrix_ranks_flag, rank_flag
 from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser
-from nanochat.functional import SOFTCAP
 from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
+from nanochat.ops import SOFTCAP
 from nanochat.rank import account
 from nanochat.run_files import complete_summary
 from nanochat.whole_ranks import AUTOMATIC, resolve_rank, shortest_ranks_text

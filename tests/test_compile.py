@@ -1,11 +1,14 @@
-"""Compilation by block: few graphs, none after the first step, the same numbers. The graphs are run by torch itself (aot_eager): what
-inductor would make of them needs a C++ compiler and a minute."""
+"""Compilation by block: few graphs, none after the first step, the same numbers.
+
+torch itself runs the graphs (aot_eager): what inductor makes of them needs a C++ compiler and a minute.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from nanochat import recompute
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.compiler import compile_blocks, knows_all_vector_instructions
 from nanochat.engine import generate
@@ -19,6 +22,7 @@ def build(config) -> GPT:
     torch.manual_seed(0)
     model = GPT(config)
     model.init_weights()
+    recompute.apply(model)
     for p in model.parameters():  # wake the zero-initialised outputs
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -80,7 +84,10 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapted_blocks_compile_whole(kind, counters):
-    """The same gradients as without compilation. The first block, where nothing before it is trained, may have a graph of its own."""
+    """The gradients are those without compilation.
+
+    The first block, where nothing before it is trained, may have a graph of its own.
+    """
     gradients = []
     idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     for compiled in (False, True):

@@ -182,7 +182,7 @@ def test_the_identity_map_changes_no_bit_and_tied_layers_are_copied_ones(changes
         tied.config.window(layer) for layer in tied.config.positions
     ]
     with torch.no_grad():
-        each.blocks[0].attn.q.first_factor().add_(1)  # the copies are its own
+        next(each.blocks[0].attn.q.parameters()).add_(1)  # the copies are its own
     assert torch.equal(with_layer_map(model, MAP)(idx), tied(idx))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from test_gpt import live_bytes, tokens
 
+from nanochat import recompute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.rank import (
@@ -169,6 +170,7 @@ def two_steps(config, rows: int, passes: int):
     """Training steps, the second with optimizer state from the start. What it returns is what lives on."""
     model = GPT(config)
     model.init_weights()
+    recompute.apply(model)
     optimizers = build_optimizers(
         model, embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1, weight_decay=0.0
     )
@@ -202,6 +204,9 @@ def two_steps(config, rows: int, passes: int):
             ),
         ),
         (16, 1, dict(attn_ranks=(32,) * 4, mlp_ranks=(32,) * 4, factor_act="silu", recompute="bottleneck")),
+        (16, 1, dict(recompute="block")),
+        (16, 2, dict(attn_ranks=(16,) * 4, mlp_ranks=(16,) * 4, recompute="block")),
+        (16, 1, dict(matrix_ranks={"v": (16,) * 4}, value_embeddings=True, recompute="bottleneck")),
         (16, 1, dict(layer_map=(0, 0, 1, 1, 2, 3))),
         (16, 1, dict(n_kv_head=1, tie_embeddings=True)),
         (16, 1, dict(value_embeddings=True)),

@@ -85,7 +85,7 @@ def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
     assert compiler.useful_line(error) == "x.h:3:10: fatal error: omp.h: No such file or directory"
     assert compiler.useful_line(ValueError("first\nsecond")) == "first"
     assert compiler.useful_line(ValueError()) == "ValueError"
-    monkeypatch.setattr(compiler, "PATIENCE", 0.3)
+    monkeypatch.setattr(compiler, "COMPILER_PATIENCE", 0.3)
     hanging = tmp_path / "g++"
     missing = tmp_path / "none"
     hanging.write_text("#!/bin/sh\nsleep 2 &\nwait\n")  # with a child that outlives it

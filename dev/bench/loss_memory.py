@@ -1,4 +1,4 @@
-"""Memory and time of the output head's loss: in chunks (functional.HeadCrossEntropy) beside the plain formula.
+"""Memory and time of the output head's loss: in chunks (ops.CrossEntropy) beside the plain formula.
 
     python dev/bench/loss_memory.py        # vocabulary 32768, batch 8 x 1024, width 256, in float32, with the targets
 
@@ -20,7 +20,7 @@ from nanochat import common
 from nanochat.common import ArgumentParser, whole_number
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST
-from nanochat.functional import SOFTCAP, HeadCrossEntropy, loss_of_logits
+from nanochat.ops import SOFTCAP, CrossEntropy
 
 MEMORY_TARGET = 0.4
 TIME_TARGET = 1.10
@@ -33,7 +33,7 @@ def plain_loss(x, weight, targets):
 
 WAYS = {
     "plain": plain_loss,
-    "chunked": lambda x, weight, targets: HeadCrossEntropy.apply(x, weight, targets, loss_of_logits),
+    "chunked": lambda x, weight, targets: CrossEntropy.apply(x, weight, targets),
 }
 
 

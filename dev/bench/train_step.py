@@ -10,7 +10,7 @@ Time. data = waiting for the next batch of `training_batches`, from a memory map
 reading the loss; optimizer = gradient norm, update and zero_grad; all as in scripts.base_train, one batch a step. On CUDA the
 parts lie between events and so hold the launch gaps; the whole step is the host's clock, the device waited for at both ends.
 Ceiling: the rate of a square matrix product, in the dtype of the activations, in the same round. Where oneDNN multiplies float32
-(see `common.multiply_by_onednn`) also as torch does it by itself, which is what published rates are scaled by.
+(see `cpu.multiply_by_onednn`) also as torch does it by itself, which is what published rates are scaled by.
 
 Memory, by torch's own allocators: the model's weights and optimizer state, plus the most that one step allocates on top of
 what it finds. CUDA: max_memory_allocated. CPU: allocations and frees as the profiler records them in a step of its own;
@@ -37,7 +37,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor is a batch that was
 import numpy as np
 import torch
 
-from nanochat import common, metrics
+from nanochat import common, cpu, metrics, recompute
 from nanochat.common import ArgumentParser, InputError, number, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
@@ -136,6 +136,7 @@ def make_subject(
     with torch.device(device):
         model = GPT(config)
         model.init_weights()
+    recompute.apply(model)
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
         compile_blocks(model)
@@ -284,7 +285,7 @@ def resident_peak(config: GPTConfig, batch_size: int, dtype_name: str, compiled:
 
 
 def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
-    common.keep_freed_memory()  # as in training
+    cpu.keep_freed_memory()  # as in training
     device = torch.device("cpu")
     rows = noise_rows(config.vocab_size, config.sequence_len)
     before = metrics.peak_memory_bytes(device)  # Python, torch and the data
@@ -580,7 +581,7 @@ def build_parser():
     )
     add(
         "--recompute",
-        choices=["none", "bottleneck"],
+        choices=recompute.MODES,
         default="none",
         help="of the low-rank model, as in scripts.base_train",
     )

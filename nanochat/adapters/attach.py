@@ -8,8 +8,7 @@
 
 An adapter belongs to matrices in the blocks (blocks.N.attn.{q,k,v,o}, blocks.N.mlp.{up,down}), which one regular expression chooses.
 A LowRankLinear counts as one matrix, its product. The model file knows nothing of this: every matrix is wrapped in an
-`AdaptedLinear`, and what flows between the steps of attention and MLP becomes a pair, (first factor's output, adapter's). The base's
-own matmuls stay as they are, so without an adapter, and at an adapter's start, the logits are the base's to the bit.
+`AdaptedLinear`. The base's own products stay as they are, so without an adapter, and at an adapter's start, the logits are the base's to the bit.
 The modules are in nanochat/adapters/layers.py; what AdaLoRA needs beyond its parameters (schedule, scores, export) in adalora.py.
 """
 
@@ -26,10 +25,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from nanochat.adapters.layers import IA3, AdaptedAttention, AdaptedLinear, AdaptedMLP, LoRA, Triplets
+from nanochat import recompute
+from nanochat.adapters.layers import IA3, AdaptedLinear, AdaptedMLP, LoRA, Triplets
 from nanochat.common import InputError
 from nanochat.files import write_atomic
-from nanochat.gpt import GPT, MATRICES, MLP, Attention
+from nanochat.gpt import GPT, MATRICES, MLP
+from nanochat.rank import on_meta
 
 TARGETS = {
     "lora": r"attn\.[qkvo]$|mlp\.(up|down)$",
@@ -130,7 +131,7 @@ def put(model: GPT, name: str, layer):
 
 
 def wrapped(model: GPT) -> bool:
-    return isinstance(model.blocks[0].attn, AdaptedAttention)
+    return isinstance(model.blocks[0].mlp, AdaptedMLP)
 
 
 def attach(model: GPT, name: str, config: AdapterConfig):
@@ -159,17 +160,15 @@ def attach(model: GPT, name: str, config: AdapterConfig):
         model.requires_grad_(False)
         for target, layer in matrices(model).items():
             put(model, target, AdaptedLinear(layer))
-        for block in model.blocks:  # the same modules, with steps that pass pairs on
-            block.attn.__class__ = AdaptedAttention
+        for block in model.blocks:
             block.mlp.__class__ = AdaptedMLP
         model.adapter_configs = {}
     for target, layer in matrices(model).items():
         if target in adapters:
-            like = layer.base.first_factor()
+            like = next(layer.base.parameters())
             layer.adapters[name] = adapters[target].to(like.device, like.dtype)
     if config.dropout:
-        for block in model.blocks:
-            block.attn.recompute = block.mlp.recompute = False
+        recompute.remove(model)
     model.adapter_configs[name] = config
     use(model, name)
 
@@ -242,7 +241,6 @@ def fold_in(model: GPT):
     for name, layer in plain.items():
         put(model, name, layer)
     for block in model.blocks:
-        block.attn.__class__ = Attention
         block.mlp.__class__ = MLP
     del model.adapter_configs
     model.requires_grad_(True)
@@ -255,8 +253,7 @@ def plain(model: GPT) -> GPT:
         return model
     folded = copy.deepcopy(model)
     fold_in(folded)
-    with torch.device("meta"):
-        new = GPT(folded.config)
+    new = on_meta(folded.config)
     new.load_state_dict(
         {name: tensor.clone() for name, tensor in folded.state_dict().items()}, assign=True
     )  # tied layers become copies

@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import InputError
-from nanochat.functional import norm
-from nanochat.gpt import MLP, Attention, Linear, kept_or_not
+from nanochat.gpt import MLP, Linear
+from nanochat.ops import norm
 
 # ---- what stands beside one matrix ----------------------------------------------------------------------------------
 # inner(x): what the adapter makes of the layer's input x; outer(y, z): the layer's output y with z = inner(x) taken in;
@@ -135,7 +135,7 @@ class IA3(nn.Module):
         """Of the base's own class: of a product only one factor changes."""
         layer = copy.deepcopy(layer)
         if self.side == "in":
-            layer.first_factor().mul_(self.l)
+            (layer.weight if isinstance(layer, Linear) else layer.A).mul_(self.l)
         else:
             (layer.weight if isinstance(layer, Linear) else layer.B).mul_(self.l[:, None])
         return layer
@@ -145,11 +145,7 @@ class IA3(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer of the model, untouched, and its adapters by name, of which one or none acts.
-
-    As `Linear` it goes by `narrow` and `widen`; between them is a pair: the base's first factor times x, and the adapter's inner
-    output (None: no adapter).
-    """
+    """A linear layer of the model, untouched, and its adapters by name, of which one or none acts."""
 
     def __init__(self, base):
         super().__init__()
@@ -166,52 +162,37 @@ class AdaptedLinear(nn.Module):
     def adapter(self):
         return self.adapters[self.active] if self.merged is None and self.active in self.adapters else None
 
-    def forward(self, x):  # (..., in) -> (..., out)
-        return self.widen(self.narrow(x))
+    # what `ops.project` asks of a layer: its first factor is multiplied together with those of others
+    @property
+    def rank(self):
+        return self.layer.rank
 
-    def first_factor(self):
-        return self.layer.first_factor()
+    @property
+    def weight(self):
+        return self.layer.weight
 
-    def inner(self, x):
-        return None if self.adapter is None else self.adapter.inner(x)
+    @property
+    def A(self):
+        return self.layer.A
 
-    def narrow(self, x):
-        return self.layer.narrow(x if self.adapter is None else self.adapter.before(x)), self.inner(x)
+    @property
+    def kept(self):
+        return self.layer.kept
 
-    def widen(self, pair):
-        h, z = pair
-        y = self.layer.widen(h)
-        return y if self.adapter is None else self.adapter.outer(y, z)
+    def forward(self, x, h=None):
+        """(..., in) -> (..., out). h: the layer's first factor times x, where it has been computed with others."""
+        if self.adapter is None:
+            return self.layer(x, h)
+        y = self.layer(self.adapter.before(x) if h is None else x, h)
+        return self.adapter.outer(y, self.adapter.inner(x))
 
     def folded(self):
         """A plain layer that does the same; the base itself where no adapter acts."""
         return self.layer if self.adapter is None else self.adapter.fold(self.layer)
 
 
-class AdaptedAttention(Attention):
-    """Attention over adapted layers. The first factors of q, k, v keep their joint matmul: another could round otherwise."""
-
-    def narrow(self, x):
-        h = super().narrow(x)
-        x = norm(x)
-        return h, [layer.inner(x) for layer in (self.q, self.k, self.v)]
-
-    def project(self, pair):
-        h, inner = pair
-        layers = (self.q, self.k, self.v)
-        D = self.head_dim
-        parts = h.split([layer.first_factor().size(0) for layer in layers], dim=-1)
-        return [
-            layer.widen(pair).unflatten(-1, (-1, D)).transpose(1, 2)
-            for layer, pair in zip(layers, zip(parts, inner))
-        ]
-
-
 class AdaptedMLP(MLP):
     """MLP over adapted layers: `down` may see its input scaled or dropped, so relu² is a step by itself."""
 
-    def narrow(self, x):
-        return self.up.narrow(norm(x))
-
-    def between(self, h):
-        return kept_or_not(self.apart, self.recompute, h)
+    def forward(self, x):
+        return self.down(F.relu(self.up(norm(x))).square())

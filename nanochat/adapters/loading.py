@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat import recompute
 from nanochat.adapters.attach import attach_saved
 from nanochat.checkpoint_manager import fitting_together, load_with_tokenizer
 from nanochat.common import InputError
@@ -33,6 +34,7 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
             restore(model, meta["subspace"], state["model"])
         else:
             model.load_state_dict(state["model"])
+        recompute.apply(model)
     return model, tokenizer, meta
 
 

@@ -400,9 +400,9 @@ class Subspace(nn.Module):
 class GeneratedGPT(GPT):
     """A GPT whose matrices its `subspace` makes before every pass."""
 
-    def hidden(self, idx, compute_dtype=torch.float32, cache=None):
+    def forward(self, idx, targets=None, compute_dtype=torch.float32, cache=None, head=None):
         place(self, compute_dtype)
-        return super().hidden(idx, compute_dtype, cache)
+        return super().forward(idx, targets, compute_dtype, cache, head)
 
 
 def place(model: GPT, dtype):

@@ -12,6 +12,7 @@ from conftest import Killed, losses
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError
+from nanochat.core_eval import head_input
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.rank import account
@@ -242,8 +243,8 @@ def test_the_gradient_of_the_loss_is_that_through_explicit_matrices_and_finite_d
         model.get_submodule(matrix.name).weight = (
             torch.einsum("k,koi->oi", explicit[0], signs(matrix, 3, d)) * matrix.columns**-0.5
         )
-    loss = super(subspace.GeneratedGPT, model).hidden(idx[:, :-1], torch.float64)
-    mine = model.hidden(idx[:, :-1], torch.float64)
+    loss = GPT.forward(model, idx[:, :-1], compute_dtype=torch.float64, head=head_input)[0]
+    mine = model(idx[:, :-1], compute_dtype=torch.float64, head=head_input)[0]
     torch.testing.assert_close(loss, mine, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(
         torch.autograd.grad(loss.square().sum() * 0.5 + loss.sin().sum(), explicit)[0],
