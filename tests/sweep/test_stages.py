@@ -1,4 +1,4 @@
-"""Experiments of two stages: runs that start from other runs of the sweep, and measurements made after all of them."""
+"""Experiments of two stages: runs that start from other runs, and measurements made after all of them."""
 
 import json
 import sys
@@ -60,7 +60,7 @@ LORA = "[points.lora]\nscript = 'adapter_train'\nbase = 'd2'\n"
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """write(text, seeds) -> path of an experiment file with TINY's flags, the point d2 and this text; there are no runs yet."""
+    """write(text, seeds) -> path of an experiment file: TINY flags, the point d2, this text. No runs yet."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
 
     def experiment(text, seeds=(1, 2)):
@@ -74,7 +74,7 @@ def read(write):
     return lambda text, seeds=(1, 2), **given: read_experiment(write(text, seeds), **given)
 
 
-# ---- what a file means ----------------------------------------------------------------------------------------------
+# ---- what a file means -------------------------------------------------------------------------------------
 
 
 def test_a_later_run_has_its_scripts_flags_the_shared_ones_that_it_knows_and_its_base_of_the_same_seed(read):
@@ -197,7 +197,7 @@ def test_a_mistake_is_one_line_that_names_it(read, text, message):
     assert "\n" not in str(error.value) and "two.toml" in str(error.value)
 
 
-# ---- in which order they run ----------------------------------------------------------------------------------------
+# ---- in which order they run -------------------------------------------------------------------------------
 
 STAND_IN = """
 import json, pathlib, sys
@@ -208,8 +208,9 @@ if folder.name == failing:
     sys.exit("too hot")
 folder.mkdir(parents=True)
 (folder / "config.json").write_text('{"flags": {}}')
-(folder / "partial").write_text(json.dumps({"status": "finished", "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}))
-(folder / "partial").rename(folder / "summary.json")  # whole at once, as a run does it: the sweep reads it all the while
+summary = {"status": "finished", "val/ppl": 9.0, "total_training_flops": 50, "total_training_time": 1}
+(folder / "partial").write_text(json.dumps(summary))
+(folder / "partial").rename(folder / "summary.json")  # at once, as a run does: the sweep reads it meanwhile
 """
 
 
@@ -309,7 +310,7 @@ def test_wandbs_agents_know_no_order(read):
     wandb_agent.check_for_agents(read(""))
 
 
-# ---- the whole way --------------------------------------------------------------------------------------------------
+# ---- the whole way -----------------------------------------------------------------------------------------
 
 
 def test_plan_and_task_of_a_later_run(read, adapter_train, monkeypatch, capsys):
@@ -398,7 +399,7 @@ def test_a_run_of_another_text_or_flags_is_refused(write, base_dir, corpus_dir, 
 )
 def test_the_published_experiments_are_well_formed(name, preset, runs, later, monkeypatch):
     monkeypatch.delitem(sys.modules, "scripts.adapter_train")
-    sweep = read_experiment(Path(__file__).parent.parent / "dev" / "experiments" / f"{name}.toml", preset)
+    sweep = read_experiment(Path(__file__).parents[2] / "dev" / "experiments" / f"{name}.toml", preset)
     tags = [p.tag for p in sweep.points]
     assert (
         len(set(tags)) == len(tags) == runs
