@@ -20,39 +20,41 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
-from nanochat.common import InputError, differing_entries, first_line, process_layout, shortened
+from nanochat.common import differing_entries
+from nanochat.errors import InputError, first_line, shortened
 from nanochat.leases import is_dead, is_here, this_process
+from nanochat.processes import World, process_layout
 
 # keys in the store
 FAILED = "nanochat/failed"  # [line, exit code] of the process that failed first, where that is not process 0
 ENDED = "nanochat/ended"  # the exit code of all, once the line is printed
-LEFT = "nanochat/left"  # how many processes know of it, or are through
-IDENTITY = "nanochat/identity of"  # and a rank: what leases.this_process() says there
+LEFT = "nanochat/left"  # how many processes know that, or have finished their work
+IDENTITY = "nanochat/identity of"  # and a rank: leases.this_process() of that process
 
-POLL = 0.2  # seconds between two looks into the store
-GRACE = 1.0  # seconds: process 0 may be about to fail in the same way
-PATIENCE = 10.0  # seconds: then a process that failed speaks for itself
+STORE_POLL = 0.2  # seconds between two reads of the store
+SAME_FAILURE = 1.0  # seconds: process 0 may be about to fail in the same way
+REPORT_PATIENCE = 10.0  # seconds: then a process that failed prints its own line
 
 JOIN_PATIENCE = timedelta(minutes=30)
 LOAD_PATIENCE = 30.0  # seconds: by then a network directory shows a checkpoint that is there
 READ_PATIENCE = 3.0  # seconds: a file that is there and cannot be read is tried again
 
-ALIKE = "start all processes with the same command, files and environment"
+SAME_COMMAND = "start all processes with the same command, files and environment"
 
 
 # ---- the end -----------------------------------------------------------------------------------------------
 
 
-class Members:
-    """What a process has in common with the others of its run: the store, and a thread that reads it."""
+class Group:
+    """The processes of a run, as one of them sees it: the store, and a thread that reads it."""
 
     def __init__(self, store, rank: int, world_size: int):
         # a connection of its own: one that waits for a key lets nobody else through
         self.store = store.clone() if hasattr(store, "clone") else store
         self.rank = rank
         self.world_size = world_size
-        self.through = threading.Event()
-        self.speaks = threading.Lock()  # who has it, prints the one line
+        self.finished = threading.Event()
+        self.printing = threading.Lock()  # whoever takes it prints the one line
         self.meetings = count(1)
         self.store.set(f"{IDENTITY} {rank}", json.dumps(this_process()))
         self.thread = threading.Thread(target=self.watch, daemon=True, name="other processes")
@@ -61,24 +63,28 @@ class Members:
     def watch(self):
         key = ENDED if self.rank else FAILED
         with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
-            while not self.through.wait(POLL):
+            while not self.finished.wait(STORE_POLL):
                 if self.store.check([key]):
-                    return self.follow() if self.rank else self.speak_for_another()
+                    if self.rank:
+                        self.follow()
+                    else:
+                        self.print_failure()
+                    return
 
-    def speak_for_another(self):
-        """On process 0: print what another one failed with, and end the run."""
+    def print_failure(self):
+        """On process 0: print the line of a process that failed, and end the run."""
         line, code = json.loads(self.store.get(FAILED))
-        time.sleep(GRACE)
-        if self.speaks.acquire(blocking=False):
+        time.sleep(SAME_FAILURE)
+        if self.printing.acquire(blocking=False):
             self.end(line, code)
 
     def end(self, line: str, code: int):
         """On process 0: print the line, and leave after the others."""
-        say(line)
+        print_now(line)
         with contextlib.suppress(RuntimeError):
             self.store.set(ENDED, str(code))
             self.wait_for_others()
-        leave(code)
+        exit_now(code)
 
     def wait_for_others(self, patience: float = 2.0):
         """Until they have left: this process may keep the store."""
@@ -90,22 +96,22 @@ class Members:
         """On another process than 0: leave, now that the line is printed."""
         code = int(self.store.get(ENDED))
         self.store.add(LEFT, 1)
-        leave(code)
+        exit_now(code)
 
     def report(self, line: str, code: int):
         """On another process than 0: let process 0 print the line. Returns if it does not."""
         with contextlib.suppress(RuntimeError):
             self.store.compare_set(FAILED, "", json.dumps([line, code]))
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + REPORT_PATIENCE
             while time.monotonic() < deadline:
                 if self.store.check([ENDED]):
                     self.follow()
                 time.sleep(0.05)
             self.store.set(ENDED, str(code))
 
-    def leave_in_peace(self):
+    def close(self):
         """At the end of a run that has not failed."""
-        self.through.set()
+        self.finished.set()
         self.thread.join(5)  # Python aborts where it ends while a thread waits for the store
         with contextlib.suppress(RuntimeError):
             if self.rank:
@@ -123,11 +129,11 @@ class Members:
         wait = 0.005
         while self.store.add(key, 0) < self.world_size:
             time.sleep(wait)
-            wait = min(2 * wait, POLL)
-            rank = self.first_gone() if wait == POLL else None
+            wait = min(2 * wait, STORE_POLL)
+            rank = self.first_gone() if wait == STORE_POLL else None
             if rank is None:
                 continue
-            time.sleep(2 * GRACE)  # it may have said why, or have been here, and have ended since
+            time.sleep(2 * SAME_FAILURE)  # it may have said why, or have been here, and have ended since
             if self.store.add(key, 0) < self.world_size:
                 raise InputError(f"process {rank} of {self.world_size} is gone; see what it said")
 
@@ -143,25 +149,25 @@ class Members:
         return {rank: identity for rank, identity in identities.items() if is_here(identity)}
 
 
-members: Members | None = None  # while this process belongs to a group
+group: Group | None = None  # while this process belongs to one
 
 
 def join(rank: int, world_size: int):
     """Meet the other processes. Returns the store for torch's process group."""
-    global members
+    global group
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=JOIN_PATIENCE))
-    members = Members(store, rank, world_size)
+    group = Group(store, rank, world_size)
     return store
 
 
-def part():
+def leave_group():
     """Leave the group, if there is one, at the end of a run that has not failed."""
-    global members
-    if members:
-        members.leave_in_peace()
-        members = None
+    global group
+    if group:
+        group.close()
+        group = None
 
 
 def fail(message: str, lost: bool = False):
@@ -170,13 +176,13 @@ def fail(message: str, lost: bool = False):
     lost: the message is that another process is gone; that one may be about to say why.
     """
     if lost:
-        time.sleep(2 * GRACE)
+        time.sleep(2 * SAME_FAILURE)
     rank = 0
     world_size = 1
     with contextlib.suppress(InputError):
         rank, _, world_size = process_layout()
     line = f"error: process {rank} of {world_size}: {message}" if rank else f"error: {message}"
-    if not members and rank > 0:
+    if not group and rank > 0:
         join_late(rank, world_size)
     end_all(line, 2)
     print(line, file=sys.stderr, flush=True)
@@ -187,18 +193,19 @@ def end_all(line: str, code: int):
     """End all processes of the group, this one too, with this line. Returns if there is no group, or no
     process 0 that prints the line.
     """
-    if not members:
-        return None
-    if members.rank > 0:
-        return members.report(line, code)
-    if members.speaks.acquire(blocking=False):
-        members.end(line, code)
-    time.sleep(PATIENCE)  # the thread is speaking, and ends this process
+    if not group:
+        return
+    if group.rank > 0:
+        group.report(line, code)
+        return
+    if group.printing.acquire(blocking=False):
+        group.end(line, code)
+    time.sleep(REPORT_PATIENCE)  # the thread prints, and ends this process
 
 
 def join_late(rank: int, world_size: int):
     """Meet process 0 after a failure. It may have failed too: then the launcher ends this process."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + REPORT_PATIENCE
     try:
         while time.monotonic() < deadline:
             if store_answers():
@@ -219,7 +226,7 @@ def store_answers() -> bool:
 
 def lost_connection(e: Exception) -> str:
     """Why torch lost another process of this run, in a few words; '' if that is not what the error says."""
-    if not members:
+    if not group:
         return ""
     import torch.distributed as dist
 
@@ -230,13 +237,13 @@ def lost_connection(e: Exception) -> str:
     return f"another process of the run is gone ({shortened(reason)}); see what it said"
 
 
-def say(line: str):
+def print_now(line: str):
     """As print, from any thread: it waits for no lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
-def leave(code: int):
+def exit_now(code: int):
     """End this process now: its main thread may be in a collective that will never end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -247,35 +254,37 @@ def leave(code: int):
 # ---- what all have in common -------------------------------------------------------------------------------
 
 
-def meet(place):
+def meet(world: World):
     """Wait until all processes are here. A barrier of torch has a time limit; one may read for hours."""
-    if place[2] > 1:
-        members.meet()
+    if world.size > 1:
+        assert group is not None  # `init_process` has joined it
+        group.meet()
 
 
-def from_first(place, function, *arguments):
-    """What function(*arguments) returns on process 0, on all processes; it is called on that one only.
+def from_first(world: World, function, *arguments):
+    """What function(*arguments) returns on process 0, on all processes. Only process 0 calls it.
 
-    place: (device, rank, number of processes). The value must be one that pickle takes.
+    The value must be one that pickle takes.
     """
-    _, rank, world_size = place
-    values = [function(*arguments) if rank == 0 else None]
-    if world_size > 1:
+    values = [function(*arguments) if world.rank == 0 else None]
+    if world.size > 1:
         import torch
         import torch.distributed as dist
 
-        meet(place)
+        meet(world)
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
 
 
-def confirm(place, values: dict, remedy: str = ALIKE):
+def confirm(world: World, values: dict, remedy: str = SAME_COMMAND):
     """InputError on a process whose values are not those of process 0; it names what differs.
 
     values: nested dicts, by names that the user knows.
     """
-    first = from_first(place, dict, values)
-    if place[1] > 0 and (names := differing(first, values)):
+    first = from_first(world, dict, values)
+    if world.rank == 0:
+        return
+    if names := differing(first, values):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise InputError(f"has other values than process 0: {', '.join(names[:3])}{more}; {remedy}")
 
@@ -284,25 +293,25 @@ def differing(first: dict, own: dict) -> list[str]:
     """Names of what differs in nested dicts, with both values."""
     entries = differing_entries(first, own, lambda a, b: repr(a) == repr(b))
     return [
-        f"{'.'.join(map(str, names))} ({shortened(repr(mine))}, there {shortened(repr(there))})"
-        for names, there, mine in entries
+        f"{'.'.join(map(str, names))} ({shortened(repr(own_value))}, there {shortened(repr(first_value))})"
+        for names, first_value, own_value in entries
     ]
 
 
-def load_same(place, load, where: Path):
-    """What load() returns, (…, meta of a checkpoint), in each process; of all the same checkpoint."""
-    loaded: tuple = load() if place[1] == 0 else ()
-    meta = from_first(place, lambda: loaded[-1])
-    return loaded or load_confirmed(load, where, meta)
+def load_same(world: World, load, path: Path):
+    """What load() returns in each process, (…, meta of a checkpoint): the same checkpoint in all of them."""
+    loaded: tuple = load() if world.rank == 0 else ()
+    meta = from_first(world, lambda: loaded[-1])
+    return loaded or load_confirmed(load, path, meta)
 
 
-def load_confirmed(load, where: Path, meta: dict):
-    """What load() returns, (…, meta): the checkpoint whose meta process 0 has read.
+def load_confirmed(load, path: Path, meta: dict):
+    """What load() returns, (…, meta of a checkpoint): of the one whose meta process 0 has read.
 
     A network directory may show it some seconds later here than there. InputError, or OSError, if it does
     not.
     """
-    patience = READ_PATIENCE if where.exists() else LOAD_PATIENCE
+    patience = READ_PATIENCE if path.exists() else LOAD_PATIENCE
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -311,7 +320,7 @@ def load_confirmed(load, where: Path, meta: dict):
             if not names:
                 return *loaded, own
             problem: InputError | OSError = InputError(
-                f"{where}: is another checkpoint than process 0 has read: "
+                f"{path}: is another checkpoint than process 0 has read: "
                 f"{', '.join(names[:3])}; let all processes see the same folder"
             )
         except (InputError, OSError) as e:

@@ -48,7 +48,7 @@ def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
     trouble = trouble_with(model, device, one_pass)
     troubles = [trouble]
     if world_size > 1:
-        troubles = [None] * world_size
+        troubles = [""] * world_size
         dist.all_gather_object(troubles, trouble)
     model.zero_grad()
     if not any(troubles):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nanochat.common import InputError, get_base_dir
+from nanochat.processes import World
 from nanochat.token_cache import cached_tokens
 
 OPEN_SHARDS = 32  # memory-mapped together: each takes an open file, and some systems allow 256 of them
@@ -92,34 +93,27 @@ def batch_of(rows: list[np.ndarray], device):
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
-def training_batch(
-    rows: Rows, first_row: int, rank: int, world_size: int, device_batch_size: int, micro_step: int, device
-):
-    """One process's (inputs, targets) in one micro-step of the step that begins at row `first_row`.
+def training_batch(rows: Rows, micro_step: int, device_batch_size: int, world: World):
+    """One process's (inputs, targets) in one micro-step. Micro-steps count from row 0 of the training.
 
     The rows of a micro-step go to the processes in order of rank.
     """
-    start = first_row + (micro_step * world_size + rank) * device_batch_size
-    return batch_of([rows.training_row(start + i) for i in range(device_batch_size)], device)
+    start = (micro_step * world.size + world.rank) * device_batch_size
+    return batch_of([rows.training_row(start + i) for i in range(device_batch_size)], world.device)
 
 
-def training_batches(rows: Rows, first_row: int, rank: int, world_size: int, device_batch_size: int, device):
+def training_batches(rows: Rows, first_row: int, device_batch_size: int, world: World):
     """One process's micro-batches from row `first_row` on, without end.
 
     A thread prepares the next batch and sends it to the device while the present one is in use. torch's own
     cache of pinned memory does not reuse a block before its copy has ended.
     """
-    first = first_row // (world_size * device_batch_size)
-    thread = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    first = first_row // (world.size * device_batch_size)
+    on_gpu = world.device.type == "cuda"
+    thread = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
     with ThreadPoolExecutor(1, **thread) as background:
-
-        def prepare(micro_step):
-            return background.submit(
-                training_batch, rows, 0, rank, world_size, device_batch_size, micro_step, device
-            )
-
-        following = prepare(first)
+        following = background.submit(training_batch, rows, first, device_batch_size, world)
         for micro_step in count(first + 1):
             batch = following.result()
-            following = prepare(micro_step)
+            following = background.submit(training_batch, rows, micro_step, device_batch_size, world)
             yield batch

@@ -28,6 +28,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def first_line(e: BaseException) -> str:
+    """What an error of another library says, short enough for ours."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def named(path: Path):
     """Put the path into any OSError raised inside: a failed read of an open file does not name the file."""

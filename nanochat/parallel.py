@@ -1,10 +1,12 @@
-"""Many processes: gradients averaged, updated parameters exchanged, optimizer states brought together for a checkpoint.
+"""Many processes: gradients averaged, updated parameters exchanged, optimizer states brought together for a
+checkpoint.
 
-Every process holds all parameters, updates its share of them (`optim.split_parameters`) and keeps the optimizer state of that share
-alone: stage 1 of ZeRO (arXiv 1910.02054). What torch has for this does not fit: DistributedDataParallel regroups its buckets
-after the first step it sees, so a resumed run would sum in another order than an uninterrupted one and differ in the last bits;
-ZeroRedundancyOptimizer deals out whole parameters, and half of a small model is one table; FSDP2 would cut the matrices that
-Muon orthogonalises whole. All collectives here are waited for.
+Every process holds all parameters, updates its shards of them (`optim.shard_parameters`) and keeps the
+optimizer state of these alone: stage 1 of ZeRO (arXiv 1910.02054). What torch has for this does not fit.
+DistributedDataParallel regroups its buckets after the first step it sees: a resumed run would sum in another
+order than an uninterrupted one and differ in the last bits. ZeroRedundancyOptimizer deals out whole
+parameters, and half of a small model is one table. FSDP2 would cut the matrices that Muon orthogonalises
+whole. All collectives here are waited for.
 """
 
 import contextlib
@@ -14,12 +16,13 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from nanochat.optim import Piece, optimizer_state
+from nanochat.optim import ParameterShard, optimizer_state
+from nanochat.processes import World
 from nanochat.signals import StopRequest
 
 
 @torch.no_grad()
-def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24):
+def average_gradients(parameters, world: World, bucket_elements: int = 2**24):
     """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step."""
     bucket = []
     size = 0
@@ -30,7 +33,7 @@ def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24)
         if size >= bucket_elements or i == len(grads) - 1:
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
-            flat /= world_size
+            flat /= world.size
             for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(mean.view_as(g))
             bucket = []
@@ -38,83 +41,89 @@ def average_gradients(parameters, world_size: int, bucket_elements: int = 2**24)
 
 
 @torch.no_grad()
-def share_parameters(pieces: list[list[Piece]], rank: int):
-    """After a step: every process sends what it updated to all others, so that all hold the same parameters to the bit."""
-    for owner, owned in enumerate(pieces):
-        views = [piece.of(piece.parameter.data) for piece in owned]
+def share_parameters(shards: list[list[ParameterShard]], world: World):
+    """After a step: every process sends what it updated to all others, so that all hold the same parameters
+    to the bit.
+    """
+    for owner, owned in enumerate(shards):
+        views = [shard.entries(shard.parameter.data) for shard in owned]
         if not views:
             continue
-        flat = torch.cat(views) if owner == rank else views[0].new_empty(sum(v.numel() for v in views))
+        sizes = [view.numel() for view in views]
+        flat = torch.cat(views) if owner == world.rank else views[0].new_empty(sum(sizes))
         dist.broadcast(flat, src=owner)
-        if owner != rank:
-            torch._foreach_copy_(views, flat.split([v.numel() for v in views]))
+        if owner != world.rank:
+            torch._foreach_copy_(views, flat.split(sizes))
 
 
 @torch.no_grad()
-def differing_parameters(model) -> list[str]:
-    """Names of the parameters that are not the same to the bit on all processes, found by their sums as integers."""
+def differing_parameters(model, world: World) -> list[str]:
+    """Names of the parameters that differ between processes in any bit, by their sums as integers."""
+    if world.size == 1:
+        return []
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])
     lowest = sums.clone()
     highest = sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return [
-        name for (name, _), differs in zip(model.named_parameters(), (lowest != highest).tolist()) if differs
-    ]
+    differs = (lowest != highest).tolist()
+    return [name for i, (name, _) in enumerate(model.named_parameters()) if differs[i]]
 
 
-def gather_state(optimizers, model, rank: int, world_size: int) -> dict:
-    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same for any number of
-    processes, so a run may continue on another.
+def gather_state(optimizers, model, world: World) -> dict:
+    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same
+    for any number of processes, so a run may continue on another.
     """
-    mine = {
-        name: {key: value.cpu() for key, value in state.items()}
-        for name, state in optimizer_state(optimizers).items()
-    }
-    if world_size == 1:
-        return mine
-    everyone: list[dict] = [{}] * world_size
+    own_state = optimizer_state(optimizers)
+    for name, state in own_state.items():
+        own_state[name] = {key: value.cpu() for key, value in state.items()}
+    if world.size == 1:
+        return own_state
+    states: list[dict] = [{}] * world.size
     # CPU tensors: over gloo, also where the gradients go over NCCL
-    dist.gather_object(mine, everyone if rank == 0 else None)
-    if rank > 0:
+    dist.gather_object(own_state, states if world.rank == 0 else None)
+    if world.rank > 0:
         return {}
     whole = {}
     for name, parameter in model.named_parameters():
-        parts = [states[name] for states in everyone if name in states]
-        if len(parts) == 1:
-            whole[name] = parts[0]
-        elif parts:  # slices, in the order of the processes
-            whole[name] = {
-                key: value
-                if value.ndim == 0
-                else torch.cat([part[key] for part in parts]).view(parameter.shape)
-                for key, value in parts[0].items()
-            }
+        parts = [state[name] for state in states if name in state]
+        if parts:
+            whole[name] = join_shards(parts, parameter.shape)
+    return whole
+
+
+def join_shards(parts: list[dict], shape: torch.Size) -> dict:
+    """{key: tensor of the whole parameter} of the states of its shards, in the order of the processes."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = dict(parts[0])
+    for key, value in whole.items():
+        if value.ndim > 0:
+            whole[key] = torch.cat([part[key] for part in parts]).view(shape)
     return whole
 
 
 # ---- requests to stop --------------------------------------------------------------------------------------
 
-ASKED = "nanochat/stop"  # the key in the store of the process group
+STOP_KEY = "nanochat/stop"  # in the store of the process group
 
 
-def any_process(place, *flags: bool) -> list[bool]:
+def any_process(world: World, *flags: bool) -> list[bool]:
     """Whether each flag is set on any process: the same answer on all."""
-    device, _, world_size = place
-    if world_size == 1:
+    if world.size == 1:
         return list(flags)
-    counts = torch.tensor(flags, dtype=torch.float32, device=device)
+    counts = torch.tensor(flags, dtype=torch.float32, device=world.device)
     dist.all_reduce(counts)
     return [count > 0 for count in counts.tolist()]
 
 
-def names_anywhere(place, names: list[str]) -> list[str]:
+def names_anywhere(world: World, names: list[str]) -> list[str]:
     """The names that any process has: the same list on all."""
-    if place[2] == 1:
+    if world.size == 1:
         return names
-    everyone: list[list[str]] = [[]] * place[2]
-    dist.all_gather_object(everyone, names)
-    return list(dict.fromkeys(chain.from_iterable(everyone)))
+    lists: list[list[str]] = [[]] * world.size
+    dist.all_gather_object(lists, names)
+    return list(dict.fromkeys(chain.from_iterable(lists)))
 
 
 @contextlib.contextmanager
@@ -140,6 +149,8 @@ def relay(request: StopRequest, store, over: threading.Event):
     with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
         while not over.wait(0.3):
             if request.is_set():
-                return store.set(ASKED, str(int(request.number)))
-            if store.check([ASKED]):
-                return request.hear(int(store.get(ASKED)))
+                store.set(STOP_KEY, str(int(request.number)))
+                return
+            if store.check([STOP_KEY]):
+                request.hear(int(store.get(STOP_KEY)))
+                return

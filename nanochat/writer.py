@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.locks import WRITING
 from nanochat.signals import ENDING
 
@@ -23,7 +23,7 @@ def under_launcher() -> bool:
 
 
 def on_cpu(state, copies: dict | None = None):
-    """Tensors, nested in dicts and lists, on the CPU: those that are there already, and copies of all others."""
+    """Tensors, nested in dicts and lists, on the CPU: as they are, or copies from another device."""
     copies = {} if copies is None else copies
     if isinstance(state, dict):
         return {key: on_cpu(value, copies) for key, value in state.items()}
@@ -31,13 +31,13 @@ def on_cpu(state, copies: dict | None = None):
         return type(state)(on_cpu(value, copies) for value in state)
     if not isinstance(state, torch.Tensor) or state.device.type == "cpu":
         return state
-    place = (state.data_ptr(), state.shape, state.dtype)  # the same for tensors that share their memory
-    if place not in copies:
-        copies[place] = state.cpu()
-    return copies[place]
+    storage = (state.data_ptr(), state.shape, state.dtype)  # the same for tensors that share their memory
+    if storage not in copies:
+        copies[storage] = state.cpu()
+    return copies[storage]
 
 
-def write_apart(write, lock, if_orphaned):
+def write_in_fork(write, lock, if_orphaned):
     """write() in a forked process, which is waited for. What it raises is raised here.
 
     It must touch files and CPU tensors only: a forked process has neither the threads nor the devices of
@@ -52,7 +52,7 @@ def write_apart(write, lock, if_orphaned):
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork beside threads
         pid = os.fork()
     if pid == 0:
-        be_writer(write, if_orphaned, parent, writes, lock)
+        run_writer(write, if_orphaned, parent, writes, lock)
     os.close(writes)
     with open(reads, "rb") as pipe:
         answer = pipe.read()
@@ -67,11 +67,11 @@ def write_apart(write, lock, if_orphaned):
         raise error
 
 
-def be_writer(write, if_orphaned, parent: int, answers: int, lock):
-    """The rest of the forked process's life."""
+def run_writer(write, if_orphaned, parent: int, answers: int, lock):
+    """All that the forked process does. It does not return."""
     error = None
     try:
-        leave_the_parent({answers, lock.fileno()})
+        detach_from_parent({answers, lock.fileno()})
         lock.sign(WRITING)
         write()
         if os.getppid() != parent:
@@ -85,17 +85,17 @@ def be_writer(write, if_orphaned, parent: int, answers: int, lock):
         os._exit(0)
 
 
-def leave_the_parent(kept: set[int]):
-    """A session of its own, no signals, and of the parent's files and connections none but those `kept`: the
-    others end with the parent.
+def detach_from_parent(kept_open: set[int]):
+    """Take a session of its own, ignore signals, and close the parent's files and connections except
+    `kept_open`: they end with the parent.
     """
     os.setsid()
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nothing, descriptor)
-    for descriptor in set(map(int, os.listdir("/dev/fd"))) - kept - {0, 1, 2}:
+        os.dup2(null, descriptor)
+    for descriptor in set(map(int, os.listdir("/dev/fd"))) - kept_open - {0, 1, 2}:
         with contextlib.suppress(OSError):  # the one that listed them
             os.close(descriptor)
 

@@ -1,35 +1,45 @@
-"""Adapt a finished model: train an adapter on it (LoRA, AdaLoRA, IA3), or all of it, if wanted with its layers executed more than once.
+r"""Adapt a finished model: train an adapter on it (LoRA, AdaLoRA, IA3), or all of it. Its layers may be
+executed more than once.
 
-    python -m scripts.adapter_train --model-tag d4 --run-tag d4_wiki --data wiki/ --num-iterations 200          LoRA of rank 8
-    python -m scripts.adapter_train --model-tag d4 --run-tag d4_ada --adapter adalora --rank 4 --targets 'attn\\.[qv]$'
-    python -m scripts.adapter_train --model-tag d4 --run-tag d4_12 --layer-map 0,0,0,1,1,1,2,2,2,3,3,3            12 positions, 4 layers' weights
-A run as those of base_train, evaluated also before its first step. Its checkpoints hold the adapter alone: the base has to stay where it
-is. scripts.base_eval, generate and infer_bench take the run as it is; scripts.materialize makes a plain model of it.
+    # LoRA of rank 8
+    python -m scripts.adapter_train --model-tag d4 --run-tag d4_wiki --data wiki/ --num-iterations 200
+    # AdaLoRA on two kinds of matrices
+    python -m scripts.adapter_train --model-tag d4 --run-tag d4_ada --adapter adalora --targets 'attn\.[qv]$'
+    # 12 positions with the weights of 4 layers
+    python -m scripts.adapter_train --model-tag d4 --run-tag d4_12 --layer-map 0,0,0,1,1,1,2,2,2,3,3,3
+
+A run is like those of base_train, and is evaluated also before its first step. Its checkpoints hold the
+adapter alone: the base has to stay where it is. scripts.base_eval, generate and infer_bench take the run as
+it is; scripts.materialize makes a plain model of it.
 """
 
 from argparse import ArgumentTypeError
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nanochat import common, metrics
 from nanochat.adapters.adalora import Allocator
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
-from nanochat.adapters.learner import AdapterLearner
 from nanochat.adapters.loading import ADAPTER, load_bases
+from nanochat.adapters.trainable import AdaLoRATrainable, AdapterTrainable
+from nanochat.arguments import ArgumentParser, number, quoted, whole_number
 from nanochat.checkpoint_manager import fitting_together, step_or_newest
-from nanochat.common import ArgumentParser, InputError, number, print0, quoted, whole_number
 from nanochat.continuation import inherit, read_record
+from nanochat.errors import InputError
 from nanochat.flag_types import layer_map_flag
 from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import check_same_shape, of_two, parse_map, stacked, with_layer_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
-from nanochat.optim import default_matrix_lr
+from nanochat.optim import Rates, default_matrix_lr
 from nanochat.plan import batch_and_horizon, check_schedule, print_plan, take_device_batch
+from nanochat.processes import print0
 from nanochat.rank import account, on_meta
 from nanochat.run_files import read_meta, step_folder
+from nanochat.run_folder import FINISHED, check_resume, lock_folder
+from nanochat.run_setup import RunSpec, start_run
 from nanochat.run_text import note_on_text, open_run_text
 from nanochat.tokenizer import load_tokenizer
-from nanochat.training import START, Learner, check_resume, run
+from nanochat.trainable import Trainable
 from nanochat.training_flags import (
     CHECK_GROUP,
     CORE_GROUP,
@@ -42,13 +52,14 @@ from nanochat.training_flags import (
     SCHEDULE_GROUP,
     WANDB_RUN,
 )
+from scripts.base_train import end_run, train
 
-# The best of factors of 3 for lora, adalora on a story model (width 256) given 40 small steps on an encyclopedia; for ia3 and none
-# one step below the best, which was the largest tried.
+# The best of factors of 3 for lora and adalora on a story model (width 256), given 40 small steps on an
+# encyclopedia; for ia3 and none one factor below the best, which was the largest tried.
 LR = {"lora": 1e-2, "adalora": 3e-2, "ia3": 1e-1, "none": 0.3}
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 
 def by_pattern(value_of):
@@ -67,15 +78,14 @@ def by_pattern(value_of):
 
 def patterns(text: str, value_of) -> dict:
     """'attn=4,mlp=16' -> {'attn': 4, 'mlp': 16}"""
-    return {
-        pattern: value_of(value)
-        for pattern, _, value in (part.rpartition("=") for part in text.split(",") if part)
-    }
+    values = {}
+    for part in text.split(",") if text else ():
+        pattern, _, value = part.rpartition("=")
+        values[pattern] = value_of(value)
+    return values
 
 
-def parse(argv=None):
-    """The flags, checked as far as they can be without a file."""
-    parser = ArgumentParser("Train an adapter, or all of a finished model, on further text.")
+def add_run_flags(parser: ArgumentParser):
     add = parser.add_argument_group("Base and text", "What is trained, and on what.").add_argument
     add("--model-tag", type=tag, required=True, help="the base: a finished run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
@@ -88,7 +98,9 @@ def parse(argv=None):
         help="of the adapter's first numbers, dropout and the order of the data",
     )
     WANDB_RUN.add_to(add)
-    MACHINE_GROUP.add_to(parser)
+
+
+def add_adapter_flags(parser: ArgumentParser):
     add = parser.add_argument_group("Adapter", "What is added to the model, and trained.").add_argument
     add(
         "--adapter",
@@ -100,7 +112,8 @@ def parse(argv=None):
         "--targets",
         default="",
         metavar="REGEX",
-        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of ia3 k, v and down",
+        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of "
+        "ia3 k, v and down",
     )
     add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
     add("--alpha", type=number(), default=16.0, help="the update is scaled by alpha / rank")
@@ -130,22 +143,25 @@ def parse(argv=None):
         help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss",
     )
     add("--adalora-per-parameter", action="store_true", help="the budget counts parameters, not triplets")
-    layers = parser.add_argument_group("Layers", "Which layers of the base run, and how often.")
-    add = layers.add_argument
-    add(
+
+
+def add_layer_flags(parser: ArgumentParser):
+    group = parser.add_argument_group("Layers", "Which layers of the base run, and how often.")
+    group.add_argument(
         "--layer-map",
         type=layer_map_flag,
         default="",
-        help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two runs: A:0,B:0,… or goliath; '' = as the base has them",
+        help="the base's layer at each position: 0,0,1,1,2,3, solar or mobilellm; with --copied also of two "
+        "runs: A:0,B:0,… or goliath; '' = as the base has them",
     )
-    add(
+    group.add_argument(
         "--second-tag",
         type=optional_tag,
         default="",
         metavar="TAG",
         help="the run whose newest checkpoint is B in such a map",
     )
-    tying = layers.add_mutually_exclusive_group()
+    tying = group.add_mutually_exclusive_group()
     tying.add_argument(
         "--tied",
         dest="tied",
@@ -154,6 +170,9 @@ def parse(argv=None):
         help="positions of one layer share its weights; each has an adapter of its own",
     )
     tying.add_argument("--copied", dest="tied", action="store_false", help="each position has a copy of them")
+
+
+def add_rate_flags(parser: ArgumentParser):
     add = parser.add_argument_group("Learning rate", "Of the adapter, or of the model.").add_argument
     add(
         "--lr",
@@ -163,10 +182,27 @@ def parse(argv=None):
         + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()),
     )
     add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
+
+
+def parse(argv=None):
+    """The flags, checked as far as they can be without a file."""
+    parser = ArgumentParser("Train an adapter, or all of a finished model, on further text.")
+    add_run_flags(parser)
+    MACHINE_GROUP.add_to(parser)
+    add_adapter_flags(parser)
+    add_layer_flags(parser)
+    add_rate_flags(parser)
     for group in (LENGTH_GROUP, SCHEDULE_GROUP, EVALUATION_GROUP, CORE_GROUP, SAVING_GROUP, CHECK_GROUP):
         group.add_to(parser)
     args = parser.parse_args(argv)
+    check_flags(args)
+    if args.lr < 0:
+        args.lr = LR[args.adapter]
+    return args
 
+
+def check_flags(args):
+    """InputError where flags do not fit together."""
     check_resume(args.resume)
     if args.run_tag in (args.model_tag, args.second_tag):
         raise InputError(f"--run-tag {args.run_tag}: is the base itself; choose another tag")
@@ -174,22 +210,21 @@ def parse(argv=None):
         adapter_config(args)
     if args.adalora_warmup + args.adalora_final >= 1:
         raise InputError(
-            f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together have to be below 1, "
-            "so that the budget can fall in between"
+            f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together "
+            "have to be below 1, so that the budget can fall in between"
         )
-    if of_two(args.layer_map) and not args.second_tag:
+    takes_two = of_two(args.layer_map)
+    if takes_two and not args.second_tag:
         raise InputError(
             f"--layer-map {args.layer_map}: takes layers of a second run; name it with --second-tag"
         )
-    if args.second_tag and not of_two(args.layer_map):
+    if args.second_tag and not takes_two:
         raise InputError(
-            f"--second-tag {args.second_tag}: no map takes its layers; give --layer-map with B:0, B:1, …, or goliath"
+            f"--second-tag {args.second_tag}: no map takes its layers; give --layer-map with B:0, B:1, …, "
+            "or goliath"
         )
     if args.second_tag and args.tied:
         raise InputError(f"--layer-map {args.layer_map}: layers of two runs are copied; give --copied")
-    if args.lr < 0:
-        args.lr = LR[args.adapter]
-    return args
 
 
 def adapter_config(args) -> AdapterConfig:
@@ -207,11 +242,31 @@ def adapter_config(args) -> AdapterConfig:
     )
 
 
-# ---- the base -------------------------------------------------------------------------------------------------------
+# ---- the base ----------------------------------------------------------------------------------------------
 
 
-def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, GPTConfig]:
-    """(run, {"tag", "step", "sha256"} of its checkpoint, its config). InputError unless it is there, finished and a model of its own."""
+@dataclass
+class Base:
+    """The finished run that is adapted, and the second one of a map of two."""
+
+    run: metrics.Run
+    config: GPTConfig
+    origins: list[dict]  # {"tag", "step", "sha256"} of the checkpoints
+
+
+def find_base(args) -> Base:
+    base = base_run("--model-tag", args.model_tag, args.step)
+    if args.second_tag:
+        second = base_run("--second-tag", args.second_tag)
+        check_same_shape(base.config, second.config, f"--second-tag {args.second_tag}")
+        if second.run.config["derived"]["tokenizer_hash"] != base.run.config["derived"]["tokenizer_hash"]:
+            raise InputError(f"--second-tag {args.second_tag}: has another tokenizer than {args.model_tag}")
+        base.origins += second.origins
+    return base
+
+
+def base_run(flag: str, base: str, step: int = -1) -> Base:
+    """InputError unless the run is there, finished and a model of its own."""
     folder = run_folder(flag, base)
     run = metrics.load_run(folder)
     if run.summary.get("status") != "finished":
@@ -240,15 +295,22 @@ def base_run(flag: str, base: str, step: int = -1) -> tuple[metrics.Run, dict, G
         )
     with fitting_together(step_folder(folder, step)):
         config = GPTConfig(**meta["model"])
-    return run, {"tag": base, "step": step, "sha256": meta["sha256"]}, config
+    return Base(run, config, [{"tag": base, "step": step, "sha256": meta["sha256"]}])
 
 
-def check_map(args, layers: tuple[int, ...], depth: int):
-    if args.adapter == "none" and args.tied and layers and (left_out := set(range(depth)) - set(layers)):
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def layers_of_map(args, depth: int) -> tuple[int, ...]:
+    """--layer-map for a base of so many layers; () without it."""
+    layers = parse_map(args.layer_map, depth) if args.layer_map else ()
+    left_out = set(range(depth)) - set(layers)
+    if args.adapter == "none" and args.tied and layers and left_out:
         raise InputError(
-            f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the model and never learn; "
-            "give --copied"
+            f"--layer-map {args.layer_map}: leaves out layer {min(left_out)}, which would stay in the "
+            "model and never learn; give --copied"
         )
+    return layers
 
 
 def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
@@ -261,116 +323,123 @@ def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
     return model
 
 
-def budget_over(args, model: GPT, steps: int) -> Allocator | None:
+def allocator_for(args, model: GPT, steps: int) -> Allocator:
     """AdaLoRA's, over so many steps."""
-    if args.adapter != "adalora":
-        return None
-    warmup = round(args.adalora_warmup * steps)
-    final = round(args.adalora_final * steps)
     return Allocator(
         adapters_of(model, ADAPTER),
         steps,
-        warmup,
-        final,
+        round(args.adalora_warmup * steps),
+        round(args.adalora_final * steps),
         args.adalora_every,
         per_parameter=args.adalora_per_parameter,
     )
 
 
-def rates(args, steps: int) -> dict:
+def rates(args, steps: int) -> Rates:
     """Learning rates of --adapter none: base_train's own, times --lr."""
     usual = RATE_GROUP.defaults() | {"matrix_lr": default_matrix_lr(steps)}
-    return {name: args.lr * rate for name, rate in usual.items()} | {"weight_decay": args.weight_decay}
+    return Rates(
+        **{name: args.lr * rate for name, rate in usual.items()} | {"weight_decay": args.weight_decay}
+    )
 
 
-class WholeModel(Learner):
-    """Every parameter of a finished model."""
+def build_trainable(args, model: GPT, origin: dict, steps: int) -> Trainable:
+    """origin: see `adapters.loading.load_adapted`."""
+    if args.adapter == "none":
+        return Trainable(model, rates(args, steps))
+    if args.adapter != "adalora":
+        return AdapterTrainable(model, origin, args.lr, args.weight_decay)
+    return AdaLoRATrainable(
+        model,
+        origin,
+        args.lr,
+        args.weight_decay,
+        allocator=allocator_for(args, model, steps),
+        orthogonality_weight=args.adalora_orthogonality,
+    )
 
-    starting = True
 
-
-# ---- the run --------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse(argv)
     inherit(args, read_record(metrics.runs_dir() / args.run_tag), args.run_tag)
-    base, of_base, config = base_run("--model-tag", args.model_tag, args.step)
-    layers = parse_map(args.layer_map, config.n_layer) if args.layer_map else ()
-    check_map(args, layers, config.n_layer)
-    origin = {"bases": [of_base], "layer_map": list(layers), "tied": args.tied}
-    if args.second_tag:
-        second, of_second, theirs = base_run("--second-tag", args.second_tag)
-        check_same_shape(config, theirs, f"--second-tag {args.second_tag}")
-        if second.config["derived"]["tokenizer_hash"] != base.config["derived"]["tokenizer_hash"]:
-            raise InputError(f"--second-tag {args.second_tag}: has another tokenizer than {args.model_tag}")
-        origin["bases"].append(of_second)
-    tokenizer = load_tokenizer(metrics.runs_dir() / args.model_tag / "tokenizer.json")
+    base = find_base(args)
+    layers = layers_of_map(args, base.config.n_layer)
+    spec = plan_run(args, base, layers)
+    if spec is None:  # --dry-run only prints
+        return
+    origin = spec.derived["origin"]
+    run = start_run(spec)  # the processes meet and open the text
+    with lock_folder(run) as checkpoint:
+        if checkpoint == FINISHED:
+            print0(f"{spec.tag}: already finished, see {run.folder}")
+            return
+        bases = load_bases(metrics.runs_dir(), origin["bases"], run.world.device, recompute=args.recompute)
+        model = put_together(args, layers, *bases)
+        trainable = build_trainable(args, model, origin, run.steps)
+        stop = train(run, trainable, checkpoint)
+    end_run(stop)
 
-    # the model without its weights, the horizon: all that can be wrong is wrong before anything is touched
-    config = replace(config, recompute=args.recompute)
-    shape = put_together(args, layers, *(on_meta(config) for _ in origin["bases"]))
-    args.step = of_base["step"]
+
+def plan_run(args, base: Base, layers: tuple[int, ...]) -> RunSpec | None:
+    """What the flags decide: everything that can be wrong is found here, before anything is touched. None
+    with --dry-run: then it is printed.
+    """
+    tokenizer = load_tokenizer(metrics.runs_dir() / args.model_tag / "tokenizer.json")
+    config = replace(base.config, recompute=args.recompute)
+    shape = put_together(
+        args, layers, *(on_meta(config) for _ in base.origins)
+    )  # a model without its weights
+    args.step = base.origins[0]["step"]
     args.given.add("step")  # -1 now means this checkpoint, and another later
-    base_flags = {**DEFAULTS_BEFORE, **base.config["flags"]}
-    of_shape = {name: base_flags[name] for name in SHAPE_FLAGS if name in base_flags and name != "layer_map"}
-    vars(args).update(of_shape, depth=shape.config.n_layer, max_seq_len=config.sequence_len)
-    under_map = config  # the horizon is the same for layers that are shared and layers that are copied
+    take_shape_flags(args, base, shape)
+    horizon_config = config  # the horizon is the same for layers that are shared and layers that are copied
     if layers:
-        under_map = replace(config, layer_map=tuple(layer % config.n_layer for layer in layers))
-    world_size = common.process_layout()[2]
-    plan = batch_and_horizon(args, shape, world_size, under_map) | {"lr": args.lr}
+        horizon_config = replace(config, layer_map=tuple(layer % config.n_layer for layer in layers))
+    world_size = common.process_layout().size
+    plan = batch_and_horizon(args, shape, world_size, horizon_config) | {"lr": args.lr}
     take_device_batch(args, plan, world_size)
     check_schedule(args, plan["num_iterations"])
-    budget_over(args, shape, plan["num_iterations"])
+    if args.adapter == "adalora":
+        allocator_for(args, shape, plan["num_iterations"])
     costs = account(shape)
+    trained = "all of the model is trained"
     if args.adapter != "none":
         costs["params/stored_bits"] = 32 * costs["params/trained"]
-    print0(
-        f"base: {args.model_tag}, step {args.step}; adapter: {args.adapter}"
-        + (
-            f", {costs['params/trained']:,} numbers beside {len(adapters_of(shape, ADAPTER))} matrices"
-            if args.adapter != "none"
-            else ", all of the model is trained"
-        )
-    )
+        count = len(adapters_of(shape, ADAPTER))
+        trained = f"{costs['params/trained']:,} numbers beside {count} matrices"
+    print0(f"base: {args.model_tag}, step {args.step}; adapter: {args.adapter}, {trained}")
     if args.dry_run:
-        return print_plan(shape.config, plan, costs, args)
-
-    def open_text():
-        corpus = open_run_text(base, args.data)
-        if not args.data and (other := note_on_text(base, corpus)):
-            print0(other)
-        return corpus
-
-    def build(device) -> Learner:
-        model = put_together(
-            args, layers, *load_bases(metrics.runs_dir(), origin["bases"], device, recompute=args.recompute)
-        )
-        if args.adapter == "none":
-            return WholeModel(model, rates(args, plan["num_iterations"]))
-        return AdapterLearner(
-            model,
-            origin,
-            args.lr,
-            args.weight_decay,
-            budget_over(args, model, plan["num_iterations"]),
-            args.adalora_orthogonality,
-        )
-
-    run(
+        print_plan(shape.config, plan, costs, args)
+        return None
+    return RunSpec(
         args,
         args.run_tag,
         shape.config,
         plan,
         costs,
         tokenizer,
-        (None, dict(START)),
-        build,
+        lambda: open_text(base.run, args.data),
         tag_flag="--run-tag",
-        open_text=open_text,
-        origin=origin,
+        evaluate_first=True,
+        derived={"origin": {"bases": base.origins, "layer_map": list(layers), "tied": args.tied}},
     )
+
+
+def take_shape_flags(args, base: Base, shape: GPT):
+    """The flags of shape as the base has them: the plan and config.json need them too."""
+    flags = {**DEFAULTS_BEFORE, **base.run.config["flags"]}
+    values = {name: flags[name] for name in SHAPE_FLAGS if name in flags and name != "layer_map"}
+    vars(args).update(values, depth=shape.config.n_layer, max_seq_len=base.config.sequence_len)
+
+
+def open_text(base: metrics.Run, data: str):
+    corpus = open_run_text(base, data)
+    if not data and (note := note_on_text(base, corpus)):
+        print0(note)
+    return corpus
 
 
 if __name__ == "__main__":

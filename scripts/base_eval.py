@@ -27,7 +27,7 @@ from nanochat.dataloader import Rows
 from nanochat.dataset import Corpus
 from nanochat.eval_results import earlier_results, matching_results, read_core, read_eval
 from nanochat.files import write_atomic
-from nanochat.loss_eval import evaluate, sample_texts
+from nanochat.loss_eval import EvalSet, evaluate, sample_texts
 from nanochat.naming import run_folder, tag
 from nanochat.run_files import step_folder
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
@@ -65,39 +65,39 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    place = device, rank, world_size = common.init_process(args.device_type)
-    confirm(place, {name: value for name, value in vars(args).items() if name not in ("data", "core_dir")})
+    world = common.init_process(args.device_type)
+    confirm(world, {name: value for name, value in vars(args).items() if name not in ("data", "core_dir")})
 
     # process 0 looks for the results of an earlier evaluation, and all processes follow it
     folder = metrics.runs_dir() / args.model_tag
-    run, step = from_first(place, open_run, args)
+    run, step = from_first(world, open_run, args)
     identity = {"model_tag": args.model_tag, "step": step}
     out = folder / f"eval_{step:06d}.json"
     core_out = folder / f"core_{step:06d}.json"
-    results, corpus = from_first(place, earlier_on_text, args, run, identity, out)
-    if corpus and rank > 0:
+    results, corpus = from_first(world, earlier_on_text, args, run, identity, out)
+    if corpus and world.rank > 0:
         corpus = corpus.announced()
-    bundle, core_results, no_bundle = earlier_core(args, place, identity, core_out)
+    bundle, core_results, no_bundle = earlier_core(args, world, identity, core_out)
 
     missing = missing_parts(args, results)
     core_missing = bundle is not None and RESULT_KEYS["core"] not in core_results
     unwritten = []
     if missing or core_missing:
-        dtype = from_first(place, dtype_of, args, folder, device.type)
-        load = partial(load_model, folder, step, device)
-        model, tokenizer, _ = load_same(place, load, step_folder(folder, step))
+        dtype = from_first(world, dtype_of, args, folder, world.device.type)
+        load = partial(load_model, folder, step, world.device)
+        model, tokenizer, _ = load_same(world, load, step_folder(folder, step))
         context = model.config.sequence_len
         if core_missing:  # before the long part: a question may not fit into the model's context
-            shares = questions(bundle, tokenizer, context, args.max_per_task, rank, world_size)
+            shares = questions(bundle, tokenizer, context, args.max_per_task, world.rank, world.size)
         if missing:
-            results |= evaluate_on_text(missing, model, tokenizer, corpus, args, place, dtype)
-            unwritten += store(out, results, rank)
+            results |= evaluate_on_text(missing, model, tokenizer, corpus, args, world, dtype)
+            unwritten += store(out, results, world.rank)
         if core_missing:
             measured = evaluate_core(model, bundle, shares, dtype, args.device_batch_size * context)
             core_results |= {"bundle_sha256": bundle.sha256, **with_intervals(measured)}
-            unwritten += store(core_out, core_results, rank)
+            unwritten += store(core_out, core_results, world.rank)
 
-    if world_size > 1:
+    if world.size > 1:
         dist.barrier()  # a process that fails below would end process 0, which may still be writing
     show(results, args.eval)
     if core_results:
@@ -142,7 +142,7 @@ def earlier_on_text(args, run: metrics.Run, identity: dict, out: Path) -> tuple[
     return results | {"data": corpus.place, "text_of_the_run": not note}, corpus
 
 
-def earlier_core(args, place, identity: dict, out: Path) -> tuple[Bundle | None, dict, Unavailable | None]:
+def earlier_core(args, world, identity: dict, out: Path) -> tuple[Bundle | None, dict, Unavailable | None]:
     """(CORE's bundle, results of an earlier evaluation on it, None); without a bundle (None, {}, why)."""
     if "core" not in args.eval:
         return None, {}, None
@@ -150,34 +150,31 @@ def earlier_core(args, place, identity: dict, out: Path) -> tuple[Bundle | None,
         bundle = open_bundle(args.core_dir)
     except Unavailable as e:  # raised at the end: the other parts are evaluated first
         return None, {}, e
-    confirm(place, {"CORE bundle": bundle.fingerprint}, "give all processes the same --core-dir")
+    confirm(world, {"CORE bundle": bundle.fingerprint}, "give all processes the same --core-dir")
     settings = {"bundle": bundle.fingerprint, "max_per_task": args.max_per_task, "dtype": args.dtype}
-    earlier = from_first(place, earlier_results, out, read_core)
+    earlier = from_first(world, earlier_results, out, read_core)
     return bundle, matching_results(identity | settings, earlier), None
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate_on_text(missing: list[str], model, tokenizer, corpus, args, place, dtype) -> dict:
+def evaluate_on_text(missing: list[str], model, tokenizer, corpus, args, world, dtype) -> dict:
     """Losses on training and validation text ("bpb"), and samples of the model on process 0 ("sample")."""
     results = {}
     T = model.config.sequence_len
-    token_bytes = tokenizer.token_bytes()
     for split in ("train", "val") if "bpb" in missing else ("val",):
         rows = Rows(corpus.split(split), tokenizer, T)
-        confirm_caches(place, tokenizer, corpus.split(split))
-        count = min(rows.count, args.eval_tokens // T)
-        if not count:
+        confirm_caches(world, tokenizer, corpus.split(split))
+        eval_set = EvalSet(rows, args.eval_tokens // T, tokenizer)
+        if not eval_set.count:
             raise InputError(f"--data or --eval-tokens: less than one row of {T} {split} tokens")
         if "bpb" in missing:
-            values = evaluate(
-                model, rows, count, token_bytes, args.device_batch_size, place[0], dtype, *place[1:]
-            )
+            values = evaluate(model, eval_set, args.device_batch_size, world, dtype)
             for key, value in values.items():
                 results[f"{split}/{key.split('/')[1]}"] = value
-            results[f"{split}/tokens"] = count * T
-    if "sample" in missing and place[1] == 0:
+            results[f"{split}/tokens"] = eval_set.tokens
+    if "sample" in missing and world.rank == 0:
         results["sample"] = sample_texts(model, tokenizer, rows, dtype)
     return results
 

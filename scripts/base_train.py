@@ -1,149 +1,348 @@
-r"""Pretrain a GPT, full rank or low rank.
+r"""Pretrain a GPT, full rank or low rank. The training loop is here; other scripts that train import it.
 
     python -m scripts.base_train --depth 4 --model-dim 256 --head-dim 64 --data stdlib
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- \
         --depth 20 --attn-rank 0.25 --mlp-rank 0.25
 
-One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json, tokenizer.json and
-checkpoints/. Bad flags are reported in one line (exit 2) before any work.
+One run is one folder, $NANOCHAT_BASE_DIR/runs/<model-tag>: config.json, metrics.jsonl, summary.json,
+tokenizer.json and checkpoints/. Bad flags are reported in one line (exit 2) before any work.
 """
 
+import sys
+import time
 from dataclasses import asdict
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
-from nanochat import common, metrics, recompute
-from nanochat.checkpoint_manager import load_checkpoint
-from nanochat.common import InputError, print0
+from nanochat import agreement, common, compiler, metrics, naming, parallel, recompute, signals, step_metrics
+from nanochat.checkpoint_manager import fitting_together
 from nanochat.continuation import inherit, read_record, tag_by_default
-from nanochat.gpt import GPT
-from nanochat.naming import check_tag, default_tag, shell_command
+from nanochat.dataloader import training_batch, training_batches
+from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
+from nanochat.evaluation import Evaluation, core_questions, is_multiple, print_samples
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import reference_losses
+from nanochat.optim import Rates, load_optimizer_state, muon_momentum
 from nanochat.plan import (
     check_memory,
     parse_flags,
     print_frontier,
     print_plan,
     solve_budget,
-    starting_point,
     take_device_batch,
     training_plan,
 )
+from nanochat.processes import World, print0
 from nanochat.rank import account, predict_peak
+from nanochat.run_files import step_folder
+from nanochat.run_folder import FINISHED, check_resume, lock_folder
+from nanochat.run_inputs import first_weights, vocabulary
+from nanochat.run_output import RunOutput
+from nanochat.run_setup import Run, RunSpec, start_run
+from nanochat.run_state import RunState
 from nanochat.subspace import model as subspace
-from nanochat.tokenizer import load_tokenizer, tokenizer_path
-from nanochat.training import START, Learner, check_resume, run
+from nanochat.subspace.trainable import SubspaceTrainable
+from nanochat.trainable import Trainable
 
-
-def tokenizer_file(args):
-    """Where this run's tokenizer is. A run that goes on has its own copy: the other may be replaced."""
-    copy = metrics.runs_dir() / args.model_tag / "tokenizer.json"
-    resumes = args.model_tag and args.resume != "-1"
-    return copy if resumes and copy.is_file() else tokenizer_path(args.tokenizer_tag)
-
-
-def first_weights(args, tokenizer) -> tuple[dict | None, dict]:
-    """What a new run begins with, in the form of a checkpoint, (state, meta): with --init-from that one's weights at step 0, else no state."""
-    meta = dict(START)
-    if args.init_from is None:
-        return None, meta
-    folder, step = starting_point(args.init_from)
-    state, theirs = load_checkpoint(folder, step)
-    if "adapter" in theirs:
-        raise InputError(
-            f"--init-from {args.init_from}: is an adapter; make a plain model of it with "
-            f"scripts.materialize {shell_command('--model-tag', folder.name)} --out-tag NEW, "
-            "and begin with that"
-        )
-    if tokenizer and tokenizer.hash != theirs.get("tokenizer_hash"):
-        raise InputError(
-            f"--init-from {args.init_from}: learned with tokenizer "
-            f"{theirs.get('tokenizer_hash')}, {tokenizer_file(args)} is {tokenizer.hash}; "
-            f"put {folder / 'tokenizer.json'} in its place"
-        )
-    if "subspace" in theirs:
-        raise InputError(
-            f"--init-from {args.init_from}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it"
-        )
-    return {"model": state["model"]}, meta | {
-        "source": {"tag": folder.name, "step": step, "sha256": theirs["sha256"]}
-    }
-
-
-class SubspaceLearner(Learner):
-    """The numbers that the matrices are made of, embeddings and head: all the parameters that a model in a subspace has."""
-
-    def meta(self) -> dict:
-        return super().meta() | {"subspace": asdict(self.model.subspace.config)}
+STOP_PATIENCE = 2.0  # seconds: a step that takes longer is broken off when a process is asked to stop
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    check_resume(args.resume)
+    spec = plan_run(args)
+    if spec is None:  # --plan and --dry-run only print
+        return
+    run = start_run(spec)  # the processes meet and open the text
+    with lock_folder(run) as checkpoint:
+        if checkpoint == FINISHED:
+            print0(f"{spec.tag}: already finished, see {run.folder}")
+            return
+        model = build_model(spec.config, args.seed, run.world.device)
+        trainable = build_trainable(model, args, spec.plan["matrix_lr"])
+        stop = train(run, trainable, checkpoint)
+    end_run(stop)
 
-    # the vocabulary, the shape, the horizon: all that can be wrong is wrong before anything is touched
-    world_size = common.process_layout()[2]
-    counting = args.dry_run or args.plan
-    file = tokenizer_file(args)
-    if counting and not file.exists() and args.vocab_size < 1:
-        args.vocab_size = 32768
-        print0("no tokenizer yet: counting with --vocab-size 32768")
-    tokenizer = None if counting and args.vocab_size > 0 else load_tokenizer(file)
-    if tokenizer and args.vocab_size > 0 and args.vocab_size != tokenizer.vocab_size:
-        raise InputError(
-            f"--vocab-size {args.vocab_size}: {file} has {tokenizer.vocab_size}; "
-            f"train another with: python -m scripts.tok_train --vocab-size {args.vocab_size} "
-            "--tokenizer-tag NAME, and give its --tokenizer-tag"
-        )
-    vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
+
+# ---- the plan: everything that can be wrong is found here, before anything is touched ----------------------
+
+
+def plan_run(args) -> RunSpec | None:
+    """What the flags decide. None if they ask to see it only: then it is printed."""
+    check_resume(args.resume)
+    world_size = common.process_layout().size
+    tokenizer, vocab_size = vocabulary(args)
     device_type = common.pick_device_type(args.device_type)
     dtype = common.compute_dtype(args.dtype, device_type, training=True)
     if args.plan:
-        return print_frontier(args, vocab_size, world_size, dtype.itemsize)
+        print_frontier(args, vocab_size, world_size, dtype.itemsize)
+        return None
     tag = args.model_tag
     if not tag:
-        tag = tag_by_default(args, lambda flags: default_tag(flags, solve_budget(flags, vocab_size)))
+        tag = tag_by_default(args, lambda flags: naming.default_tag(flags, solve_budget(flags, vocab_size)))
     inherit(args, read_record(metrics.runs_dir() / tag), tag)
     config = solve_budget(args, vocab_size)
-    within = subspace.from_flags(args, config)
-    start = first_weights(args, tokenizer)
+    subspace_config = subspace.from_flags(args, config)
+    weights, derived = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     take_device_batch(args, plan, world_size)
-    accounting = account(config) | predict_peak(
-        config, args.device_batch_size, dtype.itemsize, plan["grad_accum_steps"] > 1
-    )
-    derived = ({"source": start[1]["source"]} if args.init_from else {}) | (
-        {"subspace": asdict(within)} if within else {}
-    )
-    if within:
-        accounting = subspace.costs(within, config, accounting)
-        subspace.check_memory(within, config, dtype.itemsize, device_type)
+    accumulates = plan["grad_accum_steps"] > 1
+    accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, accumulates)
+    if subspace_config:
+        derived["subspace"] = asdict(subspace_config)
+        accounting = subspace.costs(subspace_config, config, accounting)
+        subspace.check_memory(subspace_config, config, dtype.itemsize, device_type)
     if args.dry_run:
-        return print_plan(config, plan | derived, accounting, args)
+        print_plan(config, plan | derived, accounting, args)
+        return None
     if not args.model_tag:
-        check_tag("--model-tag is missing, and", tag)
+        naming.check_tag("--model-tag is missing, and", tag)
     check_memory(args, accounting, device_type)
+    open_text = partial(open_corpus, args.data)
+    return RunSpec(
+        args, tag, config, plan, accounting, tokenizer, open_text, weights=weights, derived=derived
+    )
 
-    def build(device) -> Learner:
-        torch.manual_seed(args.seed)
-        with torch.device(device):
-            model = GPT(config)
-            model.init_weights()
-        recompute.apply(model)
-        rates = dict(
-            embedding_lr=args.embedding_lr,
-            unembedding_lr=args.unembedding_lr,
-            matrix_lr=plan["matrix_lr"],
-            scalar_lr=args.scalar_lr,
-            weight_decay=args.weight_decay,
-        )
-        if not within:
-            return Learner(model, rates)
-        subspace.attach(model, within)
-        return SubspaceLearner(
-            model, rates | {"extra": subspace.adamw_settings(within, args.subspace_lr, args.scalar_lr)}
-        )
 
-    run(args, tag, config, plan, accounting, tokenizer, start, build, **derived)
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def build_model(config: GPTConfig, seed: int, device: torch.device) -> GPT:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = GPT(config)
+        model.init_weights()
+    recompute.apply(model)
+    return model
+
+
+def build_trainable(model: GPT, args, matrix_lr: float) -> Trainable:
+    rates = Rates(args.embedding_lr, args.unembedding_lr, matrix_lr, args.scalar_lr, args.weight_decay)
+    if args.subspace:
+        return SubspaceTrainable(model, rates, subspace.from_flags(args, model.config), args.subspace_lr)
+    return Trainable(model, rates)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.StopRequest | None:
+    """From the checkpoint, (state, meta), or from step 0, to the last step. Returns the request to stop that
+    ended it earlier, with its state saved; else None.
+    """
+    world = run.world
+    tensors, meta = checkpoint or (run.spec.weights, {})
+    evaluation = Evaluation(run, trainable, core_questions(run))
+    trainable.divide(world, run.dtype)
+    state = restore(run, trainable, tensors, meta)
+    output = open_output(run, trainable, meta)
+    compile_model(run, trainable.model)
+    metrics.reset_peak_memory(world.device)
+    if world.size > 1:
+        dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
+    with signals.stop_signals() as stop, parallel.share_requests(stop):
+        output.summarize("running")
+        before_training(run, evaluation, output, state, stop)
+        train_steps(run, trainable, evaluation, output, state, stop)
+        if state.step != output.saved_step:  # the step after it was broken off
+            output.save(state)
+        output.summarize("finished" if state.last else "stopped")
+    if world.size > 1:
+        dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
+    output.close(state)
+    return None if state.last else stop
+
+
+def train_steps(
+    run: Run, trainable: Trainable, evaluation: Evaluation, output: RunOutput, state: RunState, stop
+):
+    """The training loop. `state.step` counts finished updates."""
+    args = run.args
+    world = run.world
+    model = trainable.model
+    first = state.step + 1
+    first_row = state.step * run.rows_per_step
+    batches = training_batches(run.text.train_rows, first_row, args.device_batch_size, world)
+    for step in range(first, run.steps + 1):
+        if state.last or state.stopping:
+            break
+        started = time.perf_counter()
+        if trainable.has_dropout:
+            torch.manual_seed(hash((args.seed, step, world.rank)))  # a resumed run drops the same
+        micro_steps = run.plan["grad_accum_steps"]
+        loss, state.stopping = forward_backward(model, batches, micro_steps, world, run.dtype, stop)
+        if loss is None:  # broken off: the model is still that of the step before
+            break
+        lrm = lr_multiplier(step - 1, run.steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
+        result = step_metrics.StepResult(loss, gradient_norm(model, args.grad_clip), lrm)
+        if result.is_finite:  # on all processes or on none
+            trainable.before_update()
+            update(trainable, world, step - 1, lrm)
+            trainable.after_update()
+        model.zero_grad()
+        if evaluation.is_due(step) and world.device.type == "cuda":
+            torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
+        result.seconds = time.perf_counter() - started
+        state.count_step(result.seconds, result.is_finite)
+
+        entry = step_metrics.step_entry(run, state, result)
+        if step == first:  # measured once every tensor exists
+            entry |= step_metrics.memory_entry(trainable)
+        values = evaluation.after_step(state, stop)
+        print0(step_metrics.step_line(run, state, result) + step_metrics.evaluation_words(values))
+        output.log(entry | values | step_metrics.peak_memory(run))
+
+        if state.bad_steps_in_a_row > args.max_bad_steps:
+            state.last = False
+            output.save(state)  # the last good weights: no bad step was applied
+            output.end_diverged(state)
+        if state.last or state.stopping or is_multiple(step, args.save_every):
+            output.save(state)
+            # a request to stop may have come meanwhile
+            (state.stopping,) = parallel.any_process(world, state.stopping or stop.is_set())
+            if not (state.last or state.stopping):
+                output.summarize("running")
+        print_samples(values)
+
+
+def forward_backward(
+    model: GPT, batches, micro_steps: int, world: World, dtype: torch.dtype, stop: signals.StopRequest
+) -> tuple[float | None, bool]:
+    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all
+    of them, whether a process was asked to stop). The loss is None if a process broke the step off for that:
+    the gradients are then of no use.
+    """
+    total = torch.zeros(3, device=world.device)  # loss, requests to stop, processes that broke off
+    started = time.perf_counter()
+    for micro_step in range(micro_steps):
+        if micro_step and stop.is_set():
+            seconds_each = (time.perf_counter() - started) / micro_step
+            if (micro_steps - micro_step) * seconds_each > STOP_PATIENCE:
+                total[2] = 1
+                break
+        x, y = next(batches)  # (device batch, sequence length) each
+        loss = model(x, y, dtype) / micro_steps
+        loss.backward()
+        total[0] += loss.detach()
+    total[1] = stop.is_set()
+    if world.size > 1:
+        parallel.average_gradients(model.parameters(), world)
+        dist.all_reduce(total)
+    loss, stops, broken_off = total.tolist()
+    return None if broken_off else loss / world.size, stops > 0
+
+
+def gradient_norm(model: GPT, clip: float) -> float:
+    """The norm before clipping; clip <= 0: none."""
+    if clip > 0:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
+    """Linear warmup, constant, linear warmdown to `final`. step: updates so far."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < steps - warmdown:
+        return 1.0
+    return final + (1 - final) * (steps - step) / warmdown
+
+
+def update(trainable: Trainable, world: World, step: int, lrm: float):
+    """Update number `step` (from 0) from the gradients: each process its own shards, which are then
+    exchanged.
+    """
+    for optimizer in trainable.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lrm
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+        optimizer.step()
+    if world.size > 1:
+        parallel.share_parameters(trainable.shards, world)
+
+
+# ---- before the first step ---------------------------------------------------------------------------------
+
+
+def restore(run: Run, trainable: Trainable, tensors: dict | None, meta: dict) -> RunState:
+    """Take over a checkpoint, meta {} for first weights alone. InputError where it does not fit, or where the
+    processes have different ones.
+    """
+    state = RunState.from_meta(meta)
+    state.last = state.step == run.steps
+    if meta and "optimizer" not in tensors:
+        raise InputError(
+            f"--resume: the checkpoints in {run.folder} are of an earlier version of this program, whose "
+            "optimizer differs; choose another tag"
+        )
+    with fitting_together(step_folder(run.folder, state.step)):
+        if tensors:
+            trainable.load(tensors)
+        if meta:
+            load_optimizer_state(trainable.optimizers, trainable.own_shards(run.world), tensors["optimizer"])
+    if names := parallel.differing_parameters(trainable.model, run.world):
+        raise InputError(
+            f"{run.folder}: the processes begin with different values of {', '.join(names[:3])} and "
+            f"{len(names)} parameter(s) in all; nothing was written: let all see the same files"
+        )
+    return state
+
+
+def open_output(run: Run, trainable: Trainable, meta: dict) -> RunOutput:
+    """Open the record, and print what is trained."""
+    if run.is_first_process:
+        validation = run.text.validation
+        vocab_size = run.spec.tokenizer.vocab_size
+        run.config["reference_losses"] = reference_losses(run.text.train_rows, validation, vocab_size)
+    agreement.meet(run.world)  # every process is ready before process 0 writes into the folder
+    output = RunOutput(run, trainable, meta)
+    print_plan(trainable.model.config, run.config["derived"], run.spec.accounting, run.args)
+    device = run.config["device"]
+    line = f"run: {run.folder} on {device['name']}, {run.world.size} process(es), {device['dtype']}"
+    print0(f"{line}, from step {meta['step']}" if meta else line)
+    return output
+
+
+def compile_model(run: Run, model: GPT):
+    """Compile where --compile asks for it, with a batch of the shapes to come."""
+    choice = run.args.compile
+    device, _, size = run.world
+    flops = run.plan["tokens"] * run.spec.accounting["flops/per_token"]
+    if compiler.wanted(choice, device.type, flops):
+        x, y = training_batch(run.text.train_rows, 0, run.args.device_batch_size, run.world)
+        compiler.compile_if_possible(model, choice, device, size, lambda: model(x, y, run.dtype).backward())
+
+
+def before_training(run: Run, evaluation: Evaluation, output: RunOutput, state: RunState, stop):
+    """Evaluate a model that was trained before, and finish what an earlier process left undone."""
+    if state.last and state.bad_steps_in_a_row > run.args.max_bad_steps:
+        output.end_diverged(state)
+    if run.spec.evaluate_first and state.step == 0:
+        losses = evaluation.losses(stop)
+        state.stopping = losses is None
+        if losses:
+            print0(f"before training{step_metrics.evaluation_words(losses)}")
+            output.log(step_metrics.clocks(run, state) | losses)
+    if state.evaluation_owed:
+        values = evaluation.after_step(state, stop)
+        print0(f"step {state.step:05d}/{run.steps:05d}, evaluated now{step_metrics.evaluation_words(values)}")
+        output.log(step_metrics.clocks(run, state) | values | step_metrics.peak_memory(run))
+        print_samples(values)
+        if not state.evaluation_owed:
+            output.settle_evaluation(state)
+    elif state.last:
+        output.declare_last()
+
+
+def end_run(stop: signals.StopRequest | None):
+    """Exit with `signals.exit_code` if a process was asked to stop before the last step."""
+    if stop:
+        common.end_process()
+        sys.exit(signals.exit_code(stop.number))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def read_prompts() -> Iterator[str]:
 def main(argv=None):
     args = parse(argv)
     tag = args.model_tag or newest_finished_run()
-    device = common.init_process(args.device_type, alone=True)[0]
+    device = common.init_process(args.device_type, alone=True).device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, step = open_model(tag, args.step, device)
     model.to(dtype)  # once, and not at every token

@@ -416,7 +416,7 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out)
     config = None if args.model_tag else shape_of(args)
-    device = common.init_process(args.device_type, alone=True)[0]
+    device = common.init_process(args.device_type, alone=True).device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, step = (
         (random_model(config, device), None) if config else open_model(args.model_tag, args.step, device)[::2]

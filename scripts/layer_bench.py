@@ -464,7 +464,7 @@ def main(argv=None):
     shapes = [(*shape, ranks_of(args, *shape)) for shape in layer_shapes(model_of(args))]
     if args.out:
         check_out("--out", args.out)
-    device = common.init_process(args.device_type, alone=True)[0]
+    device = common.init_process(args.device_type, alone=True).device
     dtype = common.compute_dtype(args.dtype, device.type)
     machine = {
         "device": common.device_name(device),

@@ -178,7 +178,8 @@ def main(argv=None):
     args = parse(argv)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
-    device = common.init_process(args.device_type, alone=True)[0]
+    world = common.init_process(args.device_type, alone=True)
+    device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
     second = second_model(args.second_tag, model, tokenizer, device) if args.second_tag else None
@@ -201,7 +202,7 @@ def main(argv=None):
     ]
     names = {named(layers): name for name, named in NAMED.items()}
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
+    eval_set = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
 
     todo = [(own, f"{args.model_tag} as it is", model)]
     found = []
@@ -215,15 +216,8 @@ def main(argv=None):
         )
     todo += [(one, names.get(one, ""), None) for one in dict.fromkeys(maps) if one != own]
     for one, name, whole in todo:
-        values = evaluate(
-            whole or under(model, one, second),
-            rows,
-            count,
-            tokenizer.token_bytes(),
-            args.device_batch_size,
-            device,
-            dtype,
-        )
+        model_under_map = whole or under(model, one, second)
+        values = evaluate(model_under_map, eval_set, args.device_batch_size, world, dtype)
         found.append({"map": one, "name": name, "as it is": whole is not None, **values})
         print(
             f"ppl {values['val/ppl']:12.3f} | bpb {values['val/bpb']:.4f} | {map_text(one, layers)}{f'  {name}' * bool(name)}",

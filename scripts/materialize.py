@@ -149,7 +149,8 @@ def main(argv=None):
 
 def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
-    device, _, _ = common.init_process(args.device_type, alone=True)
+    world = common.init_process(args.device_type, alone=True)
+    device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
@@ -175,11 +176,10 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
             f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
             "to truncate them give --energy, --attn-rank or --mlp-rank"
         )
-    rows = None
-    count = 0
+    eval_set = None
     if eval_tokens:
         T = model.config.sequence_len
-        rows, count = validation_rows(run, tokenizer, T, eval_tokens, args.data, optional=True)
+        eval_set = validation_rows(run, tokenizer, T, eval_tokens, args.data, optional=True)
 
     new, kept = truncate(whole, choose) if args.truncates else (whole if merges_adapter else merge(whole), {})
     if args.truncates and not kept:
@@ -191,14 +191,11 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     if new is not whole:
         print_matrices(whole, new, kept)
     values = {"step": step}
-    if count:
-        before, after = (
-            evaluate(m, rows, count, tokenizer.token_bytes(), args.device_batch_size, device, dtype)
-            for m in (model, new)
-        )
+    if eval_set:
+        before, after = (evaluate(m, eval_set, args.device_batch_size, world, dtype) for m in (model, new))
         for tag, found in ((args.model_tag, before), (args.out_tag, after)):
             print(
-                f"{tag:20} | {count * rows.T:,} validation tokens | loss {found['val/loss']:.4f} | "
+                f"{tag:20} | {eval_set.tokens:,} validation tokens | loss {found['val/loss']:.4f} | "
                 f"ppl {found['val/ppl']:.3f} | bpb {found['val/bpb']:.4f}"
             )
         values |= after | {f"source/{key}": value for key, value in before.items()}
@@ -222,7 +219,7 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     derived = {
         **run.config["derived"],
         "model": asdict(new.config),
-        "val_tokens": count * new.config.sequence_len,
+        "val_tokens": eval_set.tokens if eval_set else 0,
         "source": source,
     }
     derived.pop("origin", None)  # of an adapter run

@@ -168,9 +168,9 @@ class Killed(Exception):
 @pytest.fixture
 def kill_after(monkeypatch):
     """kill_after(n): the process dies when it starts update n + 1; kill_after(None): it lives again."""
-    from nanochat import training
+    from scripts import base_train
 
-    original = training.forward_backward
+    original = base_train.forward_backward
 
     def arm(n):
         left = [n]
@@ -181,7 +181,7 @@ def kill_after(monkeypatch):
             left[0] -= 1
             return original(*args)
 
-        monkeypatch.setattr(training, "forward_backward", original if n is None else step)
+        monkeypatch.setattr(base_train, "forward_backward", original if n is None else step)
 
     return arm
 

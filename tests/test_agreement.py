@@ -178,9 +178,9 @@ def test_an_evaluation_is_of_what_process_0_sees(train, other_base, run_two, cor
 
 def agree_step_by_step(folder, base):
     """What differs in process 1 is refused there, and named."""
-    place = common.init_process("cpu")
-    rank = place[1]
-    assert agreement.from_first(place, lambda: ["value of", os.environ["RANK"]]) == ["value of", "0"]
+    world = common.init_process("cpu")
+    rank = world.rank
+    assert agreement.from_first(world, lambda: ["value of", os.environ["RANK"]]) == ["value of", "0"]
 
     def refused(part, function, *arguments):
         try:
@@ -189,13 +189,13 @@ def agree_step_by_step(folder, base):
         except InputError as e:
             assert rank == 1 and part in str(e), (rank, str(e))
 
-    agreement.confirm(place, {"--seed": 1, "plan": {"lr": float("nan")}})
+    agreement.confirm(world, {"--seed": 1, "plan": {"lr": float("nan")}})
     own = {"--seed": 1 + rank, "plan": {"lr": 0.5, **({"steps": 3} if rank else {})}}
-    refused("--seed (2, there 1), plan.steps (3, there None); start all", agreement.confirm, place, own)
+    refused("--seed (2, there 1), plan.steps (3, there None); start all", agreement.confirm, world, own)
 
     os.chdir(folder / f"process{rank}")  # each has another text of this name
-    corpus = shared_text(place, lambda: open_corpus("text"))
-    assert fingerprints(corpus)["val"] == agreement.from_first(place, fingerprints, corpus)["val"]
+    corpus = shared_text(world, lambda: open_corpus("text"))
+    assert fingerprints(corpus)["val"] == agreement.from_first(world, fingerprints, corpus)["val"]
     list(corpus.val[0].read())
     refused("other text than process 0 has (fingerprint ", lambda: list(corpus.train[0].read()))
 
@@ -203,7 +203,7 @@ def agree_step_by_step(folder, base):
         os.environ["NANOCHAT_BASE_DIR"] = str(base)
     tokenizer = load_tokenizer()
     other_tokens = "other tokens than process 0 has (slots: 7, there 8)"
-    refused(other_tokens, confirm_caches, place, tokenizer, corpus.val)
+    refused(other_tokens, confirm_caches, world, tokenizer, corpus.val)
     common.end_process()
 
 
@@ -229,10 +229,10 @@ def test_what_differs_is_named(base_dir, other_base, run_two, tmp_path):
 
 def fail(ranks, joined):
     rank = common.process_layout()[0]
-    place = common.init_process("cpu") if joined else None
+    world = common.init_process("cpu") if joined else None
     if rank in ranks:
         raise InputError("broken")
-    agreement.meet(place or common.init_process("cpu"))
+    agreement.meet(world or common.init_process("cpu"))
     if joined:
         time.sleep(60)  # in no collective
 
@@ -255,10 +255,10 @@ def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
 
 
 def die_while_others_wait():
-    place = common.init_process("cpu")
-    if place[1] == 1:
+    world = common.init_process("cpu")
+    if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    agreement.meet(place)
+    agreement.meet(world)
 
 
 def test_one_that_is_killed_is_not_waited_for_where_no_launcher_ends_the_others(tmp_path):

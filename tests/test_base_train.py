@@ -17,11 +17,11 @@ from conftest import TINY, Killed, losses
 from processes import Launched
 from test_core_eval import write_bundle
 
-from nanochat import common, metrics, training
+from nanochat import common, metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import REQUEUE, InputError
-from nanochat.loss_eval import reference_losses
+from nanochat.loss_eval import EvalSet, reference_losses
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")
@@ -204,7 +204,7 @@ def test_evaluating_what_is_not_there_is_refused(train):
 
 
 def test_bits_per_byte_by_hand(train):
-    """bpb = all nats of ordinary tokens / ln 2 / the bytes they stand for, from logits of one row at a time."""
+    """bpb = nats of all ordinary tokens / ln 2 / their bytes, from logits of one row at a time."""
     import math
 
     from nanochat.dataloader import Rows
@@ -293,7 +293,8 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
         ),
         (
             ["--matrix-ranks", "w=3"],
-            r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, down",
+            r"--matrix-ranks: 'w=3': no matrix is called w; write e.g. v=128,down=0.5, of q, k, v, o, up, "
+            "down",
         ),
         (["--matrix-ranks", "v=33"], r"--matrix-ranks: v \(layer 0\): rank 33 does not fit a 32 x 32 matrix"),
         (
@@ -401,8 +402,8 @@ def test_an_unfinished_run_with_checkpoints_is_refused_with_the_way_on(train, ki
 
 
 def spoiled(monkeypatch, bad_calls, spoil):
-    """training.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
-    original = training.gradient_norm
+    """base_train.gradient_norm, called once a step, preceded by spoil(model) in the given calls (from 1)."""
+    original = base_train.gradient_norm
     calls = [0]
 
     def gradient_norm(model, clip):
@@ -411,7 +412,7 @@ def spoiled(monkeypatch, bad_calls, spoil):
             spoil(model)
         return original(model, clip)
 
-    monkeypatch.setattr(training, "gradient_norm", gradient_norm)
+    monkeypatch.setattr(base_train, "gradient_norm", gradient_norm)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -443,7 +444,8 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_
     spoiled(monkeypatch, {4, 5, 6}, lambda model: model.wte.weight.grad.fill_(float("nan")))
     with pytest.raises(
         InputError,
-        match=r"step 6: loss or gradient not finite in 3 steps in a row .*runs/tiny/checkpoints: \[6\]; lower the learning rates",
+        match=r"step 6: loss or gradient not finite in 3 steps in a row .*runs/tiny/checkpoints: \[6\]; "
+        "lower the learning rates",
     ):
         train("--max-bad-steps", 2, "--num-iterations", 9, "--warmdown-ratio", 0, "--matrix-lr", 0.04)
     state, meta = load_checkpoint(metrics.runs_dir() / "tiny", 6)
@@ -456,23 +458,23 @@ def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_last_
 )
 def test_weights_that_are_not_finite_take_no_checkpoints_place(train, monkeypatch, flags, step, saved):
     """An update may overflow that came of a finite gradient: here the third."""
-    original = training.update
+    original = base_train.update
     calls = [0]
 
-    def overflowing(optimizers, *rest):
-        original(optimizers, *rest)
+    def overflowing(trainable, *rest):
+        original(trainable, *rest)
         calls[0] += 1
         if calls[0] == 3:
-            optimizers[-1].param_groups[0]["params"][0].data[0] = float("inf")
+            trainable.optimizers[-1].param_groups[0]["params"][0].data[0] = float("inf")
 
-    monkeypatch.setattr(training, "update", overflowing)
+    monkeypatch.setattr(base_train, "update", overflowing)
     with pytest.raises(
         InputError,
         match=rf"step {step}: model\.blocks.* not finite; nothing was saved; "
         rf"the last good weights are in .*checkpoints: {saved}; lower",
     ):
         train("--num-iterations", 9, *flags)
-    assert saved_steps(metrics.runs_dir() / "tiny") == [2] * (saved != "none")
+    assert saved_steps(metrics.runs_dir() / "tiny") == ([] if saved == "none" else [2])
 
 
 @pytest.mark.parametrize("in_step,saved", [(2, 3), (3, 3), (6, 6)])
@@ -483,7 +485,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
     hears it, and is put off.
     """
     straight = train(tag="straight")
-    original = training.gradient_norm
+    original = base_train.gradient_norm
     steps = []
 
     def signalled(model, clip):
@@ -492,7 +494,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
             signal.raise_signal(signal.SIGUSR1)
         return original(model, clip)
 
-    monkeypatch.setattr(training, "gradient_norm", signalled)
+    monkeypatch.setattr(base_train, "gradient_norm", signalled)
     folder = metrics.runs_dir() / "stopped"
     with pytest.raises(SystemExit) as e:
         train(tag="stopped")
@@ -542,12 +544,12 @@ def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train
         write_bundle(tmp_path / "bundle"),
     ]
     straight = train(*flags, tag="straight")
-    monkeypatch.setattr(training, "PATIENCE", -1.0)  # every step is long enough to be broken off
+    monkeypatch.setattr(base_train, "STOP_PATIENCE", -1.0)  # every step is long enough to be broken off
     stops = 0
     ended = False
     while not ended:
         monkeypatch.setattr(
-            training.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops))
+            base_train.signals, "stop_signals", lambda: contextlib.nullcontext(Once(13 * stops))
         )
         try:
             resumed = train(*flags, "--resume", "auto", tag="stopped")
@@ -571,7 +573,10 @@ def test_wherever_a_request_falls_the_resumed_run_is_the_uninterrupted_one(train
 def evaluations(run) -> list[dict]:
     """What was measured at each step, without what depends on the clock."""
     keys = ("step", "val/loss", "val/ppl", "val/bpb", "core_metric", "centered_results/choice", "sample")
-    return [{key: entry[key] for key in keys if key in entry} for entry in run.history]
+    values = []
+    for entry in run.history:
+        values.append({key: entry[key] for key in keys if key in entry})
+    return values
 
 
 def test_a_tag_in_use_is_refused_with_pid_and_host_and_a_dead_holder_is_no_hindrance(train, monkeypatch):
@@ -629,7 +634,8 @@ def test_reference_losses_are_those_of_the_uniform_and_the_unigram_guess():
             T=2, count=len(slots), row=lambda i: np.array((0, *slots[i]))
         )  # row 0 begins with BOS, which is not asked
 
-    found = reference_losses(rows((1, 1), (1, 2)), rows((1, 2), (2, 3), (0, 0)), 2, vocab_size=4)
+    eval_set = EvalSet(rows((1, 2), (2, 3), (0, 0)), 2, SimpleNamespace(token_bytes=list))
+    found = reference_losses(rows((1, 1), (1, 2)), eval_set, vocab_size=4)
     # seen 0, 3, 1, 0 times and once more each, of 8; asked 1, 2, 2, 3
     assert found == pytest.approx(
         {"uniform": math.log(4), "unigram": -(math.log(4 / 8) + 2 * math.log(2 / 8) + math.log(1 / 8)) / 4}

@@ -10,12 +10,12 @@ import torch
 from conftest import Killed, losses
 
 from nanochat import checkpoint_manager as cm
-from nanochat import metrics, training
+from nanochat import metrics
 from nanochat.adapters.loading import load_model
 from nanochat.common import InputError
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_meta, read_summary, step_folder, write_meta
-from scripts import adapter_train
+from scripts import adapter_train, base_train
 
 RESUME = ("--save-every", 3, "--resume", "auto", "--ppl-thresholds", "290")
 
@@ -248,14 +248,14 @@ def test_a_poisoned_checkpoint_is_skipped_and_none_is_written(train, interrupted
         "step_000005: optimizer.smear.exp_avg_sq and 1 tensor(s) in all are not finite; use another step"
         in capsys.readouterr().out
     )
-    update = training.update
+    update = base_train.update
 
-    def poison(optimizers, pieces, place, step, lrm):
-        update(optimizers, pieces, place, step, lrm)
+    def poison(trainable, world, step, lrm):
+        update(trainable, world, step, lrm)
         if step == 2:  # the update before the save: the weights are good
-            next(iter(optimizers[0].state.values()))["exp_avg"].fill_(math.nan)
+            next(iter(trainable.optimizers[0].state.values()))["exp_avg"].fill_(math.nan)
 
-    monkeypatch.setattr(training, "update", poison)
+    monkeypatch.setattr(base_train, "update", poison)
     with pytest.raises(
         InputError, match=r"step 3: optimizer\..*exp_avg and 1 tensor.* not finite; nothing was saved"
     ):
@@ -272,7 +272,7 @@ def test_a_run_folder_without_its_config_is_refused(train, interrupted):
 
 
 def test_a_diverged_run_says_so_and_does_not_become_finished(train, monkeypatch):
-    monkeypatch.setattr(training, "gradient_norm", lambda model, clip: math.nan)
+    monkeypatch.setattr(base_train, "gradient_norm", lambda model, clip: math.nan)
     flags = ("--max-bad-steps", 2, "--resume", "auto")
     for done in (3, 4):  # resumed, it has one more chance a time
         with pytest.raises(

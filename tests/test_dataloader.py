@@ -16,6 +16,7 @@ from processes import Launched
 from nanochat.common import InputError
 from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
+from nanochat.processes import World
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer
 
@@ -73,9 +74,10 @@ def test_the_rows_of_a_step_do_not_depend_on_processes_or_batch_size(rows, world
 
     r = rows()
     device = torch.device("cpu")
+    first = 24 // (world_size * batch)
     inputs = [
-        training_batch(r, 24, rank, world_size, batch, micro, device)[0]
-        for micro in range(12 // (world_size * batch))
+        training_batch(r, micro, batch, World(device, rank, world_size))[0]
+        for micro in range(first, first + 12 // (world_size * batch))
         for rank in range(world_size)
     ]
     expected = np.stack([r.training_row(24 + i)[:-1] for i in range(12)])
@@ -95,7 +97,7 @@ def test_targets_are_the_next_tokens(rows):
     import torch
 
     r = rows()
-    x, y = training_batch(r, 0, 0, 1, 4, 0, torch.device("cpu"))
+    x, y = training_batch(r, 0, 4, World(torch.device("cpu")))
     assert torch.equal(x[:, 1:], y[:, :-1]) and np.array_equal(
         y[:, -1].numpy(), [r.training_row(i)[-1] for i in range(4)]
     )

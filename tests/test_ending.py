@@ -19,7 +19,7 @@ from processes import Launched, environment, free_port
 from nanochat import common, locks, loss_eval, metrics, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.common import InputError
-from nanochat.writer import write_apart
+from nanochat.writer import write_in_fork
 from scripts import adapter_train, base_train
 
 FLAGS = [*TINY, "--device-batch-size", "2"]
@@ -309,7 +309,7 @@ def write_for_two_seconds(folder):
 
     with common.claimed(folder / "lock", "the run") as lock:
         print("writing", flush=True)
-        write_apart(write, lock, lambda: (folder / "summary").touch())
+        write_in_fork(write, lock, lambda: (folder / "summary").touch())
         print("written", flush=True)
 
 
@@ -318,7 +318,7 @@ def refuse_to_write(folder):
         raise InputError(f"{folder}: cannot write the checkpoint")
 
     with common.claimed(folder / "lock", "the run") as lock:
-        write_apart(write, lock, lambda: None)
+        write_in_fork(write, lock, lambda: None)
 
 
 def test_the_writer_outlives_the_process_that_started_it_and_keeps_its_lock(tmp_path, capsys):
@@ -394,14 +394,13 @@ def test_an_adapter_stopped_while_its_base_is_evaluated_begins_again(train, monk
 
 SLOW_STEPS = """
 import time
-from nanochat import training
 from nanochat.common import run_script
 from scripts import base_train
-forward_backward = training.forward_backward
+forward_backward = base_train.forward_backward
 def slow(*args):
     time.sleep(0.4)
     return forward_backward(*args)
-training.forward_backward = slow
+base_train.forward_backward = slow
 run_script(base_train.main)
 """
 SLOW_DISK = """

@@ -12,7 +12,7 @@ from processes import Launched, wait_for
 
 from nanochat import leases, locks
 from nanochat.common import InputError, claimed, locked
-from nanochat.writer import write_apart
+from nanochat.writer import write_in_fork
 
 WITHOUT_FLOCK = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
 
@@ -253,10 +253,12 @@ def test_a_holder_whose_lease_was_taken_over_and_given_back_has_it_no_more(tmp_p
 def test_a_run_whose_folder_was_taken_over_writes_nothing_more(
     train, base_dir, without_flock, monkeypatch, work, times
 ):
-    from nanochat import metrics, training
+    from nanochat import metrics, run_output
+    from scripts import base_train
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    original = getattr(training, work)
+    module = run_output if work == "save_checkpoint" else base_train
+    original = getattr(module, work)
     left = iter(range(times - 1, -1, -1))
 
     def work_and_sleep(*arguments, **options):
@@ -264,7 +266,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(
         if next(left, None) == 0:
             hold_elsewhere(base_dir / "locks/slept.lock", 0)
 
-    monkeypatch.setattr(training, work, work_and_sleep)
+    monkeypatch.setattr(module, work, work_and_sleep)
     message = r"slept.lock.owner: process 4242 on .* has taken over .*leave it to that process"
     with pytest.raises(InputError, match=message):
         train("--save-every", 2, "--num-iterations", 6, tag="slept")
@@ -303,7 +305,7 @@ def write_slowly(folder):
         wait_for((folder / "go").exists)
 
     with claimed(path, "x") as lock:
-        write_apart(write, lock, (folder / "orphan").touch)
+        write_in_fork(write, lock, (folder / "orphan").touch)
         assert leases.read_entry(locks.owner_path(path)).identity["pid"] == os.getpid()
 
 

@@ -6,10 +6,18 @@ import torch
 from nanochat import optim
 from nanochat.adapters.attach import AdapterConfig, attach
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import Muon, build_optimizers, orthogonalize, split_parameters, update_scale, uses_muon
+from nanochat.optim import (
+    Muon,
+    Rates,
+    build_optimizers,
+    orthogonalize,
+    shard_parameters,
+    update_scale,
+    uses_muon,
+)
 from nanochat.rank import account
 
-LRS = dict(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02, scalar_lr=0.01, weight_decay=0.1)
+LRS = Rates(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02, scalar_lr=0.01, weight_decay=0.1)
 
 
 def small_model(**changes):
@@ -57,7 +65,7 @@ def test_orthogonalize_of_a_batch_treats_each_matrix_alone():
 
 
 def test_the_steps_are_the_best_for_what_the_ones_before_leave():
-    """Each quintic on its interval [l, u]: |1 - p| reaches its maximum at l with the same value as inside: equioscillation."""
+    """Equioscillation: on the interval of each quintic, |1 - p| is as large at its lower end as inside."""
     low = 0.03
     high = 1.0
     for a, b, c in optim.POLAR_EXPRESS:
@@ -76,7 +84,7 @@ def test_orthogonalize_of_zero_is_zero():
 @pytest.mark.parametrize("rank", [1, 16])
 @pytest.mark.parametrize("shape", [(16, 24), (16, 64), (64, 16)])
 def test_orthogonalize_of_any_size_is_of_size_one_or_zero(shape, rank):
-    """Squares of 1e-20 are beyond float32: what they make of the Gram matrix must not be taken for a direction."""
+    """Squares of 1e-20 are beyond float32: what is left of the Gram matrix must not count as a direction."""
     torch.manual_seed(0)
     X = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
     for power in range(46):
@@ -117,15 +125,11 @@ def test_batched_muon_follows_the_formula_for_each_matrix(shape, line_sum):
 
 
 def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
-    a, b, c = (
-        15 / 8,
-        -10 / 8,
-        3 / 8,
-    )  # many of these converge whatever the scale: theirs divides by the Frobenius norm
-    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((a, b, c),) * 20)
-    monkeypatch.setattr(
-        optim, "even_out", lambda updates, square, beta2: (updates, square)
-    )  # theirs has no such step
+    # many steps of these converge at any scale: torch's Muon divides by the Frobenius norm
+    coefficients = (15 / 8, -10 / 8, 3 / 8)
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", (coefficients,) * 20)
+    # torch's Muon has no such step
+    monkeypatch.setattr(optim, "normalize_lines", lambda updates, square, beta2: (updates, square))
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(12, 24))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -137,10 +141,10 @@ def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
         weight_decay=0.0,
         momentum=0.95,
         nesterov=True,
-        ns_coefficients=(a, b, c),
+        ns_coefficients=coefficients,
         ns_steps=20,
     )
-    for step in range(3):
+    for _ in range(3):
         ours.grad = torch.randn(12, 24)
         theirs.grad = ours.grad.clone()
         muon.step()
@@ -160,7 +164,7 @@ def test_muon_agrees_with_torchs_own_under_the_same_coefficients(monkeypatch):
 )
 def test_every_parameter_is_in_exactly_one_group_and_accounted(changes):
     model = small_model(**changes)
-    optimizers = build_optimizers(model, **LRS)
+    optimizers = build_optimizers(model, LRS)
     placed = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(placed) == sorted(id(p) for p in model.parameters())
     idx = torch.randint(0, 64, (2, 16))
@@ -182,7 +186,7 @@ def test_a_frozen_parameter_is_in_no_group_and_costs_nothing():
     model.wte.weight.requires_grad_(False)
     model.blocks[0].mlp.up.weight.requires_grad_(False)
     before = model.wte.weight.clone()
-    optimizers = build_optimizers(model, **LRS)
+    optimizers = build_optimizers(model, LRS)
     idx = torch.randint(0, 64, (2, 16))
     model(idx, idx).backward()
     for optimizer in optimizers:
@@ -195,7 +199,7 @@ def test_a_frozen_parameter_is_in_no_group_and_costs_nothing():
 
 def test_a_muon_group_holds_one_shape_and_factors_keep_their_role():
     model = small_model(attn_ranks=(32, 32))  # A and B of a square full-width factorisation have one shape
-    muon = build_optimizers(model, **LRS)[1]
+    muon = build_optimizers(model, LRS)[1]
     for group in muon.param_groups:
         assert len({p.shape for p in group["params"]}) == 1
     scale = {id(p): g["scale"] for g in muon.param_groups for p in g["params"]}
@@ -204,16 +208,18 @@ def test_a_muon_group_holds_one_shape_and_factors_keep_their_role():
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7, 40])
-def test_pieces_cover_every_entry_once_and_share_the_work(processes):
+def test_shards_cover_every_entry_once_and_share_the_work(processes):
     model = small_model(attn_ranks=(4, 8))
-    pieces = optim.split_parameters(model, processes)
+    shards = optim.shard_parameters(model, processes)
     for name, p in model.named_parameters():
         count = torch.zeros_like(p)
-        for piece in sum(pieces, []):
-            if piece.name == name:
-                piece.of(count).add_(1)
+        for shard in sum(shards, []):
+            if shard.name == name:
+                shard.entries(count).add_(1)
         assert (count == 1).all(), name
-    sizes = [sum(piece.end - piece.start for piece in share) for share in pieces]
+    sizes = [0] * processes
+    for rank, own in enumerate(shards):
+        sizes[rank] = sum(shard.end - shard.start for shard in own)
     largest = max(p.numel() for name, p in model.named_parameters() if optim.uses_muon(name, p))
     assert max(sizes) <= sum(sizes) / processes + largest + 10
 
@@ -222,8 +228,8 @@ def test_the_shares_together_make_the_step_of_one_process():
     one = small_model(mlp_ranks=(4, 8))
     shared = small_model(mlp_ranks=(4, 8))
     idx = torch.randint(0, 64, (2, 16))
-    whole = build_optimizers(one, **LRS)
-    shares = [build_optimizers(shared, **LRS, pieces=pieces) for pieces in optim.split_parameters(shared, 3)]
+    whole = build_optimizers(one, LRS)
+    shares = [build_optimizers(shared, LRS, shards=shards) for shards in optim.shard_parameters(shared, 3)]
     for _ in range(3):
         for model, optimizers in ((one, whole), (shared, sum(shares, []))):
             model(idx, idx).backward()
@@ -235,7 +241,7 @@ def test_the_shares_together_make_the_step_of_one_process():
 
 
 def test_extra_groups_of_adamw_take_what_is_added_to_a_model_in_any_number_of_processes():
-    """Adapters and the like: torch's own AdamW with their settings, decay on matrices only, and never Muon."""
+    """Adapters and the like: torch's own AdamW with their settings, decay on matrices only, never Muon."""
 
     def adapted():
         model = small_model()
@@ -244,16 +250,16 @@ def test_extra_groups_of_adamw_take_what_is_added_to_a_model_in_any_number_of_pr
 
     settings = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
     models = [adapted() for _ in range(2)]
-    trained = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    trained = []
+    for model in models:
+        trained.append({name: p for name, p in model.named_parameters() if p.requires_grad})
     assert trained[0] and all(
         ".adapters." in name and not uses_muon(name, p) for name, p in trained[0].items()
     )
-    shares = split_parameters(models[0], 3)
-    ours = [
-        o
-        for pieces in shares
-        for o in build_optimizers(models[0], extra={".adapters.": settings}, pieces=pieces)
-    ]
+    shares = shard_parameters(models[0], 3)
+    ours = []
+    for shards in shares:
+        ours += build_optimizers(models[0], Rates(), {".adapters.": settings}, shards)
     theirs = torch.optim.AdamW(
         [
             {"params": [p for p in trained[1].values() if p.ndim == 2]},

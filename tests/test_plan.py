@@ -3,7 +3,6 @@
 import pytest
 from conftest import TINY
 
-from nanochat import training
 from nanochat.common import InputError
 from nanochat.flags import build_parser
 from nanochat.plan import model_config, solve_budget, take_device_batch, training_plan
@@ -123,7 +122,7 @@ def test_batch_chosen_for_the_user_grows_with_the_horizon_and_divides():
 
 
 def test_learning_rate_schedule_by_hand():
-    lr = [training.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
+    lr = [base_train.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
     assert lr == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
 
 

@@ -8,7 +8,7 @@ from test_gpt import live_bytes, tokens
 
 from nanochat import recompute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import build_optimizers
+from nanochat.optim import Rates, build_optimizers
 from nanochat.rank import (
     account,
     count_parameters,
@@ -171,9 +171,8 @@ def two_steps(config, rows: int, passes: int):
     model = GPT(config)
     model.init_weights()
     recompute.apply(model)
-    optimizers = build_optimizers(
-        model, embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1, weight_decay=0.0
-    )
+    rates = Rates(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01, scalar_lr=0.1)
+    optimizers = build_optimizers(model, rates)
     idx = tokens(rows, config.sequence_len, vocab=config.vocab_size)
     for _ in range(2):
         for _ in range(passes):

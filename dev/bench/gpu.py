@@ -70,7 +70,7 @@ def small_model(rank: int) -> GPT:
 def trained(model: GPT, device, dtype, steps: int = 5):
     """(first loss, its gradients, loss after the steps) on one random batch."""
     model = copy.deepcopy(model).to(device)
-    optimizers = build_optimizers(model, **RATES)
+    optimizers = build_optimizers(model, RATES)
     tokens = torch.randint(1024, (4, 129), generator=torch.Generator().manual_seed(1)).to(device)
     losses = []
     for step in range(steps):
@@ -382,7 +382,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_out("--out", args.out)
     began = time.monotonic()
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     dtype, compiled, repeats, start = (
         (torch.float32, False, 2, 4) if args.tiny else (torch.bfloat16, True, 10, LARGEST_BATCH)
     )

@@ -34,7 +34,7 @@ def main(argv=None):
         "--device-type", choices=["", "cuda", "cpu"], default="", help="of ours; '' = cuda where there is one"
     )
     args = parser.parse_args(argv)
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     x = torch.randn(2**args.bits, generator=torch.Generator().manual_seed(0))
     array = x.numpy()
     x = x.to(device)

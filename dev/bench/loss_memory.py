@@ -97,7 +97,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out:
         check_out("--out", args.out, is_file=True)
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     result = measure(
         args.device_batch_size * args.max_seq_len,

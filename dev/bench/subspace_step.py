@@ -13,7 +13,7 @@ import train_step
 from train_step import RATES, Subject, allocated, noise_rows  # first: it finds nanochat in a bare checkout
 
 from nanochat import common
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat.common import ArgumentParser, InputError, World, whole_number
 from nanochat.dataloader import training_batches
 from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
@@ -39,8 +39,8 @@ def make_subject(
     return Subject(
         name,
         model,
-        build_optimizers(model, **RATES, extra=extra),
-        training_batches(rows, 0, 0, 1, batch_size, device),
+        build_optimizers(model, RATES, extra=extra),
+        training_batches(rows, 0, batch_size, World(device)),
         dtype,
     )
 
@@ -63,7 +63,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     config = GPTConfig(
         args.max_seq_len,

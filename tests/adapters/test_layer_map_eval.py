@@ -12,6 +12,7 @@ from nanochat.checkpoint_manager import amend_checkpoint, saved_steps
 from nanochat.common import InputError
 from nanochat.layer_maps import with_copied_layers
 from nanochat.loss_eval import evaluate, validation_rows
+from nanochat.processes import World
 from nanochat.tokenizer import Tokenizer
 from scripts import layer_map_eval
 
@@ -92,10 +93,9 @@ def test_layers_of_two_runs(train, tmp_path):
     )
     found = evaluate(
         with_copied_layers(model, (0, 5), second),
-        *validation_rows(one, tokenizer, 32, 1024),
-        tokenizer.token_bytes(),
+        validation_rows(one, tokenizer, 32, 1024),
         4,
-        torch.device("cpu"),
+        World(torch.device("cpu")),
         torch.float32,
     )
     assert float(rows["A:0 B:2"]["val/loss"]) == pytest.approx(found["val/loss"], abs=1e-6)

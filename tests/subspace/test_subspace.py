@@ -14,7 +14,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import InputError
 from nanochat.core_eval import head_input
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import build_optimizers
+from nanochat.optim import Rates, build_optimizers
 from nanochat.rank import account
 from nanochat.subspace import model as subspace
 from nanochat.subspace import operators
@@ -308,10 +308,10 @@ def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkey
 
 
 def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_rate():
-    rates = dict(embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0, weight_decay=0.0)
+    rates = Rates(embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0, weight_decay=0.0)
     for config in ALL:
         extra = subspace.adamw_settings(config, 5.0, 6.0)
-        groups = [g for o in build_optimizers(inside(config), **rates, extra=extra) for g in o.param_groups]
+        groups = [g for o in build_optimizers(inside(config), rates, extra) for g in o.param_groups]
         model_names = sorted(name for name, _ in inside(config).named_parameters())
         assert sorted(name for g in groups for name in g["names"]) == model_names
         for name, lr in ((name, g["lr"]) for g in groups for name in g["names"]):

@@ -1,0 +1,97 @@
+"""What is known of one training step: the entry in metrics.jsonl, and the line on the console."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanochat import metrics
+from nanochat.run_setup import Run
+from nanochat.run_state import RunState
+from nanochat.trainable import Trainable
+
+
+@dataclass
+class StepResult:
+    """The same on every process, except for the seconds: loss and gradients are means over all."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    lrm: float  # learning rate multiplier
+    seconds: float = 0.0
+
+    @property
+    def is_finite(self) -> bool:
+        """Else the update is not applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def clocks(run: Run, state: RunState) -> dict:
+    """How far the run is, in all units."""
+    tokens = state.step * run.plan["total_batch_size"]
+    return {
+        "step": state.step,
+        "total_tokens": tokens,
+        "total_training_time": state.seconds,
+        "total_training_flops": tokens * run.spec.accounting["flops/per_token"],
+    }
+
+
+def step_entry(run: Run, state: RunState, result: StepResult) -> dict:
+    """The entry of a step in metrics.jsonl, before any evaluation."""
+    tokens_per_second = run.plan["total_batch_size"] / result.seconds
+    entry = clocks(run, state) | {
+        "train/lrm": result.lrm,
+        "train/dt": result.seconds,
+        "train/tok_per_sec": tokens_per_second,
+        "train/epoch": state.step * run.rows_per_step / run.text.train_rows.count,
+    }
+    if result.is_finite:
+        entry |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
+    else:
+        entry["train/bad_steps"] = state.bad_steps
+    if peak := metrics.peak_flops(run.config["device"]["name"]):
+        flops_per_second = tokens_per_second * run.spec.accounting["flops/per_token"]
+        entry["train/mfu"] = flops_per_second / (peak * run.world.size)
+    return entry
+
+
+def peak_memory(run: Run) -> dict:
+    return {"mem/peak_bytes": metrics.peak_memory_bytes(run.world.device)}
+
+
+def memory_entry(trainable: Trainable) -> dict:
+    """Bytes of this process's weights and optimizer state, once a step has made all of them."""
+    model = trainable.model
+    states = [state for optimizer in trainable.optimizers for state in optimizer.state.values()]
+    return {
+        "mem/weights_bytes": bytes_of([*model.parameters(), *model.buffers()]),
+        "mem/optimizer_bytes": bytes_of([value for state in states for value in state.values()]),
+    }
+
+
+def bytes_of(values: list) -> int:
+    """Of the tensors among them."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+def step_line(run: Run, state: RunState, result: StepResult) -> str:
+    tokens_per_second = run.plan["total_batch_size"] / result.seconds
+    minutes = (run.steps - state.step) * state.seconds / state.step / 60
+    line = (
+        f"step {state.step:05d}/{run.steps:05d} | loss {result.loss:.4f} | "
+        f"{tokens_per_second:,.0f} tok/s | ETA {minutes:.1f} min"
+    )
+    if not result.is_finite:
+        line += f" | not finite (gradient norm {result.grad_norm}): not applied"
+    return line
+
+
+def evaluation_words(values: dict) -> str:
+    """What an evaluation adds to the line."""
+    words = ""
+    if "val/ppl" in values:
+        words += f" | val ppl {values['val/ppl']:.2f}, bpb {values['val/bpb']:.4f}"
+    if "core_metric" in values:
+        words += f" | CORE {values['core_metric']:.4f}"
+    return words

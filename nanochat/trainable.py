@@ -1,0 +1,61 @@
+"""What a run trains: the model, its optimizers, and which tensors its checkpoints hold."""
+
+from dataclasses import asdict
+
+import torch
+
+from nanochat.gpt import GPT
+from nanochat.optim import ParameterShard, Rates, build_optimizers, shard_parameters
+from nanochat.processes import World
+
+
+class Trainable:
+    """A GPT of which every parameter that requires a gradient is trained. A checkpoint holds all of the
+    model.
+
+    nanochat/subspace/trainable.py and nanochat/adapters/trainable.py train something else: they override the
+    methods that differ.
+    """
+
+    has_dropout = False  # a forward pass draws random numbers
+
+    def __init__(self, model: GPT, rates: Rates):
+        self.model = model
+        self.rates = rates
+        self.shards: list[list[ParameterShard]] = []  # by process
+        self.optimizers: list[torch.optim.Optimizer] = []  # of this process's shards
+
+    def divide(self, world: World, dtype: torch.dtype):
+        """Divide the parameters among the processes, and make this process's optimizers. dtype: see
+        `optim.Muon`.
+        """
+        self.shards = shard_parameters(self.model, world.size)
+        self.optimizers = self.build_optimizers(self.own_shards(world), dtype)
+
+    def own_shards(self, world: World) -> list[ParameterShard]:
+        return self.shards[world.rank]
+
+    def build_optimizers(self, shards: list[ParameterShard], dtype: torch.dtype):
+        return build_optimizers(self.model, self.rates, shards=shards, dtype=dtype)
+
+    def before_update(self):
+        """Called with the step's gradients, the same in all processes, which it must change alike."""
+
+    def after_update(self):
+        """Called once every process has the new parameters of the step."""
+
+    def metrics(self) -> dict:
+        """More values for the record's entry of an evaluation."""
+        return {}
+
+    def state(self) -> dict:
+        """Tensors, in nested dicts, that a checkpoint holds beside the state of the optimizers."""
+        return {"model": self.model.state_dict()}
+
+    def load(self, state: dict):
+        """Take over what `state` returned, from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+
+    def meta(self) -> dict:
+        """What `adapters.loading.load_model` needs to build the model again, as JSON."""
+        return {"model": asdict(self.model.config)}
