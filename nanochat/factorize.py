@@ -1,4 +1,4 @@
-"""A finished model in another form: factors multiplied out, matrices cut down to factors by their singular values, layers in another order."""
+"""Matrices of a finished model in another form: factors multiplied out, or made by singular values."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from nanochat.adapters.attach import plain
 from nanochat.gpt import GPT, MATRICES, GPTConfig, Linear, LowRankLinear
 from nanochat.rank import on_meta
 
@@ -30,12 +29,12 @@ def rank_of(layer: Linear | LowRankLinear) -> int:
 
 
 def product(layer: Linear | LowRankLinear) -> torch.Tensor:
-    """The matrix that it applies, (out, in) float64, so that reduced-precision float32 matmuls (TF32) play no part."""
+    """The matrix that a layer applies, (out, in), in float64: float32 might be reduced to TF32."""
     return deepcopy(layer).double().dense_weight()
 
 
 def check_linear(model: GPT):
-    """ValueError if a layer has a nonlinearity between its factors: no matrix does what it does."""
+    """ValueError if a layer has a nonlinearity between its factors: then no matrix does the same."""
     for name, layer in linear_layers(model).items():
         if rank_of(layer) and layer.act != "none":
             raise ValueError(
@@ -45,40 +44,37 @@ def check_linear(model: GPT):
 
 @torch.no_grad()
 def merge(model: GPT) -> GPT:
-    """The same function with every product BA as one matrix, and an adapter inside it. ValueError: see `check_linear`."""
-    model = plain(model)
+    """The same function with every product BA as one matrix. ValueError: see `check_linear`."""
     check_linear(model)
-    return rebuild(
-        model, {name: (product(layer),) for name, layer in linear_layers(model).items() if rank_of(layer)}
-    )
+    layers = linear_layers(model).items()
+    return with_weights(model, {name: (product(layer),) for name, layer in layers if rank_of(layer)})
 
 
 @torch.no_grad()
 def truncate(model: GPT, choose: dict[str, Callable]) -> tuple[GPT, dict[str, float]]:
-    """The nearest model of lower rank, matrix by matrix (Eckart-Young), with balanced factors: W = U S Vᵀ, B = U √S, A = √S Vᵀ.
+    """(the nearest model of lower rank, {name of a truncated layer: share of its energy Σ S² that is kept}).
 
-    choose: {name of a layer: function from its singular values, largest first, to a rank}. A layer stays as it is where the factors
-    would have no fewer parameters than it has, or be all zeros, which could never learn.
-    Returns (model, {name of a layer cut: share of its energy Σ S² that is kept}). ValueError: see `check_linear`.
+    Each W = U S Vᵀ becomes balanced factors B = U √S and A = √S Vᵀ of the r largest singular values
+    (Eckart-Young). choose: {name of a layer: function from its singular values, largest first, to r}. A layer
+    stays as it is where the factors would have no fewer parameters than it has, or be all zeros, which could
+    never learn. ValueError: see `check_linear`.
     """
     check_linear(model)
     layers = linear_layers(model)
     factors = {}
-    kept = {}
+    energy_kept = {}
     for name, rank_from in choose.items():
         layer = layers[name]
-        U, S, Vt = torch.linalg.svd(
-            product(layer), full_matrices=False
-        )  # (out, m), (m,), (m, in); m = min(in, out)
+        # (out, m), (m,), (m, in) with m = min(in, out)
+        U, S, Vt = torch.linalg.svd(product(layer), full_matrices=False)
         r = rank_from(S)
-        if S[0] > 0 and r * (layer.in_features + layer.out_features) < sum(
-            p.numel() for p in layer.parameters()
-        ):
+        fewer = r * (layer.in_features + layer.out_features) < sum(p.numel() for p in layer.parameters())
+        if S[0] > 0 and fewer:
             root = S[:r].sqrt()
             energy = S.square()
             factors[name] = (root[:, None] * Vt[:r], U[:, :r] * root)  # A: (r, in), B: (out, r)
-            kept[name] = (energy[:r].sum() / energy.sum()).item()
-    return rebuild(model, factors), kept
+            energy_kept[name] = (energy[:r].sum() / energy.sum()).item()
+    return with_weights(model, factors), energy_kept
 
 
 def rank_of_energy(energy: float, S: torch.Tensor) -> int:
@@ -87,37 +83,35 @@ def rank_of_energy(energy: float, S: torch.Tensor) -> int:
     return int((sums < energy * sums[-1]).sum()) + 1
 
 
-def rebuild(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
-    """The model with other weights in some of its linear layers, {name: (W,) or (A, B)}; all others are shared with it."""
+def with_weights(model: GPT, weights: dict[str, tuple[torch.Tensor, ...]]) -> GPT:
+    """The model with other weights, {name of a layer: (W,) or (A, B)}; the rest it shares with the model."""
     ranks = {name: rank_of(layer) for name, layer in linear_layers(model).items()}
     ranks |= {name: 0 if len(parts) == 1 else len(parts[0]) for name, parts in weights.items()}
     state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in weights}
+    dtype = model.wte.weight.dtype
     for name, parts in weights.items():
         keys = ("weight",) if len(parts) == 1 else ("A", "B")
-        state |= {
-            f"{name}.{key}": part.to(model.wte.weight.dtype).contiguous() for key, part in zip(keys, parts)
-        }
+        for key, part in zip(keys, parts):
+            state[f"{name}.{key}"] = part.to(dtype).contiguous()
     new = on_meta(with_layer_ranks(model.config, ranks))
     new.load_state_dict(state, assign=True)
     return new
 
 
-# ---- layers in another order, or more than once ---------------------------------------------------------------------
-
-
 def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
-    """The config of a model with these ranks, {name as in `linear_layers`: rank}, and nothing between the factors.
+    """The config of a model with {name as in `linear_layers`: rank}, and nothing between the factors.
 
-    attn_ranks and mlp_ranks where all matrices of the group have one rank in all layers, else matrix_ranks.
+    The ranks are in attn_ranks and mlp_ranks where all matrices of the group have one rank in all layers,
+    else in matrix_ranks.
     """
     groups: dict[str, Any] = {"attn_ranks": (), "mlp_ranks": ()}
     single = {}
+    layers = range(config.n_layer)
     for group, matrices in (("attn_ranks", MATRICES[:4]), ("mlp_ranks", MATRICES[4:])):
-        own = {
-            matrix: tuple(ranks[block_matrix(matrix, layer)] for layer in range(config.n_layer))
-            for matrix in matrices
-        }
-        distinct = set().union(*own.values())
+        own = {}
+        for matrix in matrices:
+            own[matrix] = tuple(ranks[block_matrix(matrix, layer)] for layer in layers)
+        distinct = {rank for layer_ranks in own.values() for rank in layer_ranks}
         if len(distinct) > 1:
             single |= own
         elif any(distinct):

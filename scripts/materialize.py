@@ -1,11 +1,14 @@
-"""A checkpoint in another form: factors multiplied out, an adapter merged, matrices cut down to factors by SVD, or a file for plain PyTorch.
+"""A checkpoint in another form: factors merged or made by SVD, adapters merged, or a safetensors file.
 
-    python -m scripts.materialize --model-tag low --out-tag low_dense                          every product BA as one matrix: the same logits
-    python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd    the nearest matrices of these ranks
-    python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90             the smallest ranks that keep 90% of each Σ s²
-    python -m scripts.materialize --model-tag wiki --out-tag wiki_merged               an adapter inside the matrices of its base
-    python -m scripts.materialize --model-tag low --safetensors low.safetensors                as it is, for dev/plain_forward.py
-The new run folder is as whole as any: scripts.base_eval and scripts.report read it, and base_train --init-from trains it on.
+    python -m scripts.materialize --model-tag low --out-tag low_dense      # every BA as one matrix: same
+    logits python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd
+    python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90    # 90% of each matrix's Σ
+    s² python -m scripts.materialize --model-tag wiki --out-tag wiki_merged   # an adapter inside its base's
+    matrices python -m scripts.materialize --model-tag low --safetensors low.safetensors       # for
+    dev/plain_forward.py
+
+The new run folder is like any other: scripts.base_eval and scripts.report read it, and base_train --init-from
+trains it on.
 """
 
 import json
@@ -16,25 +19,17 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from nanochat import common, metrics
-from nanochat.adapters.attach import plain
+from nanochat import common, factorize, metrics
+from nanochat.adapters.attach import plain_model
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, step_or_newest
 from nanochat.common import InputError, number, whole_number
 from nanochat.continuation import deciding, differing_keys
-from nanochat.factorize import (
-    block_matrix,
-    check_linear,
-    linear_layers,
-    merge,
-    rank_of,
-    rank_of_energy,
-    truncate,
-)
+from nanochat.factorize import linear_layers, rank_of
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import matrix_ranks_flag, rank_flag
 from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser
-from nanochat.gpt import MATRICES, SCORE_SCALE, GPTConfig
+from nanochat.gpt import GPT, MATRICES, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
@@ -43,8 +38,35 @@ from nanochat.rank import account
 from nanochat.run_files import complete_summary
 from nanochat.whole_ranks import AUTOMATIC, resolve_rank, shortest_ranks_text
 
+TRUNCATION_FLAGS = ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")
 
-def parse(argv):
+
+def main(argv=None):
+    args = flag_parser().parse_args(argv)
+    check_flags(args)
+    folder = run_folder("--model-tag", args.model_tag)
+    run = metrics.load_run(folder)
+    step = step_or_newest(folder, args.step)
+    if run.config["flags"].get("subspace"):
+        raise InputError(
+            f"--model-tag {args.model_tag}: trained with --subspace, its matrices are made from a seed "
+            "and not stored; take a run without it"
+        )
+    if args.out_tag:
+        out = metrics.runs_dir() / args.out_tag
+        lock = common.get_base_dir() / "locks" / f"{args.out_tag}.lock"
+        with common.claimed(lock, f"--out-tag {args.out_tag}: {out}"):
+            metrics.remove_left_overs(out)
+            make_run(args, run, folder, step, out)
+        folder = out
+    if args.safetensors:
+        export(folder, step, args.safetensors)
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+
+def flag_parser():
     parser = common.ArgumentParser(
         "Merge the factors of a checkpoint, truncate its matrices by SVD, or export it."
     )
@@ -63,21 +85,22 @@ def parse(argv):
         default=0,
         help="truncate q, k, v, o to this rank; 0 = leave them; a fraction is of min(in, out)",
     )
-    add("--mlp-rank", type=rank_flag, default=0)
-    add("--lm-head-rank", type=rank_flag, default=0)
+    add("--mlp-rank", type=rank_flag, default=0, help="the same for up and down")
+    add("--lm-head-rank", type=rank_flag, default=0, help="the same for the output head")
     add(
         "--matrix-ranks",
         type=matrix_ranks_flag,
         default="",
-        help="of single matrices, whatever their group's: e.g. v=128,down=0.5, or one rank a layer: "
-        "v=64/64/128; 0 = leave it",
+        help="ranks of single matrices instead of their group's, e.g. v=128,down=0.5, or one rank a layer: "
+        "v=64/64/128; 0 = leave the matrix",
     )
     add_rank_multiple(add)
     add(
         "--energy",
         type=number(0, 1),
         default=None,
-        help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared singular values",
+        help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared "
+        "singular values",
     )
     add("--data", default="", help="where the run's text is now; '' = where the run read it")
     add(
@@ -86,7 +109,7 @@ def parse(argv):
         default=-1,
         help="validation tokens, before and after; -1 = as many as in the run; 0 = none",
     )
-    add("--device-batch-size", type=whole_number(1), default=32)
+    add("--device-batch-size", type=whole_number(1), default=32, help="rows a pass of the evaluation")
     common.device_flags(add, "of the evaluation; weights are float32")
     add(
         "--safetensors",
@@ -95,184 +118,129 @@ def parse(argv):
         metavar="FILE.safetensors",
         help="write it, with FILE.json beside it: the new run or, without --out-tag, the checkpoint as it is",
     )
-    args = parser.parse_args(argv)
+    return parser
 
-    ranks = [
-        flag
-        for flag in ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")
-        if getattr(args, flag)
-    ]
-    shown = [f"--{flag.replace('_', '-')}" for flag in ranks]
+
+def check_flags(args):
+    """InputError where the flags do not fit together. Sets args.truncates: a flag asks for lower ranks."""
+    given = [flag for flag in TRUNCATION_FLAGS if getattr(args, flag)]
+    args.truncates = bool(given)
+    first = f"--{given[0].replace('_', '-')}" if given else ""
     if not (args.out_tag or args.safetensors):
         raise InputError("--out-tag: give the new run's tag, or a file with --safetensors")
-    if ranks and not args.out_tag:
-        raise InputError(f"{shown[0]}: needs --out-tag, the run that is to hold the truncated model")
+    if given and not args.out_tag:
+        raise InputError(f"{first}: needs --out-tag, the run that is to hold the truncated model")
     if args.out_tag == args.model_tag:
         raise InputError(f"--out-tag {args.out_tag}: is the run itself; choose another tag")
     if args.energy is not None and not 0 < args.energy < 1:
         raise InputError(f"--energy {args.energy:g}: give a share between 0 and 1, such as 0.9")
-    if args.energy and set(ranks) - {"energy", "lm_head_rank"}:
-        raise InputError(f"--energy: not with {shown[0]}: it finds the ranks in the blocks")
+    if args.energy and set(given) - {"energy", "lm_head_rank"}:
+        raise InputError(f"--energy: not with {first}: it finds the ranks in the blocks")
     if args.safetensors and args.safetensors.suffix != ".safetensors":
         raise InputError(
-            f"--safetensors {args.safetensors}: the name has to end in .safetensors; the config goes beside it, ending in .json"
+            f"--safetensors {args.safetensors}: the name has to end in .safetensors; "
+            "the config goes beside it, ending in .json"
         )
     if args.safetensors:
         check_out("--safetensors", args.safetensors, is_file=True)
-    args.truncates = bool(ranks)
-    return args
 
 
-def main(argv=None):
-    args = parse(argv)
-    folder = run_folder("--model-tag", args.model_tag)
-    run = metrics.load_run(folder)
-    step = step_or_newest(folder, args.step)
-    if run.config["flags"].get("subspace"):
-        raise InputError(
-            f"--model-tag {args.model_tag}: trained with --subspace, its matrices are made from a seed and not stored; take a run without it"
-        )
-    if args.out_tag:
-        out = metrics.runs_dir() / args.out_tag
-        with common.claimed(
-            common.get_base_dir() / "locks" / f"{args.out_tag}.lock", f"--out-tag {args.out_tag}: {out}"
-        ):
-            metrics.remove_left_overs(out)
-            make_run(args, run, folder, step, out)
-        folder = out
-    if args.safetensors:
-        export(folder, step, args.safetensors)
-
-
-# ---- a new run ------------------------------------------------------------------------------------------------------
+# ---- a new run ---------------------------------------------------------------------------------------------
 
 
 def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
-    world = common.init_process(args.device_type, alone=True)
-    device = world.device
+    device = common.init_process(args.device_type, alone=True)[0]
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    flags = ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy", "rank_multiple")
-    asked = {flag: getattr(args, flag) for flag in flags}
-    source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **asked}
+    wanted = {flag: getattr(args, flag) for flag in (*TRUNCATION_FLAGS, "rank_multiple")}
+    source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **wanted}
     if is_done(out, {"source": source, "eval_tokens": eval_tokens}):
-        return print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
+        print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
+        return
 
-    # what cannot be done is said before the text is read
-    whole = plain(model)  # of an adapter run the model with the adapter inside
-    merges_adapter = whole is not model
-    try:
-        if args.truncates or not merges_adapter:
-            check_linear(whole)
-    except ValueError as e:
-        raise InputError(
-            f"--model-tag {args.model_tag}: {e}; it can be neither merged nor truncated"
-        ) from None
-    choose = ranks_to_choose(args, whole.config)
-    if not (args.truncates or merges_adapter) and not any(map(rank_of, linear_layers(model).values())):
-        raise InputError(
-            f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
-            "to truncate them give --energy, --attn-rank or --mlp-rank"
-        )
-    eval_set = None
+    # all errors of the flags come before the text is read
+    merged = plain_model(model)  # of an adapter run: the adapter inside the matrices; else the model itself
+    check_form(args, model, merged)
+    choose = ranks_to_choose(args, merged.config)
+    rows = None
+    count = 0
     if eval_tokens:
-        T = model.config.sequence_len
-        eval_set = validation_rows(run, tokenizer, T, eval_tokens, args.data, optional=True)
+        length = model.config.sequence_len
+        rows, count = validation_rows(run, tokenizer, length, eval_tokens, args.data, optional=True)
 
-    new, kept = truncate(whole, choose) if args.truncates else (whole if merges_adapter else merge(whole), {})
-    if args.truncates and not kept:
-        raise InputError(
-            f"--out-tag {args.out_tag}: at these ranks no matrix would have fewer parameters than it has; give lower ones"
-        )
-    if merges_adapter:
-        print_adapter(meta["adapter"], model, whole)
-    if new is not whole:
-        print_matrices(whole, new, kept)
+    new, energy_kept = change_matrices(args, model, merged, choose)
+    if merged is not model:
+        print_adapter(meta["adapter"], model, merged)
+    if new is not merged:
+        print_matrices(merged, new, energy_kept)
+
     values = {"step": step}
-    if eval_set:
-        before, after = (evaluate(m, eval_set, args.device_batch_size, world, dtype) for m in (model, new))
-        for tag, found in ((args.model_tag, before), (args.out_tag, after)):
-            print(
-                f"{tag:20} | {eval_set.tokens:,} validation tokens | loss {found['val/loss']:.4f} | "
-                f"ppl {found['val/ppl']:.3f} | bpb {found['val/bpb']:.4f}"
-            )
+    if count:
+        byte_counts = tokenizer.token_bytes()
+        before, after = (
+            evaluate(form, rows, count, byte_counts, args.device_batch_size, device, dtype)
+            for form in (model, new)
+        )
+        print_evaluation(args.model_tag, count * rows.T, before)
+        print_evaluation(args.out_tag, count * rows.T, after)
         values |= after | {f"source/{key}": value for key, value in before.items()}
+    values |= clocks_at(run, step)
 
-    # the run; its step, tokens, time and FLOPs are those of the training that led to its source
-    values |= next(
-        (
-            {key: entry[key] for key, _ in metrics.CLOCKS if key in entry}
-            for entry in run.history
-            if entry["step"] == step
-        ),
-        {},
-    )
     flags = {
-        **of_base_train(run.config["flags"]),
+        **pretraining_flags(run.config["flags"]),
         **rank_flags(new.config),
         "model_tag": args.out_tag,
         "eval_tokens": eval_tokens,
         "materialized_from": f"{args.model_tag}:{step}",
     }
-    derived = {
-        **run.config["derived"],
-        "model": asdict(new.config),
-        "val_tokens": eval_set.tokens if eval_set else 0,
-        "source": source,
-    }
-    derived.pop("origin", None)  # of an adapter run
-    tokenizer.save(out / "tokenizer.json")
-    config = {
-        **run.config,
-        "flags": flags,
-        "given": sorted(flags),
-        "derived": derived,
-        "git": metrics.git_state(),
-        "versions": metrics.versions(),
-    }
-    record = metrics.RunRecord(out, config, account(new.config), "dummy", [])
-    record.log(values)
-    meta = {
-        "tokenizer_hash": tokenizer.hash,
-        "model": asdict(new.config),
-        "flags": deciding(flags),
-        **record.commit(),
-        "last": True,
-    }
-    save_checkpoint(out, step, {"model": new.state_dict()}, meta)
-    record.summarize("finished")
-    record.close()
-    print(f"finished: {out}")
+    derived = {"val_tokens": count * new.config.sequence_len, "source": source}
+    write_run(out, run, new, tokenizer, flags, derived, values)
 
 
 def is_done(out: Path, wanted: dict) -> bool:
     """Whether the run is there and finished. InputError if it is something else."""
     if not (out / "config.json").exists():
         return False
-    there = metrics.load_run(out)
-    if "materialized_from" not in there.config["flags"]:
+    existing = metrics.load_run(out)
+    flags = existing.config["flags"]
+    if "materialized_from" not in flags:
         raise InputError(
             f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}"
         )
-    derived = there.config["derived"]
-    flags = there.config["flags"]
-    before = {"source": derived["source"], "eval_tokens": flags["eval_tokens"]}
+    before = {"source": existing.config["derived"]["source"], "eval_tokens": flags["eval_tokens"]}
     if "rank_multiple" not in before["source"] and wanted["source"]["rank_multiple"] == AUTOMATIC:
-        before["source"]["rank_multiple"] = AUTOMATIC  # made before there was the flag: it stays as it is
+        before["source"]["rank_multiple"] = AUTOMATIC  # made before the flag existed: it stays as it is
     if differing := differing_keys(before, wanted):
         raise InputError(
-            f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; choose another tag, or remove {out}"
+            f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; "
+            f"choose another tag, or remove {out}"
         )
-    if there.summary["status"] != "finished":
+    if existing.summary["status"] != "finished":
         return False
     complete_summary(out)
     return True
 
 
+def check_form(args, model: GPT, merged: GPT):
+    """InputError if the model cannot be merged or truncated, or if there is nothing to merge."""
+    try:
+        if args.truncates or merged is model:
+            factorize.check_linear(merged)
+    except ValueError as e:
+        raise InputError(
+            f"--model-tag {args.model_tag}: {e}; it can be neither merged nor truncated"
+        ) from None
+    if not args.truncates and merged is model and not any(map(rank_of, linear_layers(model).values())):
+        raise InputError(
+            f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
+            "to truncate them give --energy, --attn-rank or --mlp-rank"
+        )
+
+
 def ranks_to_choose(args, config: GPTConfig) -> dict:
-    """{layer: function from its singular values to a rank} of the flags, for `truncate`. InputError for ranks that do not fit."""
+    """{layer: function from its singular values to a rank}, for `truncate`. InputError for wrong ranks."""
     if args.lm_head_rank and config.tie_embeddings:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
     L = config.n_layer
@@ -284,16 +252,72 @@ def ranks_to_choose(args, config: GPTConfig) -> dict:
         matrix_ranks=named_ranks(args.matrix_ranks, L),
     )
     check_ranks(wanted)
-    ranks = {
-        block_matrix(matrix, layer): wanted.rank(matrix, layer) for layer in range(L) for matrix in MATRICES
-    }
 
-    def whole(rank, S):  # a fraction is of the smaller side, and S has as many values
+    def whole_rank(rank, S):  # a fraction is of the smaller side, and S has as many values
         return resolve_rank(rank, len(S), len(S), args.rank_multiple)
 
-    asked = ranks | {"lm_head": args.lm_head_rank}
-    choose = {name: partial(whole, rank) for name, rank in asked.items() if rank}
-    return choose | (dict.fromkeys(ranks, partial(rank_of_energy, args.energy)) if args.energy else {})
+    ranks = {
+        factorize.block_matrix(matrix, layer): wanted.rank(matrix, layer)
+        for layer in range(L)
+        for matrix in MATRICES
+    }
+    choose = {name: partial(whole_rank, rank) for name, rank in ranks.items() if rank}
+    if args.lm_head_rank:
+        choose["lm_head"] = partial(whole_rank, args.lm_head_rank)
+    if args.energy:
+        choose |= dict.fromkeys(ranks, partial(factorize.rank_of_energy, args.energy))
+    return choose
+
+
+def change_matrices(args, model: GPT, merged: GPT, choose: dict) -> tuple[GPT, dict]:
+    """(the new model, {name of a truncated layer: share of its energy that is kept})."""
+    if args.truncates:
+        new, energy_kept = factorize.truncate(merged, choose)
+        if not energy_kept:
+            raise InputError(
+                f"--out-tag {args.out_tag}: at these ranks no matrix would have fewer parameters than it has;"
+                " give lower ones"
+            )
+        return new, energy_kept
+    if merged is not model:
+        return merged, {}
+    return factorize.merge(model), {}
+
+
+def clocks_at(run: metrics.Run, step: int) -> dict:
+    """Tokens, time and FLOPs of the training that led to this step; {} if its history has no such entry."""
+    for entry in run.history:
+        if entry["step"] == step:
+            return {key: entry[key] for key, _ in metrics.CLOCKS if key in entry}
+    return {}
+
+
+def write_run(out: Path, run: metrics.Run, model: GPT, tokenizer, flags: dict, derived: dict, values: dict):
+    """Write the folder of a finished run with one checkpoint. run: its source; values: its only log entry."""
+    derived = {**run.config["derived"], "model": asdict(model.config), **derived}
+    derived.pop("origin", None)  # of an adapter run
+    tokenizer.save(out / "tokenizer.json")
+    config = {
+        **run.config,
+        "flags": flags,
+        "given": sorted(flags),
+        "derived": derived,
+        "git": metrics.git_state(),
+        "versions": metrics.versions(),
+    }
+    record = metrics.RunRecord(out, config, account(model.config), "dummy", [])
+    record.log(values)
+    meta = {
+        "tokenizer_hash": tokenizer.hash,
+        "model": asdict(model.config),
+        "flags": deciding(flags),
+        **record.commit(),
+        "last": True,
+    }
+    save_checkpoint(out, values["step"], {"model": model.state_dict()}, meta)
+    record.summarize("finished")
+    record.close()
+    print(f"finished: {out}")
 
 
 def rank_flags(config: GPTConfig) -> dict:
@@ -316,30 +340,47 @@ def rank_flags(config: GPTConfig) -> dict:
     }
 
 
-def of_base_train(flags: dict) -> dict:
-    """The flags of a run; of adapter_train's as base_train has them, whose kind of model comes out: under no layer map if that was copied out."""
+def pretraining_flags(flags: dict) -> dict:
+    """The run's flags in the form that base_train has: the new run holds such a model.
+
+    An adapter run's flags get base_train's defaults. Its layer map is gone where each position has a layer
+    now.
+    """
     if "adapter" not in flags:
         return flags
-    usual = vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
-    return {name: flags.get(name, default) for name, default in usual.items()} | (
-        {"layer_map": ""} if flags["adapter"] != "none" else {}
-    )
+    defaults = vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
+    usual = {name: flags.get(name, default) for name, default in defaults.items()}
+    if flags["adapter"] != "none":
+        usual["layer_map"] = ""
+    return usual
 
 
-def print_adapter(said: dict, model, whole):
-    """What became of an adapter, and of layers that several positions shared."""
-    size = (account(m)["params/total"] for m in (model, whole))
-    description = said["description"]
+# ---- what is printed ---------------------------------------------------------------------------------------
+
+
+def print_evaluation(name: str, tokens: int, result: dict):
     print(
-        "{} on {}: inside {} matrices, {:,} → {:,} parameters".format(
-            description["kind"], said["origin"]["bases"][0]["tag"], len(description["matrices"]), *size
-        )
+        f"{name:20} | {tokens:,} validation tokens | loss {result['val/loss']:.4f} | "
+        f"ppl {result['val/ppl']:.3f} | bpb {result['val/bpb']:.4f}"
     )
-    if len({id(next(block.parameters())) for block in model.blocks}) < len(model.blocks):
-        print(f"its positions shared layers: first copied out, to {len(whole.blocks)} layers of their own")
 
 
-def print_matrices(model, new, kept: dict[str, float]):
+def print_adapter(adapter: dict, model: GPT, merged: GPT):
+    """What became of an adapter, and of layers that several positions shared. adapter: of the meta.json."""
+    description = adapter["description"]
+    base = adapter["origin"]["bases"][0]["tag"]
+    before = account(model)["params/total"]
+    after = account(merged)["params/total"]
+    print(
+        f"{description['kind']} on {base}: inside {len(description['matrices'])} matrices, "
+        f"{before:,} → {after:,} parameters"
+    )
+    distinct = {id(next(block.parameters())) for block in model.blocks}
+    if len(distinct) < len(model.blocks):
+        print(f"its positions shared layers: first copied out, to {len(merged.blocks)} layers of their own")
+
+
+def print_matrices(model: GPT, new: GPT, energy_kept: dict[str, float]):
     """A line for each matrix: rank and parameters before and after, and what it kept."""
 
     def size(layer):
@@ -348,31 +389,30 @@ def print_matrices(model, new, kept: dict[str, float]):
     print(f"{'matrix':20}{'out x in':>14}{'rank':>16}{'parameters':>26}{'energy kept':>14}")
     after = linear_layers(new)
     for name, layer in linear_layers(model).items():
+        shape = f"{layer.out_features} x {layer.in_features}"
         rank = f"{rank_of(layer) or 'full'} → {rank_of(after[name]) or 'full'}"
-        numbers = f"{size(layer):,} → {size(after[name]):,}"
-        print(
-            f"{name:20}{f'{layer.out_features} x {layer.in_features}':>14}{rank:>16}{numbers:>26}"
-            + (f"{kept[name]:14.4f}" if name in kept else "")
-        )
+        parameters = f"{size(layer):,} → {size(after[name]):,}"
+        energy = f"{energy_kept[name]:14.4f}" if name in energy_kept else ""
+        print(f"{name:20}{shape:>14}{rank:>16}{parameters:>26}{energy}")
     print(f"{'whole model':50}{f'{size(model):,} → {size(new):,}':>26}")
 
 
-# ---- a file for plain PyTorch ---------------------------------------------------------------------------------------
+# ---- a file for plain PyTorch ------------------------------------------------------------------------------
 
 
 def export(folder: Path, step: int, file: Path):
-    """The weights of a checkpoint as safetensors and, beside them, all that one needs to compute logits from them as JSON."""
+    """Write a checkpoint's weights as safetensors, and all else that its logits need as JSON beside them."""
     state, meta = load_checkpoint(folder, step)
     if "adapter" in meta:
         raise InputError(
-            f"--safetensors {file}: {folder.name} is an adapter; give --out-tag too, the run that is to hold the merged model"
+            f"--safetensors {file}: {folder.name} is an adapter; "
+            "give --out-tag too, the run that is to hold the merged model"
         )
     config = GPTConfig(**meta["model"])
-    said = {
+    description = {
         "model": asdict(config),
-        "windows": [
-            config.window(layer) for layer in config.positions
-        ],  # positions back that a query sees, itself included
+        # by position: how many tokens a query sees, itself included
+        "windows": [config.window(layer) for layer in config.positions],
         "logit_softcap": SOFTCAP,
         "score_scale": SCORE_SCALE / (config.n_embd // config.n_head) ** 0.5,
         "rotary_base": 4.0 * config.sequence_len,
@@ -382,7 +422,7 @@ def export(folder: Path, step: int, file: Path):
     }
     weights = safetensors.torch.save(state["model"], {"format": "pt"})
     write_atomic(file, weights)
-    write_atomic(file.with_suffix(".json"), json.dumps(said, indent=2) + "\n")
+    write_atomic(file.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
     print(f"written: {file} ({len(weights) / 2**20:,.1f} MiB) and {file.with_suffix('.json').name}")
 
 

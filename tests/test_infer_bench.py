@@ -1,6 +1,7 @@
-"""The inference bench: what it counts is right and what it writes hangs together; nothing here depends on how fast the machine is."""
+"""The inference bench: what it counts, and what it writes; nothing depends on the machine's speed."""
 
 import json
+import shlex
 import statistics
 
 import pytest
@@ -22,16 +23,17 @@ def small(**changes):
     return random_model(GPTConfig(**{**SMALL, **changes}), CPU)
 
 
+def shapes(model) -> dict:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
 def test_the_forms_of_a_model():
     idx = torch.arange(8)[None]
     low = small(attn_ranks=(4, 4), mlp_ranks=(8, 8), matrix_ranks={"v": (0, 2)})
     forms = forms_of(low, torch.float32)
     assert list(forms) == ["dense", "factored", "materialised"] and forms["factored"] is low
     torch.testing.assert_close(forms["materialised"](idx), low(idx), atol=1e-4, rtol=0)
-    shapes = [
-        {name: p.shape for name, p in forms[form].named_parameters()} for form in ("dense", "materialised")
-    ]
-    assert shapes[0] == shapes[1] == {name: p.shape for name, p in small().named_parameters()}
+    assert shapes(forms["dense"]) == shapes(forms["materialised"]) == shapes(small())
     assert list(forms_of(small(), torch.float32)) == ["dense"]
     assert list(forms_of(small(mlp_ranks=(8, 8), factor_act="silu"), torch.float32)) == ["dense", "factored"]
     half = forms_of(small(mlp_ranks=(8, 8)), torch.bfloat16)
@@ -64,7 +66,10 @@ def test_peak_bytes_by_hand():
 
 
 def test_verdicts_by_hand():
-    ratio = lambda low, median, high: {"low": low, "median": median, "high": high}
+
+    def ratio(low, median, high):
+        return {"low": low, "median": median, "high": high}
+
     assert (
         verdict(ratio(1.2, 1.5, 1.6), "decoding")
         == "decoding: factored is faster, 1.50 (1.20-1.60) times dense"
@@ -92,30 +97,10 @@ def test_verdicts_by_hand():
     )
 
 
-FLAGS = [
-    "--depth",
-    "2",
-    "--model-dim",
-    "32",
-    "--head-dim",
-    "16",
-    "--n-kv-head",
-    "1",
-    "--vocab-size",
-    "60",
-    "--max-seq-len",
-    "32",
-    "--prompt-tokens",
-    "8",
-    "--batch-sizes",
-    "1,3",
-    "--repeats",
-    "2",
-    "--device-type",
-    "cpu",
-    "--dtype",
-    "float32",
-]
+FLAGS = shlex.split(
+    "--depth 2 --model-dim 32 --head-dim 16 --n-kv-head 1 --vocab-size 60 --max-seq-len 32 --prompt-tokens 8 "
+    "--batch-sizes 1,3 --repeats 2 --device-type cpu --dtype float32"
+)
 
 
 @pytest.fixture
@@ -158,18 +143,7 @@ def test_the_command(tmp_path, capsys, quick):
 def test_a_runs_checkpoint(train, capsys, quick):
     train("--num-iterations", 2)
     infer_bench.main(
-        [
-            "--model-tag",
-            "tiny",
-            "--prompt-tokens",
-            "8",
-            "--batch-sizes",
-            "2",
-            "--repeats",
-            "1",
-            "--device-type",
-            "cpu",
-        ]
+        shlex.split("--model-tag tiny --prompt-tokens 8 --batch-sizes 2 --repeats 1 --device-type cpu")
     )
     printed = capsys.readouterr().out
     assert (

@@ -1,6 +1,8 @@
-"""The layer bench: what it counts is right and what it writes hangs together; nothing here depends on how fast the machine is."""
+"""The layer bench: what it counts, and what it writes; nothing depends on the machine's speed."""
 
 import json
+import shlex
+from functools import partial
 
 import pytest
 import torch
@@ -64,19 +66,20 @@ def test_break_even_by_hand():
     }  # the first time, where noise makes several
     assert break_even([10, 20], [0.5, 0.99]) == {"rank": 20, "is": ">"}
     assert break_even([10, 20], [1.2, 1.5]) == {"rank": 10, "is": "<"}
-    at = lambda rank, is_="=": {"rank": rank, "is": is_}
+
+    def at(rank, is_="="):
+        return {"rank": rank, "is": is_}
+
     assert rank_in_words({"low": at(90), "median": at(97.3), "high": at(128, ">")}) == "97 (90 to above 128)"
     assert rank_in_words({key: at(8, "<") for key in ("low", "median", "high")}) == "below 8"
 
 
 def test_variants_take_turns_and_each_is_first_in_turn():
     log = []
-    runs = {
-        rank: {
-            name: lambda rank=rank, name=name: log.append((rank, name)) for name in ("forward", "backward")
-        }
-        for rank in (0, 4, 8)
-    }
+    runs = {}
+    for rank in (0, 4, 8):
+        forward = partial(log.append, (rank, "forward"))
+        runs[rank] = {"forward": forward, "backward": partial(log.append, (rank, "backward"))}
     seconds = take_turns(runs, 4, CPU, 0)
     measured = [rank for rank, name in log[-4 * 6 :] if name == "forward"]
     assert measured == [0, 4, 8, 4, 8, 0, 8, 0, 4, 0, 4, 8]
@@ -106,29 +109,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(layer_bench, "SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(layer_bench, "COLD_BYTES", 2**16)
     out = tmp_path / "new" / "bench"
+    flags = "--model-dim 32 --head-dim 16 --n-kv-head 1 --vocab-size 5000 --ranks 0.5,4 --tokens 16,600,700"
     layer_bench.main(
-        [
-            "--model-dim",
-            "32",
-            "--head-dim",
-            "16",
-            "--n-kv-head",
-            "1",
-            "--vocab-size",
-            "5000",
-            "--ranks",
-            "0.5,4",
-            "--tokens",
-            "16,600,700",
-            "--repeats",
-            "3",
-            "--device-type",
-            "cpu",
-            "--dtype",
-            "float32",
-            "--out",
-            str(out),
-        ]
+        shlex.split(f"{flags} --repeats 3 --device-type cpu --dtype float32") + ["--out", str(out)]
     )
     result = json.loads((out / "layer_bench.json").read_text())
     table = (out / "layer_bench.md").read_text()

@@ -1,4 +1,4 @@
-"""Merging, truncating and exporting checkpoints: against numpy's SVD, the model itself, and a forward pass in plain PyTorch."""
+"""Merging, truncating, exporting: against numpy's SVD, the model itself, and a pass in plain PyTorch."""
 
 import ast
 import json
@@ -69,7 +69,7 @@ def run_main(*flags):
     ],
 )
 def test_a_merged_model_has_no_factors_and_the_same_logits(shape):
-    """In float64, since a random model's own float32 logits are off by 1e-5; a trained one's are compared below."""
+    """In float64: a random model's own float32 logits are off by 1e-5. A trained model is compared below."""
     model = random_model(**shape).double()
     merged = merge(model)
     config = merged.config
@@ -314,17 +314,12 @@ def test_an_exported_model_has_the_same_logits_without_this_package(shape, tmp_p
 
 
 def test_the_plain_forward_imports_torch_and_safetensors_alone():
-    modules = {
-        name.split(".")[0]
-        for node in ast.walk(ast.parse(PLAIN.read_text()))
-        for name in (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
+    modules = set()
+    for node in ast.walk(ast.parse(PLAIN.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
     assert {"torch", "safetensors"} <= modules <= {"torch", "safetensors"} | sys.stdlib_module_names
 
 
@@ -341,6 +336,6 @@ def test_export_of_the_new_run_and_of_the_run_as_it_is(train, tmp_path):
         "--safetensors",
         tmp_path / "dense.safetensors",
     )
-    said = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("low", "dense")}
-    assert said["low"]["model"]["attn_ranks"] == [4, 4] and said["dense"]["model"]["attn_ranks"] == []
-    assert said["low"]["source"]["tag"] == "low" and said["dense"]["source"]["tag"] == "dense"
+    exported = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("low", "dense")}
+    assert exported["low"]["model"]["attn_ranks"] == [4, 4] and exported["dense"]["model"]["attn_ranks"] == []
+    assert exported["low"]["source"]["tag"] == "low" and exported["dense"]["source"]["tag"] == "dense"

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., arXiv 2303.10512): which triplets of which matrix are worth a budget that falls during training.
+"""AdaLoRA (Zhang et al., arXiv 2303.10512): a budget of triplets that falls during training, spent by scores.
 
 A training step, with `adapters = adapters_of(model, name)` and `allocator = Allocator(adapters, ...)`:
 
@@ -8,48 +8,49 @@ A training step, with `adapters = adapters_of(model, name)` and `allocator = All
     optimizer.step()
     allocator.allocate()                             # the triplets beyond the budget: λ = 0
 
-The paper scores by the gradient of the whole objective. Here the loss's alone counts: in a small model that of the orthogonality is so
-much larger that it would choose by the matrices' shapes (all triplets in attention, none in the MLP; dev/LOG.md).
+The paper scores by the gradient of the whole objective. Here the loss's gradient alone counts: in a small
+model that of the orthogonality is so much larger that the matrices' shapes would decide (all triplets in
+attention, none in the MLP; dev/LOG.md).
 
-The parameters are those of `adapter_layers.Triplets`. Resuming takes the adapter's tensors, the optimizer's state and `allocator.state_dict()`.
+The parameters are those of `layers.Triplets`. Resuming takes the adapter's tensors, the optimizer's state and
+`allocator.state_dict()`.
 """
-
-import re
 
 import torch
 
-from nanochat.adapters.attach import AdapterConfig, adapters_of, attach, load_adapter_state
 from nanochat.adapters.layers import Triplets
 from nanochat.common import InputError
 
 
-def budget(t: int, start: int, end: int, steps: int, warmup: int, final: int) -> int:
-    """b(t) = b_T + (b₀ - b_T)(1 - (t - tᵢ) / (T - tᵢ - t_f))³ after t updates, rounded; b₀ up to t = tᵢ (warmup), b_T from T - t_f on."""
-    left = 1 - (t - warmup) / (steps - warmup - final)
-    return round(end + (start - end) * min(1.0, max(0.0, left)) ** 3)
+def budget(step: int, start: int, end: int, steps: int, warmup: int, final: int) -> int:
+    """The budget after `step` updates: `start` up to warmup, `end` from steps - final on, a cubic between.
+
+    b(t) = b_T + (b₀ - b_T)(1 - (t - tᵢ) / (T - tᵢ - t_f))³, rounded.
+    """
+    remaining = 1 - (step - warmup) / (steps - warmup - final)
+    return round(end + (start - end) * min(1.0, max(0.0, remaining)) ** 3)
 
 
 def orthogonality(adapters: dict[str, Triplets]):
-    """Sum over the matrices of ‖PᵀP - I‖²_F + ‖QQᵀ - I‖²_F; the authors add 0.1 to 0.5 times it to the loss."""
+    """Sum over the matrices of ‖PᵀP - I‖²_F + ‖QQᵀ - I‖²_F; the authors add 0.1 to 0.5 of it to the loss."""
     total = 0.0
     for adapter in adapters.values():
-        eye = torch.eye(len(adapter.lam), device=adapter.lam.device, dtype=adapter.lam.dtype)
-        total = (
-            total
-            + (adapter.P.T @ adapter.P - eye).square().sum()
-            + (adapter.Q @ adapter.Q.T - eye).square().sum()
-        )
+        identity = torch.eye(len(adapter.lam), device=adapter.lam.device, dtype=adapter.lam.dtype)
+        total = total + (adapter.P.T @ adapter.P - identity).square().sum()
+        total = total + (adapter.Q @ adapter.Q.T - identity).square().sum()
     return total
 
 
 class Allocator:
-    """Keeps the triplets with the highest scores within the budget: all of them up to `warmup` steps, then every `every` steps fewer, and
-    from steps - final on a fixed choice. In between a pruned triplet trains from λ = 0 and may be chosen again; with every = 1 it
-    hardly can, since at λ = 0 it has no sensitivity.
+    """Keeps the triplets with the highest scores within the budget.
 
-    The score of a triplet is s(λᵢ) + mean s(P·ᵢ) + mean s(Qᵢ·), where s is the mean sensitivity |w·∂L/∂w| times its mean deviation,
-    both exponential means with `beta`. per_parameter: a triplet of an m × n matrix costs m + n instead of 1; the budget is then
-    spent in the order of score per cost on whatever still fits.
+    All are kept up to step `warmup`; then fewer every `every` steps; from steps - final on the choice is
+    fixed. In between a pruned triplet trains from λ = 0 and may be chosen again; with every = 1 it hardly
+    can, since at λ = 0 it has no sensitivity.
+
+    The score of a triplet is s(λᵢ) + mean s(P·ᵢ) + mean s(Qᵢ·), where s is the mean sensitivity |w·∂L/∂w|
+    times its mean deviation, both exponential means with `beta`. per_parameter: a triplet of an m × n matrix
+    costs m + n instead of 1; the budget is then spent in the order of score per cost on whatever still fits.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Allocator:
     ):
         if warmup < 0 or final < 0 or every < 1 or warmup + final >= steps:
             raise InputError(
-                f"adalora: {warmup} steps of warmup and {final} at the final budget, allocating every {every}, do not fit into "
-                f"{steps} steps; warmup + final must be below {steps}, and every at least 1"
+                f"adalora: {warmup} steps of warmup and {final} at the final budget, "
+                f"allocating every {every}, do not fit into {steps} steps; "
+                f"warmup + final must be below {steps}, and every at least 1"
             )
         self.adapters = adapters
         self.steps = steps
@@ -77,24 +79,22 @@ class Allocator:
         self.start = sum(len(a.lam) * self.costs[name] for name, a in adapters.items())
         self.end = sum(a.end_rank * self.costs[name] for name, a in adapters.items())
         self.step = 0  # updates observed
-        self.sensitivity, self.deviation = (
-            {
-                f"{name}.{key}": torch.zeros_like(p)
-                for name, a in adapters.items()
-                for key, p in a.named_parameters()
-            }
-            for _ in range(2)
-        )
+        self.sensitivity = {}
+        self.deviation = {}
+        for name, adapter in adapters.items():
+            for key, p in adapter.named_parameters():
+                self.sensitivity[f"{name}.{key}"] = torch.zeros_like(p)
+                self.deviation[f"{name}.{key}"] = torch.zeros_like(p)
 
     def budget(self) -> int:
-        """b(t) at the present step."""
+        """The budget at the present step."""
         return budget(self.step, self.start, self.end, self.steps, self.warmup, self.final)
 
     @torch.no_grad()
     def observe(self):
         """Take in the gradients of one step. Call it before the optimizer's step."""
         self.step += 1
-        if self.step > self.steps - self.final:  # nothing is chosen any more
+        if self.step > self.steps - self.final:  # the choice is fixed
             return
         for name, adapter in self.adapters.items():
             for key, p in adapter.named_parameters():
@@ -116,14 +116,17 @@ class Allocator:
 
     @torch.no_grad()
     def allocate(self):
-        """Choose, if it is time to, and set λ of what is not live to 0. Call it after the optimizer's step."""
-        t = self.step
+        """Choose the live triplets in the steps that are due; set the λ of the others to 0.
+
+        Call it after the optimizer's step. Between two choices the pruned triplets train, and no λ is set.
+        """
         last = self.steps - self.final
-        chooses = self.warmup < t <= last and ((t - self.warmup) % self.every == 0 or t == last)
-        if chooses:
+        since_warmup = self.step - self.warmup
+        due = self.warmup < self.step <= last and (since_warmup % self.every == 0 or self.step == last)
+        if due:
             for name, live in choose(self.scores(), self.costs, self.budget()).items():
                 self.adapters[name].live.copy_(live)
-        if chooses or t > last:
+        if due or self.step > last:
             for adapter in self.adapters.values():
                 adapter.lam.masked_fill_(~adapter.live, 0.0)
 
@@ -137,56 +140,27 @@ class Allocator:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
+        own = self.state_dict()
+        for part in ("sensitivity", "deviation", "live"):
+            for key, tensor in own[part].items():
+                tensor.copy_(state[part][key])
         self.step = state["step"]
-        for own, given in (
-            (self.sensitivity, state["sensitivity"]),
-            (self.deviation, state["deviation"]),
-            ({name: adapter.live for name, adapter in self.adapters.items()}, state["live"]),
-        ):
-            for key, tensor in own.items():
-                tensor.copy_(given[key])
 
 
 def choose(scores: dict[str, torch.Tensor], costs: dict[str, int], budget: int) -> dict[str, torch.Tensor]:
-    """{matrix: (r,) bool}, the live triplets: in falling order of score per cost, each that still fits into the budget.
+    """{matrix: (r,) bool}, the live triplets: by falling score per cost, each that still fits the budget.
 
-    Of equal scores the lower number in its matrix goes first, then the earlier matrix: so that scores that are all zero leave equal ranks.
+    Of equal scores the lower number in its matrix goes first, then the earlier matrix: scores that are all
+    zero leave equal ranks.
     """
-    order = sorted(
+    ranking = sorted(
         (-score / costs[name], i, place, name)
         for place, (name, values) in enumerate(scores.items())
         for i, score in enumerate(values.tolist())
     )
     live = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in scores.items()}
-    for _, i, _, name in order:
+    for _, i, _, name in ranking:
         if costs[name] <= budget:
             live[name][i] = True
             budget -= costs[name]
     return live
-
-
-@torch.no_grad()
-def export_compact(model, name: str, new_name: str):
-    """Attach the live triplets as a LoRA adapter, B = s·P∘λ and A = Q, its scale 1, and let it act. Matrices without a live one have none."""
-    live = {target: adapter for target, adapter in adapters_of(model, name).items() if adapter.live.any()}
-    if not live:
-        raise InputError(f"adapter {name!r}: no triplet is live; there is nothing to export")
-    ranks = {f"^{re.escape(target)}$": int(adapter.live.sum()) for target, adapter in live.items()}
-    config = model.adapter_configs[name]
-    attach(
-        model,
-        new_name,
-        AdapterConfig(
-            "lora",
-            targets="|".join(ranks),
-            ranks=ranks,
-            alphas={key: float(r) for key, r in ranks.items()},
-            dropout=config.dropout,
-            seed=config.seed,
-        ),
-    )
-    state = {}
-    for target, a in live.items():
-        state[f"{target}.A"] = a.Q[a.live]
-        state[f"{target}.B"] = a.scale * (a.P * a.lam)[:, a.live]
-    load_adapter_state(model, new_name, state)

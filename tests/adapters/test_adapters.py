@@ -1,4 +1,4 @@
-"""LoRA and IA3, and what all adapters share: the base to the bit, merging, switching, files. AdaLoRA's budget: test_adalora.py."""
+"""LoRA and IA3, and what all adapters share: the base to the bit, merging, saving."""
 
 import json
 import sys
@@ -15,25 +15,20 @@ from nanochat.adapters.attach import (
     adapter_state,
     adapters_of,
     attach,
+    attach_saved,
     base_hash,
     base_state,
-    fold_in,
-    load_adapter,
+    describe,
     load_adapter_state,
     make_adapter,
     matrices,
-    merge,
-    optimizer_groups,
-    remove,
-    save_adapter,
-    unmerge,
-    use,
+    plain_model,
 )
 from nanochat.adapters.layers import IA3, AdaptedLinear, LoRA
 from nanochat.common import InputError
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.layer_maps import stacked, with_layer_map
-from nanochat.optim import AdamW
+from nanochat.optim import build_optimizers
 from nanochat.rank import account, on_meta
 from nanochat.recompute import RecomputedBlock
 
@@ -52,7 +47,7 @@ KINDS = {
 
 
 def awaken(model, name="a", seed=2):
-    """Adapter parameters as training might leave them: AdaLoRA's P and Q near to orthonormal, as they begin."""
+    """Adapter parameters as training might leave them; AdaLoRA's P and Q stay near to orthonormal."""
     rng = torch.Generator().manual_seed(seed)
     for adapter in adapters_of(model, name).values():
         for key, p in adapter.named_parameters():
@@ -66,12 +61,15 @@ def adapted(kind="lora", base="full", **changes):
     return model
 
 
-def train(model, name="a", steps=3, lr=0.05):
-    optimizer = AdamW(optimizer_groups(model, name, lr, weight_decay=0.1))
-    for step in range(steps):
+ADAMW = dict(lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+
+
+def train(model, steps=3):
+    optimizer = build_optimizers(model, extra={".adapters.": ADAMW})[0]
+    for _ in range(steps):
         model(tokens(2, 16), tokens(2, 16) * 3 % 50).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
 
 
 # ---- against the base
@@ -79,7 +77,7 @@ def train(model, name="a", steps=3, lr=0.05):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, base):
+def test_at_the_start_the_logits_are_the_bases_to_the_bit(kind, base):
     model = tiny(**BASES[base])
     idx = tokens(2, 16)
     expected = model(idx)
@@ -88,11 +86,6 @@ def test_at_the_start_and_disabled_the_logits_are_the_bases_to_the_bit(kind, bas
     assert torch.equal(model(idx), expected) and torch.equal(model.token_losses(idx, idx), losses)
     awaken(model)
     assert (model(idx) - expected).abs().max() > 1e-3
-    use(model, None)
-    assert torch.equal(model(idx), expected)
-    remove(model)
-    assert torch.equal(model(idx), expected) and all(p.requires_grad for p in model.parameters())
-    assert list(model.state_dict()) == list(tiny(**BASES[base]).state_dict())
 
 
 def test_trained_parameters_are_the_adapters_alone_and_as_many_as_the_formula_says():
@@ -105,8 +98,6 @@ def test_trained_parameters_are_the_adapters_alone_and_as_many_as_the_formula_sa
     for kind, count in expected.items():
         model = adapted(kind)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
-        grouped = [p for group in optimizer_groups(model, "a", 1e-3) for p in group["params"]]
-        assert sum(p.numel() for p in grouped) == count and len({id(p) for p in grouped}) == len(grouped)
         model(tokens(2, 16), tokens(2, 16)).backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
@@ -120,12 +111,11 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
     attach(model, "a", KINDS[kind])
     awaken(model)
     plain = tiny(n_kv_head=model.config.n_kv_head).double()
-    state = {
-        name: t for name, t in base_state(model).items() if not any(f"{m}." in name for m in matrices(model))
-    }
-    for name, layer in matrices(model).items():
+    layers = matrices(model)
+    state = {name: t for name, t in base_state(model).items() if name.rpartition(".")[0] not in layers}
+    for name, layer in layers.items():
         W = layer.base.dense_weight()
-        a = layer.adapters["a"] if "a" in layer.adapters else None
+        a = layer.adapter
         if a is None:
             pass
         elif kind == "lora":
@@ -145,67 +135,40 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
 
 @pytest.mark.parametrize("base", ["full", "recomputed", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_equals_unmerged_and_unmerging_is_exact(kind, base):
+def test_merged_it_is_a_plain_model_that_its_own_config_rebuilds(kind, base):
     model = adapted(kind, base)
     idx = tokens(2, 16)
     before = model(idx)
-    base_before = base_hash(model)
-    merge(model)
-    torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
-    assert base_hash(model) == base_before
-    unmerge(model)
-    assert torch.equal(model(idx), before)
-    merge(model)
-    use(model, None)
-    assert torch.equal(model(idx), tiny(**BASES[base])(idx))
-
-
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_folded_in_it_is_a_plain_model_that_its_own_config_rebuilds(kind):
-    model = adapted(kind, "mixed")
-    idx = tokens(2, 16)
-    before = model(idx)
-    fold_in(model)
-    torch.testing.assert_close(model(idx), before, atol=1e-5, rtol=0)
-    again = GPT(model.config)
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(idx), model(idx))
-    if kind == "ia3":  # a scale folds into one factor, so the ranks stay
-        assert [type(layer) for layer in matrices(model).values()] == [
-            type(layer) for layer in matrices(tiny(**BASES["mixed"])).values()
-        ]
+    plain = plain_model(model)
+    torch.testing.assert_close(plain(idx), before, atol=1e-5, rtol=0)
+    assert all(p.requires_grad for p in plain.parameters())
+    again = GPT(plain.config)
+    again.load_state_dict(plain.state_dict())
+    assert torch.equal(again(idx), plain(idx)) and torch.equal(model(idx), before)
+    if kind == "ia3":  # a scale merges into one factor, so the ranks stay
+        classes = [type(layer) for layer in matrices(tiny(**BASES[base])).values()]
+        assert [type(layer) for layer in matrices(plain).values()] == classes
+    assert plain_model(plain) is plain
 
 
 def test_an_update_of_a_layer_with_silu_inside_runs_but_does_not_merge():
     model = adapted(factor_act="silu", base="low rank")
     with pytest.raises(InputError, match="silu between its factors is no matrix"):
-        merge(model)
-    assert all(layer.merged is None for layer in matrices(model).values())
+        plain_model(model)
     scaled = adapted("ia3", factor_act="silu", base="low rank")
     idx = tokens(2, 16)
-    before = scaled(idx)
-    merge(scaled)
-    torch.testing.assert_close(scaled(idx), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain_model(scaled)(idx), scaled(idx), atol=1e-5, rtol=0)
 
 
-def test_training_and_a_thousand_switches_leave_the_base_untouched():
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_leaves_the_base_untouched(kind):
     model = tiny(**BASES["mixed"])
     idx = tokens(1, 16)
     before = base_hash(model)
     expected = model(idx)
-    logits = {None: expected}
-    for kind in KINDS:
-        attach(model, kind, KINDS[kind])
-        train(model, kind)
-        logits[kind] = model(idx)
-        assert (logits[kind] - expected).abs().max() > 1e-4
-    names = [*logits]
-    for i in range(1000):
-        use(model, names[i % 4])
-        if i % 200 < 4:
-            assert torch.equal(model(idx), logits[names[i % 4]])
-        if i % 100 == 0:
-            merge(model)
+    attach(model, "a", KINDS[kind])
+    train(model)
+    assert (model(idx) - expected).abs().max() > 1e-4
     assert base_hash(model) == before
     assert not any(p.grad is not None for p in base_state(model).values())
 
@@ -238,16 +201,13 @@ def test_scale_and_dropout_are_those_of_the_formula():
 
 
 def test_dropout_reaches_every_matrix_in_training_only():
-    model = tiny(**BASES["recomputed"])
     idx = tokens(2, 16)
-    plain = model.token_losses(idx, idx)
-    for name in ("q", "k", "v", "o", "up", "down"):
-        attach(model, name, AdapterConfig(targets=rf"\.{name}$", rank=2, dropout=0.5))
-        awaken(model, name)
-        assert len({model(idx, idx).item() for _ in range(3)}) == 3, name
-        assert torch.equal(model.token_losses(idx, idx), model.token_losses(idx, idx)), name
-    use(model, None)
-    assert torch.equal(model.token_losses(idx, idx), plain)
+    for matrix in ("q", "k", "v", "o", "up", "down"):
+        model = tiny(**BASES["recomputed"])
+        attach(model, "a", AdapterConfig(targets=rf"\.{matrix}$", rank=2, dropout=0.5))
+        awaken(model)
+        assert len({model(idx, idx).item() for _ in range(3)}) == 3, matrix
+        assert torch.equal(model.token_losses(idx, idx), model.token_losses(idx, idx)), matrix
 
 
 def test_recomputation_drops_the_same():
@@ -285,17 +245,11 @@ def test_bfloat16_compute_keeps_float32_adapters():
 # ---- IA3
 
 
-def test_scales_do_not_decay_and_start_at_one():
+def test_scales_start_at_one():
     model = tiny()
     attach(model, "a", KINDS["ia3"])
     assert all(torch.equal(a.l, torch.ones_like(a.l)) for a in adapters_of(model, "a").values())
     assert {len(a.l) for a in adapters_of(model, "a").values()} == {32, 128}
-    assert [g["weight_decay"] for g in optimizer_groups(model, "a", 1e-3, weight_decay=0.1)] == [0.0]
-    attach(model, "b", KINDS["adalora"])
-    assert [
-        (g["weight_decay"], {n.rsplit(".", 1)[1] for n in g["names"]})
-        for g in optimizer_groups(model, "b", 1e-3, weight_decay=0.1)
-    ] == [(0.1, {"P", "Q"}), (0.0, {"lam"})]
 
 
 def test_qk_norm_takes_the_length_of_a_heads_scales_and_leaves_their_direction():
@@ -370,7 +324,7 @@ def test_what_cannot_be_is_one_clear_line_and_changes_nothing(config, message):
 def test_names_of_adapters():
     model = adapted()
     for name, message in (
-        ("a", "there is one of this name"),
+        ("b", "the model has one already"),
         ("x.y", "choose a word without dots"),
         ("", "without dots"),
         ("keys", "without dots"),
@@ -378,46 +332,36 @@ def test_names_of_adapters():
         with pytest.raises(InputError, match=message):
             attach(model, name, AdapterConfig())
     with pytest.raises(InputError, match="adapter 'b': not attached; there are: a"):
-        use(model, "b")
+        adapters_of(model, "b")
 
 
-# ---- files
+# ---- what is saved
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_it_is_the_same_to_the_bit_and_holds_nothing_of_the_base(tmp_path, kind):
+def test_attached_again_from_its_state_it_is_the_same_to_the_bit_and_holds_nothing_of_the_base(kind):
     model = adapted(kind)
     idx = tokens(2, 16)
-    path = tmp_path / "adapter.pt"
-    save_adapter(path, model, "a")
+    description = describe(model, "a")
+    state = adapter_state(model, "a")
     other = tiny()
-    description = load_adapter(path, other, "mine")
+    attach_saved(other, "mine", description, state)
     assert torch.equal(other(idx), model(idx))
     assert json.loads(json.dumps(description)) == description and description["base"] == base_hash(tiny())
-    saved = torch.load(path, weights_only=True)["tensors"]
-    assert sum(t.numel() for t in saved.values() if t.is_floating_point()) == sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in state.values() if t.is_floating_point()) == trained
 
 
-def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(tmp_path):
+def test_an_adapter_of_another_base_or_another_kind_is_refused():
     model = adapted()
-    path = tmp_path / "adapter.pt"
-    save_adapter(path, model, "a")
     other = tiny()
     other.smear.data[3] += 1e-6
     with pytest.raises(
         InputError, match="made for another base .*; give the checkpoint that it was trained on"
     ):
-        load_adapter(path, other, "a")
-    content = path.read_bytes()
-    for damaged in (content[:300], b"no such thing", b"", content[:40] + b"\0" * 40 + content[80:]):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="adapter.pt: not an adapter, or damaged"):
-            load_adapter(path, tiny(), "a")
-    state = adapter_state(adapted("ia3"), "a")
+        attach_saved(other, "a", describe(model, "a"), adapter_state(model, "a"))
     with pytest.raises(InputError, match="the tensors do not fit it"):
-        load_adapter_state(model, "a", state)
+        load_adapter_state(model, "a", adapter_state(adapted("ia3"), "a"))
 
 
 def train_all_kinds():
@@ -429,10 +373,10 @@ def train_all_kinds():
     account(shape)
     with_layer_map(on_meta(model.config), (0, 0))
     for kind in KINDS:
-        attach(model, kind, AdapterConfig(kind, rank=2, dropout=0.1))
+        attach(model, "a", AdapterConfig(kind, rank=2, dropout=0.1))
         model(x, x).backward()
-        AdamW(optimizer_groups(model, kind, 0.1)).step()
-        merge(model)
+        build_optimizers(model, extra={".adapters.": ADAMW})[0].step()
+        model = plain_model(model)
     print("loaded:", "torch._dynamo" in sys.modules)
 
 
@@ -471,14 +415,14 @@ def test_outputs_and_gradients_equal_pefts(case):
     theirs = theirs.double()
     ours = ours.double()
     named = dict(theirs.named_parameters())
-    pairs = [(p, next(q for name, q in named.items() if part in name)) for p, part in pairs]
+    for i, (p, part) in enumerate(pairs):
+        matching = [q for name, q in named.items() if part in name]
+        pairs[i] = (p, matching[0])
     assert sum(q.numel() for q in named.values() if q.requires_grad) == sum(p.numel() for p, _ in pairs)
     for p, q in pairs:
         q.data.normal_()
         p.data.copy_(q.data.view_as(p))
-    layer = AdaptedLinear(base.requires_grad_(False))
-    layer.adapters["a"] = ours
-    layer.active = "a"
+    layer = AdaptedLinear(base.requires_grad_(False), "a", ours)
     x = torch.randn(3, 7, 24, dtype=torch.float64)
     grad = torch.randn(3, 7, 40, dtype=torch.float64)
     y = [f(x) for f in (layer, theirs)]
@@ -487,4 +431,4 @@ def test_outputs_and_gradients_equal_pefts(case):
         output.backward(grad)
     for p, q in pairs:
         torch.testing.assert_close(p.grad, q.grad.view_as(p), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(layer.folded()(x), theirs.merge_and_unload()(x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer.merged()(x), theirs.merge_and_unload()(x), atol=1e-6, rtol=1e-6)
