@@ -1,4 +1,4 @@
-"""Fast orthogonal transforms of the last dimension: Walsh-Hadamard for powers of two, and the cosine transform for any length."""
+"""Fast orthogonal transforms of the last dimension: Walsh-Hadamard (powers of two), cosine (any length)."""
 
 import math
 from functools import lru_cache
@@ -19,10 +19,11 @@ def hadamard(m: int, device, dtype):
 
 
 def walsh_hadamard(x):
-    """H x over the last dimension, not normalised: twice gives n·x. H is its own adjoint. ValueError unless n is a power of two.
+    """H x over the last dimension, not normalised: twice gives n·x. H is its own adjoint.
 
-    H_ab = H_a ⊗ H_b: each pass multiplies the last axis by a small H and brings it to the front; when all have passed, they are in
-    their old order. Fewer, fatter passes than the butterfly's log2 n, and each is one matmul; O(n log n) with such a radix.
+    H_ab = H_a ⊗ H_b: each pass multiplies the last axis by a small H and brings it to the front; after all
+    passes the axes are in their old order. These are fewer and larger passes than the butterfly's log2 n,
+    each one matrix product; O(n log n). ValueError unless n is a power of two.
     """
     n = x.size(-1)
     if n & (n - 1) or not n:
@@ -39,7 +40,8 @@ def walsh_hadamard(x):
 def cosine(x):
     """The orthonormal DCT-II over the last dimension, by one FFT of the same length (Makhoul 1980).
 
-    With v = x at even places, then at odd ones backwards, and V its FFT: X_k = s_k Re(V_k e^(-iπk/2n)), s_0 = n^-½, s_k = (2/n)^½.
+    With v = x at even places, then x at odd places backwards, and V the FFT of v:
+    X_k = s_k Re(V_k e^(-iπk/2n)), s_0 = n^-½, s_k = (2/n)^½.
     """
     n = x.size(-1)
     V = torch.fft.fft(torch.cat((x[..., ::2], x[..., 1::2].flip(-1)), -1))

@@ -1,8 +1,9 @@
-"""Random numbers that are a function of where they stand: entry i of stream (seed, labels) is the same on every device, in every
-process and however many are drawn at once, and torch's own random state is not touched.
+"""Random numbers that are a function of their place: entry i of the stream (seed, labels).
 
-A counter and two 32-bit keys are mixed by integer operations that cannot overflow 64 bits, and what becomes a float is rounded at most
-once; so the numbers are equal to the bit. This matters: a model may be stored as the seed of its weights.
+They are the same on every device, in every process and however many are drawn at once; torch's own random
+state is not touched. A counter and two 32-bit keys are mixed by integer operations that cannot overflow 64
+bits, and what becomes a float is rounded at most once: so the numbers are equal to the bit. This matters
+because a model may be stored as the seed of its weights.
 """
 
 from functools import lru_cache
@@ -13,9 +14,8 @@ VERSION = "mix32x2-1"  # of the streams below: a checkpoint made with another ca
 MASK = 0xFFFFFFFF
 WORDS = {"cpu": 2**13, "cuda": 2**20}  # mixed at a time: what a cache holds; enough to fill a GPU
 
-FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(
-    7
-)  # the first label of a stream: what it is for
+# the first label of a stream: what it is for
+FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(7)
 
 
 def words_at_once(device) -> int:
@@ -23,11 +23,11 @@ def words_at_once(device) -> int:
 
 
 def mix(x):
-    """A bijection of the 32-bit numbers in which every output bit hangs on every input bit. x: an int below 2^32, or an int64 tensor of
-    such, which is overwritten.
+    """A bijection of the 32-bit numbers in which every output bit depends on every input bit.
 
-    Shifts and multipliers are those that TheIronBorn found with C. Wellons' hash-prospector (github.com/skeeto/hash-prospector, issue
-    19). Both multipliers are below 2^31, so that no product overflows int64.
+    x: an int below 2^32, or an int64 tensor of such, which is overwritten. Shifts and multipliers are those
+    that TheIronBorn found with C. Wellons' hash-prospector (github.com/skeeto/hash-prospector, issue 19).
+    Both multipliers are below 2^31, so no product overflows int64.
     """
     x ^= x >> 16
     x *= 0x21F0AAAD
@@ -48,15 +48,18 @@ def stream(seed: int, *labels: int) -> tuple[int, int]:
 
 
 def words(keys, counters):
-    """The 32-bit numbers, int64, at int64 `counters` of a stream. keys: of `stream`, or tensors that broadcast with the counters."""
+    """The 32-bit numbers, int64, at int64 `counters` of a stream.
+
+    keys: of `stream`, or tensors that broadcast with the counters.
+    """
     return mix(mix((counters & MASK) ^ keys[0]) ^ keys[1] ^ (counters >> 32))
 
 
-def span(keys, start: int, end: int, device):
+def word_range(keys, start: int, end: int, device):
     return words(keys, torch.arange(start, end, device=device))
 
 
-# ---- signs ----------------------------------------------------------------------------------------------------------
+# ---- signs -------------------------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -68,25 +71,28 @@ def signs_of_bytes(device, dtype):
 
 
 def signs(keys, start: int, end: int, device, dtype=torch.float32):
-    """Entries start to end of streams of ±1, each word giving 32 of them. keys: one stream's, or (count, 1) tensors -> (count, end - start)."""
+    """Entries start to end of streams of ±1, 32 of them from each word.
+
+    keys: one stream's -> (end - start,), or (count, 1) tensors -> (count, end - start).
+    """
     device = torch.device(device)
-    found = span(keys, start // 32, -(-end // 32), device)
-    octets = (found[..., None] >> torch.arange(0, 32, 8, device=device)) & 255
-    entries = signs_of_bytes(device, dtype).index_select(0, octets.flatten()).view(*found.shape[:-1], -1)
+    numbers = word_range(keys, start // 32, -(-end // 32), device)
+    octets = (numbers[..., None] >> torch.arange(0, 32, 8, device=device)) & 255
+    entries = signs_of_bytes(device, dtype).index_select(0, octets.flatten()).view(*numbers.shape[:-1], -1)
     return entries[..., start % 32 : start % 32 + end - start]
 
 
-def numbered(keys: tuple[int, int], first: int, end: int, device):
-    """The keys, (end - first, 1) each, of streams `first` to `end` under those of one stream; all differ."""
+def sub_streams(keys: tuple[int, int], first: int, end: int, device):
+    """The keys, (end - first, 1) each, of sub-streams `first` to `end` of one stream; all differ."""
     k = torch.arange(first, end, device=device)[:, None]
     return tuple(mix(k ^ key) for key in keys)
 
 
-# ---- other laws -----------------------------------------------------------------------------------------------------
+# ---- other distributions -----------------------------------------------------------------------------------
 
 
-def filled(n: int, words_each: int, device, draw):
-    """(n,) float32 of draw(start, end), a piece at a time."""
+def draw_in_pieces(n: int, words_each: int, device, draw):
+    """(n,) float32 of draw(start, end), so many entries at a time that `words_at_once` words are drawn."""
     out = torch.empty(n, device=device)
     step = words_at_once(device) // words_each
     for i in range(0, n, step):
@@ -98,25 +104,26 @@ def uniform(keys, n: int, bound: float, device="cpu"):
     """(n,) float32, uniform in (-bound, bound): 24 bits each, symmetric."""
 
     def draw(start, end):
-        odd = (span(keys, start, end, device) >> 8) * 2 - (2**24 - 1)  # exact in float32
+        odd = (word_range(keys, start, end, device) >> 8) * 2 - (2**24 - 1)  # exact in float32
         return odd.float().mul_(bound / 2**24)
 
-    return filled(n, 1, device, draw)
+    return draw_in_pieces(n, 1, device, draw)
 
 
 def gaussian(keys, n: int, device="cpu"):
-    """(n,) float32 of mean 0 and variance 1: the sum of twelve 16-bit uniform numbers, exact, of kurtosis 2.9 where a Gaussian has 3.
+    """(n,) float32 of mean 0 and variance 1: sums of twelve 16-bit uniform numbers, exact.
 
-    Formulas with logarithms and cosines would differ in their last bits between devices.
+    The kurtosis is 2.9 where a Gaussian has 3. Formulas with logarithms and cosines would differ in their
+    last bits between devices.
     """
 
     def draw(start, end):
-        six = span(keys, 6 * start, 6 * end, device).view(-1, 6)
+        six = word_range(keys, 6 * start, 6 * end, device).view(-1, 6)
         return ((six >> 16) + (six & 0xFFFF)).sum(1).sub_(6 * 65535).float().div_(65536)
 
-    return filled(n, 6, device, draw)
+    return draw_in_pieces(n, 6, device, draw)
 
 
 def permutation(keys, n: int, device="cpu"):
     """(n,) int64: the order of n words, which all differ below 2^32."""
-    return torch.argsort(span(keys, 0, n, device), stable=True)
+    return torch.argsort(word_range(keys, 0, n, device), stable=True)

@@ -1,4 +1,4 @@
-"""The fast transforms against explicit matrices, and the random numbers against the laws and the bits that they promise."""
+"""The fast transforms against explicit matrices; distributions and bits of the random numbers."""
 
 import hashlib
 
@@ -45,7 +45,7 @@ def test_cosine_is_the_orthonormal_transform_of_any_length(n):
         assert torch.autograd.gradcheck(cosine, x.requires_grad_())
 
 
-# ---- noise ----------------------------------------------------------------------------------------------------------
+# ---- noise -------------------------------------------------------------------------------------------------
 
 
 def reference_word(keys, counter):
@@ -73,9 +73,9 @@ def test_signs_are_the_bits_of_the_words_wherever_one_starts():
     bits = [1 - 2 * (~reference_word(keys, i // 32) >> i % 32 & 1) for i in range(200)]
     for start, end in ((0, 200), (37, 38), (64, 96), (95, 161)):
         assert noise.signs(keys, start, end, "cpu").tolist() == bits[start:end]
-    several = noise.signs(noise.numbered(keys, 3, 6, "cpu"), 5, 50, "cpu")
+    several = noise.signs(noise.sub_streams(keys, 3, 6, "cpu"), 5, 50, "cpu")
     for k, row in enumerate(several, 3):
-        assert torch.equal(row, noise.signs(noise.numbered(keys, k, k + 1, "cpu"), 0, 64, "cpu")[0, 5:50])
+        assert torch.equal(row, noise.signs(noise.sub_streams(keys, k, k + 1, "cpu"), 0, 64, "cpu")[0, 5:50])
 
 
 def test_numbers_do_not_hang_on_the_piece_drawn_at_a_time_or_on_torchs_random_state(monkeypatch):
@@ -121,7 +121,7 @@ def test_streams_are_not_alike_and_a_permutation_is_one():
     base = noise.stream(0, 1)
     streams = torch.cat(
         [
-            noise.signs(noise.numbered(key, 0, 64, "cpu"), 0, 4096, "cpu")
+            noise.signs(noise.sub_streams(key, 0, 64, "cpu"), 0, 4096, "cpu")
             for key in (base, noise.stream(0, 2), noise.stream(1, 1))
         ]
     )

@@ -74,16 +74,16 @@ def wake(model):
 
 
 def weights(model, dtype=torch.float32):
-    return [W.detach() for W in model.subspace.made(dtype)]
+    return [W.detach() for W in model.subspace.make_matrices(dtype)]
 
 
-# ---- operators ------------------------------------------------------------------------------------------------------
+# ---- operators ---------------------------------------------------------------------------------------------
 
 
 def signs(matrix, seed, d):
     """W_k, (d, out, in), all at once."""
     drawn = noise.signs(
-        noise.numbered(matrix.stream(seed, noise.BASIS), 0, d, "cpu"), 0, matrix.size, "cpu", torch.float64
+        noise.sub_streams(matrix.stream(seed, noise.BASIS), 0, d, "cpu"), 0, matrix.size, "cpu", torch.float64
     )
     return drawn.view(d, matrix.rows, matrix.columns)
 
@@ -168,7 +168,7 @@ def test_fastfoods_matrix_is_as_good_as_gaussian():
     torch.testing.assert_close(F.T @ F, 3000 * basis, rtol=1e-4, atol=0.05)
 
 
-# ---- matrices in a model --------------------------------------------------------------------------------------------
+# ---- matrices in a model -----------------------------------------------------------------------------------
 
 
 def test_every_matrix_and_every_k_has_numbers_of_its_own_and_the_size_of_a_dense_initialisation():
@@ -192,7 +192,7 @@ def test_every_matrix_and_every_k_has_numbers_of_its_own_and_the_size_of_a_dense
         model = inside(SubspaceConfig(kind, 100), shape)
         before = weights(model)
         model.subspace.alpha.data += 0.1
-        for matrix, a, b in zip(model.subspace.of, weights(model), before):
+        for matrix, a, b in zip(model.subspace.targets, weights(model), before):
             assert (a - b).var().item() * matrix.columns == pytest.approx(1, abs=0.25)
 
 
@@ -201,12 +201,12 @@ def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_traine
     model = inside(config)
     own = [p for name, p in model.named_parameters() if name.startswith("subspace.")]
     assert model.subspace.config.kind == "basis" or all(
-        map(torch.equal, weights(model), model.subspace.starts())
+        map(torch.equal, weights(model), model.subspace.initial_matrices())
     )  # at 0 the base exactly
     wake(model)
     idx = batch()
     plain = dense()  # an ordinary GPT given the matrices and everything else
-    matrices = dict(zip((m.name + ".weight" for m in model.subspace.of), weights(model)))
+    matrices = dict(zip((m.name + ".weight" for m in model.subspace.targets), weights(model)))
     rest = {
         name: t
         for name, t in (*model.named_parameters(), *model.named_buffers())
@@ -221,7 +221,7 @@ def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_traine
     for name, p in model.named_parameters():
         silent = config.kind == "none" and name.startswith("value_embeds")  # outputs of attention stay zero
         assert p.grad is not None and p.grad.isfinite().all() and (p.grad.abs().max() > 0) != silent, name
-    assert sum(p.numel() for p in own) == subspace.own_numbers(config, SHAPE)
+    assert sum(p.numel() for p in own) == subspace.count_trained(config, SHAPE)
     costs = subspace.costs(config, SHAPE, account(SHAPE))
     assert (
         costs["params/trained"] == sum(p.numel() for p in model.parameters())
@@ -239,7 +239,7 @@ def test_the_gradient_of_the_loss_is_that_through_explicit_matrices_and_finite_d
     d = 4
     (grad,) = torch.autograd.grad(model(idx[:, :-1], idx[:, 1:], torch.float64), alpha)
     explicit = alpha.detach().clone().requires_grad_()
-    for matrix in model.subspace.of:
+    for matrix in model.subspace.targets:
         model.get_submodule(matrix.name).weight = (
             torch.einsum("k,koi->oi", explicit[0], signs(matrix, 3, d)) * matrix.columns**-0.5
         )
@@ -291,9 +291,9 @@ def test_a_state_holds_what_is_trained_and_restores_the_model_to_the_bit(config,
 
 def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkeypatch):
     model = inside(SubspaceConfig("basis", 2))
-    made = model.subspace.made
+    make = model.subspace.make_matrices
     calls = []
-    monkeypatch.setattr(model.subspace, "made", lambda dtype: calls.append(dtype) or made(dtype))
+    monkeypatch.setattr(model.subspace, "make_matrices", lambda dtype: calls.append(dtype) or make(dtype))
     wake(model)
     with torch.inference_mode():
         a = model(batch())
@@ -316,17 +316,14 @@ def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_
         assert sorted(name for g in groups for name in g["names"]) == model_names
         for name, lr in ((name, g["lr"]) for g in groups for name in g["names"]):
             of_subspace = name.startswith(("subspace.alpha", "subspace.A", "subspace.B"))
-            assert lr == pytest.approx(
-                5.0 / max(1, config.dim, config.rank) ** 0.5
-                if of_subspace
-                else 6.0
-                if name == "subspace.scales"
-                else lr
-            )
+            if of_subspace:
+                assert lr == pytest.approx(5.0 / max(1, config.dim, config.rank) ** 0.5)
+            if name == "subspace.scales":
+                assert lr == 6.0
             assert of_subspace == (name.startswith("subspace.") and name != "subspace.scales")
 
 
-# ---- what cannot be -------------------------------------------------------------------------------------------------
+# ---- what cannot be ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -391,7 +388,7 @@ def test_flags_that_do_not_fit_are_refused(train, flags, message):
     assert not (metrics.runs_dir() / "tiny").exists()
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_in_a_subspace_learns_resumes_to_the_bit_and_is_restored(train, kill_after, capsys):
