@@ -1,6 +1,8 @@
-"""The whole model in plain PyTorch: logits of a file that scripts.materialize --safetensors wrote, and nothing of this package.
+"""The whole model in plain PyTorch, with nothing of this package: logits of a safetensors file.
 
-python dev/plain_forward.py low.safetensors 299 17 4     ids in, the five likeliest next ids out
+    python dev/plain_forward.py low.safetensors 299 17 4     # ids in, the five likeliest next ids out
+
+The file and its JSON are written by scripts.materialize --safetensors.
 """
 
 import json
@@ -17,78 +19,75 @@ def load(file: str) -> tuple[dict, dict]:
         return json.load(f), load_file(file)
 
 
+def norm(x, eps: float):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def linear(x, weights: dict, name: str, act: str = "none"):
+    """One matrix, or B(A x), with a nonlinearity between the factors where the config has one."""
+    if f"{name}.weight" in weights:
+        return x @ weights[f"{name}.weight"].T
+    h = x @ weights[f"{name}.A"].T
+    if act == "silu":
+        h = F.silu(h)
+    return h @ weights[f"{name}.B"].T
+
+
+def rotated(x, angle):
+    """Channel i of a head turns together with channel i + D/2. x: (B, heads, T, D), angle: (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()), dim=-1)
+
+
+def attention(config: dict, q, k, v, window: int):
+    """Softmax attention of q: (B, H, T, D), k and v: (B, K, T, D) -> (B, T, H · D)."""
+    T = q.size(2)
+    groups = q.size(1) // k.size(1)
+    k = k.repeat_interleave(groups, dim=1)  # query heads share key/value heads in order
+    v = v.repeat_interleave(groups, dim=1)
+    position = torch.arange(T)
+    distance = position[:, None] - position  # how far a key is behind its query
+    scores = q @ k.mT * config["score_scale"]
+    scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 def logits(config: dict, weights: dict, idx):  # (B, T) ids -> (B, T, V)
     model = config["model"]
-    (B, T) = idx.shape
-    H = model["n_head"]
-    K = model["n_kv_head"]
+    eps = config["norm_eps"]
+    act = model["factor_act"]
+    B, T = idx.shape
     D = model["n_embd"] // model["n_head"]
-
-    def linear(
-        x, name, act="none"
-    ):  # one matrix, or B(A x), with a nonlinearity between the factors where the config says so
-        if f"{name}.weight" in weights:
-            return x @ weights[f"{name}.weight"].T
-        h = x @ weights[f"{name}.A"].T
-        return (F.silu(h) if act == "silu" else h) @ weights[f"{name}.B"].T
-
-    def norm(x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["norm_eps"])
-
-    position = torch.arange(T)
-    angle = position[:, None] * config["rotary_base"] ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
-
-    def heads(
-        x, rotated
-    ):  # (B, T, heads · D) -> (B, heads, T, D); channel i turns together with channel i + D/2
-        x = x.view(B, T, -1, D).transpose(1, 2)
-        a, b = x.chunk(2, dim=-1)
-        return (
-            norm(torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()), dim=-1))
-            if rotated
-            else x
-        )
+    frequency = config["rotary_base"] ** (-torch.arange(0, D, 2) / D)
+    angle = torch.arange(T)[:, None] * frequency  # (T, D/2)
 
     x = weights["wte.weight"][idx]
-    x = x0 = norm(x + weights["smear"] * F.pad(x, (0, 0, 1, 0))[:, :-1])  # a share of the token before
-    for i, block in enumerate(model["layer_map"] or range(model["n_layer"])):
-
-        def layer(x, name):
-            return linear(x, f"blocks.{block}.{name}", model["factor_act"])
-
+    x = x + weights["smear"] * F.pad(x, (0, 0, 1, 0))[:, :-1]  # a share of the token before
+    x = x0 = norm(x, eps)
+    for i, layer in enumerate(model["layer_map"] or range(model["n_layer"])):
+        block = f"blocks.{layer}"
         x = weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0
-        h = norm(x)
-        q = layer(h, "attn.q")
-        k = layer(h, "attn.k")
-        v = layer(h, "attn.v")
-        if f"value_embeds.{block}.weight" in weights:
-            v = v + weights[f"value_embeds.{block}.weight"][idx]
-        q = heads(q, True)
-        k = heads(k, True)
-        v = heads(v, False)
-        k, v = (
-            t.repeat_interleave(H // K, dim=1) for t in (k, v)
-        )  # query heads share key/value heads in order
-        back = position[:, None] - position  # how far a key is behind its query
-        scores = (q @ k.mT * config["score_scale"]).masked_fill(
-            (back < 0) | (back >= config["windows"][i]), -torch.inf
-        )
-        x = x + layer((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), "attn.o")
-        x = x + layer(F.relu(layer(norm(x), "mlp.up")).square(), "mlp.down")
-    z = norm(x) @ weights["wte.weight"].T if model["tie_embeddings"] else linear(norm(x), "lm_head")
+
+        h = norm(x, eps)
+        q, k, v = (linear(h, weights, f"{block}.attn.{name}", act) for name in "qkv")
+        if f"value_embeds.{layer}.weight" in weights:
+            v = v + weights[f"value_embeds.{layer}.weight"][idx]
+        q, k, v = (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+        q = norm(rotated(q, angle), eps)
+        k = norm(rotated(k, angle), eps)
+        x = x + linear(attention(config, q, k, v, config["windows"][i]), weights, f"{block}.attn.o", act)
+
+        h = F.relu(linear(norm(x, eps), weights, f"{block}.mlp.up", act)).square()
+        x = x + linear(h, weights, f"{block}.mlp.down", act)
+
+    x = norm(x, eps)
+    z = x @ weights["wte.weight"].T if model["tie_embeddings"] else linear(x, weights, "lm_head")
     return config["logit_softcap"] * torch.tanh(z / config["logit_softcap"])
 
 
 if __name__ == "__main__":
     config, weights = load(sys.argv[1])
-    best = (
-        logits(config, weights, torch.tensor([[int(word) for word in sys.argv[2:]]]))[0, -1]
-        .softmax(-1)
-        .topk(5)
-    )
-    print(
-        "\n".join(
-            f"{token:8} {probability:.4f}"
-            for probability, token in zip(best.values.tolist(), best.indices.tolist())
-        )
-    )
+    idx = torch.tensor([[int(word) for word in sys.argv[2:]]])
+    best = logits(config, weights, idx)[0, -1].softmax(-1).topk(5)
+    for probability, token in zip(best.values.tolist(), best.indices.tolist()):
+        print(f"{token:8} {probability:.4f}")

@@ -2,8 +2,9 @@
 
     python dev/bench/core_speed.py --depth 6 --model-dim 384 --vocab-size 32768
 
-One by one is one forward pass for each question, its answers as the rows of a batch and all logits computed. Both take their turn in
-each round; the ratio's median and range over the rounds hold on a machine that does other work too. The losses have to agree to 1e-5.
+One by one is one forward pass for each question, with its answers as the rows of a batch and all logits
+computed. Both ways take their turn in each round; shown are median and range of the ratio over the rounds,
+which hold on a machine that does other work too. The losses have to agree to 1e-5.
 """
 
 import statistics
@@ -27,7 +28,10 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
 def question(kind: str, longest: int, vocab_size: int, rng) -> list[tuple]:
-    """Rows of a prompt, of `longest` tokens or down to half as many, and its continuations: four answers, two contexts, or one text."""
+    """Rows of (prompt, continuations): one row with four answers, two with contexts, or one with one text.
+
+    The prompt has `longest` tokens, or down to half as many.
+    """
 
     def text(shortest, longest):
         return rng.integers(1, vocab_size, rng.integers(shortest, longest + 1)).astype(np.int32)
@@ -44,27 +48,25 @@ def question(kind: str, longest: int, vocab_size: int, rng) -> list[tuple]:
 
 
 @torch.inference_mode()
-def one_by_one(model, asked: list) -> list[float]:
+def one_by_one(model, questions: list) -> list[float]:
     """Mean loss of every continuation, in nats a token."""
-    found = []
-    for rows in asked:
+    means = []
+    for rows in questions:
         texts = [
             (np.concatenate((prompt, c)), len(c)) for prompt, continuations in rows for c in continuations
         ]
         idx = torch.zeros(len(texts), max(len(text) for text, _ in texts), dtype=torch.long)
         for row, (text, _) in zip(idx, texts):
             row[: len(text)] = torch.from_numpy(text)
-        losses = F.cross_entropy(
-            model(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none"
-        ).view(len(texts), -1)
-        found += [
-            row[len(text) - n - 1 : len(text) - 1].mean().item() for row, (text, n) in zip(losses, texts)
-        ]
-    return found
+        logits = model(idx)[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(logits, idx[:, 1:].flatten(), reduction="none").view(len(texts), -1)
+        for row, (text, n) in zip(losses, texts):
+            means.append(row[len(text) - n - 1 : len(text) - 1].mean().item())
+    return means
 
 
-def together(model, asked: list, tokens: int) -> list[float]:
-    rows = [row for question_rows in asked for row in question_rows]
+def together(model, questions: list, tokens: int) -> list[float]:
+    rows = [row for question_rows in questions for row in question_rows]
     return [loss for pairs in score(model, rows, torch.float32, tokens) for loss, _ in pairs]
 
 
@@ -89,19 +91,22 @@ def main(argv=None):
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05)
     print(
-        f"{common.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {args.depth} layers, width {args.model_dim}, vocabulary "
-        f"{args.vocab_size}; {args.questions} questions, prompts of up to {args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|"
+        f"{common.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {args.depth} layers, "
+        f"width {args.model_dim}, vocabulary {args.vocab_size}; {args.questions} questions, prompts of up to "
+        f"{args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|"
     )
     for kind in KINDS:
         rng = np.random.default_rng(0)
         ratios = []
-        asked = [question(kind, args.prompt_tokens, args.vocab_size, rng) for _ in range(args.questions)]
-        np.testing.assert_allclose(together(model, asked, args.tokens), one_by_one(model, asked), atol=1e-5)
+        questions = [question(kind, args.prompt_tokens, args.vocab_size, rng) for _ in range(args.questions)]
+        np.testing.assert_allclose(
+            together(model, questions, args.tokens), one_by_one(model, questions), atol=1e-5
+        )
         for _ in range(args.repeats):
             start = time.perf_counter()
-            one_by_one(model, asked)
+            one_by_one(model, questions)
             middle = time.perf_counter()
-            together(model, asked, args.tokens)
+            together(model, questions, args.tokens)
             ratios.append((middle - start) / (time.perf_counter() - middle))
         print(
             f"| {kind} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |", flush=True

@@ -1,31 +1,26 @@
-"""Everything one GPU can tell about a training step, in one JSON and one markdown file. Run by gpu.sh, which says more.
+"""Everything one GPU can tell about a training step, as JSON and markdown. gpu.sh says how to run it.
 
     python dev/bench/gpu.py --out gpu_bench
-    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny     # the same program on any machine, in a minute
+    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny     # the same on any machine, in a
+    minute
 
-First whether the device computes the same as the CPU, then train_step.py's comparison at the widths of d20 and d12: full
-rank, and low rank of four ranks with and without recomputation, three models in turn at a time. The files are rewritten after
-every comparison, so that what was measured is kept if the time runs out; what did not fit into it is listed as skipped.
+First: does the device compute the same as the CPU? Then train_step.py's comparison at the widths of d20 and
+d12: full rank, and low rank of four ranks with and without recomputation, three models in turn at a time. The
+files are written again after every comparison, so that what was measured is kept if the time runs out; what
+the time did not suffice for is listed as skipped.
 """
 
 import copy
 import gc
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import train_step
 from loss_memory import measure as measure_loss
-from train_step import (  # first: it finds nanochat in a bare checkout
-    RATES,
-    compare,
-    machine,
-    make_subject,
-    noise_rows,
-    shown,
-)
+from train_step import RATES, compare, make_subject, noise_rows, shown  # first: it finds nanochat
 
 from nanochat import common, metrics
 from nanochat.common import ArgumentParser, whole_number
@@ -35,12 +30,36 @@ from nanochat.optim import build_optimizers
 
 FRACTIONS = {"d/4": 1 / 4, "d/3": 1 / 3, "d/2": 1 / 2, "d/8": 1 / 8}  # the most telling first
 LARGEST_BATCH = 64
-# relative difference from the CPU in float32 that is still agreement: (first loss, gradients, loss after the steps). The steps
-# differ more, for Muon orthogonalises in bfloat16 on a GPU
+# largest relative difference from the CPU in float32 that is agreement: (first loss, gradients, loss after
+# the steps). The steps differ more, for Muon orthogonalises in bfloat16 on a GPU
 AGREE = {"float32": (1e-4, 1e-3, 0.02), "bfloat16": (1e-2, 0.05, 0.05)}
 
 
-# ---- correctness ----------------------------------------------------------------------------------------------------
+@dataclass
+class Setting:
+    """What all comparisons of a run have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    repeats: int
+
+
+class Report:
+    """What was measured so far, and the files that hold it."""
+
+    def __init__(self, folder: Path, began: float):
+        self.folder = folder
+        self.began = began
+        self.entries = {}
+
+    def save(self):
+        self.entries["seconds"] = time.monotonic() - self.began
+        write_atomic(self.folder / "gpu.json", json.dumps(self.entries, indent=1) + "\n")
+        write_atomic(self.folder / "gpu.md", markdown(self.entries))
+
+
+# ---- correctness -------------------------------------------------------------------------------------------
 
 
 def small_model(rank: int) -> GPT:
@@ -59,18 +78,16 @@ def small_model(rank: int) -> GPT:
         )
     )
     model.init_weights()
-    for linear in (
-        *(layer for block in model.blocks for layer in (block.attn.o, block.mlp.down)),
-        model.lm_head,
-    ):
+    blocks = [layer for block in model.blocks for layer in (block.attn.o, block.mlp.down)]
+    for linear in (*blocks, model.lm_head):
         linear.init()
     return model
 
 
-def trained(model: GPT, device, dtype, steps: int = 5):
+def train_steps(model: GPT, device, dtype, steps: int = 5):
     """(first loss, its gradients, loss after the steps) on one random batch."""
     model = copy.deepcopy(model).to(device)
-    optimizers = build_optimizers(model, RATES)
+    optimizers = build_optimizers(model, **RATES)
     tokens = torch.randint(1024, (4, 129), generator=torch.Generator().manual_seed(1)).to(device)
     losses = []
     for step in range(steps):
@@ -87,71 +104,55 @@ def trained(model: GPT, device, dtype, steps: int = 5):
 
 def smoke(device) -> list[dict]:
     """One entry for each model and dtype: how far the device is from the CPU in float32."""
-    found = []
+    entries = []
     for name, rank in (("full rank", 0), ("low rank", 32)):
         model = small_model(rank)
-        first, gradient, last = trained(model, torch.device("cpu"), torch.float32)
+        first, gradient, last = train_steps(model, torch.device("cpu"), torch.float32)
         for dtype_name, limits in AGREE.items():
-            here = trained(model, device, getattr(torch, dtype_name))
+            device_values = train_steps(model, device, getattr(torch, dtype_name))
             differences = {
-                "first loss": abs(here[0] / first - 1),
-                "gradients": ((here[1] - gradient).norm() / gradient.norm()).item(),
-                "loss after steps": abs(here[2] / last - 1),
+                "first loss": abs(device_values[0] / first - 1),
+                "gradients": ((device_values[1] - gradient).norm() / gradient.norm()).item(),
+                "loss after steps": abs(device_values[2] / last - 1),
             }
-            found.append(
+            entries.append(
                 {
                     "what": f"{name}, {dtype_name}",
                     **differences,
                     "ok": all(d <= limit for d, limit in zip(differences.values(), limits)),
                 }
             )
-    return found
+    return entries
 
 
 def loss_check(device, tiny: bool) -> list[dict]:
     """The chunked loss beside the plain one: agreement, time, peak."""
-    found = []
+    entries = []
     N, C, V = (256, 32, 512) if tiny else (8192, 768, 32768)
     for dtype_name, limit in (("float32", 1e-4), ("bfloat16", 0.02)):
         result = measure_loss(N, C, V, device, getattr(torch, dtype_name), repeats=3)
-        found.append(
+        entries.append(
             {
                 "what": f"chunked loss, {dtype_name}, {N} x {C}, vocabulary {V}",
                 **result,
                 "ok": max(result["relative difference"].values()) <= limit,
             }
         )
-    return found
+    return entries
 
 
-# ---- the comparisons ------------------------------------------------------------------------------------------------
+# ---- the comparisons ---------------------------------------------------------------------------------------
 
 
 def sizes(tiny: bool) -> dict[str, GPTConfig]:
+    """{name: dense model}. Attention sees the whole context: torch's flash attention takes no mask."""
     if tiny:
-        return {
-            "tiny": GPTConfig(
-                sequence_len=64,
-                vocab_size=512,
-                n_layer=2,
-                n_head=2,
-                n_kv_head=2,
-                n_embd=64,
-                window_pattern="L",
-            )
-        }
-    return {
-        f"d{depth}": GPTConfig(
-            sequence_len=2048,
-            vocab_size=65536,
-            n_layer=depth,
-            n_head=depth // 2,
-            n_kv_head=depth // 2,
-            n_embd=64 * depth,
-            window_pattern="L",
-        )  # whole context: torch's flash attention takes no mask
-        for depth in (20, 12)
-    }
+        return {"tiny": GPTConfig(64, 512, 2, 2, 2, 64, window_pattern="L")}
+    configs = {}
+    for depth in (20, 12):
+        heads = depth // 2
+        configs[f"d{depth}"] = GPTConfig(2048, 65536, depth, heads, heads, 64 * depth, window_pattern="L")
+    return configs
 
 
 def low_rank(config: GPTConfig, fraction: float) -> GPTConfig:
@@ -161,7 +162,7 @@ def low_rank(config: GPTConfig, fraction: float) -> GPTConfig:
 
 
 def fits(configs, rows, batch_size: int, device, dtype) -> bool:
-    """Whether each model makes an uncompiled step (which needs more than a compiled one) with the others beside it."""
+    """Whether all models fit together. Each makes an uncompiled step, which takes more than a compiled."""
     try:
         subjects = [make_subject("", config, rows, batch_size, device, dtype, False) for config in configs]
         for _ in range(2):  # from the second on there is optimizer state
@@ -180,10 +181,9 @@ def release(device):
 
 def largest_batch(config: GPTConfig, rows, start: int, device, dtype) -> int:
     """The largest power of two up to `start` that fits."""
-    batch_size, together = (
-        start,
-        [config] + 2 * [low_rank(config, FRACTIONS["d/2"])],
-    )  # as many as will be compared at a time
+    batch_size = start
+    low = low_rank(config, FRACTIONS["d/2"])
+    together = [config, low, low]  # as many as will be compared at a time
     while batch_size > 1 and not fits(together, rows, batch_size, device, dtype):
         release(device)
         batch_size //= 2
@@ -197,86 +197,75 @@ def measure_size(
     batch_size: int,
     rows,
     deadline: float,
-    report: dict,
-    save,
-    device,
-    dtype,
-    compiled: bool,
-    repeats: int,
+    report: Report,
+    setting: Setting,
 ):
-    """Fill report["sizes"][size] comparison by comparison; what cannot be done goes to report["skipped"]."""
-    here = report["sizes"][size] = {"batch": batch_size, "comparisons": {}}
+    """Measure one size, comparison by comparison; what cannot be done is listed as skipped."""
+    comparisons = {}
+    report.entries["sizes"][size] = {"batch": batch_size, "comparisons": comparisons}
+    skipped = report.entries["skipped"]
+    device = setting.device
+
+    def subject_of(name, config):
+        return make_subject(name, config, rows, batch_size, device, setting.dtype, setting.compiled)
+
     dense = None
     longest = 0.0
     for label, fraction in FRACTIONS.items():
         started = time.monotonic()
         if started + longest > deadline:
-            report["skipped"].append(f"{size}, rank {label}: no time left")
+            skipped.append(f"{size}, rank {label}: no time left")
             continue
         try:
-            dense = dense or make_subject("dense", config, rows, batch_size, device, dtype, compiled)
+            dense = dense or subject_of("dense", config)
             factored = low_rank(config, fraction)
             lows = [
-                make_subject(
-                    name, replace(factored, recompute=mode), rows, batch_size, device, dtype, compiled
-                )
-                for name, mode in ((f"r = {label}", "none"), (f"r = {label}, recompute", "bottleneck"))
+                subject_of(f"r = {label}", factored),
+                subject_of(f"r = {label}, recompute", replace(factored, recompute="bottleneck")),
             ]
-            here["comparisons"][label] = compare(
-                [dense, *lows], {low.name: "dense" for low in lows}, batch_size, device, repeats
-            )
+            controls = {low.name: "dense" for low in lows}
+            comparisons[label] = compare([dense, *lows], controls, batch_size, device, setting.repeats)
         except RuntimeError as e:  # out of memory, or a compiler that gave up: the other rows go on
-            report["skipped"].append(
-                f"{size}, rank {label}: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
-            )
+            first_line = (str(e).splitlines() or [""])[0][:200]
+            skipped.append(f"{size}, rank {label}: {type(e).__name__}: {first_line}")
         lows = None
         release(device)
         longest = max(longest, time.monotonic() - started)
-        save()
+        report.save()
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
-def peak_flops(device) -> float | None:
-    """The data sheet's peak of this device in bfloat16, for MFU."""
-    table = getattr(metrics, "PEAK_FLOPS", {})
-    return next((flops for name, flops in table.items() if name in common.device_name(device)), None)
-
-
-def size_table(here: dict, peak: float | None) -> list[str]:
+def size_table(measured: dict, peak: float | None) -> list[str]:
     lines = [
-        "| | rank | parameters, M | tokens/s | step, ms | data | forward | backward | optimizer | / dense: step | FLOPs "
-        "| step / FLOPs | MFU, % | of matmul ceiling, % | peak, GB | / dense |",
+        "| | rank | parameters, M | tokens/s | step, ms | data | forward | backward | optimizer "
+        "| / dense: step | FLOPs | step / FLOPs | MFU, % | of matmul ceiling, % | peak, GB | / dense |",
         "|---|" + "---:|" * 15,
     ]
-    for number, result in enumerate(here["comparisons"].values()):
+    for number, result in enumerate(measured["comparisons"].values()):
         for name, model in result["models"].items():
             if name == "dense" and number:
-                continue  # measured again beside each rank; the first will do here, all are in the JSON
-            ratio = result["ratios"].get(name)
+                continue  # measured again beside each rank; the first is enough here, all are in the JSON
             seconds = model["seconds"]
+            time_ratios = ["", "", ""]
+            peak_ratio = ""
+            if ratio := result["ratios"].get(name):
+                values = (ratio["seconds"]["step"], ratio["flops"], ratio["step over flops"])
+                time_ratios = [shown(value, 1, 3) for value in values]
+                peak_ratio = shown(ratio["memory"]["peak"], 1, 3)
             cells = [
                 name,
                 str(max(model["config"]["mlp_ranks"], default=0) or "full"),
                 shown(model["accounting"]["params/total"], 1e-6),
                 f"{model['tokens per second']['median']:,.0f}",
                 shown(seconds["step"], 1e3),
-            ]
-            cells += [shown(seconds[part]["median"], 1e3, 3) for part in train_step.PARTS]
-            cells += (
-                [
-                    shown(value, 1, 3)
-                    for value in (ratio["seconds"]["step"], ratio["flops"], ratio["step over flops"])
-                ]
-                if ratio
-                else ["", "", ""]
-            )
-            cells += [
+                *(shown(seconds[part]["median"], 1e3, 3) for part in train_step.PARTS),
+                *time_ratios,
                 shown(model["flops per second"]["median"], 100 / peak, 3) if peak else "",
                 shown(model["share of ceiling"]["median"], 100, 3),
                 shown(model["memory"]["peak"], 1e-9),
-                shown(ratio["memory"]["peak"], 1, 3) if ratio else "",
+                peak_ratio,
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -334,40 +323,36 @@ def markdown(report: dict) -> str:
     lines = [
         "# A training step on one device",
         "",
-        f"{about['device']}, torch {about['torch']}, {about['dtype']}, {'compiled' if about['compiled'] else 'eager'}. Medians over "
-        "interleaved rounds, quartiles in brackets. Factored layers: attention and MLP. How it is measured: dev/bench/train_step.py.",
+        f"{about['device']}, torch {about['torch']}, {about['dtype']}, "
+        f"{'compiled' if about['compiled'] else 'eager'}. Medians over interleaved rounds, quartiles in "
+        "brackets. Factored layers: attention and MLP. How it is measured: dev/bench/train_step.py.",
         "",
     ]
-    for size, here in report["sizes"].items():
-        if here["comparisons"]:
-            first = next(iter(here["comparisons"].values()))
+    for size, measured in report["sizes"].items():
+        if measured["comparisons"]:
+            first = next(iter(measured["comparisons"].values()))
             config = first["models"]["dense"]["config"]
             ceiling = shown(first["ceiling flops per second"], 1e-12)
             lines += [
                 f"## {size}",
                 "",
-                f"{config['n_layer']} layers, width {config['n_embd']}, vocabulary {config['vocab_size']}, batch "
-                f"{here['batch']} x {config['sequence_len']}; matmul ceiling {ceiling} TFLOP/s",
+                f"{config['n_layer']} layers, width {config['n_embd']}, vocabulary {config['vocab_size']}, "
+                f"batch {measured['batch']} x {config['sequence_len']}; matmul ceiling {ceiling} TFLOP/s",
                 "",
-                *size_table(here, report["peak flops"]),
+                *size_table(measured, report["peak flops"]),
                 "",
             ]
     lines += target_lines(report) + agreement_lines(report)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Skipped: {'; '.join(report['skipped']) or 'nothing'}. Whole run: {report['seconds']:.0f} s.",
-            "",
-        ]
-    )
+    skipped = "; ".join(report["skipped"]) or "nothing"
+    lines += ["", f"Skipped: {skipped}. Whole run: {report['seconds']:.0f} s.", ""]
+    return "\n".join(lines)
 
 
-def main(argv=None):
+def flag_parser():
     parser = ArgumentParser("Correctness and speed of one device, dense and low rank.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
-    add("--device-type", choices=["cuda", "cpu"], default="cuda")
+    add("--device-type", choices=["cuda", "cpu"], default="cuda", help="the device to measure")
     add(
         "--tiny",
         action="store_true",
@@ -379,52 +364,49 @@ def main(argv=None):
         default=420,
         help="no comparison is begun that would probably end later than this",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = flag_parser().parse_args(argv)
     check_out("--out", args.out)
     began = time.monotonic()
-    device = common.init_process(args.device_type).device
-    dtype, compiled, repeats, start = (
-        (torch.float32, False, 2, 4) if args.tiny else (torch.bfloat16, True, 10, LARGEST_BATCH)
-    )
-    report = {
-        "machine": machine(device, dtype, compiled),
-        "peak flops": peak_flops(device),
+    device = common.init_process(args.device_type)[0]
+    if args.tiny:
+        setting = Setting(device, torch.float32, compiled=False, repeats=2)
+    else:
+        setting = Setting(device, torch.bfloat16, compiled=True, repeats=10)
+    report = Report(args.out, began)
+    report.entries = {
+        "machine": train_step.machine(device, setting.dtype, setting.compiled),
+        "peak flops": metrics.peak_flops(common.device_name(device)),  # for MFU
         "smoke": [],
         "loss": [],
         "sizes": {},
         "skipped": [],
-        "seconds": 0.0,
     }
 
-    def save():
-        report["seconds"] = time.monotonic() - began
-        write_atomic(args.out / "gpu.json", json.dumps(report, indent=1) + "\n")
-        write_atomic(args.out / "gpu.md", markdown(report))
-
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(
-            "highest"
-        )  # the smoke compares float32 with float32, not with TF32
-    report["smoke"], report["loss"] = smoke(device), loss_check(device, args.tiny)
+    if device.type == "cuda":  # the smoke compares float32 with float32, not with TF32
+        torch.set_float32_matmul_precision("highest")
+    report.entries["smoke"] = smoke(device)
+    report.entries["loss"] = loss_check(device, args.tiny)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as init_process has it
-    save()
+    report.save()
 
-    left = sizes(args.tiny)
-    for number, (size, config) in enumerate(left.items()):
+    configs = sizes(args.tiny)
+    for number, (size, config) in enumerate(configs.items(), 1):
         now = time.monotonic() - began
-        share = (
-            0.6 if number < len(left) - 1 else 1.0
-        )  # of the time that is left; the last size may have all of it
+        share = 1.0 if number == len(configs) else 0.6  # of the time that is left
         deadline = began + now + share * (args.seconds - now)
         rows = noise_rows(config.vocab_size, config.sequence_len)
-        batch_size = largest_batch(config, rows, start, device, dtype)
-        measure_size(size, config, batch_size, rows, deadline, report, save, device, dtype, compiled, repeats)
+        batch_size = largest_batch(config, rows, 4 if args.tiny else LARGEST_BATCH, device, setting.dtype)
+        measure_size(size, config, batch_size, rows, deadline, report, setting)
         torch._dynamo.reset()  # the next size compiles anew
         release(device)
-    report["seconds"] = time.monotonic() - began
-    print(markdown(report), flush=True)  # before the file is written: it is shown also where that fails
-    save()
+    report.entries["seconds"] = time.monotonic() - began
+    print(markdown(report.entries), flush=True)  # before the files are written: shown even where that fails
+    report.save()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python dev/bench/hadamard.py        # 2^20 numbers, float32, with the target
 
-A round takes each transform once; times are medians over the rounds, ratios to scipy's medians of the rounds' ratios.
+A round takes each transform once; times are medians over the rounds, ratios to scipy's medians of the rounds'
+ratios.
 """
 
 import sys
@@ -21,6 +22,20 @@ from nanochat.common import ArgumentParser, whole_number
 from nanochat.subspace.hadamard import cosine, walsh_hadamard
 
 TARGET = 5.0
+
+
+def seconds_by_way(ways: dict, repeats: int, device) -> dict[str, list[float]]:
+    """{way: [seconds, one a round]}; each round takes every way once."""
+    seconds = {name: [] for name in ways}
+    for turn in range(repeats + 2):  # the first two make the matrices and fill the caches
+        for name, way in ways.items():
+            synchronize(device)
+            started = time.perf_counter()
+            way()
+            synchronize(device)
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def main(argv=None):
@@ -43,27 +58,18 @@ def main(argv=None):
         "walsh_hadamard": lambda: walsh_hadamard(x),
         "cosine": lambda: cosine(x),
     }
-    seconds = {name: [] for name in ways}
-    for turn in range(args.repeats + 2):  # the first two make the matrices and wake the caches
-        for name, way in ways.items():
-            synchronize(device)
-            started = time.perf_counter()
-            way()
-            synchronize(device)
-            if turn > 1:
-                seconds[name].append(time.perf_counter() - started)
+    seconds = seconds_by_way(ways, args.repeats, device)
     print(
-        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); 2^{args.bits} numbers in float32\n\n"
+        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); "
+        f"2^{args.bits} numbers in float32\n\n"
         "| | ms | ratio to scipy | target | |\n|---|---:|---:|---:|---|"
     )
     for name, taken in seconds.items():
         ratio = np.median(np.array(taken) / seconds["scipy.fft.dct"])
-        verdict = (
-            f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
-            if name == "walsh_hadamard"
-            else " | "
-        )
-        print(f"| {name} | {np.median(taken) * 1e3:.2f} | {ratio:.2f} | {verdict} |")
+        target = " | "
+        if name == "walsh_hadamard":
+            target = f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
+        print(f"| {name} | {np.median(taken) * 1e3:.2f} | {ratio:.2f} | {target} |")
 
 
 if __name__ == "__main__":

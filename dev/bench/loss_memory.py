@@ -1,13 +1,16 @@
-"""Memory and time of the output head's loss: in chunks (ops.CrossEntropy) beside the plain formula.
+"""Memory and time of the output head's loss: in chunks beside the plain formula.
 
-    python dev/bench/loss_memory.py        # vocabulary 32768, batch 8 x 1024, width 256, in float32, with the targets
+    python dev/bench/loss_memory.py     # vocabulary 32768, batch 8 x 1024, width 256, in float32, with
+    targets
 
-Each round takes the loss and the gradients of x and of the weight once by each way; time is the median over the rounds, its
-ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their gradients are counted in.
+Each round takes the loss and the gradients of x and of the weight once by each way. Time is the median over
+the rounds, its ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their
+gradients are counted in.
 """
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,7 @@ def plain_loss(x, weight, targets):
 
 WAYS = {
     "plain": plain_loss,
-    "chunked": lambda x, weight, targets: CrossEntropy.apply(x, weight, targets),
+    "chunked": CrossEntropy.apply,
 }
 
 
@@ -49,13 +52,10 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
     targets = torch.randint(V, (N,), device=device)
     inputs = train_step.bytes_of((x, weight, targets))
 
-    def run(way):
-        def inside(boundary):
-            boundary("loss")
-            loss_and_gradients(way, x, weight, targets)
-            boundary("end")
-
-        return inside
+    def run(way, boundary):
+        boundary("loss")
+        loss_and_gradients(way, x, weight, targets)
+        boundary("end")
 
     results = {way: loss_and_gradients(way, x, weight, targets) for way in WAYS}
     error = {
@@ -73,7 +73,7 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
             loss_and_gradients(way, x, weight, targets)
             synchronize(device)
             seconds[way].append(time.perf_counter() - started)
-    peak = {way: inputs + allocated(run(way), device)["loss"] for way in WAYS}
+    peak = {way: inputs + allocated(partial(run, way), device)["loss"] for way in WAYS}
     return {
         "seconds": {way: spread(seconds[way]) for way in WAYS},
         "peak bytes": peak,
@@ -110,19 +110,20 @@ def main(argv=None):
     result = {"machine": train_step.machine(device, dtype, False), **result}
 
     print(
-        f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary {args.vocab_size}, batch "
-        f"{args.device_batch_size} x {args.max_seq_len}, width {args.model_dim}, {args.repeats} rounds\n\n"
+        f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary "
+        f"{args.vocab_size}, batch {args.device_batch_size} x {args.max_seq_len}, width {args.model_dim}, "
+        f"{args.repeats} rounds\n\n"
         "| | plain | chunked | ratio | target | |\n|---|---:|---:|---:|---:|---|"
     )
     for label, unit, key, ratio, target in (
         ("loss and gradients, ms", 1e3, "seconds", result["time ratio"], TIME_TARGET),
         ("peak, MB", 1e-6, "peak bytes", result["peak ratio"], MEMORY_TARGET),
     ):
-        ok = (ratio["median"] if isinstance(ratio, dict) else ratio) <= target
-        print(
-            f"| {label} | {shown(result[key]['plain'], unit)} | {shown(result[key]['chunked'], unit)} | {shown(ratio, 1, 3)} "
-            f"| <= {target} | {'reached' if ok else 'not reached'} |"
-        )
+        reached = (ratio["median"] if isinstance(ratio, dict) else ratio) <= target
+        plain = shown(result[key]["plain"], unit)
+        chunked = shown(result[key]["chunked"], unit)
+        verdict = "reached" if reached else "not reached"
+        print(f"| {label} | {plain} | {chunked} | {shown(ratio, 1, 3)} | <= {target} | {verdict} |")
     print(
         "\nrelative difference: "
         + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items())

@@ -1,10 +1,11 @@
 """What a training step in a random subspace costs beside the dense one, in turn in one process.
 
-    python dev/bench/subspace_step.py        # 4 layers, width 256, 4096 tokens; with the target for a basis of d = 5
+    python dev/bench/subspace_step.py        # 4 layers, width 256, 4096 tokens; with the target for a basis
+    of d = 5
 
-A round is one step of each model; times are medians over the rounds, ratios to the dense step medians of the rounds' ratios. Peak: the
-most that a step allocates on top of the model and its optimizer, by torch's own record (see train_step.py); of a basis it must not grow
-with d.
+A round is one step of each model. Times are medians over the rounds, ratios to the dense step medians of the
+rounds' ratios. Peak: the most that a step allocates on top of the model and its optimizer, by torch's own
+record (see train_step.py). The peak of a basis must not grow with d.
 """
 
 import numpy as np
@@ -20,9 +21,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach
 
-TARGET = 2.0  # of the time of a basis, and its d
-DIM = 5
-GROWING = (1, 5, 50)  # d of which the peaks are compared
+TARGET = 2.0  # largest ratio of a basis's time to the dense one's
+DIM = 5  # d of that basis
+PEAK_DIMS = (1, 5, 50)  # d of the bases whose peaks are compared
 
 
 def make_subject(
@@ -49,7 +50,7 @@ def peak_mib(subject: Subject, device) -> float:
     return max(allocated(subject.step, device).values()) / 2**20
 
 
-def main(argv=None):
+def flag_parser():
     parser = ArgumentParser("Training steps in random subspaces beside the dense step.")
     add = parser.add_argument
     add("--depth", type=whole_number(1, DEEPEST), default=4)
@@ -60,64 +61,66 @@ def main(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--device-type", choices=["", "cuda", "cpu"], default="", help="'' = cuda where there is one")
     add("--repeats", type=whole_number(1), default=5)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def seconds_a_step(subjects: list[Subject], repeats: int, device) -> dict[str, list[float]]:
+    """{name: [seconds, one a round]}; the first round does not count."""
+    seconds = {subject.name: [] for subject in subjects}
+    for turn in range(repeats + 1):
+        for subject in subjects:
+            taken = train_step.timed_step(subject, device)["step"]
+            if turn:
+                seconds[subject.name].append(taken)
+    return seconds
+
+
+def main(argv=None):
+    args = flag_parser().parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
     device = common.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
+    heads = args.model_dim // 64
     config = GPTConfig(
-        args.max_seq_len,
-        args.vocab_size,
-        args.depth,
-        args.model_dim // 64,
-        args.model_dim // 64,
-        args.model_dim,
-        window_pattern="L",
+        args.max_seq_len, args.vocab_size, args.depth, heads, heads, args.model_dim, window_pattern="L"
     )
-    kinds = {
+
+    def subject_of(name, subspace):
+        return make_subject(name, config, subspace, args.device_batch_size, device, dtype)
+
+    basis = f"basis, d = {DIM}"
+    subspaces = {
         "dense": None,
-        f"basis, d = {DIM}": SubspaceConfig("basis", DIM),
+        basis: SubspaceConfig("basis", DIM),
         f"basis, d = {DIM} a layer": SubspaceConfig("basis", DIM, "layer"),
         "fastfood, d = 1000": SubspaceConfig("fastfood", 1000),
         "fft-fastfood, d = 1000": SubspaceConfig("fft-fastfood", 1000),
         "lora-random, r = 4": SubspaceConfig("lora-random", rank=4),
         "none": SubspaceConfig("none"),
     }
-    subjects = [
-        make_subject(name, config, kind, args.device_batch_size, device, dtype)
-        for name, kind in kinds.items()
-    ]
-    seconds = {subject.name: [] for subject in subjects}
-    for turn in range(args.repeats + 1):
-        for subject in subjects:
-            taken = train_step.timed_step(subject, device)["step"]
-            if turn:
-                seconds[subject.name].append(taken)
-
+    subjects = [subject_of(name, subspace) for name, subspace in subspaces.items()]
+    seconds = seconds_a_step(subjects, args.repeats, device)
     print(
-        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.dtype}; {args.depth} layers, width "
-        f"{args.model_dim}, vocabulary {args.vocab_size}, batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
+        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{args.dtype}; {args.depth} layers, width {args.model_dim}, vocabulary {args.vocab_size}, batch "
+        f"{args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
         "| | step, ms | ratio | peak, MiB | target | |\n|---|---:|---:|---:|---|---|"
     )
     for subject in subjects:
-        ratio = np.median(np.array(seconds[subject.name]) / seconds["dense"])
-        verdict = (
-            f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
-            if subject.name == f"basis, d = {DIM}"
-            else " | "
-        )
-        print(
-            f"| {subject.name} | {np.median(seconds[subject.name]) * 1e3:.0f} | {ratio:.2f} | {peak_mib(subject, device):,.0f} | {verdict} |",
-            flush=True,
-        )
+        name = subject.name
+        ratio = np.median(np.array(seconds[name]) / seconds["dense"])
+        milliseconds = np.median(seconds[name]) * 1e3
+        target = " | "
+        if name == basis:
+            target = f"<= {TARGET:g} | {'reached' if ratio <= TARGET else 'not reached'}"
+        peak = f"{peak_mib(subject, device):,.0f}"
+        print(f"| {name} | {milliseconds:.0f} | {ratio:.2f} | {peak} | {target} |", flush=True)
     del subjects, subject
-    print(
-        "\npeak of a basis, MiB: "
-        + ", ".join(
-            f"d = {d}: {peak_mib(make_subject('', config, SubspaceConfig('basis', d), args.device_batch_size, device, dtype), device):,.1f}"
-            for d in GROWING
-        )
-    )
+    peaks = []
+    for d in PEAK_DIMS:
+        peaks.append(f"d = {d}: {peak_mib(subject_of('', SubspaceConfig('basis', d)), device):,.1f}")
+    print("\npeak of a basis, MiB: " + ", ".join(peaks))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
 """What a training step costs, part by part: full rank beside low rank, step by step in turn in one process.
 
     python dev/bench/train_step.py --depth 4 --model-dim 256 --attn-rank 0.25 --mlp-rank 0.25 --out step.json
-    python dev/bench/train_step.py --reference        # the task that the speed targets speak of, with the targets
+    python dev/bench/train_step.py --reference        # the task that the speed targets speak of, with the
+    targets
 
-A round is a matrix product for the machine's ceiling, then one step of each model; so what else the machine is doing
-touches all of them alike. Figures are medians over the rounds (quartiles in brackets), ratios are taken within a round.
+A round is a matrix product for the machine's ceiling, then one step of each model; so what else the machine
+is doing touches all of them alike. Figures are medians over the rounds (quartiles in brackets); ratios are
+taken within a round.
 
-Time. data = waiting for the next batch of `training_batches`, from a memory map of random tokens; forward = loss; backward, and
-reading the loss; optimizer = gradient norm, update and zero_grad; all as in scripts.base_train, one batch a step. On CUDA the
-parts lie between events and so hold the launch gaps; the whole step is the host's clock, the device waited for at both ends.
-Ceiling: the rate of a square matrix product, in the dtype of the activations, in the same round. Where oneDNN multiplies float32
-(see `cpu.multiply_by_onednn`) also as torch does it by itself, which is what published rates are scaled by.
+Time. data: waiting for the next batch of `training_batches`, from a memory map of random tokens. forward: the
+loss. backward: with reading the loss. optimizer: gradient norm, update and zero_grad. All as in
+scripts.base_train, one batch a step. On CUDA the parts lie between events and so include the launch gaps; the
+whole step is the host's clock, and the device is waited for at both ends. Ceiling: the rate of a square
+matrix product, in the dtype of the activations, in the same round. Where oneDNN multiplies float32 (see
+`cpu.multiply_by_onednn`), the rate as torch does it by itself is measured too: published rates are scaled
+by it.
 
-Memory, by torch's own allocators: the model's weights and optimizer state, plus the most that one step allocates on top of
-what it finds. CUDA: max_memory_allocated. CPU: allocations and frees as the profiler records them in a step of its own;
-exact and repeatable, and blind to the libraries' scratch space, to Python and to what malloc keeps back, for which
---reference adds the peak resident set of a process that does nothing else. activations + temporaries = what the peak exceeds
-weights + gradients + optimizer state by.
+Memory, by torch's own allocators: the model's weights and optimizer state, plus the most that one step
+allocates on top of what it finds. CUDA: max_memory_allocated. CPU: allocations and frees as the profiler
+records them in a step of its own. That is exact and repeatable, but it does not see the libraries' scratch
+space, Python, and what malloc keeps; for these --reference adds the peak resident set of a process that does
+nothing else. activations + temporaries: the peak without weights, gradients and optimizer state.
 """
 
 import json
@@ -38,7 +42,7 @@ import numpy as np
 import torch
 
 from nanochat import common, cpu, metrics, recompute
-from nanochat.common import ArgumentParser, InputError, World, number, whole_number
+from nanochat.common import ArgumentParser, InputError, number, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
 from nanochat.files import check_out, write_atomic
@@ -46,15 +50,14 @@ from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, ran
 from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
-from nanochat.optim import Rates, build_optimizers
+from nanochat.optim import build_optimizers
 from nanochat.plan import check_size
 from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
-RATES = Rates(
-    embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0
-)  # no rate changes the time
+# no rate changes the time
+RATES = dict(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)
 WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
 # as published for this task, compiled, on a 2-core Zen 4; and how much more is asked of us
 NANOCHAT = {
@@ -64,7 +67,7 @@ NANOCHAT = {
 NANOCHAT_PEAK = 1.12e9  # bytes
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 class Noise:
@@ -94,12 +97,12 @@ def noise_rows(vocab_size: int, T: int) -> Rows:
         try:
             return Rows([Noise(vocab_size)], Noise(vocab_size), T)
         finally:
-            os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(
-                NANOCHAT_BASE_DIR=before
-            )
+            os.environ.pop("NANOCHAT_BASE_DIR")
+            if before is not None:
+                os.environ["NANOCHAT_BASE_DIR"] = before
 
 
-# ---- one step -------------------------------------------------------------------------------------------------------
+# ---- one step ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -143,8 +146,8 @@ def make_subject(
     return Subject(
         name,
         model,
-        build_optimizers(model, RATES, dtype=dtype),
-        training_batches(rows, 0, batch_size, World(device)),
+        build_optimizers(model, **RATES, dtype=dtype),
+        training_batches(rows, 0, 0, 1, batch_size, device),
         dtype,
     )
 
@@ -201,7 +204,7 @@ def usual_matmul_rate(device, dtype) -> float:
         matmul.fp32_precision = "bf16"
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def bytes_of(tensors) -> int:
@@ -230,7 +233,7 @@ def allocated_cuda(run) -> dict:
 
 
 def allocated_cpu(run) -> dict:
-    """From the profiler's record of every allocation and free; the boundaries are marks in the same record."""
+    """From the profiler's record of allocations and frees; the boundaries are marks in the same record."""
 
     def boundary(part):
         with torch.profiler.record_function("boundary " + part):
@@ -240,46 +243,46 @@ def allocated_cpu(run) -> dict:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run(boundary)
-    held = 0
+    bytes_held = 0
     part = None
     highest = {}
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name().startswith("boundary "):
             part = event.name().removeprefix("boundary ")
         elif event.name() == "[memory]":
-            held += event.nbytes()
+            bytes_held += event.nbytes()
         if part:
-            highest[part] = max(highest.get(part, held), held)
+            highest[part] = max(highest.get(part, bytes_held), bytes_held)
     highest.pop("end")
     return highest
 
 
 def memory_of(subject: Subject, device) -> dict:
     """Bytes by part, and the peak within each part of the step. The subject has made a step before."""
-    found = {
-        "weights": bytes_of(subject.model.parameters()),
-        "optimizer state": bytes_of(
-            t for o in subject.optimizers for state in o.state.values() for t in state.values()
-        ),
+    parameters = list(subject.model.parameters())
+    states = [state for optimizer in subject.optimizers for state in optimizer.state.values()]
+    memory = {
+        "weights": bytes_of(parameters),
+        "optimizer state": sum(bytes_of(state.values()) for state in states),
     }
 
     def run(boundary):
-        def look(part):
+        def with_gradients(part):
             if part == "optimizer":
-                found["gradients"] = bytes_of(p.grad for p in subject.model.parameters())
+                memory["gradients"] = bytes_of(p.grad for p in parameters)
             boundary(part)
 
-        subject.step(look)
+        subject.step(with_gradients)
 
-    own = found["weights"] + found["optimizer state"]
-    found["peak by part"] = {part: own + extra for part, extra in allocated(run, device).items()}
-    found["peak"] = max(found["peak by part"].values())
-    found["activations + temporaries"] = found["peak"] - own - found["gradients"]
-    return found
+    own = memory["weights"] + memory["optimizer state"]
+    memory["peak by part"] = {part: own + extra for part, extra in allocated(run, device).items()}
+    memory["peak"] = max(memory["peak by part"].values())
+    memory["activations + temporaries"] = memory["peak"] - own - memory["gradients"]
+    return memory
 
 
 def resident_peak(config: GPTConfig, batch_size: int, dtype_name: str, compiled: bool) -> dict:
-    """{"peak", "before the model"}: resident set of a fresh process that trains this model for a few steps on the CPU."""
+    """{"peak", "before the model"}: resident set of a process that trains the model for a few steps."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train_a_little, config, batch_size, dtype_name, compiled).result()
 
@@ -295,24 +298,25 @@ def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled
     return {"peak": metrics.peak_memory_bytes(device), "before the model": before}
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------
+# ---- the comparison ----------------------------------------------------------------------------------------
 
 
 def measure(subjects: list[Subject], device, repeats: int) -> dict:
-    """{"ceiling", "usual ceiling": [FLOP/s a round], "seconds": {name: {part: [a round]}}, "memory": {name: …}}."""
+    """Figures round by round: {"ceiling", "usual ceiling": FLOP/s, "seconds": {name: {part}}, "memory"}."""
     for subject in subjects:
         for _ in range(WARMUP):
             timed_step(subject, device)
     matmul_rate(device, subjects[0].dtype)
     ceiling = []
     usual = []
-    seconds = {s.name: {part: [] for part in (*PARTS, "step")} for s in subjects}
+    seconds = {}
+    for subject in subjects:
+        seconds[subject.name] = {part: [] for part in (*PARTS, "step")}
     for r in range(repeats):
         ceiling.append(matmul_rate(device, subjects[0].dtype))
         usual.append(usual_matmul_rate(device, subjects[0].dtype))
-        for subject in (
-            subjects[r % len(subjects) :] + subjects[: r % len(subjects)]
-        ):  # each comes first in turn
+        first = r % len(subjects)  # each comes first in turn
+        for subject in subjects[first:] + subjects[:first]:
             for part, value in timed_step(subject, device).items():
                 seconds[subject.name][part].append(value)
     return {
@@ -393,7 +397,7 @@ def machine(device, dtype, compiled: bool) -> dict:
     }
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def shown(value, scale=1.0, digits=4) -> str:
@@ -402,11 +406,9 @@ def shown(value, scale=1.0, digits=4) -> str:
     def one(x):
         return f"{x * scale:,.{digits}g}" if abs(x * scale) < 10**digits else f"{x * scale:,.0f}"
 
-    return (
-        f"{one(value['median'])} ({one(value['low'])}-{one(value['high'])})"
-        if isinstance(value, dict)
-        else one(value)
-    )
+    if isinstance(value, dict):
+        return f"{one(value['median'])} ({one(value['low'])}-{one(value['high'])})"
+    return one(value)
 
 
 def table_rows(model: dict) -> list[tuple[str, str]]:
@@ -440,24 +442,24 @@ def ratio_rows(ratio: dict) -> list[str]:
 
 def table(result: dict) -> str:
     """Markdown: a column for each model and, after a low-rank one, its ratio to the control."""
-    columns = [("", [label for label, _ in table_rows(next(iter(result["models"].values())))])]
+    columns = {"": [label for label, _ in table_rows(next(iter(result["models"].values())))]}
     for name, model in result["models"].items():
-        columns.append((name, [cell for _, cell in table_rows(model)]))
+        columns[name] = [cell for _, cell in table_rows(model)]
         if name in result["ratios"]:
-            columns.append((f"/ {result['ratios'][name]['to']}", ratio_rows(result["ratios"][name])))
-    lines = [
-        "| " + " | ".join(title for title, _ in columns) + " |",
-        "|---" + "|---:" * (len(columns) - 1) + "|",
-    ]
-    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*(cells for _, cells in columns))]
+            columns[f"/ {result['ratios'][name]['to']}"] = ratio_rows(result["ratios"][name])
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values())]
     return "\n".join(lines)
 
 
-# ---- the reference task ---------------------------------------------------------------------------------------------
+# ---- the reference task ------------------------------------------------------------------------------------
 
 
 def targets(result: dict, dtype_name: str) -> list[dict]:
-    """[{"what", "target", "reached", "ok"}] for the reference task. result: of `compare`, with "resident peak" of each model."""
+    """[{"what", "target", "reached", "ok"}] for the reference task.
+
+    result: of `compare`, with "resident peak" of each model.
+    """
     dense = result["models"]["dense 256"]
     low = result["ratios"]["low-rank 512"]
     published = NANOCHAT[dtype_name]
@@ -473,8 +475,9 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
     }
     return [
         dict(
-            what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, scaled from its machine's matmul "
-            f"ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this one's ({ceiling / 1e9:.0f}); it is another machine",
+            what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, "
+            f"scaled from its machine's matmul ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this "
+            f"one's ({ceiling / 1e9:.0f}); it is another machine",
             target=f">= {wanted:,.0f}",
             ok=speed >= wanted,
             reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling",
@@ -489,7 +492,8 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
             what="low rank, width 512: step time ratio / counted FLOP ratio",
             target="<= 1.25",
             ok=low["step over flops"] <= 1.25,
-            reached=f"{low['step over flops']:.2f} = {low['seconds']['step']['median']:.3f} / {low['flops']:.3f}",
+            reached=f"{low['step over flops']:.2f} = "
+            f"{low['seconds']['step']['median']:.3f} / {low['flops']:.3f}",
         ),
         dict(
             what="full rank, optimizer's share of the step",
@@ -512,18 +516,23 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
     ]
 
 
-def target_table(found: list[dict]) -> str:
+def target_table(entries: list[dict]) -> str:
     lines = ["| target of the reference task | wanted | figure | |", "|---|---|---|---|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {t['what']} | {t['target']} | {t['reached']} | {'reached' if t['ok'] else 'not reached'} |"
-            for t in found
-        ]
-    )
+    for entry in entries:
+        verdict = "reached" if entry["ok"] else "not reached"
+        lines.append(f"| {entry['what']} | {entry['target']} | {entry['reached']} | {verdict} |")
+    return "\n".join(lines)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+def print_targets(result: dict):
+    peaks = []
+    for name, memory in result["resident peak"].items():
+        peaks.append(f"{name} {memory['peak'] / 1e9:.3f} GB, {memory['before the model'] / 1e9:.3f} GB")
+    print("\npeak resident set, and of it before the model: " + "; ".join(peaks))
+    print(f"\n{target_table(result['targets'])}")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
 
 SHAPE = (
     "depth",
@@ -626,30 +635,26 @@ def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **
 def chosen(args) -> tuple[dict, dict]:
     """({name: config}, {low-rank name: control}) that the flags ask for."""
     if args.reference:
-        return (
-            {
-                "dense 256": model_config(args, 256),
-                "dense 512": model_config(args, 512),
-                "low-rank 512": model_config(args, 512, 0.25, 0.25),
-            },
-            {"low-rank 512": "dense 512"},
-        )
+        configs = {
+            "dense 256": model_config(args, 256),
+            "dense 512": model_config(args, 512),
+            "low-rank 512": model_config(args, 512, 0.25, 0.25),
+        }
+        return configs, {"low-rank 512": "dense 512"}
     configs = {"dense": model_config(args, args.model_dim)}
-    controls = {}
-    if args.attn_rank or args.mlp_rank or args.matrix_ranks:
-        single = named_ranks(args.matrix_ranks, args.depth)
-        configs["low-rank"] = model_config(
-            args,
-            args.model_dim,
-            args.attn_rank,
-            args.mlp_rank,
-            matrix_ranks=single,
-            factor_act=args.factor_act,
-            mlp_ratio=args.mlp_ratio,
-            recompute=args.recompute,
-        )
-        controls["low-rank"] = "dense"
-    return configs, controls
+    if not (args.attn_rank or args.mlp_rank or args.matrix_ranks):
+        return configs, {}
+    configs["low-rank"] = model_config(
+        args,
+        args.model_dim,
+        args.attn_rank,
+        args.mlp_rank,
+        matrix_ranks=named_ranks(args.matrix_ranks, args.depth),
+        factor_act=args.factor_act,
+        mlp_ratio=args.mlp_ratio,
+        recompute=args.recompute,
+    )
+    return configs, {"low-rank": "dense"}
 
 
 def main(argv=None):
@@ -663,7 +668,7 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
-    device = common.init_process(args.device_type).device
+    device = common.init_process(args.device_type)[0]
     dtype = getattr(torch, args.dtype)
     compiled = args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)
@@ -675,7 +680,7 @@ def main(argv=None):
             for name, config in configs.items()
         ]
     except ValueError as e:  # a rank that does not fit
-        raise InputError(f"--attn-rank, --mlp-rank, --matrix-ranks: {e}")
+        raise InputError(f"--attn-rank, --mlp-rank, --matrix-ranks: {e}") from None
 
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result = {
@@ -683,32 +688,21 @@ def main(argv=None):
         "flags": flags,
         **compare(subjects, controls, args.device_batch_size, device, args.repeats),
     }
-    ceiling = result["ceiling flops per second"]
+    ceiling = shown(result["ceiling flops per second"], 1e-9)
     print(
-        f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}, "
-        f"{'compiled' if compiled else 'eager'}; batch {args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds; "
-        f"matmul ceiling {shown(ceiling, 1e-9)} GFLOP/s\n\n{table(result)}"
+        f"{result['machine']['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{args.dtype}, {'compiled' if compiled else 'eager'}; batch {args.device_batch_size} x "
+        f"{args.max_seq_len}, {args.repeats} rounds; matmul ceiling {ceiling} GFLOP/s\n\n{table(result)}"
     )
     if args.reference:
-        if device.type == "cuda":
-            result["resident peak"] = {
-                name: {"peak": model["memory"]["peak"], "before the model": 0}
-                for name, model in result["models"].items()
-            }
-        else:
-            result["resident peak"] = {
-                name: resident_peak(config, args.device_batch_size, args.dtype, compiled)
-                for name, config in configs.items()
-            }
+        for name, config in configs.items():
+            if device.type == "cuda":
+                peak = {"peak": result["models"][name]["memory"]["peak"], "before the model": 0}
+            else:
+                peak = resident_peak(config, args.device_batch_size, args.dtype, compiled)
+            result.setdefault("resident peak", {})[name] = peak
         result["targets"] = targets(result, args.dtype)
-        print(
-            "\npeak resident set, and of it before the model: "
-            + "; ".join(
-                f"{name} {found['peak'] / 1e9:.3f} GB, {found['before the model'] / 1e9:.3f} GB"
-                for name, found in result["resident peak"].items()
-            )
-        )
-        print(f"\n{target_table(result['targets'])}")
+        print_targets(result)
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 
