@@ -40,11 +40,11 @@ from nanochat.report import plotting
 from nanochat.report.page import to_markdown
 from nanochat.whole_ranks import resolve_rank
 
-SAMPLE_SECONDS = (
-    0.005  # a sample: calls for this long, far longer than the clock's grain and a kernel's launch
-)
-COLD_BYTES = 2**27  # decoding: the copies of a layer together hold this much, more than most caches,
-MOST_COPIES = 64  # or are as many as the layers of a deep model
+# a sample is as many calls as take this long, far longer than a clock's tick and a kernel's launch
+SAMPLE_SECONDS = 0.005
+# decoding: the copies of a layer hold this much together, more than most caches,
+COLD_BYTES = 2**27
+MOST_COPIES = 64  # but are no more than the layers of a deep model
 
 
 @dataclass
