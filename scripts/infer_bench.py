@@ -81,7 +81,7 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_flags(args)
     config = None if args.model_tag else model_config(args)  # wrong flags end here, before anything is loaded
-    device = common.init_process(args.device_type, alone=True)[0]
+    device = common.init_process(args.device_type, alone=True).device
     setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
     if config:
         model = random_model(config, device)

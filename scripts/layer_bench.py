@@ -71,7 +71,7 @@ def main(argv=None):
     all_layers = [with_ranks(args, *shape) for shape in layer_shapes(model_config(args))]
     if args.out:
         check_out("--out", args.out)
-    device = common.init_process(args.device_type, alone=True)[0]
+    device = common.init_process(args.device_type, alone=True).device
     setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
     machine = machine_description(setting)
     about = (

@@ -38,14 +38,14 @@ def main(argv=None):
     check_flags(args)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
-    device = common.init_process(args.device_type, alone=True)[0]
+    world = common.init_process(args.device_type, alone=True)
+    device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
     second = second_model(args.second_tag, model, tokenizer, device) if args.second_tag else None
     maps = maps_to_try(args, model)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    rows, count = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
-    byte_counts = tokenizer.token_bytes()
+    eval_set = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
 
     layers = model.config.n_layer
     own = model.config.positions
@@ -59,7 +59,7 @@ def main(argv=None):
     results = []
     for layer_map, name, unchanged in candidates:
         form = unchanged or model_under_map(model, layer_map, second)
-        values = evaluate(form, rows, count, byte_counts, args.device_batch_size, device, dtype)
+        values = evaluate(form, eval_set, args.device_batch_size, world, dtype)
         results.append({"map": layer_map, "name": name, "as it is": unchanged is not None, **values})
         text = f"{layer_maps.map_text(layer_map, layers)}  {name}".rstrip()
         print(f"ppl {values['val/ppl']:12.3f} | bpb {values['val/bpb']:.4f} | {text}", flush=True)

@@ -150,7 +150,8 @@ def check_flags(args):
 
 def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
-    device = common.init_process(args.device_type, alone=True)[0]
+    world = common.init_process(args.device_type, alone=True)
+    device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
@@ -164,11 +165,10 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     merged = plain_model(model)  # of an adapter run: the adapter inside the matrices; else the model itself
     check_form(args, model, merged)
     choose = ranks_to_choose(args, merged.config)
-    rows = None
-    count = 0
+    eval_set = None
     if eval_tokens:
         length = model.config.sequence_len
-        rows, count = validation_rows(run, tokenizer, length, eval_tokens, args.data, optional=True)
+        eval_set = validation_rows(run, tokenizer, length, eval_tokens, args.data, optional=True)
 
     new, energy_kept = change_matrices(args, model, merged, choose)
     if merged is not model:
@@ -177,14 +177,11 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
         print_matrices(merged, new, energy_kept)
 
     values = {"step": step}
-    if count:
-        byte_counts = tokenizer.token_bytes()
-        before, after = (
-            evaluate(form, rows, count, byte_counts, args.device_batch_size, device, dtype)
-            for form in (model, new)
-        )
-        print_evaluation(args.model_tag, count * rows.T, before)
-        print_evaluation(args.out_tag, count * rows.T, after)
+    if eval_set:
+        before = evaluate(model, eval_set, args.device_batch_size, world, dtype)
+        after = evaluate(new, eval_set, args.device_batch_size, world, dtype)
+        print_evaluation(args.model_tag, eval_set.tokens, before)
+        print_evaluation(args.out_tag, eval_set.tokens, after)
         values |= after | {f"source/{key}": value for key, value in before.items()}
     values |= clocks_at(run, step)
 
@@ -195,7 +192,7 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
         "eval_tokens": eval_tokens,
         "materialized_from": f"{args.model_tag}:{step}",
     }
-    derived = {"val_tokens": count * new.config.sequence_len, "source": source}
+    derived = {"val_tokens": eval_set.tokens if eval_set else 0, "source": source}
     write_run(out, run, new, tokenizer, flags, derived, values)
 
 

@@ -87,7 +87,7 @@ def small_model(rank: int) -> GPT:
 def train_steps(model: GPT, device, dtype, steps: int = 5):
     """(first loss, its gradients, loss after the steps) on one random batch."""
     model = copy.deepcopy(model).to(device)
-    optimizers = build_optimizers(model, **RATES)
+    optimizers = build_optimizers(model, RATES)
     tokens = torch.randint(1024, (4, 129), generator=torch.Generator().manual_seed(1)).to(device)
     losses = []
     for step in range(steps):
@@ -371,7 +371,7 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_out("--out", args.out)
     began = time.monotonic()
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     if args.tiny:
         setting = Setting(device, torch.float32, compiled=False, repeats=2)
     else:

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from nanochat import common, cpu, metrics, recompute
-from nanochat.common import ArgumentParser, InputError, number, whole_number
+from nanochat.common import ArgumentParser, InputError, World, number, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
 from nanochat.files import check_out, write_atomic
@@ -50,14 +50,14 @@ from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, ran
 from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
-from nanochat.optim import build_optimizers
+from nanochat.optim import Rates, build_optimizers
 from nanochat.plan import check_size
 from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
 # no rate changes the time
-RATES = dict(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)
+RATES = Rates(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)
 WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
 # as published for this task, compiled, on a 2-core Zen 4; and how much more is asked of us
 NANOCHAT = {
@@ -146,8 +146,8 @@ def make_subject(
     return Subject(
         name,
         model,
-        build_optimizers(model, **RATES, dtype=dtype),
-        training_batches(rows, 0, 0, 1, batch_size, device),
+        build_optimizers(model, RATES, dtype=dtype),
+        training_batches(rows, 0, batch_size, World(device)),
         dtype,
     )
 
@@ -668,7 +668,7 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
-    device = common.init_process(args.device_type)[0]
+    device = common.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     compiled = args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)

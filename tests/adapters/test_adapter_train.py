@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_the_whole_model_is_trained_at_a_fraction_of_base_trains_rates(adapt, wo
     assert run.summary["params/trained"] == run.summary["params/total"] == base.summary["params/total"]
     assert logits(loaded("whole")).shape == (2, 20, V)
     args = adapter_train.parse(["--model-tag", "base", "--run-tag", "x", "--adapter", "none", "--lr", "0.5"])
-    assert adapter_train.rates(args, 100) == pytest.approx(
+    assert asdict(adapter_train.rates(args, 100)) == pytest.approx(
         dict(
             embedding_lr=0.15,
             unembedding_lr=0.002,
