@@ -9,7 +9,8 @@ import time
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from nanochat.common import InputError, first_line, quoted
+from nanochat.arguments import quoted
+from nanochat.errors import InputError, first_line
 from nanochat.files import create_folder, open_new, sync, sync_folder
 
 # CORE's bundle has about 25 MB packed and 160 MB unpacked, in about 100 files.

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import InputError, first_line, out_of_memory, print0
+from nanochat.common import out_of_memory
+from nanochat.errors import InputError, first_line
 from nanochat.files import create_folder, open_new, sha256, sync, sync_folder
+from nanochat.processes import print0
 from nanochat.run_files import check_owner, read_meta, remove_unfinished, saved_steps, step_folder, write_meta
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 

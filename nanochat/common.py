@@ -10,29 +10,9 @@ import unicodedata
 from pathlib import Path
 
 from nanochat import console, locks, signals
-
-# names that other modules import from here
-from nanochat.arguments import (  # noqa: F401
-    LARGEST_INTEGER,
-    ArgumentParser,
-    Flags,
-    as_whole_number,
-    device_flags,
-    number,
-    quoted,
-    whole_number,
-)
-from nanochat.errors import InputError, first_line, printable, shortened  # noqa: F401
-from nanochat.processes import (  # noqa: F401
-    World,
-    end_process,
-    init_process,
-    print0,
-    process_layout,
-    stop_without,
-    stop_without_launcher,
-)
-from nanochat.signals import REQUEUE, stop_signals  # noqa: F401
+from nanochat.arguments import LARGEST_INTEGER
+from nanochat.errors import InputError, first_line, printable
+from nanochat.processes import end_process, print0, stop_without_launcher
 
 
 def run_script(main, result_is_printed: bool = False):

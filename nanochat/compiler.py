@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat import cpu
-from nanochat.common import InputError, first_line, print0
+from nanochat.errors import InputError, first_line
 from nanochat.ops import SOFTCAP, CrossEntropy
+from nanochat.processes import print0
 
 # versions that know every set of vector instructions that torch compiles for
 NEW_ENOUGH = {"g++": 11, "clang++": 14}

@@ -11,10 +11,12 @@ from argparse import Namespace
 from operator import itemgetter
 from pathlib import Path
 
-from nanochat.common import InputError, differing_entries, print0
+from nanochat.common import differing_entries
+from nanochat.errors import InputError
 from nanochat.flag_types import Role
 from nanochat.flags import DEFAULTS_BEFORE, FLAGS, flag_names
 from nanochat.metrics import runs_dir
+from nanochat.processes import print0
 from nanochat.run_files import read_config
 
 # What may change when a run is resumed: it changes neither the model nor its text. grad_accum_steps is

@@ -21,8 +21,11 @@ from pathlib import Path, PurePosixPath
 import torch.distributed as dist
 
 from nanochat.archives import fetch, unpack
-from nanochat.common import InputError, get_base_dir, locked, print0, process_layout, quoted, shortened
+from nanochat.arguments import quoted
+from nanochat.common import get_base_dir, locked
+from nanochat.errors import InputError, shortened
 from nanochat.files import is_kind, parse_json, sync_folder, write_atomic
+from nanochat.processes import print0, process_layout
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # the fields of an example, by the kind of its task

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.common import InputError
 from nanochat.core_bundle import Bundle, Task
 from nanochat.engine import prefill
+from nanochat.errors import InputError
 from nanochat.ops import logits as head_logits
 from nanochat.ops import rows_at_once
 from nanochat.signals import NEVER, StopRequest

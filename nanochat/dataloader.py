@@ -17,7 +17,8 @@ from itertools import count
 import numpy as np
 import torch
 
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError
 from nanochat.processes import World
 from nanochat.token_cache import cached_tokens
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import ArgumentParser, InputError, get_base_dir, locked, run_script, whole_number
+from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.common import get_base_dir, locked, run_script
 from nanochat.downloads import complete
+from nanochat.errors import InputError
 from nanochat.file_sums import FileSums
 from nanochat.files import create_folder
 from nanochat.fingerprints import file_hash, short_hash

@@ -4,7 +4,8 @@ import glob
 import os
 import warnings
 
-from nanochat.common import InputError, first_line, run_script
+from nanochat.common import run_script
+from nanochat.errors import InputError, first_line
 
 NO_GPU = ("", "-1", "none", "void", "nodevfiles")  # values of CUDA_VISIBLE_DEVICES; the last is Slurm's
 ON_THE_CPU = "or train on the CPU: --device-type cpu, or CUDA_VISIBLE_DEVICES= (empty)"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.file_sums import BAD, INDEX, FileSums
 from nanochat.files import remove_temporary
 from nanochat.hub import ATTEMPTS, HubFile, HubSet, download, list_files

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import window_mask
-from nanochat.common import InputError
 from nanochat.cpu import few_rows_by_mkl
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops import logits as head_logits
 

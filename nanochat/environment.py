@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError
 
 MAX_THREADS = 1024
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")

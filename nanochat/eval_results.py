@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from nanochat.common import InputError, print0, shortened
+from nanochat.errors import InputError, shortened
 from nanochat.files import Schema, is_kind, read_json
+from nanochat.processes import print0
 
 DAMAGED_REMEDY = "it counts as missing"
 LOSSES = {f"{split}/{key}" for split in ("train", "val") for key in ("loss", "ppl", "bpb", "tokens")}

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nanochat.gpt import GPT, MATRICES, GPTConfig, Linear, LowRankLinear
+from nanochat.config import MATRICES
+from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.rank import on_meta
 
 

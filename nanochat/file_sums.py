@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.files import Schema, digest_file, read_json, write_json
 from nanochat.fingerprints import stamp_of
 

@@ -8,15 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from nanochat.common import (
-    LARGEST_INTEGER,
-    ArgumentParser,
-    as_whole_number,
-    number,
-    quoted,
-    shortened,
-    whole_number,
-)
+from nanochat.arguments import LARGEST_INTEGER, ArgumentParser, as_whole_number, number, quoted, whole_number
+from nanochat.config import MATRICES
+from nanochat.errors import shortened
 from nanochat.whole_ranks import matrix_ranks_text
 
 # Larger than any model. Beyond these limits even counting takes minutes, and sizes overflow.
@@ -129,10 +123,6 @@ def rank_flag(text: str) -> float:
 def matrix_ranks(text: str) -> dict[str, tuple[float, ...]]:
     """'v=128,down=0.5/0' -> {'v': (128,), 'down': (0.5, 0)}: one rank for all layers, or one a layer."""
     parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
-    if not parts:
-        return {}
-    from nanochat.gpt import MATRICES
-
     names = [name.strip() for name, _, _ in parts]
     if unknown := sorted(set(names) - set(MATRICES)):
         raise ArgumentTypeError(

@@ -5,7 +5,7 @@ decides (`role`), whether a resumed run may change it (`free`), and the value wi
 lack it, go on as they began (`before`). What the flags mean together is decided in plan.py.
 """
 
-from nanochat.common import ArgumentParser
+from nanochat.arguments import ArgumentParser
 from nanochat.flag_types import ALWAYS_THERE, Role
 from nanochat.model_flags import RANK_GROUP, RANK_MULTIPLE, SHAPE_GROUP, SUBSPACE_GROUP
 from nanochat.training_flags import (

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from nanochat import ops
 from nanochat.attention import attention
-from nanochat.config import MATRICES, GPTConfig  # noqa: F401  others import them from here
+from nanochat.config import GPTConfig
 from nanochat.ops import linear, norm, project, relu2_mlp
 from nanochat.whole_ranks import resolve_rank
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 
-from nanochat.common import shortened
+from nanochat.errors import shortened
 from nanochat.files import is_kind, named, open_file, parse_json
 
 # x-axes: (key in the history, the same quantity's name in time_to_ppl/P/<name>)

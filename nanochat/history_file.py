@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.files import digest_file, named, open_file, sync_folder
 
 READ_SIZE = 2**20  # bytes

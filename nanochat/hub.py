@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from nanochat import signals
-from nanochat.common import LARGEST_INTEGER, InputError, first_line
+from nanochat.arguments import LARGEST_INTEGER
+from nanochat.errors import InputError, first_line
 from nanochat.file_sums import sum_of
 from nanochat.files import is_kind, sync_file, sync_folder
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.nn as nn
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rank import on_meta
 

@@ -2,9 +2,10 @@
 
 from argparse import ArgumentTypeError
 
-from nanochat.common import InputError
+from nanochat.config import MATRICES
+from nanochat.errors import InputError
 from nanochat.flag_types import SCHEDULES, matrix_ranks, rank_flag
-from nanochat.gpt import MATRICES, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.rank import GROUPS, matrices_by_field, ranks_of_field, ranks_over_depth
 from nanochat.whole_ranks import resolve_rank
 

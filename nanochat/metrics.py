@@ -15,7 +15,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError
 from nanochat.files import remove_temporary, write_json
 from nanochat.history import CLOCKS, History, read_history
 from nanochat.history_file import HistoryFile

@@ -1,6 +1,6 @@
 """The flags that describe the model: its shape, its ranks, and the subspace in which it may be trained."""
 
-from nanochat.common import number, whole_number
+from nanochat.arguments import number, whole_number
 from nanochat.flag_types import (
     DEEPEST,
     LONGEST,

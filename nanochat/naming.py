@@ -13,7 +13,9 @@ import unicodedata
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from nanochat.common import InputError, get_base_dir, quoted
+from nanochat.arguments import quoted
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError
 from nanochat.metrics import runs_dir
 from nanochat.whole_ranks import AUTOMATIC
 

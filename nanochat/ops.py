@@ -65,10 +65,12 @@ class ReLU2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down, kept: bool):
-        relu = None if kept else F.linear(x, up).relu_()  # (..., M)
-        y = torch.ops.nanochat.relu2(x, up, down) if kept else F.linear(relu * relu, down)
+        if kept:
+            ctx.save_for_backward(x, up, down, None)
+            return torch.ops.nanochat.relu2(x, up, down)
+        relu = F.linear(x, up).relu_()  # (..., M)
         ctx.save_for_backward(x, up, down, relu)
-        return y
+        return F.linear(relu * relu, down)
 
     @staticmethod
     def backward(ctx, grad):

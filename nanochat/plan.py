@@ -10,16 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import (
-    LARGEST_INTEGER,
-    InputError,
-    as_whole_number,
-    first_line,
-    memory_bytes,
-    print0,
-    quoted,
-    shortened,
-)
+from nanochat.arguments import LARGEST_INTEGER, as_whole_number, quoted
+from nanochat.common import memory_bytes
+from nanochat.errors import InputError, first_line, shortened
 from nanochat.flag_types import DEEPEST
 from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser
 from nanochat.gpt import GPT, GPTConfig
@@ -36,6 +29,7 @@ from nanochat.layer_ranks import (
 from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import is_tag, no_such_run, run_folder, with_size
 from nanochat.optim import default_matrix_lr
+from nanochat.processes import print0
 from nanochat.rank import (
     account,
     count_parameters,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from nanochat.config import MATRICES
 from nanochat.cpu import by_blocks, tile_rows
-from nanochat.gpt import GPT, MATRICES, GPTConfig, LowRankLinear
+from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.ops import rows_at_once
 from nanochat.optim import uses_muon
 from nanochat.whole_ranks import AUTOMATIC, rank_step, resolve_rank

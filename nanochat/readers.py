@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.common import InputError, first_line
+from nanochat.errors import InputError, first_line
 from nanochat.files import named
 
 MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker

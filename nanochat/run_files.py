@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from nanochat.common import InputError, shortened
+from nanochat.errors import InputError, shortened
 from nanochat.files import Schema, read_json, write_json
 
 FOLDER_REMEDY = "restore it, or remove the folder"

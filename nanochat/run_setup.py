@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import agreement, common, continuation, metrics
+from nanochat import agreement, arguments, common, continuation, metrics, processes
 from nanochat.gpt import GPTConfig
 from nanochat.locks import Lock
 from nanochat.processes import World
@@ -21,7 +21,7 @@ from nanochat.tokenizer import Tokenizer
 class RunSpec:
     """What a run is, as its flags decide it before anything is touched."""
 
-    args: common.Flags
+    args: arguments.Flags
     tag: str  # the name of its folder
     config: GPTConfig
     plan: dict  # plan.training_plan
@@ -52,7 +52,7 @@ class Run:
     lock: Lock | None = None  # on process 0, by which it holds the folder
 
     @property
-    def args(self) -> common.Flags:
+    def args(self) -> arguments.Flags:
         return self.spec.args
 
     @property
@@ -77,7 +77,7 @@ def start_run(spec: RunSpec) -> Run:
     args = spec.args
     device_type = common.pick_device_type(args.device_type)
     folder = metrics.runs_dir() / spec.tag
-    world = common.init_process(device_type)
+    world = processes.init_process(device_type)
     dtype = agreement.from_first(world, training_dtype, args, folder, device_type)
     agreement.confirm(world, common_values(spec))
     text = open_rows(args, spec.open_text, spec.tokenizer, world)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from nanochat.common import InputError
 from nanochat.dataset import HUB_SETS, Corpus, open_corpus
+from nanochat.errors import InputError
 from nanochat.metrics import Run
 
 

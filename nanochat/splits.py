@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.readers import FORMAT_NAMES, holds_no_text, stem, text_format
 
 SPLIT_WORDS = {

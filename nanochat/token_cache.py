@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nanochat import locks
-from nanochat.common import InputError, get_base_dir, locked, process_layout
+from nanochat.common import get_base_dir, locked
 from nanochat.environment import launcher_integer
+from nanochat.errors import InputError
 from nanochat.files import (
     NoOrdinaryFile,
     Schema,
@@ -38,6 +39,7 @@ from nanochat.files import (
     sync_folder,
     write_json,
 )
+from nanochat.processes import process_layout
 from nanochat.tokenizer import EncodingError
 
 DOCUMENT_BATCH = 512  # documents tokenised together

@@ -15,7 +15,8 @@ import numpy as np
 import tiktoken
 
 from nanochat import signals
-from nanochat.common import InputError, first_line, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError, first_line
 from nanochat.files import Schema, read_json, write_atomic
 
 BOS = "<|bos|>"

@@ -1,6 +1,6 @@
 """The flags that describe a training: names and machine, text, length, learning rates, evaluation, saving."""
 
-from nanochat.common import number, whole_number
+from nanochat.arguments import number, whole_number
 from nanochat.flag_types import LONGEST, Flag, FlagGroup, Role, positive_floats
 from nanochat.naming import optional_tag, run_name, tag
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import first_line
+from nanochat.errors import first_line
 from nanochat.files import write_atomic
 from nanochat.wandb_worker import MARK, SentSteps, read_sent
 

@@ -21,11 +21,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.common import REQUEUE, InputError
+from nanochat.errors import InputError
 from nanochat.files import Schema, read_json, write_atomic
 from nanochat.history import CLOCKS, Rows, parsed
 from nanochat.run_files import SUMMARY, read_config
-from nanochat.signals import ENDING
+from nanochat.signals import ENDING, REQUEUE
 
 MARK = "\0"  # begins the lines that are messages
 RECORD_POLL = 1.0  # seconds between two looks at the record

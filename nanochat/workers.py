@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from nanochat.common import REQUEUE
+from nanochat.signals import REQUEUE
 
 WORKER_POLL = 0.2  # seconds between two looks at the workers
 # seconds from a request to stop: to finish a step or an evaluation, and to write a checkpoint
@@ -24,9 +24,9 @@ SECONDS_TO_FOLLOW = 30
 def run_workers(command: list[str], count: int, stop) -> int:
     """Run `command` in `count` processes as one run, until all have ended.
 
-    stop: an event that asks them to save and stop. Returns 0, common.REQUEUE if they stopped as asked, or the
-    exit code of the first that failed. None of them outlives this call. If this process is killed, they
-    notice it (`common.stop_without_launcher`), save, and stop.
+    stop: an event that asks them to save and stop. Returns 0, signals.REQUEUE if they stopped as asked, or
+    the exit code of the first that failed. None of them outlives this call. If this process is killed, they
+    notice it (`processes.stop_without_launcher`), save, and stop.
     """
     workers = []
     try:

@@ -16,7 +16,7 @@ it is; scripts.materialize makes a plain model of it.
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 
-from nanochat import common, metrics
+from nanochat import common, metrics, processes
 from nanochat.adapters.adalora import Allocator
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.adapters.loading import ADAPTER, load_bases
@@ -398,7 +398,7 @@ def plan_run(args, base: Base, layers: tuple[int, ...]) -> RunSpec | None:
     horizon_config = config  # the horizon is the same for layers that are shared and layers that are copied
     if layers:
         horizon_config = replace(config, layer_map=tuple(layer % config.n_layer for layer in layers))
-    world_size = common.process_layout().size
+    world_size = processes.process_layout().size
     plan = batch_and_horizon(args, shape, world_size, horizon_config) | {"lr": args.lr}
     take_device_batch(args, plan, world_size)
     check_schedule(args, plan["num_iterations"])

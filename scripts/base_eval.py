@@ -16,19 +16,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanochat import common, metrics
+from nanochat import arguments, common, metrics, processes
 from nanochat.adapters.loading import load_model
 from nanochat.agreement import confirm, from_first, load_same
+from nanochat.arguments import quoted, whole_number
 from nanochat.checkpoint_manager import step_or_newest
-from nanochat.common import InputError, print0, quoted, whole_number
 from nanochat.core_bundle import Bundle, Unavailable, open_bundle
 from nanochat.core_eval import evaluate_core, questions, with_intervals
 from nanochat.dataloader import Rows
 from nanochat.dataset import Corpus
+from nanochat.errors import InputError
 from nanochat.eval_results import earlier_results, matching_results, read_core, read_eval
 from nanochat.files import write_atomic
 from nanochat.loss_eval import EvalSet, evaluate, sample_texts
 from nanochat.naming import run_folder, tag
+from nanochat.processes import print0
 from nanochat.run_files import step_folder
 from nanochat.run_text import fingerprints, note_on_text, open_run_text, recorded_text
 from nanochat.shared_text import confirm_caches
@@ -44,7 +46,7 @@ def eval_parts(text: str) -> list[str]:
 
 
 def parse(argv=None):
-    parser = common.ArgumentParser("Evaluate a trained model.")
+    parser = arguments.ArgumentParser("Evaluate a trained model.")
     add = parser.add_argument
     add("--model-tag", type=tag, required=True, help="the run")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
@@ -59,13 +61,13 @@ def parse(argv=None):
         help="examples asked in each task of CORE; -1 = all",
     )
     add("--device-batch-size", type=whole_number(1), default=32)
-    common.device_flags(add, "of the computation; weights are float32")
+    arguments.device_flags(add, "of the computation; weights are float32")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    world = common.init_process(args.device_type)
+    world = processes.init_process(args.device_type)
     confirm(world, {name: value for name, value in vars(args).items() if name not in ("data", "core_dir")})
 
     # process 0 looks for the results of an earlier evaluation, and all processes follow it

@@ -16,7 +16,18 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat import agreement, common, compiler, metrics, naming, parallel, recompute, signals, step_metrics
+from nanochat import (
+    agreement,
+    common,
+    compiler,
+    metrics,
+    naming,
+    parallel,
+    processes,
+    recompute,
+    signals,
+    step_metrics,
+)
 from nanochat.checkpoint_manager import fitting_together
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.dataloader import training_batch, training_batches
@@ -72,7 +83,7 @@ def main(argv=None):
 def plan_run(args) -> RunSpec | None:
     """What the flags decide. None if they ask to see it only: then it is printed."""
     check_resume(args.resume)
-    world_size = common.process_layout().size
+    world_size = processes.process_layout().size
     tokenizer, vocab_size = vocabulary(args)
     device_type = common.pick_device_type(args.device_type)
     dtype = common.compute_dtype(args.dtype, device_type, training=True)
@@ -341,7 +352,7 @@ def before_training(run: Run, evaluation: Evaluation, output: RunOutput, state: 
 def end_run(stop: signals.StopRequest | None):
     """Exit with `signals.exit_code` if a process was asked to stop before the last step."""
     if stop:
-        common.end_process()
+        processes.end_process()
         sys.exit(signals.exit_code(stop.number))
 
 

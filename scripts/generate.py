@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat import common, metrics
+from nanochat import arguments, common, metrics, processes
 from nanochat.adapters.loading import load_model
+from nanochat.arguments import number, whole_number
 from nanochat.checkpoint_manager import step_or_newest
-from nanochat.common import InputError, number, whole_number
 from nanochat.engine import Sampling, crop_to_context, generate
+from nanochat.errors import InputError
 from nanochat.naming import optional_tag, run_folder
 from nanochat.run_files import read_summary, saved_steps
 
@@ -107,7 +108,7 @@ def continue_prompt(model, tokenizer, prompt: str, args, dtype):
 
 
 def parse(argv=None):
-    parser = common.ArgumentParser("Continue a text with a trained model.")
+    parser = arguments.ArgumentParser("Continue a text with a trained model.")
     add = parser.add_argument
     add(
         "-p",
@@ -133,7 +134,7 @@ def parse(argv=None):
         help="draw from the likeliest tokens that together have this probability",
     )
     add("--seed", type=whole_number(0), default=0)
-    common.device_flags(add, "of the computation; weights are float32")
+    arguments.device_flags(add, "of the computation; weights are float32")
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("-p: the prompt is empty; give some text, or leave -p out and type it")
@@ -157,7 +158,7 @@ def read_prompts() -> Iterator[str]:
 def main(argv=None):
     args = parse(argv)
     tag = args.model_tag or newest_finished_run()
-    device = common.init_process(args.device_type, alone=True).device
+    device = processes.init_process(args.device_type, alone=True).device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, step = open_model(tag, args.step, device)
     model.to(dtype)  # once, and not at every token

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from nanochat import common, plan
+from nanochat import arguments, common, plan, processes
 from nanochat.adapters.attach import plain_model
-from nanochat.common import ArgumentParser, InputError, number, whole_number
+from nanochat.arguments import ArgumentParser, number, whole_number
 from nanochat.engine import next_logits, prefill, sample
+from nanochat.errors import InputError
 from nanochat.factorize import merge
 from nanochat.files import check_out
 from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, rank_flag, rank_multiple_flag
@@ -81,7 +82,7 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_flags(args)
     config = None if args.model_tag else model_config(args)  # wrong flags end here, before anything is loaded
-    device = common.init_process(args.device_type, alone=True).device
+    device = processes.init_process(args.device_type, alone=True).device
     setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
     if config:
         model = random_model(config, device)
@@ -141,7 +142,7 @@ def flag_parser():
     add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
     add("--repeats", type=whole_number(1), default=8, help="turns of each form")
-    common.device_flags(add, "of weights and activations")
+    arguments.device_flags(add, "of weights and activations")
     add("--out", type=Path, default=None, metavar="DIR", help="folder for infer_bench.md, .json and .png")
     return parser
 

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat import common
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat import arguments, common, processes
+from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.errors import InputError
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST, rank_flag
 from nanochat.flags import add_rank_multiple
@@ -71,7 +72,7 @@ def main(argv=None):
     all_layers = [with_ranks(args, *shape) for shape in layer_shapes(model_config(args))]
     if args.out:
         check_out("--out", args.out)
-    device = common.init_process(args.device_type, alone=True).device
+    device = processes.init_process(args.device_type, alone=True).device
     setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
     machine = machine_description(setting)
     about = (
@@ -153,7 +154,7 @@ def flag_parser():
         default="1024,4096",
         help="tokens in a batch; one token by itself is always measured",
     )
-    common.device_flags(add, "of the activations; weights are float32")
+    arguments.device_flags(add, "of the activations; weights are float32")
     add("--repeats", type=whole_number(1), default=20, help="turns of each variant")
     add("--out", type=Path, default=None, metavar="DIR", help="folder for layer_bench.md, .json and .png")
     return parser

@@ -18,10 +18,11 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
-from nanochat import common, layer_maps, metrics
+from nanochat import arguments, common, layer_maps, metrics, processes
 from nanochat.adapters.loading import load_model
+from nanochat.arguments import whole_number
 from nanochat.checkpoint_manager import step_or_newest
-from nanochat.common import InputError, whole_number
+from nanochat.errors import InputError
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import DEEPEST
 from nanochat.gpt import GPT
@@ -38,7 +39,7 @@ def main(argv=None):
     check_flags(args)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
-    world = common.init_process(args.device_type, alone=True)
+    world = processes.init_process(args.device_type, alone=True)
     device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
@@ -75,7 +76,7 @@ def main(argv=None):
 
 
 def flag_parser():
-    parser = common.ArgumentParser(
+    parser = arguments.ArgumentParser(
         "Perplexity of a checkpoint whose layers are executed by other maps, with no training."
     )
     add = parser.add_argument
@@ -123,7 +124,7 @@ def flag_parser():
         help="validation tokens; -1 = as many as in the run",
     )
     add("--device-batch-size", type=whole_number(1), default=32, help="rows a pass")
-    common.device_flags(add, "of the evaluation; weights are float32")
+    arguments.device_flags(add, "of the evaluation; weights are float32")
     add("--out", type=Path, default=None, help="folder of layer_maps.csv and layer_maps.png")
     return parser
 

@@ -19,17 +19,19 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from nanochat import common, factorize, metrics
+from nanochat import arguments, common, factorize, metrics, processes
 from nanochat.adapters.attach import plain_model
 from nanochat.adapters.loading import load_model
+from nanochat.arguments import number, whole_number
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, step_or_newest
-from nanochat.common import InputError, number, whole_number
+from nanochat.config import MATRICES
 from nanochat.continuation import deciding, differing_keys
+from nanochat.errors import InputError
 from nanochat.factorize import linear_layers, rank_of
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import matrix_ranks_flag, rank_flag
 from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser
-from nanochat.gpt import GPT, MATRICES, SCORE_SCALE, GPTConfig
+from nanochat.gpt import GPT, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
@@ -67,7 +69,7 @@ def main(argv=None):
 
 
 def flag_parser():
-    parser = common.ArgumentParser(
+    parser = arguments.ArgumentParser(
         "Merge the factors of a checkpoint, truncate its matrices by SVD, or export it."
     )
     add = parser.add_argument
@@ -110,7 +112,7 @@ def flag_parser():
         help="validation tokens, before and after; -1 = as many as in the run; 0 = none",
     )
     add("--device-batch-size", type=whole_number(1), default=32, help="rows a pass of the evaluation")
-    common.device_flags(add, "of the evaluation; weights are float32")
+    arguments.device_flags(add, "of the evaluation; weights are float32")
     add(
         "--safetensors",
         type=Path,
@@ -150,7 +152,7 @@ def check_flags(args):
 
 def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
-    world = common.init_process(args.device_type, alone=True)
+    world = processes.init_process(args.device_type, alone=True)
     device = world.device
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)

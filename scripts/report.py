@@ -12,8 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from nanochat import common
-from nanochat.common import ArgumentParser, InputError, quoted, run_script
+from nanochat import arguments
+from nanochat.arguments import ArgumentParser, quoted
+from nanochat.common import run_script
+from nanochat.errors import InputError
 from nanochat.eval_results import newest_core
 from nanochat.files import check_out, write_atomic
 from nanochat.metrics import Run, load_run, runs_dir
@@ -115,29 +117,34 @@ def parse(argv):
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the report (created if needed)")
     add(
         "--margin-time",
-        type=common.number(),
+        type=arguments.number(),
         default=0.0,
         help="H1: the share by which time per step must be below full rank's",
     )
     add(
         "--margin-memory",
-        type=common.number(),
+        type=arguments.number(),
         default=0.0,
         help="H1: the share by which memory must be below full rank's",
     )
     add(
         "--margin-ppl",
-        type=common.number(),
+        type=arguments.number(),
         default=0.05,
         help="H2: the share of perplexity that counts as little",
     )
     add(
         "--equal-params",
-        type=common.number(),
+        type=arguments.number(),
         default=0.02,
         help="H3: the share by which equal numbers of parameters may differ",
     )
-    add("--confidence", type=common.number(), default=0.95, help="of all intervals of a hypothesis together")
+    add(
+        "--confidence",
+        type=arguments.number(),
+        default=0.95,
+        help="of all intervals of a hypothesis together",
+    )
     args = parser.parse_args(argv)
     if not args.runs and not args.from_wandb:
         raise InputError("give RUN (tags or run folders), or --from-wandb ENTITY/PROJECT[/GROUP]")

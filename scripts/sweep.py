@@ -22,11 +22,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat import common
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat import common, processes, signals
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.continuation import flags_text, read_record
 from nanochat.dataset import open_corpus
 from nanochat.environment import leave_process_group
+from nanochat.errors import InputError
 from nanochat.files import check_out, write_atomic
 from nanochat.naming import LONGEST_RUN_NAME, is_tag, lock_path, option, part_of_tag, path_word, run_name
 from nanochat.sweep import slurm, wandb_agent
@@ -119,7 +120,7 @@ def launch(sweep: Sweep, args):
         failed, stopped = run_all(sweep, args, task_command)
         if stopped:
             print(f"{sweep.name}: stopped; the same command goes on")
-            sys.exit(130 if stopped == "SIGINT" else common.REQUEUE)
+            sys.exit(130 if stopped == "SIGINT" else signals.REQUEUE)
         conclude(sweep, args, failed, "failed; the same command tries them again")
 
 
@@ -239,13 +240,13 @@ def run_task(sweep: Sweep, point: Point, args):
         wandb_agent.set_group_and_tags(sweep, point)
     with contextlib.ExitStack() as stack:
         if args.launched:
-            common.stop_without(args.launched)
+            processes.stop_without(args.launched)
         else:
             stack.enter_context(common.claimed(claim_path(point.tag), f"--task {point.tag}: this run"))
         prepare_tokenizer(sweep)
         if point.processes > 1:
             command = [sys.executable, "-m", f"scripts.{point.script}", *argv]
-            with common.stop_signals() as stop:
+            with signals.stop_signals() as stop:
                 code = run_workers(command, point.processes, stop)
             sys.exit(code)
         importlib.import_module(f"scripts.{point.script}").main(argv)

@@ -6,8 +6,10 @@ python -m scripts.tok_eval --data stdlib
 import os
 from pathlib import Path
 
-from nanochat.common import ArgumentParser, InputError, run_script, whole_number
+from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.common import run_script
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.naming import optional_tag
 from nanochat.tokenizer import encoding_errors, load_tokenizer, pieces, tokenizer_path
 from scripts.tok_train import cut_documents

@@ -6,8 +6,10 @@ tokenizer/NAME/tokenizer.json. If that file was trained with the same text and f
 
 import time
 
-from nanochat.common import ArgumentParser, InputError, locked, run_script, whole_number
+from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.common import locked, run_script
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.files import check_out, remove_temporary
 from nanochat.naming import lock_path, optional_tag
 from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, train_tokenizer

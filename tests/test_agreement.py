@@ -13,10 +13,10 @@ import pytest
 from conftest import TINY, losses
 from processes import Launched
 
-from nanochat import agreement, common, metrics
+from nanochat import agreement, metrics, processes
 from nanochat.checkpoint_manager import saved_steps
-from nanochat.common import InputError
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.run_text import fingerprints
 from nanochat.shared_text import confirm_caches, shared_text
 from nanochat.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def other_base(base_dir, tmp_path):
 
 
 def in_other_base(base, main, flags, change=None):
-    if common.process_layout()[0] == 1:
+    if processes.process_layout()[0] == 1:
         os.environ["NANOCHAT_BASE_DIR"] = str(base)
         if change:
             change(base)
@@ -85,7 +85,7 @@ def with_a_read_error(part, flags):
         return opened(path, *args, **kwargs)
 
     agreement.READ_PATIENCE = 0.0
-    if common.process_layout()[0] == 1:
+    if processes.process_layout()[0] == 1:
         builtins.open = fail
     base_train.main(flags)
 
@@ -178,7 +178,7 @@ def test_an_evaluation_is_of_what_process_0_sees(train, other_base, run_two, cor
 
 def agree_step_by_step(folder, base):
     """What differs in process 1 is refused there, and named."""
-    world = common.init_process("cpu")
+    world = processes.init_process("cpu")
     rank = world.rank
     assert agreement.from_first(world, lambda: ["value of", os.environ["RANK"]]) == ["value of", "0"]
 
@@ -204,7 +204,7 @@ def agree_step_by_step(folder, base):
     tokenizer = load_tokenizer()
     other_tokens = "other tokens than process 0 has (slots: 7, there 8)"
     refused(other_tokens, confirm_caches, world, tokenizer, corpus.val)
-    common.end_process()
+    processes.end_process()
 
 
 def test_what_differs_is_named(base_dir, other_base, run_two, tmp_path):
@@ -228,11 +228,11 @@ def test_what_differs_is_named(base_dir, other_base, run_two, tmp_path):
 
 
 def fail(ranks, joined):
-    rank = common.process_layout()[0]
-    world = common.init_process("cpu") if joined else None
+    rank = processes.process_layout()[0]
+    world = processes.init_process("cpu") if joined else None
     if rank in ranks:
         raise InputError("broken")
-    agreement.meet(world or common.init_process("cpu"))
+    agreement.meet(world or processes.init_process("cpu"))
     if joined:
         time.sleep(60)  # in no collective
 
@@ -255,7 +255,7 @@ def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
 
 
 def die_while_others_wait():
-    world = common.init_process("cpu")
+    world = processes.init_process("cpu")
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     agreement.meet(world)
@@ -270,6 +270,6 @@ def test_one_that_is_killed_is_not_waited_for_where_no_launcher_ends_the_others(
 
 
 def test_a_script_of_one_process_says_so(run_two):
-    codes, lines = run_two(common.init_process, "cpu", True)
+    codes, lines = run_two(processes.init_process, "cpu", True)
     line = "error: WORLD_SIZE=2: this script works in one process; start it without torchrun"
     assert codes[0] == 2 and lines == [line]

@@ -20,8 +20,9 @@ from test_core_eval import write_bundle
 from nanochat import common, metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
-from nanochat.common import REQUEUE, InputError
+from nanochat.errors import InputError
 from nanochat.loss_eval import EvalSet, reference_losses
+from nanochat.signals import REQUEUE
 from scripts import base_eval, base_train
 
 LOW = ("--attn-rank", 4, "--mlp-rank", "0.25")

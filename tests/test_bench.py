@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.rank import account
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from nanochat.common import InputError
+from nanochat.config import MATRICES
+from nanochat.errors import InputError
 from nanochat.flags import build_parser
-from nanochat.gpt import MATRICES, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.layer_ranks import ranks_in_short
 from nanochat.plan import budget_frontier, full_rank, model_config, solve_budget
 from nanochat.rank import (

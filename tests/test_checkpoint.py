@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.files import write_atomic
 
 STATE = {

@@ -12,7 +12,7 @@ from conftest import Killed, losses
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.history_file import HistoryFile
 from nanochat.run_files import read_meta, read_summary, step_folder, write_meta
 from scripts import adapter_train, base_train

@@ -11,8 +11,8 @@ from conftest import TINY, Killed, losses, tiny_experiment
 
 from nanochat import metrics, plan
 from nanochat.checkpoint_manager import saved_steps, step_folder
-from nanochat.common import InputError
 from nanochat.continuation import FREE, PLACES, differences
+from nanochat.errors import InputError
 from nanochat.flags import DEFAULTS_BEFORE, build_parser
 from nanochat.gpt import GPTConfig
 from nanochat.plan import solve_budget, training_plan

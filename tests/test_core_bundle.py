@@ -18,8 +18,8 @@ from test_core_eval import TASKS, edit, files_of, write_bundle, zipped
 
 from nanochat import archives, core_bundle
 from nanochat.archives import fetch, unpack
-from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle, read_example
+from nanochat.errors import InputError
 
 ODD_TASKS = [
     *ODD,

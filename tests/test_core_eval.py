@@ -15,7 +15,6 @@ import torch
 from conftest import losses, story
 
 from nanochat import core_bundle, metrics
-from nanochat.common import InputError
 from nanochat.core_bundle import Unavailable, open_bundle, read_bundle
 from nanochat.core_eval import (
     MAX_ROWS,
@@ -30,6 +29,7 @@ from nanochat.core_eval import (
     tokenize_example,
     with_intervals,
 )
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from scripts import base_eval, report
 

@@ -13,9 +13,9 @@ from conftest import Killed
 
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics, run_files, run_text
-from nanochat.common import InputError
 from nanochat.continuation import inherit
 from nanochat.dataset import Shard
+from nanochat.errors import InputError
 from nanochat.files import NoOrdinaryFile, Schema, digest_file, read_json, sha256
 from nanochat.fingerprints import KEPT_FROM, file_hash
 from nanochat.flags import build_parser

@@ -13,9 +13,9 @@ import pytest
 from conftest import TINY, story
 from processes import Launched
 
-from nanochat.common import InputError
 from nanochat.dataloader import Rows, training_batch
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.processes import World
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset, fingerprints, readers
-from nanochat.common import InputError
 from nanochat.dataset import Shard, open_corpus
+from nanochat.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared/corpora/tinystories"
 

@@ -22,8 +22,8 @@ import pytest
 
 from nanochat import dataset
 from nanochat import hub as hub_files
-from nanochat.common import InputError
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.fingerprints import stamp_of
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"

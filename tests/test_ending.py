@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, TINY, losses
 from processes import Launched, environment, free_port
 
-from nanochat import common, locks, loss_eval, metrics, signals
+from nanochat import common, locks, loss_eval, metrics, processes, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.writer import write_in_fork
 from scripts import adapter_train, base_train
 
@@ -258,7 +258,7 @@ def test_a_process_whose_launcher_died_before_says_so(monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(InputError, match=r"MASTER_PORT=\d+: torchrun was there and is gone; start again"):
-        common.init_process("cpu")
+        processes.init_process("cpu")
 
 
 def test_a_script_that_is_stopped_clears_away_what_is_half_written():

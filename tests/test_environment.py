@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, TINY
 from processes import Launched, free_port
 
-from nanochat import agreement, common, devices, environment
-from nanochat.common import InputError
+from nanochat import agreement, common, devices, environment, processes
+from nanochat.errors import InputError
 
 GROUP = {
     "RANK": "1",
@@ -66,7 +66,7 @@ def variables(monkeypatch):
 )
 def test_the_place_of_a_process(given, layout, variables):
     variables(**given)
-    assert common.process_layout() == layout
+    assert processes.process_layout() == layout
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_place_of_a_process(given, layout, variables):
 def test_a_place_that_cannot_be(given, message, variables):
     variables(**given)
     with pytest.raises(InputError, match=message):
-        common.process_layout()
+        processes.process_layout()
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_a_meeting_place_that_cannot_be(missing, given, message, variables):
     variables(**GROUP)
     os.environ[missing] = given
     with pytest.raises(InputError, match=f"^{message}"):
-        common.init_process("cpu")
+        processes.init_process("cpu")
 
 
 def join_with_little_patience():
     agreement.JOIN_PATIENCE = timedelta(seconds=1)
-    common.init_process("cpu")
+    processes.init_process("cpu")
 
 
 def test_others_that_never_come_are_said(variables, tmp_path):
@@ -267,7 +267,7 @@ def test_gpus_that_torch_cannot_use_are_said(cuda, command):
     with pytest.raises(InputError, match=r"has 1 GPU\(s\), .* Torch not compiled with CUDA enabled; install"):
         common.pick_device_type("")
     with pytest.raises(InputError, match="Torch not compiled"):
-        common.init_process("cuda")
+        processes.init_process("cuda")
 
 
 @pytest.mark.parametrize("given", ["", "-1", "NoDevFiles"])

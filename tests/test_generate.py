@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nanochat import metrics
-from nanochat.common import InputError
 from nanochat.engine import GREEDY
 from nanochat.engine import generate as generate_tokens
+from nanochat.errors import InputError
 from scripts import generate
 from scripts.generate import Text, newest_finished_run, open_model
 

@@ -7,8 +7,8 @@ import statistics
 import pytest
 import torch
 
-from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
+from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.rank import count_parameters
 from scripts import infer_bench

@@ -10,9 +10,9 @@ from test_base_train import final_state, same
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint
-from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.plan import parse_flags
 from nanochat.report.configurations import configurations, paste_flags
 from nanochat.sweep.trial import resolve

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig, make_linear
 from nanochat.rank import matrix_parameters, on_meta
 from scripts import layer_bench

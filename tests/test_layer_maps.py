@@ -9,8 +9,8 @@ import torch
 
 from nanochat.adapters import attach
 from nanochat.adapters.attach import AdapterConfig
-from nanochat.common import InputError
 from nanochat.engine import GREEDY, generate, next_logits, prefill
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import (
     copied_out,

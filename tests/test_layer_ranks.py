@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.flag_types import matrix_ranks_flag
 from nanochat.flags import build_parser
 from nanochat.gpt import GPTConfig

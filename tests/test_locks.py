@@ -11,7 +11,8 @@ import pytest
 from processes import Launched, wait_for
 
 from nanochat import leases, locks
-from nanochat.common import InputError, claimed, locked
+from nanochat.common import claimed, locked
+from nanochat.errors import InputError
 from nanochat.writer import write_in_fork
 
 WITHOUT_FLOCK = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]

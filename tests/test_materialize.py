@@ -13,8 +13,8 @@ import torch
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
-from nanochat.common import InputError
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.factorize import linear_layers, merge, rank_of_energy, truncate
 from nanochat.gpt import GPT, GPTConfig
 from scripts import base_eval, materialize, report

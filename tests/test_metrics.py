@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.metrics import RunRecord, load_run, read_history, time_to_ppl
 
 

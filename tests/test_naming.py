@@ -8,7 +8,8 @@ from conftest import tiny_experiment
 
 from nanochat import metrics
 from nanochat.adapters.loading import load_bases
-from nanochat.common import InputError, get_base_dir
+from nanochat.common import get_base_dir
+from nanochat.errors import InputError
 from nanochat.naming import is_tag, lock_path, option, run_folder
 from nanochat.report.wandb_import import run_name
 from nanochat.sweep.experiment import read_experiment

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from nanochat import common, plan
-from nanochat.common import InputError
+from nanochat import arguments, common, plan
+from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.sweep.experiment import read_experiment
 
@@ -75,7 +75,7 @@ def parsers():
     parsers = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "dev/bench")
-        patch.setattr(common.ArgumentParser, "parse_args", stop)
+        patch.setattr(arguments.ArgumentParser, "parse_args", stop)
         for name in MODULES:
             with pytest.raises(Parsed) as e:
                 import_module(name).main([])

@@ -3,7 +3,7 @@
 import pytest
 from conftest import TINY
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.plan import model_config, solve_budget, take_device_batch, training_plan
 from nanochat.rank import account

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import readers
-from nanochat.common import InputError
 from nanochat.dataloader import Rows
 from nanochat.dataset import Shard, open_corpus
+from nanochat.errors import InputError
 from nanochat.readers import read_documents, text_format
 from nanochat.tokenizer import load_tokenizer
 

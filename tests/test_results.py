@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from nanochat import locks, metrics
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.files import check_out
 
 LAYER_MAPS = ["--model-tag", "a", "--maps", "1,0", "--device-type", "cpu"]

@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import losses, story
 
-from nanochat.common import InputError
 from nanochat.dataset import open_corpus
+from nanochat.errors import InputError
 from nanochat.splits import split_of
 
 

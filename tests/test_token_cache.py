@@ -11,8 +11,9 @@ import pytest
 from conftest import losses, story
 
 from nanochat import token_cache
-from nanochat.common import InputError, locked
+from nanochat.common import locked
 from nanochat.dataset import Shard
+from nanochat.errors import InputError
 from nanochat.token_cache import cached_tokens, verify_caches
 from nanochat.tokenizer import load_tokenizer
 

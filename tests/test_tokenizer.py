@@ -12,8 +12,8 @@ from conftest import Killed, tiny_experiment
 
 from nanochat import metrics
 from nanochat import tokenizer as tokenizers
-from nanochat.common import InputError
 from nanochat.dataset import Shard, open_corpus
+from nanochat.errors import InputError
 from nanochat.sweep.experiment import read_experiment
 from nanochat.token_cache import cached_tokens
 from nanochat.tokenizer import load_tokenizer, tokenizer_path, train_tokenizer

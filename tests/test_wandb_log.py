@@ -17,7 +17,6 @@ from processes import wait_for
 from wandb_server import serving
 
 from nanochat import metrics, wandb_log, wandb_worker
-from nanochat.common import InputError, run_script  # noqa: F401 - for the run in a process of its own
 from nanochat.metrics import RunRecord
 
 INIT = 2  # seconds

@@ -10,7 +10,7 @@ from conftest import ROOT, tiny_experiment
 from processes import Launched, alive, wait_for
 
 from nanochat import metrics
-from nanochat.common import REQUEUE
+from nanochat.signals import REQUEUE
 from scripts import base_train
 from scripts import sweep as sweeps
 
@@ -41,7 +41,7 @@ LAUNCHER = """
 import sys
 from nanochat import common, workers
 workers.SECONDS_TO_FOLLOW = 1
-with common.stop_signals() as stop:
+with signals.stop_signals() as stop:
     code = workers.run_workers([sys.executable, *sys.argv[1:]], 2, stop)
 sys.exit(code)
 """

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanochat import common
-from nanochat.common import ArgumentParser, InputError, whole_number
+from nanochat import common, processes
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.core_eval import score
+from nanochat.errors import InputError
 from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 
@@ -83,7 +84,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
-    common.init_process("cpu")
+    processes.init_process("cpu")
     heads = args.model_dim // 64
     model = GPT(
         GPTConfig(args.prompt_tokens + 8, args.vocab_size, args.depth, heads, heads, args.model_dim)

@@ -22,8 +22,8 @@ import train_step
 from loss_memory import measure as measure_loss
 from train_step import RATES, compare, make_subject, noise_rows, shown  # first: it finds nanochat
 
-from nanochat import common, metrics
-from nanochat.common import ArgumentParser, whole_number
+from nanochat import common, metrics, processes
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.files import check_out, write_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
@@ -371,7 +371,7 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_out("--out", args.out)
     began = time.monotonic()
-    device = common.init_process(args.device_type).device
+    device = processes.init_process(args.device_type).device
     if args.tiny:
         setting = Setting(device, torch.float32, compiled=False, repeats=2)
     else:

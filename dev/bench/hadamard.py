@@ -17,8 +17,8 @@ import scipy.fft
 import torch
 from train_step import synchronize
 
-from nanochat import common
-from nanochat.common import ArgumentParser, whole_number
+from nanochat import common, processes
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.subspace.hadamard import cosine, walsh_hadamard
 
 TARGET = 5.0
@@ -49,7 +49,7 @@ def main(argv=None):
         "--device-type", choices=["", "cuda", "cpu"], default="", help="of ours; '' = cuda where there is one"
     )
     args = parser.parse_args(argv)
-    device = common.init_process(args.device_type).device
+    device = processes.init_process(args.device_type).device
     x = torch.randn(2**args.bits, generator=torch.Generator().manual_seed(0))
     array = x.numpy()
     x = x.to(device)

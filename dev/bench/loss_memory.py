@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import train_step
 from train_step import allocated, shown, spread, synchronize  # first: it finds nanochat in a bare checkout
 
-from nanochat import common
-from nanochat.common import ArgumentParser, whole_number
+from nanochat import common, processes
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST
 from nanochat.ops import SOFTCAP, CrossEntropy
@@ -97,7 +97,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out:
         check_out("--out", args.out, is_file=True)
-    device = common.init_process(args.device_type).device
+    device = processes.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     result = measure(
         args.device_batch_size * args.max_seq_len,

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 import nanochat.gpt
 from nanochat import common
-from nanochat.common import ArgumentParser, whole_number
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.gpt import GPT, GPTConfig
 
 PACKAGE = Path(nanochat.gpt.__file__).parent

@@ -13,12 +13,14 @@ import torch
 import train_step
 from train_step import RATES, Subject, allocated, noise_rows  # first: it finds nanochat in a bare checkout
 
-from nanochat import common
-from nanochat.common import ArgumentParser, InputError, World, whole_number
+from nanochat import common, processes
+from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.dataloader import training_batches
+from nanochat.errors import InputError
 from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
+from nanochat.processes import World
 from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach
 
 TARGET = 2.0  # largest ratio of a basis's time to the dense one's
@@ -79,7 +81,7 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
-    device = common.init_process(args.device_type).device
+    device = processes.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     heads = args.model_dim // 64
     config = GPTConfig(

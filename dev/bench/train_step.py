@@ -41,10 +41,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor is a batch that was
 import numpy as np
 import torch
 
-from nanochat import common, cpu, metrics, recompute
-from nanochat.common import ArgumentParser, InputError, World, number, whole_number
+from nanochat import common, cpu, metrics, processes, recompute
+from nanochat.arguments import ArgumentParser, number, whole_number
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
+from nanochat.errors import InputError
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, rank_flag
 from nanochat.flags import add_rank_multiple
@@ -52,6 +53,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
 from nanochat.optim import Rates, build_optimizers
 from nanochat.plan import check_size
+from nanochat.processes import World
 from nanochat.rank import account, predict_peak
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -668,7 +670,7 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out, is_file=True)
     configs, controls = chosen(args)
-    device = common.init_process(args.device_type).device
+    device = processes.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     compiled = args.compile == "on"
     rows = noise_rows(args.vocab_size, args.max_seq_len)

@@ -19,7 +19,7 @@ The parameters are those of `layers.Triplets`. Resuming takes the adapter's tens
 import torch
 
 from nanochat.adapters.layers import Triplets
-from nanochat.common import InputError
+from nanochat.errors import InputError
 
 
 def budget(step: int, start: int, end: int, steps: int, warmup: int, final: int) -> int:

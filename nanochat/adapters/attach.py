@@ -25,8 +25,9 @@ import torch.nn as nn
 
 from nanochat import recompute
 from nanochat.adapters.layers import IA3, AdaptedLinear, AdaptedMLP, LoRA, Triplets
-from nanochat.common import InputError
-from nanochat.gpt import GPT, MATRICES, GPTConfig
+from nanochat.config import MATRICES
+from nanochat.errors import InputError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.rank import on_meta
 
 TARGETS = {  # the matrices that each kind adapts by default

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import MLP, Linear
 from nanochat.ops import norm
 

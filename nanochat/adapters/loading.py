@@ -7,7 +7,7 @@ import torch
 from nanochat import recompute
 from nanochat.adapters.attach import attach_saved
 from nanochat.checkpoint_manager import fitting_together, load_with_tokenizer
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import stacked
 from nanochat.naming import check_tag

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from nanochat.common import InputError, shortened
+from nanochat.errors import InputError, shortened
 from nanochat.files import is_kind
 from nanochat.history import NUMBERS
 from nanochat.metrics import Run

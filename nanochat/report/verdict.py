@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.report.comparisons import (
     Case,
     Cases,

@@ -7,7 +7,7 @@ W&B's own: they are left out.
 import math
 import sys
 
-from nanochat.common import InputError, printable
+from nanochat.errors import InputError, printable
 from nanochat.files import is_kind
 from nanochat.history import History, row_fault
 from nanochat.metrics import Run

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from nanochat.common import InputError
-from nanochat.gpt import GPT, MATRICES, GPTConfig
+from nanochat.config import MATRICES
+from nanochat.errors import InputError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.model_flags import SUBSPACE_KINDS as KINDS
 from nanochat.model_flags import SUBSPACE_SCOPES as SCOPES
 from nanochat.optim import SCALAR_EPS

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from nanochat import common
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rank import account, predict_peak
 from nanochat.run_files import read_summary

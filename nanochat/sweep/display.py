@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import printable
+from nanochat.errors import printable
 from nanochat.rank import account
 from nanochat.run_files import read_summary
 from nanochat.sweep.experiment import Point, Sweep

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from nanochat import metrics
-from nanochat.common import InputError
 from nanochat.continuation import differences, flags_given, inheritance, read_record
+from nanochat.errors import InputError
 from nanochat.sweep.experiment import Point, Sweep
 from nanochat.sweep.trial import to_argv
 

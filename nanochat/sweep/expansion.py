@@ -5,7 +5,7 @@
 
 import itertools
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.flags import FLAGS
 from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import part_of_tag

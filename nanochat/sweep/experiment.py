@@ -36,8 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import metrics
-from nanochat.common import InputError, get_base_dir, printable
+from nanochat.common import get_base_dir
 from nanochat.dataset import HUB_SETS
+from nanochat.errors import InputError, printable
 from nanochat.gpt import GPTConfig
 from nanochat.naming import LONGEST_TAG, check_tag, option, part_of_tag
 from nanochat.run_files import read_summary

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat import common, locks
-from nanochat.common import InputError
+from nanochat import common, locks, signals
+from nanochat.errors import InputError
 from nanochat.files import create_folder
 from nanochat.naming import lock_path
 from nanochat.signals import ENDING
@@ -168,7 +168,7 @@ def outcome_of_run(run: Running, stopping: bool) -> str:
         return "finished"
     if stopping:
         return "stopped"
-    if code == common.REQUEUE:
+    if code == signals.REQUEUE:
         return "again"
     if code < 0:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""

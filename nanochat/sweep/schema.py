@@ -9,8 +9,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from nanochat.common import LARGEST_INTEGER, InputError, first_line
-from nanochat.errors import named
+from nanochat.arguments import LARGEST_INTEGER
+from nanochat.errors import InputError, first_line, named
 from nanochat.flags import build_parser
 from nanochat.naming import check_tag
 from nanochat.plan import parse_flags

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from nanochat import common
-from nanochat.common import InputError, printable, quoted
+from nanochat.arguments import quoted
+from nanochat.errors import InputError, printable
 from nanochat.files import Schema, create_folder, read_json, write_atomic, write_json
 from nanochat.naming import check_tag, lock_path, option, shell_command
 from nanochat.sweep.experiment import Point, Sweep

@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import parse_map
 from nanochat.naming import option

@@ -13,7 +13,8 @@ import re
 import threading
 
 from nanochat import wandb_log
-from nanochat.common import InputError, quoted
+from nanochat.arguments import quoted
+from nanochat.errors import InputError
 from nanochat.files import write_atomic
 from nanochat.naming import option, path_word, shell_command
 from nanochat.sweep.experiment import Point, Sweep

@@ -17,7 +17,7 @@ from nanochat.adapters.attach import (
     load_adapter_state,
 )
 from nanochat.adapters.layers import Triplets
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.optim import build_optimizers, optimizer_state
 
 

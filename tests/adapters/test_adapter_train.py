@@ -14,8 +14,8 @@ from nanochat.adapters.adalora import orthogonality
 from nanochat.adapters.attach import adapters_of
 from nanochat.adapters.loading import ADAPTER, load_model
 from nanochat.checkpoint_manager import amend_checkpoint, load_checkpoint, saved_steps
-from nanochat.common import InputError
 from nanochat.engine import next_logits, prefill
+from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import stacked, with_layer_map
 from nanochat.optim import default_matrix_lr

@@ -25,7 +25,7 @@ from nanochat.adapters.attach import (
     plain_model,
 )
 from nanochat.adapters.layers import IA3, AdaptedLinear, LoRA
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.layer_maps import stacked, with_layer_map
 from nanochat.optim import build_optimizers

@@ -9,7 +9,7 @@ import torch
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import amend_checkpoint
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.layer_maps import with_copied_layers
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.processes import World

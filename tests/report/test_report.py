@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nanochat import metrics
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.report import comparable, run_tables
 from nanochat.report.configurations import configurations
 from nanochat.report.page import CSS

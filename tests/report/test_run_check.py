@@ -9,7 +9,7 @@ from conftest import ODD
 from test_report import base, write_sweep  # noqa: F401  a fixture
 
 from nanochat import metrics
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.report.configurations import configurations
 from nanochat.report.csv_export import to_csv
 from nanochat.report.equal_cost import equal_cost_table

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from test_configurations import a_run
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.report.comparisons import Case, Comparison
 from nanochat.report.configurations import configurations
 from nanochat.report.page import to_markdown, to_page

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from wandb_server import serving
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.metrics import RunRecord, load_run
 from nanochat.report.wandb_import import runs_from_wandb
 from scripts import report

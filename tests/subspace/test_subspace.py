@@ -11,8 +11,8 @@ from conftest import Killed, losses
 
 from nanochat import metrics
 from nanochat.checkpoint_manager import load_checkpoint
-from nanochat.common import InputError
 from nanochat.core_eval import head_input
+from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Rates, build_optimizers
 from nanochat.rank import account

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.rank import count_parameters
 from nanochat.sweep.experiment import read_experiment

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 
 from nanochat import metrics
-from nanochat.common import REQUEUE, InputError
-from nanochat.signals import ENDING, signal_name
+from nanochat.errors import InputError
+from nanochat.signals import ENDING, REQUEUE, signal_name
 from nanochat.sweep import slurm
 from scripts import sweep
 

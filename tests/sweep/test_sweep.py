@@ -13,7 +13,8 @@ from conftest import tiny_experiment
 from processes import Launched, wait_for
 
 from nanochat import metrics
-from nanochat.common import REQUEUE, InputError
+from nanochat.errors import InputError
+from nanochat.signals import REQUEUE
 from nanochat.sweep import costs, local
 from nanochat.sweep.experiment import read_experiment
 from scripts import sweep as sweeps

@@ -9,7 +9,7 @@ from processes import Launched
 from wandb_server import serving
 
 from nanochat import metrics
-from nanochat.common import InputError
+from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.sweep import wandb_agent
 from scripts import sweep
