@@ -97,10 +97,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x, cos=None, sin=None):
         if cos is not None:
             first, second = x.chunk(2, dim=-1)
-            swapped = torch.cat((second, first), dim=-1)
-            # two roundings where no gradient is taken, as in all evaluations on record
-            trains = ctx.needs_input_grad[0]
-            x = (x.contiguous() * cos).addcmul_(swapped, sin) if trains else x * cos + swapped * sin
+            x = (x.contiguous() * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
         wide = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (length.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()  # 1 / rms(x): (..., 1)
