@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -112,7 +113,7 @@ def section(script: str) -> str:
         if title:
             lines += ["", f"**{title[0].upper() + title[1:]}**"]
         if description:
-            lines += ["", description]
+            lines += ["", *textwrap.wrap(description, 110)]
         lines += ["", "| flag | default | meaning |", "|---|---|---|"]
         lines += [f"| {flag(action)} | {default(action)} | {meaning(action, parser)} |" for action in actions]
     return "\n".join(lines)

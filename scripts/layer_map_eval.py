@@ -35,8 +35,7 @@ LARGEST_FAMILY = 100_000  # maps of --all-monotone: at a thousandth of a second 
 
 
 def main(argv=None):
-    args = flag_parser().parse_args(argv)
-    check_flags(args)
+    args = parse(argv)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     world = processes.init_process(args.device_type, alone=True)
@@ -73,6 +72,12 @@ def main(argv=None):
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    args = flag_parser().parse_args(argv)
+    check_flags(args)
+    return args
 
 
 def flag_parser():

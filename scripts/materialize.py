@@ -44,8 +44,7 @@ TRUNCATION_FLAGS = ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "en
 
 
 def main(argv=None):
-    args = flag_parser().parse_args(argv)
-    check_flags(args)
+    args = parse(argv)
     folder = run_folder("--model-tag", args.model_tag)
     run = metrics.load_run(folder)
     step = step_or_newest(folder, args.step)
@@ -66,6 +65,12 @@ def main(argv=None):
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    args = flag_parser().parse_args(argv)
+    check_flags(args)
+    return args
 
 
 def flag_parser():

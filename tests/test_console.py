@@ -12,7 +12,8 @@ from nanochat import console, metrics
 
 SCRIPT = """
 import sys
-from nanochat.common import print0, run_script
+from nanochat.common import run_script
+from nanochat.processes import print0
 def main():
     for number in range(2000):
         print0("line", number, "→ \\u00e9 \\ud800")

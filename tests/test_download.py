@@ -386,7 +386,7 @@ def test_a_full_disk_ends_the_download_at_once():
 CONVERSATION = """
 import json, sys, time
 from nanochat import dataset, hub
-from nanochat.common import InputError
+from nanochat.errors import InputError
 sleep, time.sleep, hub.SPARE_BYTES = time.sleep, lambda seconds: sleep(seconds / 20), 2**20
 for line in sys.stdin:
     code = 0

@@ -1,5 +1,6 @@
 """Numbers of flags: each one is either usable, or refused in one line that names the flag."""
 
+import argparse
 import time
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from nanochat import arguments, common, plan
+from nanochat import arguments, plan
 from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.sweep.experiment import read_experiment
@@ -100,7 +101,7 @@ def test_each_number_of_each_script_is_finite_or_refused(parsers):
             for text in ODD:
                 try:
                     value = parse(text)
-                except common.argparse.ArgumentTypeError as e:
+                except argparse.ArgumentTypeError as e:
                     assert "\n" not in str(e) and len(str(e)) < 300, f"{module} {flag} {text}"
                     continue
                 for one in value if isinstance(value, list) else [value]:
@@ -144,7 +145,7 @@ def test_every_number_that_base_train_takes_can_be_counted_with(base_dir, capsys
         for text in ODD:
             try:
                 value = str(parse(text))
-            except common.argparse.ArgumentTypeError:
+            except argparse.ArgumentTypeError:
                 continue
             if value in values:
                 continue

@@ -164,13 +164,15 @@ def test_the_offline_folders_of_a_run_make_its_whole_history(server, tmp_path, m
 def test_a_run_that_ends_by_an_error_is_shown_as_failed_and_can_go_on(server, tmp_path):
     code = (
         "import test_wandb_log as t\n"
+        "from nanochat.common import run_script\n"
+        "from nanochat.errors import InputError\n"
         "def main():\n"
         "    record = t.begin(t.Path('run').absolute())\n"
         "    record.log(t.row(1))\n"
         "    record.summarize('running')\n"
         "    record.log(t.row(2))\n"
-        "    raise t.InputError('not finite')\n"
-        "t.run_script(main)\n"
+        "    raise InputError('not finite')\n"
+        "run_script(main)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(

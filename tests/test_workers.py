@@ -17,7 +17,8 @@ from scripts import sweep as sweeps
 # a stand-in for a run: it sleeps, saves when it is asked to stop, and starts within a moment
 WORKER = """
 import os, pathlib, signal, sys, time
-from nanochat.common import print0, process_layout, run_script
+from nanochat.common import run_script
+from nanochat.processes import print0, process_layout
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 rank, _, size = process_layout()
 def save(*_):
@@ -39,7 +40,7 @@ run_script(main)
 """
 LAUNCHER = """
 import sys
-from nanochat import common, workers
+from nanochat import signals, workers
 workers.SECONDS_TO_FOLLOW = 1
 with signals.stop_signals() as stop:
     code = workers.run_workers([sys.executable, *sys.argv[1:]], 2, stop)

@@ -18,7 +18,7 @@ from nanochat.adapters.attach import (
 )
 from nanochat.adapters.layers import Triplets
 from nanochat.errors import InputError
-from nanochat.optim import build_optimizers, optimizer_state
+from nanochat.optim import Rates, build_optimizers, optimizer_state
 
 
 def adapted(rank=4, **changes):
@@ -249,7 +249,7 @@ class Training:
     def __init__(self, steps=16):
         self.model, self.adapters = adapted(rank=2)
         settings = dict(lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        self.optimizer = build_optimizers(self.model, extra={".adapters.": settings})[0]
+        self.optimizer = build_optimizers(self.model, Rates(), extra={".adapters.": settings})[0]
         self.allocator = Allocator(self.adapters, steps, warmup=2, final=4, every=2)
 
     def run(self, steps):

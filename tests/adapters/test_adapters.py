@@ -28,7 +28,7 @@ from nanochat.adapters.layers import IA3, AdaptedLinear, LoRA
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.layer_maps import stacked, with_layer_map
-from nanochat.optim import build_optimizers
+from nanochat.optim import Rates, build_optimizers
 from nanochat.rank import account, on_meta
 from nanochat.recompute import RecomputedBlock
 
@@ -65,7 +65,7 @@ ADAMW = dict(lr=0.05, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 
 
 def train(model, steps=3):
-    optimizer = build_optimizers(model, extra={".adapters.": ADAMW})[0]
+    optimizer = build_optimizers(model, Rates(), extra={".adapters.": ADAMW})[0]
     for _ in range(steps):
         model(tokens(2, 16), tokens(2, 16) * 3 % 50).backward()
         optimizer.step()
@@ -375,7 +375,7 @@ def train_all_kinds():
     for kind in KINDS:
         attach(model, "a", AdapterConfig(kind, rank=2, dropout=0.1))
         model(x, x).backward()
-        build_optimizers(model, extra={".adapters.": ADAMW})[0].step()
+        build_optimizers(model, Rates(), extra={".adapters.": ADAMW})[0].step()
         model = plain_model(model)
     print("loaded:", "torch._dynamo" in sys.modules)
 
