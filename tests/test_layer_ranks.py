@@ -140,9 +140,9 @@ def test_every_script_takes_the_same_multiple():
         choose = materialize.ranks_to_choose(args, GPTConfig(n_layer=1, n_head=10, n_kv_head=10, n_embd=1280))
         assert choose["blocks.0.mlp.up"](torch.ones(1280)) == rank
         bench = layer_bench.flag_parser().parse_args([*wide, "--ranks", "0.297", *flags])
-        assert layer_bench.ranks_of(bench, "MLP up", 1280, 5120) == [rank]
+        assert layer_bench.with_ranks(bench, "MLP up", 1280, 5120).ranks == [rank]
         args = infer_bench.flag_parser().parse_args([*wide, "--mlp-rank", "0.297", *flags])
-        assert infer_bench.shape_of(args).whole_rank("down", 0) == rank
+        assert infer_bench.model_config(args).whole_rank("down", 0) == rank
 
 
 def test_the_tag_tells_models_apart():
