@@ -45,12 +45,12 @@ def optimizer_shapes(state) -> dict:
 @pytest.mark.parametrize(
     "processes,steps,flags",
     [
-        (2, 50, ["--device-batch-size", "6"]),
+        (2, 25, ["--device-batch-size", "6"]),
         # ranks, tables and scalars that 3 does not divide
-        (3, 50, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
+        (3, 25, ["--device-batch-size", "4", "--attn-rank", "0.3", "--mlp-rank", "5", "--grad-clip", "1.0"]),
         # three micro-steps on each. At higher rates the losses agree too, but a table's entry whose
         # gradient is a rounding error moves in another way.
-        (4, 50, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"]),
+        (4, 25, ["--device-batch-size", "1", "--value-embeddings", "--matrix-lr", "0.04"]),
     ],
 )
 def test_many_processes_give_the_losses_of_one(train, train_on, processes, steps, flags):
