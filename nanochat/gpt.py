@@ -41,7 +41,7 @@ class Linear(nn.Module):
     """y = W x with W: (out, in), cast to the dtype of x."""
 
     rank = 0  # full
-    kept = False  # see LowRankLinear
+    kept = recomputed = False  # see LowRankLinear
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -69,7 +69,8 @@ class LowRankLinear(nn.Module):
     act = "silu": y = B silu(A x), which is no matrix.
     """
 
-    kept = False  # whether a block that is computed again in the backward pass keeps A x: set by recompute.py
+    recomputed = False  # whether the backward pass computes its block again: set by recompute.py
+    kept = False  # whether that block keeps A x
 
     def __init__(self, in_features: int, out_features: int, rank: int, act: str = "none"):
         super().__init__()
@@ -260,8 +261,7 @@ class GPT(nn.Module):
         low_rank = isinstance(output, LowRankLinear)
         x = linear(x, output.A) if low_rank else x  # (B, T, C) or (B, T, r)
         weight = output.B if low_rank else output.weight  # (V, C) or (V, r)
-        if head is None:
-            head = ops.logits if targets is None else self.loss
+        head = head or (ops.logits if targets is None else self.loss)
         return head(x, weight.to(x.dtype), targets)
 
     def token_losses(self, idx, targets, compute_dtype=torch.float32):

@@ -44,8 +44,8 @@ def project(x, q, k, v):
 
 def relu2_mlp(x, up, down):
     """down(relu(up(x))²), two layers. x: (..., C) -> (..., C)."""
-    # under `kept` the compiler takes the formula apart: inside a function of ours it would recompute nothing
-    if not torch.is_grad_enabled() or (down.kept and torch.compiler.is_compiling()):
+    # the compiler recomputes the parts of a formula, but nothing inside an autograd function
+    if not torch.is_grad_enabled() or (down.recomputed and torch.compiler.is_compiling()):
         return down(F.relu(up(x)).square())
     if up.rank:
         x = linear(x, up.A, up.kept)  # (..., r)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanochat import cpu
-from nanochat.gpt import GPT, Block, LowRankLinear
+from nanochat.gpt import GPT, Block, Linear, LowRankLinear
 
 MODES = ("none", "bottleneck", "block")
 
@@ -42,10 +42,13 @@ def apply(model: GPT):
     mode = model.config.recompute
     remove(model)
     for block in model.blocks:
-        factored = [layer for layer in block.modules() if isinstance(layer, LowRankLinear)]
+        layers = [layer for layer in block.modules() if isinstance(layer, (Linear, LowRankLinear))]
+        factored = [layer for layer in layers if layer.rank]
         if mode == "block" or (mode == "bottleneck" and factored):
             block.__class__ = RecomputedBlock
             block.selective = mode == "bottleneck"
+            for layer in layers:
+                layer.recomputed = True
             for layer in factored:
                 layer.kept = block.selective
 
@@ -55,8 +58,8 @@ def remove(model: GPT):
     for block in model.blocks:
         block.__class__ = Block
         for layer in block.modules():
-            if isinstance(layer, LowRankLinear):
-                layer.kept = False
+            if isinstance(layer, (Linear, LowRankLinear)):
+                layer.recomputed = layer.kept = False
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------
