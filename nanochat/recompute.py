@@ -33,7 +33,9 @@ class RecomputedBlock(Block):
     def forward(self, *inputs):
         if not torch.is_grad_enabled():
             return self.compute(*inputs)
-        options: dict = {"context_fn": keep_bottlenecks} if self.selective else {}
+        # without a policy the compiler keeps more than the block's input
+        by_policy = self.selective or torch.compiler.is_compiling()
+        options: dict = {"context_fn": keep_bottlenecks} if by_policy else {}
         return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
