@@ -35,7 +35,7 @@ class RecomputedBlock(Block):
             return self.compute(*inputs)
         # without a policy the compiler keeps more than the block's input
         by_policy = self.selective or torch.compiler.is_compiling()
-        options: dict = {"context_fn": keep_bottlenecks} if by_policy else {}
+        options = {"context_fn": keep_bottlenecks} if by_policy else {}
         return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
