@@ -27,20 +27,11 @@ from nanochat.report.configurations import Configuration, configurations, finish
 from nanochat.report.equal_cost import equal_cost_table
 from nanochat.report.page import encode, in_markdown, to_markdown, to_page
 from nanochat.report.run_check import checked_run
-from nanochat.report.run_figures import draw_run_figures, labels_in_words
+from nanochat.report.run_figures import RUN_CAPTIONS, draw_run_figures, labels_in_words
 from nanochat.report.summaries import MEASURES, baseline
 from nanochat.report.sweep_figures import draw_sweep_figures, figure_caption
 from nanochat.report.verdict import verdict
 from nanochat.report.verdict_page import verdict_blocks
-
-RUN_CAPTIONS = {
-    "loss.png": "Loss against tokens, training time and compute. The first fifth of each run, where loss "
-    "falls from ln(vocabulary), may leave the frame at the top.",
-    "parameters.png": "Parameters by group.",
-    "memory.png": "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU "
-    "the whole process, Python and libraries included.",
-    "perplexity.png": "Final quality against model size: down and to the left is better.",
-}
 
 DEFINITIONS = {
     "×0.53": "the value divided by the first run's. Shown only where the two may be divided.",

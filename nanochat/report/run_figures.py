@@ -33,6 +33,14 @@ MEMORY_PARTS = [
     ("mem/optimizer_bytes", "optimizer state", "#E69F00"),
 ]
 DARK = ("#0072B2", "#009E73")  # colours of parts on which white text is read better than black
+RUN_CAPTIONS = {
+    "loss.png": "Loss against tokens, training time and compute. The first fifth of each run, where loss "
+    "falls from ln(vocabulary), may leave the frame at the top.",
+    "parameters.png": "Parameters by group.",
+    "memory.png": "Memory by part. The diamond is the measured peak: on CUDA what torch allocated; on CPU "
+    "the whole process, Python and libraries included.",
+    "perplexity.png": "Final quality against model size: down and to the left is better.",
+}
 
 
 def draw_run_figures(runs: list, measure: str) -> dict[str, bytes]:
