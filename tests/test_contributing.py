@@ -39,6 +39,12 @@ def test_every_path_of_the_guide_exists(path):
     assert (ROOT / path).exists()
 
 
+def test_the_map_names_every_file_of_the_core_once():
+    rows = GUIDE.partition("## The map")[2].partition("## Set up")[0].split("\n| ")
+    listed = re.findall(r"`(\w+)`", "".join(row.partition("|")[2] for row in rows))
+    assert sorted(listed) == sorted({path.stem for path in (ROOT / "nanochat").glob("*.py")} - {"__init__"})
+
+
 def test_the_guide_has_references():
     assert len(REFERENCES) >= 8 and len(PATHS) >= 15
 
