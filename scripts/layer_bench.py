@@ -1,8 +1,7 @@
 """Time, memory and FLOPs of each linear layer, dense and at several ranks, and where low rank breaks even.
 
     python -m scripts.layer_bench --out layer_bench
-    python -m scripts.layer_bench --model-dim 1280 --head-dim 128 --vocab-size 65536 --tokens 16384,65536
-    --out DIR
+    python -m scripts.layer_bench --model-dim 1280 --head-dim 128 --tokens 16384,65536 --out layer_bench
 
 Training is the forward and the backward pass over a batch of tokens, with activations in --dtype and weights
 in float32 as in scripts.base_train. Decoding is the forward pass of one token. There copies of the layer take

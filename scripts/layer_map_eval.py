@@ -1,12 +1,13 @@
 """Perplexity of a trained model whose layers run in another order, or more than once, without training.
 
+    # all 35 ways to spread 4 layers over 8 positions in order
     python -m scripts.layer_map_eval --model-tag d4 --all-monotone 8 --out maps
-    python -m scripts.layer_map_eval --model-tag d4 --maps "0,0,1,2,3 solar" --random 20 --positions 8 --out
-    maps python -m scripts.layer_map_eval --model-tag d4 --second-tag d4b --maps "A:0,A:1,B:2,B:3 goliath"
-    --out maps
+    # maps by name or by number, and random ones
+    python -m scripts.layer_map_eval --model-tag d4 --maps "0,0,1,2 solar" --random 9 --positions 8 --out maps
+    # layers of two runs of one shape
+    python -m scripts.layer_map_eval --model-tag d4 --second-tag d4b --maps "A:0,A:1,B:2,B:3" --out maps
 
-The first: all 35 ways to spread 4 layers over 8 positions in order. The last: layers of two runs of one
-shape. Writes layer_maps.csv and layer_maps.png: a row a map, best first, the model as it is among them.
+Writes layer_maps.csv and layer_maps.png: a row a map, best first, the model as it is among them.
 """
 
 import csv

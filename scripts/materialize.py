@@ -1,11 +1,15 @@
 """A checkpoint in another form: factors merged or made by SVD, adapters merged, or a safetensors file.
 
-    python -m scripts.materialize --model-tag low --out-tag low_dense      # every BA as one matrix: same
-    logits python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd
-    python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90    # 90% of each matrix's Σ
-    s² python -m scripts.materialize --model-tag wiki --out-tag wiki_merged   # an adapter inside its base's
-    matrices python -m scripts.materialize --model-tag low --safetensors low.safetensors       # for
-    dev/plain_forward.py
+    # every product BA as one matrix: the same logits
+    python -m scripts.materialize --model-tag low --out-tag low_dense
+    # the nearest matrices of these ranks, by SVD
+    python -m scripts.materialize --model-tag full --attn-rank 64 --mlp-rank 0.25 --out-tag full_svd
+    # the smallest ranks that keep 90% of each matrix's Σ s²
+    python -m scripts.materialize --model-tag full --energy 0.9 --out-tag full_e90
+    # an adapter inside the matrices of its base
+    python -m scripts.materialize --model-tag wiki --out-tag wiki_merged
+    # weights for dev/plain_forward.py
+    python -m scripts.materialize --model-tag low --safetensors low.safetensors
 
 The new run folder is like any other: scripts.base_eval and scripts.report read it, and base_train --init-from
 trains it on.

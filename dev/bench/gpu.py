@@ -1,8 +1,7 @@
 """Everything one GPU can tell about a training step, as JSON and markdown. gpu.sh says how to run it.
 
     python dev/bench/gpu.py --out gpu_bench
-    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny     # the same on any machine, in a
-    minute
+    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny    # a minute, on any machine
 
 First: does the device compute the same as the CPU? Then train_step.py's comparison at the widths of d20 and
 d12: full rank, and low rank of four ranks with and without recomputation, three models in turn at a time. The

@@ -1,7 +1,6 @@
 """Memory and time of the output head's loss: in chunks beside the plain formula.
 
-    python dev/bench/loss_memory.py     # vocabulary 32768, batch 8 x 1024, width 256, in float32, with
-    targets
+    python dev/bench/loss_memory.py    # vocabulary 32768, batch 8 x 1024, width 256, float32; with targets
 
 Each round takes the loss and the gradients of x and of the weight once by each way. Time is the median over
 the rounds, its ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their

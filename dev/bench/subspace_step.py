@@ -1,7 +1,6 @@
 """What a training step in a random subspace costs beside the dense one, in turn in one process.
 
-    python dev/bench/subspace_step.py        # 4 layers, width 256, 4096 tokens; with the target for a basis
-    of d = 5
+    python dev/bench/subspace_step.py    # 4 layers, width 256, 4096 tokens; with the target of a basis
 
 A round is one step of each model. Times are medians over the rounds, ratios to the dense step medians of the
 rounds' ratios. Peak: the most that a step allocates on top of the model and its optimizer, by torch's own

@@ -1,8 +1,7 @@
 """What a training step costs, part by part: full rank beside low rank, step by step in turn in one process.
 
     python dev/bench/train_step.py --depth 4 --model-dim 256 --attn-rank 0.25 --mlp-rank 0.25 --out step.json
-    python dev/bench/train_step.py --reference        # the task that the speed targets speak of, with the
-    targets
+    python dev/bench/train_step.py --reference    # the task of the speed targets, with the targets
 
 A round is a matrix product for the machine's ceiling, then one step of each model; so what else the machine
 is doing touches all of them alike. Figures are medians over the rounds (quartiles in brackets); ratios are

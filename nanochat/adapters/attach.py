@@ -2,8 +2,7 @@
 
     attach(model, "wiki", AdapterConfig("lora", rank=8, alpha=16))   # the base is frozen, the adapter acts
     adapter_state(model, "wiki")                                     # its tensors, to be saved
-    plain_model(model)                                               # a plain GPT, the adapter in its
-    matrices
+    plain_model(model)                                               # a GPT with the adapter in its matrices
 
 A model has one adapter. It belongs to matrices in the blocks (blocks.N.attn.{q,k,v,o},
 blocks.N.mlp.{up,down}), which one regular expression chooses. A LowRankLinear counts as one matrix, its

@@ -1,16 +1,16 @@
 """Random subspaces: a GPT whose matrices are a function of a few trained numbers and a seed.
 
-    model = GPT(config); model.init_weights()
-    attach(model, SubspaceConfig("basis", dim=5, scope="layer", seed=1))   # the matrices are no parameters
-    any more model.state_dict()              # what is trained, all of it: 5 numbers a layer, embeddings, head
+    model = GPT(config)
+    model.init_weights()
+    attach(model, SubspaceConfig("basis", dim=5, scope="layer", seed=1))   # now its matrices are made
+    model.state_dict()      # all that is trained: 5 numbers a layer, embeddings, head
 
 With W₀ the matrices as they begin, ±1 or Gaussian numbers that a seed names (noise.py), and α trained:
 
     none          W = W₀
-    basis         W = Σ_k α_k W_k, W_k random signs, made anew in every pass and never stored; |α| = 1 at
-    first fastfood      W = W₀ + (P α), P = S·H·G·Π·H·B (Le, Sarlos, Smola 2013; of all matrices: Li et al.,
-    arXiv
-                  1804.08838)
+    basis         W = Σ_k α_k W_k, W_k random signs, made anew in every pass, never stored; at first |α| = 1
+    fastfood      W = W₀ + (P α), P = S·H·G·Π·H·B (Le, Sarlos, Smola 2013; of all matrices: Li et al.,
+                  arXiv 1804.08838)
     fft-fastfood  W = W₀ + (P α), P = S·Π·F·B, F the orthonormal cosine transform, which needs no power of two
     lora-random   W = W₀ + B A, with factors of a small rank r trained from scratch, B = 0 at first
 
