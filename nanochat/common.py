@@ -112,9 +112,7 @@ def get_base_dir() -> Path:
     try:
         return Path(given or "~/.cache/nanochat-lowrank").expanduser()
     except RuntimeError:  # no such user, or one without a home folder
-        fault = (
-            f"={given}: there is no such home folder" if given else ": not set, and there is no home folder"
-        )
+        fault = f"={given}: no such home folder" if given else ": not set, and there is no home folder"
         raise InputError(f"NANOCHAT_BASE_DIR{fault}; give it a folder, for example /tmp/nanochat") from None
 
 

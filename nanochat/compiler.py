@@ -23,9 +23,8 @@ from nanochat.processes import print0
 
 # versions that know every set of vector instructions that torch compiles for
 NEW_ENOUGH = {"g++": 11, "clang++": 14}
-COMPILER_PATIENCE = (
-    60  # seconds for an empty program: a compiler that waits for a network or a licence may never end
-)
+# seconds for an empty program: a compiler that waits for a network or a licence may never end
+COMPILER_PATIENCE = 60
 
 
 def wanted(choice: str, device_type: str, flops: float) -> bool:

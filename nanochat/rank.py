@@ -309,9 +309,8 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
     width = model.lm_head.rank if isinstance(model.lm_head, LowRankLinear) else C
     head_grad = 4 * V * width
     at_once = rows_at_once(torch.empty(0), V)
-    chunks = (
-        4 * V * (3 * at_once if at_once < N else 2 * N)
-    )  # float32, one of them left from the chunk before
+    # float32, one of them left from the chunk before
+    chunks = 4 * V * (3 * at_once if at_once < N else 2 * N)
     # in the head: its inputs, their gradients, a few tensors as large as a chunk of logits
     at_head = activations + token * (2 * C + width) + head_grad + chunks
     at_head += V * width * dtype_bytes if dtype_bytes < 4 else 0
@@ -394,9 +393,8 @@ def kept_for_backward(block, config: GPTConfig, token: int, dtype_bytes: int, re
 def on_meta(config: GPTConfig) -> GPT:
     """The model's shapes without its memory."""
     draw = nn.Embedding.reset_parameters
-    nn.Embedding.reset_parameters = lambda table: (
-        None
-    )  # to draw on the meta device would load torch's compiler
+    # to draw on the meta device would load torch's compiler
+    nn.Embedding.reset_parameters = lambda table: None
     try:
         with torch.device("meta"):
             return GPT(config)
@@ -441,9 +439,8 @@ def flops_per_token(model: GPT) -> int:
     """
     config = model.config
     flops = 0
-    backward = (
-        model.wte.weight.requires_grad or model.smear.requires_grad
-    )  # whether it comes back to this layer
+    # whether it comes back to this layer
+    backward = model.wte.weight.requires_grad or model.smear.requires_grad
     for layer in config.positions:
         block = model.blocks[layer]
         backward = backward or any(p.requires_grad for p in block.parameters())

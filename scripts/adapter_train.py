@@ -389,9 +389,8 @@ def plan_run(args, base: Base, layers: tuple[int, ...]) -> RunSpec | None:
     """
     tokenizer = load_tokenizer(metrics.runs_dir() / args.model_tag / "tokenizer.json")
     config = replace(base.config, recompute=args.recompute)
-    shape = put_together(
-        args, layers, *(on_meta(config) for _ in base.origins)
-    )  # a model without its weights
+    # a model without its weights
+    shape = put_together(args, layers, *(on_meta(config) for _ in base.origins))
     args.step = base.origins[0]["step"]
     args.given.add("step")  # -1 now means this checkpoint, and another later
     take_shape_flags(args, base, shape)

@@ -191,9 +191,8 @@ def sweep_report(runs: list[Run], configs: list[Configuration], margins: dict):
             f"{done[0].name}, so neither perplexity nor bits per byte compares; report each text by itself"
         )
     measure = "bpb" if broken[SAME_TOKENIZER] else "loss"
-    notes = [
-        note for note in notes if not note.startswith("Different seed")
-    ]  # a sweep repeats them on purpose
+    # a sweep repeats them on purpose
+    notes = [note for note in notes if not note.startswith("Different seed")]
     notes += comparable.divergence_notes(runs) + left_out_notes(runs, configs, measure)
     warning_blocks = [("warning", text) for text in warnings]
     # without low rank there is nothing to judge beside adapters and subspaces

@@ -631,9 +631,8 @@ def test_a_run_that_is_not_compiled_does_not_load_the_compiler(base_dir, corpus_
 
 def test_reference_losses_are_those_of_the_uniform_and_the_unigram_guess():
     def rows(*slots):
-        return SimpleNamespace(
-            T=2, count=len(slots), row=lambda i: np.array((0, *slots[i]))
-        )  # row 0 begins with BOS, which is not asked
+        # row 0 begins with BOS, which is not asked
+        return SimpleNamespace(T=2, count=len(slots), row=lambda i: np.array((0, *slots[i])))
 
     eval_set = EvalSet(rows((1, 2), (2, 3), (0, 0)), 2, SimpleNamespace(token_bytes=list))
     found = reference_losses(rows((1, 1), (1, 2)), eval_set, vocab_size=4)

@@ -117,9 +117,8 @@ def test_the_tiles_of_an_mlp_fit_a_cache():
 # ---- attention
 
 
-@pytest.mark.parametrize(
-    "T,window", [(16, 16), (16, 5), (22, 22), (22, 9), (40, 20), (64, 3)]
-)  # with blocks of 4 and 8 queries, a last one that is short
+# with blocks of 4 and 8 queries, a last one that is short
+@pytest.mark.parametrize("T,window", [(16, 16), (16, 5), (22, 22), (22, 9), (40, 20), (64, 3)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, window, kv_heads):
     monkeypatch.setattr("nanochat.cpu.MIN_QUERIES", 4)

@@ -231,9 +231,8 @@ def test_norms_have_the_gradients_of_their_formulas():
     half = torch.randn(4, 64).bfloat16().requires_grad_()
     y = norm(half)
     assert y.dtype == torch.bfloat16 and torch.autograd.grad(y.sum(), half)[0].dtype == torch.bfloat16
-    torch.testing.assert_close(
-        y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005
-    )  # one rounding
+    # one rounding
+    torch.testing.assert_close(y, F.rms_norm(half.float(), (64,)).bfloat16(), atol=0, rtol=0.005)
 
 
 @pytest.mark.parametrize("up_rank", [0, 3])

@@ -126,9 +126,8 @@ def test_the_command(tmp_path, capsys, quick):
     assert [case["batch"] for case in result["cases"]] == [1, 3]
     for case in result["cases"]:
         for name, form in case["forms"].items():
-            assert (
-                form["cache_bytes"] == case["batch"] * 4 * 2 * 2 * 16 * 9
-            )  # keys and values, 2 layers, 16 wide, 8 + 1 positions
+            # keys and values, 2 layers, 16 wide, 8 + 1 positions
+            assert form["cache_bytes"] == case["batch"] * 4 * 2 * 2 * 16 * 9
             assert form["peak_bytes"] > 4 * parameters[name] + form["cache_bytes"]
             rates = [case["batch"] / seconds for seconds in form["seconds by repeat"]["step"]]
             assert form["tokens/s"]["median"] == pytest.approx(statistics.median(rates))

@@ -75,6 +75,7 @@ KILLS = [
     (Case("train", 2, fault="killall"), 29),
     (Case("resume", 2, fault="killall"), 17),
 ]
+# what another machine has just written
 ERRORS = [
     (Case("train", fault="EIO"), 11),
     (Case("train", fault="ENOSPC", times=0), 23),
@@ -97,7 +98,7 @@ ERRORS = [
     (Case("base_eval", 2, 1, fault="EIO"), 17),
     (Case("train", fault="EIO", kinds="all"), 97),
     (Case("resume", 2, 1, fault="ENOENT", kinds="all"), 37),
-]  # what another machine has just written
+]
 ONE_OF_TWO = [(Case("train", 2, 0), 37), (Case("train", 2, 1), 17), (Case("resume", 2, 1), 17)]
 # at how many points
 CUTS = [

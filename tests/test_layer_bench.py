@@ -32,9 +32,8 @@ def test_layers_of_one_shape_are_named_together():
         ("MLP down", 256, 64),
         ("lm_head", 64, 100),
     ]
-    grouped = GPTConfig(
-        vocab_size=256, n_layer=1, n_head=4, n_kv_head=1, n_embd=64
-    )  # a head of the shape of MLP up
+    # a head of the shape of MLP up
+    grouped = GPTConfig(vocab_size=256, n_layer=1, n_head=4, n_kv_head=1, n_embd=64)
     assert layer_shapes(grouped) == [
         ("q, o", 64, 64),
         ("k, v", 64, 16),
@@ -60,10 +59,11 @@ def test_break_even_by_hand():
         == break_even([10, 20], [0.5, 1.0])
         == {"rank": 20, "is": "="}
     )
+    # the first time, where noise makes several
     assert break_even([10, 20, 40], [0.9, 1.1, 0.95]) == {
         "rank": pytest.approx(15),
         "is": "=",
-    }  # the first time, where noise makes several
+    }
     assert break_even([10, 20], [0.5, 0.99]) == {"rank": 20, "is": ">"}
     assert break_even([10, 20], [1.2, 1.5]) == {"rank": 10, "is": "<"}
 
@@ -120,11 +120,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert list(cases) == [(name, "training", n) for n in (16, 600, 700) for name in names] + [
         (name, "decoding", 1) for name in names
     ]
+    # as the model takes it
     assert [cases["lm_head", "training", n]["rows"] for n in (16, 600, 700)] == [
         16,
         512,
         512,
-    ]  # as the model takes it
+    ]
 
     model = on_meta(GPTConfig(vocab_size=5000, n_layer=1, n_head=2, n_kv_head=1, n_embd=32))
     for mode, tokens, flops in (("training", 16, 6 * 16), ("decoding", 1, 2)):

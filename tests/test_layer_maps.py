@@ -76,6 +76,7 @@ def loaded(model: GPT) -> GPT:
 
 def test_the_named_maps_are_those_published():
     assert solar(32) == (*range(24), *range(8, 32)) and len(solar(32)) == 48
+    # Goliath-120B, of Xwin and Euryale in turn
     published = [
         (0, 16),
         (8, 24),
@@ -86,7 +87,7 @@ def test_the_named_maps_are_those_published():
         (49, 64),
         (57, 72),
         (65, 80),
-    ]  # Goliath-120B, of Xwin and Euryale in turn
+    ]
     assert (
         goliath(80)
         == tuple(
@@ -136,12 +137,13 @@ def test_random_maps_are_distinct_out_of_order_and_seeded():
     maps = random_maps(3, 4, 20, seed=1)
     assert len(set(maps)) == 20 and all(list(m) != sorted(m) for m in maps)
     assert maps == random_maps(3, 4, 20, seed=1) != random_maps(3, 4, 20, seed=2)
+    # there are no more
     assert sorted(random_maps(2, 3, 99, seed=0)) == [
         (0, 1, 0),
         (1, 0, 0),
         (1, 0, 1),
         (1, 1, 0),
-    ]  # there are no more
+    ]
 
 
 # ---- models
@@ -202,9 +204,8 @@ def test_the_gradient_of_a_tied_layer_is_the_sum_of_the_copies():
                 if source == int(layer)
             ]
             assert torch.allclose(p.grad, sum(parts), atol=1e-12, rtol=1e-9), name
-    assert torch.allclose(
-        tied.x0_lambdas.grad, each.x0_lambdas.grad, atol=1e-12, rtol=1e-9
-    )  # by position in both
+    # by position in both
+    assert torch.allclose(tied.x0_lambdas.grad, each.x0_lambdas.grad, atol=1e-12, rtol=1e-9)
     assert tied.resid_lambdas.shape == each.resid_lambdas.shape == (5,)
 
 

@@ -88,9 +88,8 @@ def test_truncation_is_the_nearest_matrix_in_balanced_factors_and_leaves_the_res
         layer = linear_layers(cut)[name]
         s = np.linalg.svd(W, compute_uv=False)
         error = np.linalg.norm(W - layer.dense_weight().detach().numpy())
-        assert error == pytest.approx(
-            np.sqrt((s[r:] ** 2).sum()), rel=1e-4
-        )  # Eckart-Young: no matrix of this rank is nearer
+        # Eckart-Young: no matrix of this rank is nearer
+        assert error == pytest.approx(np.sqrt((s[r:] ** 2).sum()), rel=1e-4)
         assert kept[name] == pytest.approx((s[:r] ** 2).sum() / (s**2).sum(), rel=1e-6)
         for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B):
             assert np.allclose(gram.detach(), np.diag(s[:r]), atol=1e-4)

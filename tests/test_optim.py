@@ -38,9 +38,8 @@ def with_singular_values(m, n, values):
     return U, V, U @ torch.diag(values) @ V.T
 
 
-@pytest.mark.parametrize(
-    "shape", [(32, 32), (16, 24), (8, 64), (64, 8)]
-)  # the last two take the way over the Gram matrix
+# the last two shapes take the way over the Gram matrix
+@pytest.mark.parametrize("shape", [(32, 32), (16, 24), (8, 64), (64, 8)])
 def test_orthogonalize_lifts_singular_values_to_one(shape):
     torch.manual_seed(0)
     values = torch.logspace(-1.5, 2, min(shape), dtype=torch.float64)  # the smallest is 0.0003 of the largest

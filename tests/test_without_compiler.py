@@ -32,10 +32,11 @@ def before_the_first_step(output) -> list[str]:
     return [line for line in lines[plan + 1 :] if not line.startswith(("step 0000", "finished: "))]
 
 
+# torch itself finds the second, late
 @pytest.mark.parametrize(
     "environment, reason",
     [({"CXX": "/bin/false"}, FALSE), ({"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache"}, "Not a directory")],
-)  # found late, by torch
+)
 def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one_to_the_bit(
     train, corpus_dir, tmp_path, environment, reason
 ):

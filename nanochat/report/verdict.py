@@ -125,9 +125,8 @@ def verdict(
     check_share("--equal-params", equal_params)
     if not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence:g}: give a share from 0.5 to below 1, such as 0.95")
-    configs = [
-        c for c in configs if not c.method
-    ]  # neither low rank nor its baseline: adapters and subspaces
+    # neither low rank nor its baseline: adapters and subspaces
+    configs = [c for c in configs if not c.method]
     check_one_text(configs)
     usable = [c for c in configs if any(map(finished, c.runs))]
     low = [c for c in usable if c.low_rank]

@@ -126,9 +126,10 @@ def test_adapted_model_equals_the_plain_model_of_the_changed_matrices_in_float64
             W = W @ torch.diag(a.l) if name.endswith("down") else torch.diag(a.l) @ W
         state[f"{name}.weight"] = W.detach()
     plain.load_state_dict(state)
+    # logits are float32
     torch.testing.assert_close(
         model(idx, compute_dtype=torch.float64), plain(idx, compute_dtype=torch.float64), atol=1e-6, rtol=0
-    )  # logits are float32
+    )
     loss = [m(idx, idx, torch.float64) for m in (model, plain)]
     torch.testing.assert_close(*loss, atol=1e-10, rtol=0)
 

@@ -58,9 +58,8 @@ def test_each_cost_by_itself():
     )
     ((name, (blocks, flops, *found)),) = cells(runs).items()
     assert (name, blocks, flops) == ("attn 64, mlp 64", "× 0.500", "× 0.600")
-    expected = [
-        0.05 - 0.15 * math.log(more) / math.log(2) for more in (1, 1 / 0.6, 50 / 40)
-    ]  # as much more of it as the control had
+    # as much more of it as the control had
+    expected = [0.05 - 0.15 * math.log(more) / math.log(2) for more in (1, 1 / 0.6, 50 / 40)]
     assert found == [f"{nats:+.3f} ± 0.000 (3)".replace("-", "−") for nats in expected]
     assert "Loss minus that of full rank" in to_markdown(equal_cost_table(configurations(runs)))
 

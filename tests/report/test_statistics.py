@@ -83,14 +83,12 @@ def subspace(name, dim, loss, kind="basis", **given):
 
 def test_d90_is_interpolated_in_the_logarithm_an_upper_bound_or_not_reached():
     assert d90([(1000, 3.0), (10, 5.0), (100, 4.0)], start=6.0, full=2.0) is None  # 6 - 0.9 * 4 = 2.4
-    assert d90([(10, 5.0), (100, 4.0), (1000, 2.0)], 6.0, 2.0) == pytest.approx(
-        100 * 10**0.8
-    )  # (4 - 2.4) / (4 - 2) of a decade
+    # (4 - 2.4) / (4 - 2) of a decade
+    assert d90([(10, 5.0), (100, 4.0), (1000, 2.0)], 6.0, 2.0) == pytest.approx(100 * 10**0.8)
     assert d90([(10, 5.0), (100, 2.4)], 6.0, 2.0) == pytest.approx(100)
     assert d90([(10, 2.0), (100, 1.0)], 6.0, 2.0) == 10
-    assert (
-        d90([(10, 2.0), (100, 3.0), (1000, 2.0)], 6.0, 2.0) == 10
-    )  # the smallest, though a larger one does not
+    # the smallest, though a larger one does not
+    assert d90([(10, 2.0), (100, 3.0), (1000, 2.0)], 6.0, 2.0) == 10
 
 
 def test_d90_is_by_method_and_seed_against_the_full_run_of_that_seed():
@@ -103,10 +101,11 @@ def test_d90_is_by_method_and_seed_against_the_full_run_of_that_seed():
     configs = configurations(full + some)
     lines = {"basis in all": [c for c in configs if c.method]}
     rows = d90_rows(lines, baseline(configs, "val/ppl"))
+    # seed 3 has no full run
     assert rows == [
         ["basis in all", "1", "6.0000", "2.0000", "2.4000", "631"],
         ["basis in all", "2", "6.0000", "1.0000", "1.5000", "not reached (largest tried: 1,000)"],
-    ]  # seed 3 has no full run
+    ]
     assert loss_at_start(subspace("x", 1, 3.0, start=5.5)) == 5.5
     assert loss_at_start(Run("x", {"derived": {"model": {"vocab_size": 100}}}, {}, [])) == pytest.approx(
         math.log(100)
@@ -157,9 +156,8 @@ def test_adaloras_ranks_by_layer_and_matrix():
     assert grid[0][:2] == [1, 2]
     assert math.isnan(grid[0][2])
     assert math.isnan(grid[1][0]) and grid[1][1:] == [0, 6]
-    late, mlp = rank_shares(
-        layers, matrices, grid
-    )  # sums 1, 2, 6 by layer, of which the middle one counts half; 3 and 6 by matrix
+    # sums 1, 2, 6 by layer, of which the middle one counts half; 3 and 6 by matrix
+    late, mlp = rank_shares(layers, matrices, grid)
     assert late == pytest.approx(7 / 9) and mlp == pytest.approx(6 / 9)
 
 

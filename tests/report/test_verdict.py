@@ -155,9 +155,8 @@ def test_tied_layers_make_a_run_deeper():
         flags={"layer_map": "0,0,1,1,2,2,3,3"},
     )
     assert judge(full_runs() + tied)[2].verdict == SUPPORTED
-    assert (
-        judge(full_runs(flags={"layer_map": "0,0,1,1,2,2,3,3"}) + tied)[2].verdict == NOT_APPLICABLE
-    )  # as deep
+    # as deep
+    assert judge(full_runs(flags={"layer_map": "0,0,1,1,2,2,3,3"}) + tied)[2].verdict == NOT_APPLICABLE
 
 
 def test_h3_is_held_against_the_best_full_rank_shape():

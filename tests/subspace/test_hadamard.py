@@ -126,11 +126,9 @@ def test_streams_are_not_alike_and_a_permutation_is_one():
         ]
     )
     correlation = (streams @ streams.T / 4096).fill_diagonal_(0)
-    assert correlation.abs().max() < 5.5 / 64 and correlation.std().item() == pytest.approx(
-        1 / 64, rel=0.02
-    )  # as of independent ones
+    # as of independent ones
+    assert correlation.abs().max() < 5.5 / 64 and correlation.std().item() == pytest.approx(1 / 64, rel=0.02)
     square = noise.signs(base, 0, 256 * 256, "cpu").view(256, 256)
-    assert (
-        torch.linalg.matrix_norm(square, 2) / 16 < 2.1
-    )  # 2 in the limit of large random matrices: rows are independent, too
+    # 2 in the limit of large random matrices: rows are independent, too
+    assert torch.linalg.matrix_norm(square, 2) / 16 < 2.1
     assert torch.equal(noise.permutation(base, 1000).sort().values, torch.arange(1000))

@@ -160,9 +160,8 @@ def test_fastfoods_matrix_is_as_good_as_gaussian():
         P**4
     ).mean().item() / P.var().item() ** 2 == pytest.approx(3, rel=0.05)
     gram = P.T @ P / 3000
-    assert (
-        gram.diagonal().std() < 0.06 and gram.fill_diagonal_(0).abs().max() < 5 * 3000**-0.5
-    )  # directions near orthogonal
+    # directions near orthogonal
+    assert gram.diagonal().std() < 0.06 and gram.fill_diagonal_(0).abs().max() < 5 * 3000**-0.5
     module = operators.FFTFastfood(64, 3000, 0, 0, "cpu")
     F = torch.stack([module(alpha) for alpha in basis], dim=1)
     torch.testing.assert_close(F.T @ F, 3000 * basis, rtol=1e-4, atol=0.05)
@@ -200,9 +199,10 @@ def test_every_matrix_and_every_k_has_numbers_of_its_own_and_the_size_of_a_dense
 def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_trained(config):
     model = inside(config)
     own = [p for name, p in model.named_parameters() if name.startswith("subspace.")]
+    # at 0 the base exactly
     assert model.subspace.config.kind == "basis" or all(
         map(torch.equal, weights(model), model.subspace.initial_matrices())
-    )  # at 0 the base exactly
+    )
     wake(model)
     idx = batch()
     plain = dense()  # an ordinary GPT given the matrices and everything else

@@ -97,9 +97,8 @@ def test_a_later_run_has_its_scripts_flags_the_shared_ones_that_it_knows_and_its
         given["resume"],
         given["keep"],
     ) == ("two_d2_s2", lora.tag, 2, 4, "auto", 1)
-    assert (
-        given["device_batch_size"] == 4 and "--depth" not in lora.argv and "--save-every" not in lora.argv
-    )  # of [flags]; which the stand-in has not
+    # of [flags]; which the stand-in has not
+    assert given["device_batch_size"] == 4 and "--depth" not in lora.argv and "--save-every" not in lora.argv
     assert (
         lora.plan["num_iterations"] == 3
         and lora.plan["tokens"] == 3 * 256
@@ -294,9 +293,8 @@ def test_slurm_gets_a_second_array_that_waits_for_the_first(read, monkeypatch, c
         "slurm_report.sh",
     ] and "--dependency" not in sent[0][1]
     sent.clear()
-    sweep = read(
-        LORA + "seeds = [1, 2]\n", seeds=[3]
-    )  # the base's one task is still in the queue, from before
+    # the base's one task is still in the queue, from before
+    sweep = read(LORA + "seeds = [1, 2]\n", seeds=[3])
     monkeypatch.setattr(slurm, "jobs_in_queue", lambda _: {"60": {"0": "two_d2_s3"}})
     slurm.submit(sweep, args)
     assert sent[0][0] == "slurm_adapters.sh" and '--dependency="afterok:60"' in sent[0][1]
@@ -367,11 +365,12 @@ def test_a_run_of_another_text_or_flags_is_refused(write, base_dir, corpus_dir, 
             for split in ("train", "val")
         },
     }
+    # as adapter_train fills them in
     flags = vars(sweep.points[1].args) | {
         "depth": 2,
         "attn_rank": 0,
         "step": 6,
-    }  # as adapter_train fills them in
+    }
     record = metrics.runs_dir() / "two_lora_s1" / "config.json"
     record.write_text(json.dumps({"flags": flags, "derived": derived}))
     sweeps.prepare(sweep)
@@ -411,9 +410,8 @@ def test_the_published_experiments_are_well_formed(name, preset, runs, later, mo
     assert all(not p.base or p.base in tags[: tags.index(p.tag)] for p in sweep.points if preset == "small")
     if name == "depth_for_free":
         size = {p.label: count_parameters(p.config) for p in sweep.points}
-        assert all(
-            0.98 < n / size["full"] < 1.0001 for n in size.values()
-        )  # a tied position has two scalars of its own
+        # a tied position has two scalars of its own
+        assert all(0.98 < n / size["full"] < 1.0001 for n in size.values())
         assert {p.label: len(p.config.positions) for p in sweep.points} == {
             "full": 4,
             "low-rank": 8,
