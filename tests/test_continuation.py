@@ -100,7 +100,7 @@ def narrow_before(monkeypatch):
 def test_every_later_flag_has_a_value_with_which_the_flags_of_then_mean_what_they_meant():
     args = build_parser().parse_args([])
     later = vars(args).keys() - OF_THEN["flags"].keys()
-    assert not later - DEFAULTS_BEFORE.keys() - FREE - PLACES, "DEFAULTS_BEFORE lacks them"
+    assert not later - DEFAULTS_BEFORE.keys() - FREE - PLACES, "a Flag that came later needs `before`"
     vars(args).update({**DEFAULTS_BEFORE, **OF_THEN["flags"]})
     config = solve_budget(args, 300)
     assert json.dumps(asdict(config)) == json.dumps(asdict(GPTConfig(**MODEL_OF_THEN)))

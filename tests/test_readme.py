@@ -64,6 +64,12 @@ def test_every_link_of_a_page_leads_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+def test_new_places_of_the_log_exist():
+    rows = re.findall(r"^\| (`.*) \| (.*) \| [0-9a-f]{7} \|$", read("dev/LOG.md"), re.MULTILINE)
+    paths = [path for _, new in rows for path in re.findall(r"`([\w/]+\.py)`", new)]
+    assert len(paths) >= 6 and not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_every_page_is_reached_from_the_readme():
     reached = {"README.md"} | {target.partition("#")[0] for target in links("README.md")}
     assert set(ALL_PAGES) <= reached
