@@ -54,7 +54,8 @@ from nanochat.run_inputs import first_weights, vocabulary
 from nanochat.run_output import RunOutput
 from nanochat.run_setup import Run, RunSpec, start_run
 from nanochat.run_state import RunState
-from nanochat.subspace import model as subspace
+from nanochat.subspace import config as subspace
+from nanochat.subspace import costs as subspace_costs
 from nanochat.subspace.trainable import SubspaceTrainable
 from nanochat.trainable import Trainable
 
@@ -103,8 +104,8 @@ def plan_run(args) -> RunSpec | None:
     accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, accumulates)
     if subspace_config:
         derived["subspace"] = asdict(subspace_config)
-        accounting = subspace.costs(subspace_config, config, accounting)
-        subspace.check_memory(subspace_config, config, dtype.itemsize, device_type)
+        accounting = subspace_costs.account(subspace_config, config, accounting)
+        subspace_costs.check_memory(subspace_config, config, dtype.itemsize, device_type)
     if args.dry_run:
         print_plan(config, plan | derived, accounting, args)
         return None

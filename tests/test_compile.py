@@ -13,7 +13,8 @@ from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.compiler import compile_blocks, knows_all_vector_instructions
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.subspace import model as subspace
+from nanochat.subspace.config import SubspaceConfig
+from nanochat.subspace.model import attach as attach_subspace
 
 SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
 
@@ -108,7 +109,7 @@ def test_matrices_made_before_the_pass_are_inputs_of_the_graphs(counters):
     eager = build(shape)
     model = build(shape)
     for m in (eager, model):
-        subspace.attach(m, subspace.SubspaceConfig("basis", 3))
+        attach_subspace(m, SubspaceConfig("basis", 3))
     compile_blocks(model, backend="aot_eager")
     idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     for step in range(3):  # new matrices each time

@@ -12,7 +12,7 @@ from nanochat.compiler import compile_blocks
 from nanochat.engine import GREEDY, generate
 from nanochat.gpt import Block
 from nanochat.recompute import RecomputedBlock
-from nanochat.subspace.model import SubspaceConfig
+from nanochat.subspace.config import SubspaceConfig
 from nanochat.subspace.model import attach as attach_subspace
 
 LOW = dict(attn_ranks=(8,) * 3, mlp_ranks=(8,) * 3)

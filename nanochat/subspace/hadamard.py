@@ -21,9 +21,9 @@ def hadamard(m: int, device, dtype):
 def walsh_hadamard(x):
     """H x over the last dimension, not normalised: twice gives n·x. H is its own adjoint.
 
-    H_ab = H_a ⊗ H_b: each pass multiplies the last axis by a small H and brings it to the front; after all
-    passes the axes are in their old order. These are fewer and larger passes than the butterfly's log2 n,
-    each one matrix product; O(n log n). ValueError unless n is a power of two.
+    H_ab = H_a ⊗ H_b: each pass multiplies the last axis by a small H and moves it to the front. After all
+    passes the axes are in their old order. A pass is one matrix product, and there are fewer than the
+    butterfly's log2 n. O(n log n). ValueError unless n is a power of two.
     """
     n = x.size(-1)
     if n & (n - 1) or not n:

@@ -1,9 +1,9 @@
 """Random numbers that are a function of their place: entry i of the stream (seed, labels).
 
-They are the same on every device, in every process and however many are drawn at once; torch's own random
-state is not touched. A counter and two 32-bit keys are mixed by integer operations that cannot overflow 64
-bits, and what becomes a float is rounded at most once: so the numbers are equal to the bit. This matters
-because a model may be stored as the seed of its weights.
+They are equal to the bit on every device and in every process, and do not depend on how many are drawn at
+once. This matters because a model may be stored as the seed of its weights. Integer operations that cannot
+overflow 64 bits mix a counter and two 32-bit keys; a float is rounded at most once. torch's random state does
+not change.
 """
 
 from functools import lru_cache
@@ -12,9 +12,10 @@ import torch
 
 VERSION = "mix32x2-1"  # of the streams below: a checkpoint made with another cannot be restored
 MASK = 0xFFFFFFFF
-WORDS = {"cpu": 2**13, "cuda": 2**20}  # mixed at a time: what a cache holds; enough to fill a GPU
+# how many words are mixed at a time: a cache holds them, or they fill a GPU
+WORDS = {"cpu": 2**13, "cuda": 2**20}
 
-# the first label of a stream: what it is for
+# the first label of a stream: its purpose
 FROZEN, BASIS, SIGNS, PERMUTATION, GAUSSIAN, FACTOR, EMBEDDING = range(7)
 
 
@@ -25,8 +26,8 @@ def words_at_once(device) -> int:
 def mix(x):
     """A bijection of the 32-bit numbers in which every output bit depends on every input bit.
 
-    x: an int below 2^32, or an int64 tensor of such, which is overwritten. Shifts and multipliers are those
-    that TheIronBorn found with C. Wellons' hash-prospector (github.com/skeeto/hash-prospector, issue 19).
+    x: an int below 2^32, or an int64 tensor of such numbers, which is overwritten. TheIronBorn found the
+    shifts and multipliers with C. Wellons' hash-prospector (github.com/skeeto/hash-prospector, issue 19).
     Both multipliers are below 2^31, so no product overflows int64.
     """
     x ^= x >> 16
@@ -92,7 +93,7 @@ def sub_streams(keys: tuple[int, int], first: int, end: int, device):
 
 
 def draw_in_pieces(n: int, words_each: int, device, draw):
-    """(n,) float32 of draw(start, end), so many entries at a time that `words_at_once` words are drawn."""
+    """(n,) float32 of draw(start, end), in pieces for which `words_at_once` words are drawn."""
     out = torch.empty(n, device=device)
     step = words_at_once(device) // words_each
     for i in range(0, n, step):
@@ -111,9 +112,9 @@ def uniform(keys, n: int, bound: float, device="cpu"):
 
 
 def gaussian(keys, n: int, device="cpu"):
-    """(n,) float32 of mean 0 and variance 1: sums of twelve 16-bit uniform numbers, exact.
+    """(n,) float32 of mean 0 and variance 1: exact sums of twelve uniform 16-bit numbers.
 
-    The kurtosis is 2.9 where a Gaussian has 3. Formulas with logarithms and cosines would differ in their
+    The kurtosis is 2.9; that of a Gaussian is 3. Formulas with logarithms and cosines would differ in their
     last bits between devices.
     """
 

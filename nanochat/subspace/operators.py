@@ -1,7 +1,7 @@
-"""Operators that make matrices of a few numbers: sums of random sign matrices, Fastfood, Fastfood by cosines.
+"""Operators that make matrices from a few numbers: sums of random signs, Fastfood, Fastfood with cosines.
 
-All are linear in α: (d,), and none holds a (d, n) matrix; n: the entries to make, N: n padded to a power of
-two. What is random in them comes from noise.py, by a seed.
+All are linear in α: (d,), and none stores a (d, n) matrix. n: the number of entries. N: the next power of
+two. The random numbers come from noise.py, by a seed.
 """
 
 import torch
@@ -18,10 +18,10 @@ def padded(n: int) -> int:
 
 
 def pieces(n: int, d: int, device):
-    """Yield (start, end, [(first, last), …]): entries start to end, streams first to last to draw at once.
+    """Yield (start, end, [(first, last), …]): draw entries start to end of streams first to last at once.
 
-    Entries ascend, and for each piece of them all d streams come in turn. Results do not depend on the sizes
-    of the pieces but for rounding.
+    Entries ascend, and each piece has all d streams in turn. The sizes of the pieces change only the rounding
+    of results.
     """
     at_once = 32 * noise.words_at_once(device)
     width = min(n, at_once)
@@ -32,11 +32,11 @@ def pieces(n: int, d: int, device):
 
 
 class Combination(torch.autograd.Function):
-    """W = scale · Σ_k α_k W_k, (rows, columns) in `dtype`, of sign matrices W_k that exist a piece at a time.
+    """W = scale · Σ_k α_k W_k, (rows, columns) in `dtype`. The sign matrices W_k exist one piece at a time.
 
-    Each product α_k · ±1 is exact and the sums are taken in the order of k, so W is the same to the bit on
-    every device. Backward: ∂L/∂α_k = scale · ⟨∂L/∂W, W_k⟩, with the same W_k made again, which is cheaper
-    than to keep them.
+    Each product α_k · ±1 is exact and the sums are in the order of k, so W is the same to the bit on every
+    device. Backward: ∂L/∂α_k = scale · ⟨∂L/∂W, W_k⟩. It makes the same W_k again: that costs less than to
+    keep them.
     """
 
     @staticmethod
@@ -66,9 +66,8 @@ class Combination(torch.autograd.Function):
             grad_piece = grad[start:end].to(ctx.alpha_dtype)
             for first, last in blocks:
                 streams = noise.sub_streams(ctx.keys, first, last, device)
-                grad_alpha[first:last] += (
-                    noise.signs(streams, start, end, device, ctx.alpha_dtype) @ grad_piece
-                )
+                signs = noise.signs(streams, start, end, device, ctx.alpha_dtype)
+                grad_alpha[first:last] += signs @ grad_piece
         return grad_alpha.mul_(ctx.scale), None, None, None, None, None
 
 

@@ -1,20 +1,21 @@
-"""A model whose matrices are made of a few trained numbers, as what a run trains."""
+"""Training in a subspace: the few numbers that make the matrices, the embeddings and the head."""
 
 from dataclasses import asdict
 
 import torch
 
 from nanochat.gpt import GPT
-from nanochat.optim import ParameterShard, Rates, build_optimizers
-from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach
+from nanochat.optim import SCALAR_EPS, ParameterShard, Rates, build_optimizers
+from nanochat.subspace.config import SubspaceConfig
+from nanochat.subspace.model import attach
 from nanochat.trainable import Trainable
 
 
 class SubspaceTrainable(Trainable):
-    """The numbers that the matrices are made of, the embeddings and the head."""
+    """A GPT with the matrices of a subspace. Its trained numbers are the subspace's, embeddings and head."""
 
     def __init__(self, model: GPT, rates: Rates, config: SubspaceConfig, lr: float):
-        """lr: of the numbers that the matrices are made of (--subspace-lr)."""
+        """lr: of the subspace's numbers (--subspace-lr)."""
         super().__init__(model, rates)
         attach(model, config)
         self.config = config
@@ -25,3 +26,15 @@ class SubspaceTrainable(Trainable):
 
     def meta(self) -> dict:
         return super().meta() | {"subspace": asdict(self.config)}
+
+
+def adamw_settings(config: SubspaceConfig, lr: float, scales_lr: float) -> dict[str, dict]:
+    """{part of a name: AdamW's settings} of a subspace's trained numbers, for `optim.build_optimizers`.
+
+    AdamW moves each of d numbers by about lr, so α by lr·√d. The rate is divided by √d (or √r): then a step
+    changes the same share of the matrices at every d.
+    """
+    return {
+        "subspace.scales": {"lr": scales_lr, "eps": SCALAR_EPS},
+        "subspace.": {"lr": lr * max(1, config.dim, config.rank) ** -0.5},
+    }

@@ -16,9 +16,10 @@ from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Rates, build_optimizers
 from nanochat.rank import account
-from nanochat.subspace import model as subspace
-from nanochat.subspace import operators
-from nanochat.subspace.model import SubspaceConfig, attach, noise
+from nanochat.subspace import costs, noise, operators
+from nanochat.subspace.config import PROJECTED, SubspaceConfig, matrices
+from nanochat.subspace.model import attach, restore
+from nanochat.subspace.trainable import adamw_settings
 from scripts import base_eval, base_train, materialize
 
 SHAPE = GPTConfig(
@@ -89,7 +90,7 @@ def signs(matrix, seed, d):
 
 
 def test_a_basis_is_the_sum_of_its_matrices_and_its_gradient_autograds_whatever_the_pieces(monkeypatch):
-    matrix = subspace.matrices(SHAPE)[4]  # up, 64 x 16
+    matrix = matrices(SHAPE)[4]  # up, 64 x 16
     d = 7
     alpha = torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grad = torch.randn(
@@ -171,7 +172,7 @@ def test_fastfoods_matrix_is_as_good_as_gaussian():
 
 
 def test_every_matrix_and_every_k_has_numbers_of_its_own_and_the_size_of_a_dense_initialisation():
-    drawn = {matrix.name: signs(matrix, 0, 3).flatten(1) for matrix in subspace.matrices(SHAPE)}
+    drawn = {matrix.name: signs(matrix, 0, 3).flatten(1) for matrix in matrices(SHAPE)}
     rows = torch.cat([W[:, :128] for W in drawn.values()])  # the smallest has 8 x 16
     assert (
         len(rows.unique(dim=0)) == 3 * 12 and ((rows @ rows.T).fill_diagonal_(0).abs() < 6 * 128**0.5).all()
@@ -182,12 +183,12 @@ def test_every_matrix_and_every_k_has_numbers_of_its_own_and_the_size_of_a_dense
         SubspaceConfig("basis", 4, "matrix"),
         SubspaceConfig("lora-random", rank=1),
     ):
-        for matrix, W in zip(subspace.matrices(shape), weights(inside(config, shape))):
+        for matrix, W in zip(matrices(shape), weights(inside(config, shape))):
             assert W.shape == (
                 matrix.rows,
                 matrix.columns,
             ) and W.var().item() * matrix.columns == pytest.approx(1, abs=0.1)
-    for kind in subspace.PROJECTED:  # a change of length 1 is as large
+    for kind in PROJECTED:  # a change of length 1 is as large
         model = inside(SubspaceConfig(kind, 100), shape)
         before = weights(model)
         model.subspace.alpha.data += 0.1
@@ -221,14 +222,14 @@ def test_the_model_uses_its_matrices_and_the_gradient_reaches_all_that_is_traine
     for name, p in model.named_parameters():
         silent = config.kind == "none" and name.startswith("value_embeds")  # outputs of attention stay zero
         assert p.grad is not None and p.grad.isfinite().all() and (p.grad.abs().max() > 0) != silent, name
-    assert sum(p.numel() for p in own) == subspace.count_trained(config, SHAPE)
-    costs = subspace.costs(config, SHAPE, account(SHAPE))
+    assert sum(p.numel() for p in own) == costs.count_trained(config, SHAPE)
+    accounting = costs.account(config, SHAPE, account(SHAPE))
     assert (
-        costs["params/trained"] == sum(p.numel() for p in model.parameters())
-        and costs["params/stored_bits"] == 32 * costs["params/trained"] + 64
+        accounting["params/trained"] == sum(p.numel() for p in model.parameters())
+        and accounting["params/stored_bits"] == 32 * accounting["params/trained"] + 64
     )
     held = model.subspace.buffers() if config.kind != "none" else ()  # there W₀ is what is used
-    assert subspace.state_bytes(config, SHAPE) == sum(b.numel() * b.element_size() for b in held)
+    assert costs.state_bytes(config, SHAPE) == sum(b.numel() * b.element_size() for b in held)
 
 
 def test_the_gradient_of_the_loss_is_that_through_explicit_matrices_and_finite_differences():
@@ -279,14 +280,14 @@ def test_a_state_holds_what_is_trained_and_restores_the_model_to_the_bit(config,
     monkeypatch.setitem(noise.WORDS, "cpu", 60)  # another machine's pieces
     torch.manual_seed(99)
     again = GPT(SHAPE)
-    subspace.restore(again, vars(model.subspace.config), state)
+    restore(again, vars(model.subspace.config), state)
     with torch.no_grad():
         assert torch.equal(again(batch()), model(batch()))
         assert torch.equal(
             again(batch(), compute_dtype=torch.bfloat16), model(batch(), compute_dtype=torch.bfloat16)
         )
-    with pytest.raises(InputError, match="generator 'old': the frozen weights were drawn by it"):
-        subspace.restore(GPT(SHAPE), vars(model.subspace.config) | {"generator": "old"}, state)
+    with pytest.raises(InputError, match="generator 'old': it drew the frozen weights"):
+        restore(GPT(SHAPE), vars(model.subspace.config) | {"generator": "old"}, state)
 
 
 def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkeypatch):
@@ -310,7 +311,7 @@ def test_without_a_gradient_matrices_are_made_once_until_a_number_changes(monkey
 def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_rate():
     rates = Rates(embedding_lr=1.0, unembedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0, weight_decay=0.0)
     for config in ALL:
-        extra = subspace.adamw_settings(config, 5.0, 6.0)
+        extra = adamw_settings(config, 5.0, 6.0)
         groups = [g for o in build_optimizers(inside(config), rates, extra) for g in o.param_groups]
         model_names = sorted(name for name, _ in inside(config).named_parameters())
         assert sorted(name for g in groups for name in g["names"]) == model_names
@@ -334,9 +335,9 @@ def test_every_parameter_is_in_one_group_and_numbers_of_the_subspace_have_their_
         (SubspaceConfig("basis", 3, "model"), "--subspace-scope model: use one of global, layer, matrix"),
         (
             SubspaceConfig("lora-random", scope="layer", rank=2),
-            "--subspace-scope layer: lora-random has no numbers that matrices share",
+            "--subspace-scope layer: in lora-random no matrices share numbers",
         ),
-        (SubspaceConfig("none", 3), "--subspace-dim 3: none has no such dimension"),
+        (SubspaceConfig("none", 3), "--subspace-dim 3: none has no dimension"),
         (
             SubspaceConfig("fastfood", 129, "matrix"),
             "--subspace-dim 129: of scope matrix fastfood has 128 dimensions; use 1 to 128",
@@ -360,9 +361,9 @@ def test_memory_is_counted_before_it_is_taken(monkeypatch):
     config = SubspaceConfig("fastfood", 10)
     huge = replace(SHAPE, n_embd=2**15, n_head=2, n_layer=40)
     with pytest.raises(InputError, match=r"--subspace fastfood: needs [\d,.]+ GiB .*are free"):
-        subspace.check_memory(config, huge, 4, "cpu")
-    monkeypatch.setattr(subspace, "available_bytes", lambda device_type: 2**50)
-    subspace.check_memory(config, huge, 4, "cpu")
+        costs.check_memory(config, huge, 4, "cpu")
+    monkeypatch.setattr(costs, "available_bytes", lambda device_type: 2**50)
+    costs.check_memory(config, huge, 4, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_memory_is_counted_before_it_is_taken(monkeypatch):
         (("--subspace", "basis", "--subspace-dim", 0), "--subspace-dim: '0' is not a whole number >= 1"),
         (
             ("--subspace", "basis", "--subspace-dim", 5, "--attn-rank", 4),
-            "--subspace basis: not together with the flags of rank",
+            "--subspace basis: the matrices that it makes have full rank",
         ),
         (
             ("--subspace", "fastfood", "--subspace-dim", 5, "--model-dim", 2**17, "--depth", 48, "--dry-run"),
