@@ -172,3 +172,12 @@ def positive_floats(text: str) -> list[float]:
         raise ArgumentTypeError(
             f"{quoted(text)} is not a list of positive numbers such as 100,50,30"
         ) from None
+
+
+def comma_separated(parse: Callable):
+    """argparse type: values for `parse` with commas between them. Returns them ascending, each once."""
+
+    def parse_all(text: str) -> list:
+        return sorted({parse(part.strip()) for part in text.split(",") if part.strip()}) or parse("")
+
+    return parse_all

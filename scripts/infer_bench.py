@@ -3,15 +3,16 @@
     python -m scripts.infer_bench --model-tag low --out infer
     python -m scripts.infer_bench --depth 8 --model-dim 512 --attn-rank 0.25 --mlp-rank 0.25 --out infer
 
-Up to three forms of one shape: dense, a full-rank model with random weights; factored, the model itself;
-materialised, with its products BA multiplied out. The last has the shape of the dense one, so a difference
-between these two is noise. Prefill reads a batch of prompts. A step decodes one token for each row at the end
-of the prompt, greedily. Forward is the model's forward pass over the prompts with all logits: the price of a
-token if nothing were kept. Peak: the weights and the most bytes of tensors that prefill and a step hold at
-one time, the cache included.
+One shape has up to three forms. Dense: a full-rank model with random weights. Factored: the model itself.
+Materialised: its products BA are multiplied out. The last has the shape of dense, so a difference between
+these two is noise.
+
+Prefill reads a batch of prompts. A step decodes one token for each row at the end of the prompt, greedily.
+Forward is the model's forward pass over the prompts with all logits: the price of a token without a cache.
+Peak: the weights, and the most bytes of tensors that prefill and a step hold at one time, the cache included.
 
 In each repeat every form takes its turn, and each is first in turn. Ratios to dense are taken within a
-repeat; shown are medians and quartiles. The ratios hold on a machine that does other work too, milliseconds
+repeat; medians and quartiles are shown. The ratios also hold on a machine that does other work; milliseconds
 do not.
 """
 
@@ -23,41 +24,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from nanochat import arguments, common, plan, processes
 from nanochat.adapters.attach import plain_model
 from nanochat.arguments import ArgumentParser, number, whole_number
+from nanochat.benchmark import Setting, flags_as_json, machine_description, machine_text, spread, take_turns
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.errors import InputError
 from nanochat.factorize import merge
 from nanochat.files import check_out
-from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, rank_flag, rank_multiple_flag
+from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, comma_separated, rank_flag, rank_multiple_flag
 from nanochat.flags import build_parser
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
 from nanochat.plan import full_rank
-from nanochat.report import plotting
+from nanochat.report.bench_page import write_result
+from nanochat.report.infer_bench_page import draw_inference, infer_tables
 from nanochat.report.page import to_markdown
+from nanochat.step_metrics import bytes_of
 from nanochat.whole_ranks import AUTOMATIC
 from scripts.generate import open_model
-from scripts.layer_bench import (
-    Setting,
-    bytes_of,
-    digits,
-    draw_spreads,
-    flags_as_json,
-    in_words,
-    list_of,
-    machine_description,
-    spread,
-    take_turns,
-    with_quartiles,
-    write_result,
-)
 
-SAMPLE_SECONDS = 0.05  # a sample: calls for this long
-# the model with random weights
+SAMPLE_SECONDS = 0.05  # a sample is as many calls as take this long
+# defaults of the model with random weights
 SHAPE = {
     "depth": 8,
     "model_dim": 512,
@@ -73,15 +62,13 @@ SHAPE = {
     "rank_multiple": AUTOMATIC,
     "factor_act": "none",
 }
-FORWARD_OVER_STEP = (
-    "Forward over step: how many times as long a token takes if what was computed for the prompt is not kept."
-)
 
 
 def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_flags(args)
-    config = None if args.model_tag else model_config(args)  # wrong flags end here, before anything is loaded
+    # InputError for wrong flags comes before anything is loaded
+    config = None if args.model_tag else model_config(args)
     device = processes.init_process(args.device_type, alone=True).device
     setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
     if config:
@@ -97,13 +84,13 @@ def main(argv=None):
             f"{config.sequence_len}; give at most {config.sequence_len - 1}"
         )
 
-    machine = machine_description(setting)
-    about = (
-        f"{in_words(machine)}; {origin}: width {config.n_embd}, {config.n_layer} layers, vocabulary "
+    machine = machine_description(device, setting.dtype)
+    description = (
+        f"{machine_text(machine)}; {origin}: width {config.n_embd}, {config.n_layer} layers, vocabulary "
         f"{config.vocab_size}; prompts of {args.prompt_tokens} tokens, {args.repeats} repeats"
     )
-    print(about, flush=True)
-    forms = forms_of(model, setting.dtype)
+    print(description, flush=True)
+    forms = make_forms(model, setting.dtype)
     cases = []
     for batch in args.batch_sizes:
         cases.append(measure_or_explain(forms, batch, args.prompt_tokens, setting))
@@ -116,13 +103,13 @@ def main(argv=None):
         "forms": sizes(forms, setting.dtype),
         "cases": cases,
     }
-    blocks = tables(result)
+    blocks = infer_tables(result)
     print("\n" + to_markdown(blocks))
     if args.out:
         caption = "Speed over batch sizes, and memory at the peak; bars are quartiles"
         figure = ("figure", "infer_bench.png", caption)
-        heading = [("heading", "Inference bench"), ("paragraph", about), figure]
-        write_result(args.out, "infer_bench", result, draw(result), [*heading, *blocks])
+        heading = [("heading", "Inference bench"), ("paragraph", description), figure]
+        write_result(args.out, "infer_bench", result, draw_inference(result), [*heading, *blocks])
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -139,7 +126,9 @@ def flag_parser():
     )
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     shape_flags(add)
-    add("--batch-sizes", type=list_of(whole_number(1)), default="1,4,16", help="prompts read together")
+    add(
+        "--batch-sizes", type=comma_separated(whole_number(1)), default="1,4,16", help="prompts read together"
+    )
     add("--prompt-tokens", type=whole_number(1), default=128, help="tokens of each prompt")
     add("--repeats", type=whole_number(1), default=8, help="turns of each form")
     arguments.device_flags(add, "of weights and activations")
@@ -148,7 +137,7 @@ def flag_parser():
 
 
 def shape_flags(add):
-    """The shape of the model with random weights. A default of None tells a flag that is not given."""
+    """The shape of the model with random weights. None: the flag was not given."""
 
     def add_shape(flag, parse, words):
         value = SHAPE[flag[2:].replace("-", "_")]
@@ -171,12 +160,12 @@ def shape_flags(add):
 
 
 def check_flags(args):
-    """InputError where the flags do not fit together."""
-    given = [key for key in SHAPE if getattr(args, key) is not None]
-    if args.model_tag and given:
+    """InputError if the flags do not fit together."""
+    shape = shape_from_flags(args)
+    if args.model_tag and shape:
+        flag = "--" + next(iter(shape)).replace("_", "-")
         raise InputError(
-            f"--{given[0].replace('_', '-')}: the run of --model-tag {args.model_tag} has its own; "
-            "leave one of the two out"
+            f"{flag}: the run of --model-tag {args.model_tag} has its own; leave one of the two out"
         )
     if args.step >= 0 and not args.model_tag:
         raise InputError(f"--step {args.step}: of which run? name it with --model-tag")
@@ -184,19 +173,23 @@ def check_flags(args):
         check_out("--out", args.out)
 
 
+def shape_from_flags(args) -> dict:
+    """The flags of the shape that were given."""
+    return {key: getattr(args, key) for key in SHAPE if getattr(args, key) is not None}
+
+
 def model_config(args) -> GPTConfig:
-    """The model that the shape's flags describe, by base_train's rules."""
-    given = {key: getattr(args, key) for key in SHAPE if getattr(args, key) is not None}
-    base_train = vars(build_parser().parse_args([]))
-    wanted = Namespace(**{**base_train, **SHAPE, **given})
-    return plan.model_config(wanted, wanted.vocab_size)
+    """The model that the flags of the shape describe, by base_train's rules."""
+    defaults = vars(build_parser().parse_args([]))
+    flags = Namespace(**{**defaults, **SHAPE, **shape_from_flags(args)})
+    return plan.model_config(flags, flags.vocab_size)
 
 
-# ---- forms of one model ------------------------------------------------------------------------------------
+# ---- the forms of a model ----------------------------------------------------------------------------------
 
 
 def random_model(config: GPTConfig, device) -> GPT:
-    """Weights uniform in ±0.05: values do not change the time, and orthogonal ones take long to make."""
+    """Weights uniform in ±0.05: values do not change the time, and orthogonal ones take long to compute."""
     with torch.device(device):
         model = GPT(config).requires_grad_(False)
         for weight in model.parameters():
@@ -204,10 +197,10 @@ def random_model(config: GPTConfig, device) -> GPT:
     return model
 
 
-def forms_of(model: GPT, dtype) -> dict[str, GPT]:
-    """{form: model}, weights cast once.
+def make_forms(model: GPT, dtype) -> dict[str, GPT]:
+    """{form: model}, the weights already in `dtype`.
 
-    A model without low-rank layers has one form; one with silu between its factors has no products.
+    A model without low-rank layers has one form. With silu between its factors it cannot be materialised.
     """
     if not any(isinstance(module, LowRankLinear) for module in model.modules()):
         return {"dense": model.to(dtype)}
@@ -217,10 +210,23 @@ def forms_of(model: GPT, dtype) -> dict[str, GPT]:
     return {name: form.to(dtype) for name, form in forms.items()}
 
 
-# ---- what is measured --------------------------------------------------------------------------------------
+def sizes(forms: dict[str, GPT], dtype) -> dict:
+    entries = {}
+    for name, form in forms.items():
+        config = form.config
+        entries[name] = {
+            "parameters": sum(p.numel() for p in form.parameters()),
+            "weights_bytes": bytes_of(form.parameters()),
+            "blocks_bytes": bytes_of(form.blocks.parameters()),
+            "cache_bytes_of_a_full_context": cache_bytes(config, 1, config.sequence_len, dtype),
+        }
+    return entries
 
 
-def passes_of(model: GPT, batch: int, prompt_tokens: int, dtype) -> dict:
+# ---- measurements ------------------------------------------------------------------------------------------
+
+
+def make_passes(model: GPT, batch: int, prompt_tokens: int, dtype) -> dict:
     """{"prefill", "step", "forward": function} of one form at one batch size."""
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab_size, (batch, prompt_tokens), generator=rng).tolist()
@@ -228,7 +234,7 @@ def passes_of(model: GPT, batch: int, prompt_tokens: int, dtype) -> dict:
     first = sample(logits, 0, 0, 1, None)[:, None]
 
     def step():
-        cache.length = prompt_tokens  # always the same one
+        cache.length = prompt_tokens  # the same step each time
         return sample(next_logits(model, first, dtype, cache), 0, 0, 1, None).tolist()
 
     idx = torch.tensor(prompts, device=first.device)
@@ -244,12 +250,12 @@ def read(model: GPT, prompts, dtype):
 
 
 def peak_bytes(function, device) -> int:
-    """The most bytes of tensors that a call holds at one time, besides those held before it."""
+    """The most bytes of tensors that a call holds at one time, without those held before the call."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        base_bytes = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - base_bytes
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
@@ -271,9 +277,9 @@ def read_and_decode(model: GPT, batch: int, prompt_tokens: int, dtype):
 
 
 def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Setting) -> dict:
-    """All about one batch size: {"batch", "forms": {form: times, ratios to dense, bytes}}."""
+    """The result for one batch size: {"batch", "forms": {form: times, ratios to dense, bytes}}."""
     dtype = setting.dtype
-    passes = {name: passes_of(form, batch, prompt_tokens, dtype) for name, form in forms.items()}
+    passes = {name: make_passes(form, batch, prompt_tokens, dtype) for name, form in forms.items()}
     seconds = take_turns(passes, setting.repeats, setting.device, SAMPLE_SECONDS)
     dense = {key: np.array(values) for key, values in seconds["dense"].items()}
     case = {"batch": batch, "forms": {}}
@@ -296,168 +302,15 @@ def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Sett
 
 @torch.inference_mode()
 def measure_or_explain(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Setting) -> dict:
-    """`measure`; InputError where memory does not suffice."""
+    """`measure`; InputError if there is too little memory."""
     try:
         return measure(forms, batch, prompt_tokens, setting)
-    except RuntimeError as e:  # torch's error both for a GPU's memory and for a processor's
+    except RuntimeError as e:  # torch's error for the memory of a GPU and of a CPU
         if "memory" not in str(e):
             raise
         raise InputError(
             f"--batch-sizes {batch}: does not fit into memory; give smaller batches, or fewer --prompt-tokens"
         ) from None
-
-
-# ---- what follows from it ----------------------------------------------------------------------------------
-
-
-def inverse(ratio: dict) -> dict:
-    """The `spread` of 1 / ratio."""
-    return {"median": 1 / ratio["median"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
-
-
-def verdict(ratio: dict, what: str) -> str:
-    """In words, which form is faster; a difference counts where both quartiles show it.
-
-    ratio: `spread` of factored over dense, above 1 where factored is faster.
-    """
-    if ratio["low"] > 1:
-        return f"{what}: factored is faster, {with_quartiles(ratio)} times dense"
-    if ratio["high"] < 1:
-        return f"{what}: dense is faster, {with_quartiles(inverse(ratio))} times factored"
-    return f"{what}: no difference seen, factored is {with_quartiles(ratio)} times dense"
-
-
-def verdicts(case: dict) -> str:
-    factored = case["forms"]["factored"]
-    decoding = verdict(factored["tokens/s / dense"], "decoding")
-    return (
-        f"Batch {case['batch']}: {decoding}; {verdict(inverse(factored['prefill time / dense']), 'prefill')}."
-    )
-
-
-def sizes(forms: dict[str, GPT], dtype) -> dict:
-    by_form = {}
-    for name, form in forms.items():
-        config = form.config
-        by_form[name] = {
-            "parameters": sum(p.numel() for p in form.parameters()),
-            "weights_bytes": bytes_of(form.parameters()),
-            "blocks_bytes": bytes_of(form.blocks.parameters()),
-            "cache_bytes_of_a_full_context": cache_bytes(config, 1, config.sequence_len, dtype),
-        }
-    return by_form
-
-
-def mib(count: int) -> str:
-    return digits(count / 2**20)
-
-
-def tables(result: dict) -> list[tuple]:
-    """Blocks of nanochat/report/page.py: weights, which form is faster, then times and memory."""
-    factored = [case for case in result["cases"] if "factored" in case["forms"]]
-    words = [verdicts(case) for case in factored]
-    if not words:
-        words = ["The model has no low-rank layer: there is nothing to compare."]
-    return [
-        ("subheading", "Weights"),
-        weights_table(result["forms"]),
-        ("subheading", "Which is faster"),
-        *(("paragraph", sentence) for sentence in words),
-        ("subheading", "Time and memory"),
-        ("paragraph", FORWARD_OVER_STEP),
-        time_table(result["cases"]),
-    ]
-
-
-def weights_table(forms: dict) -> tuple:
-    header = ["form", "parameters", "MiB", "in the blocks, MiB", "/ dense", "blocks / dense"]
-    dense = forms["dense"]
-    rows = []
-    for name, form in forms.items():
-        rows.append(
-            [
-                name,
-                f"{form['parameters']:,}",
-                mib(form["weights_bytes"]),
-                mib(form["blocks_bytes"]),
-                f"{form['weights_bytes'] / dense['weights_bytes']:.2f}",
-                f"{form['blocks_bytes'] / dense['blocks_bytes']:.2f}",
-                mib(form["cache_bytes_of_a_full_context"]),
-            ]
-        )
-    return ("table", [*header, "cache of one full context, MiB"], rows, "numbers")
-
-
-def time_table(cases: list[dict]) -> tuple:
-    rows = []
-    for case in cases:
-        for name, form in case["forms"].items():
-            columns = {
-                "batch": str(case["batch"]),
-                "form": name,
-                "prefill, ms": digits(1e3 * form["prefill seconds"]["median"]),
-                "prefill / dense (quartiles)": with_quartiles(form["prefill time / dense"]),
-                "step, ms": digits(1e3 * form["step seconds"]["median"]),
-                "tokens/s": digits(form["tokens/s"]["median"]),
-                "tokens/s / dense (quartiles)": with_quartiles(form["tokens/s / dense"]),
-                "forward / step (quartiles)": with_quartiles(form["forward / step"]),
-                "cache, MiB": mib(form["cache_bytes"]),
-                "peak, MiB": mib(form["peak_bytes"]),
-            }
-            rows.append(list(columns.values()))
-    return ("table", list(columns), rows, "numbers")
-
-
-def draw(result: dict):
-    """Tokens a second and prefill time against batch size, a line a form; the parts of the memory's peak."""
-    fig = plotting.new_figure(13, 4.2)
-    speed, latency, memory = fig.subplots(1, 3)
-    draw_times(speed, result, "tokens/s", 1, "decoding: tokens/s of the batch")
-    draw_times(latency, result, "prefill seconds", 1e3, "prefill: ms")
-    speed.legend(frameon=False, fontsize=9.5)
-    draw_memory(memory, result)
-    return fig
-
-
-def draw_times(panel, result: dict, key: str, scale: float, title: str):
-    """`scale` times the figure `key` against batch size, both on logarithmic axes."""
-    batches = [case["batch"] for case in result["cases"]]
-    for i, name in enumerate(result["forms"]):
-        spreads = []
-        for case in result["cases"]:
-            values = case["forms"][name][key]
-            spreads.append({quartile: scale * value for quartile, value in values.items()})
-        draw_spreads(panel, batches, spreads, i, name)
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks(batches, map(str, batches))
-    panel.set_xlabel("batch size")
-    panel.set_title(title, fontsize=10.5)
-    plotting.tidy(panel)
-
-
-def draw_memory(panel, result: dict):
-    """Stacked bars of weights, cache and activations, one for each batch size and form."""
-    labels = []
-    parts = {"weights": [], "cache": [], "activations": []}
-    for case in result["cases"]:
-        for name, form in case["forms"].items():
-            weights = result["forms"][name]["weights_bytes"]
-            labels.append(f"{name}, {case['batch']}")
-            parts["weights"].append(weights / 2**20)
-            parts["cache"].append(form["cache_bytes"] / 2**20)
-            parts["activations"].append(max(0, form["peak_bytes"] - weights - form["cache_bytes"]) / 2**20)
-    bottom = np.zeros(len(labels))
-    for (part, heights), colour in zip(parts.items(), (plotting.PALETTE[0], plotting.PALETTE[4], "#999999")):
-        panel.bar(range(len(labels)), heights, bottom=bottom, color=colour, label=part, width=0.75)
-        bottom += heights
-    panel.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8.5)
-    panel.set_title("memory at the peak: MiB, by form and batch size", fontsize=10.5)
-    panel.legend(frameon=False, fontsize=9.5)
-    plotting.tidy(panel)
 
 
 if __name__ == "__main__":

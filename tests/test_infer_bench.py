@@ -11,8 +11,9 @@ from nanochat.engine import next_logits, prefill
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.rank import count_parameters
+from nanochat.report.infer_bench_page import verdict, verdicts
 from scripts import infer_bench
-from scripts.infer_bench import forms_of, passes_of, peak_bytes, random_model, verdict, verdicts
+from scripts.infer_bench import make_forms, make_passes, peak_bytes, random_model
 
 CPU = torch.device("cpu")
 SMALL = dict(sequence_len=32, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -30,20 +31,23 @@ def shapes(model) -> dict:
 def test_the_forms_of_a_model():
     idx = torch.arange(8)[None]
     low = small(attn_ranks=(4, 4), mlp_ranks=(8, 8), matrix_ranks={"v": (0, 2)})
-    forms = forms_of(low, torch.float32)
+    forms = make_forms(low, torch.float32)
     assert list(forms) == ["dense", "factored", "materialised"] and forms["factored"] is low
     torch.testing.assert_close(forms["materialised"](idx), low(idx), atol=1e-4, rtol=0)
     assert shapes(forms["dense"]) == shapes(forms["materialised"]) == shapes(small())
-    assert list(forms_of(small(), torch.float32)) == ["dense"]
-    assert list(forms_of(small(mlp_ranks=(8, 8), factor_act="silu"), torch.float32)) == ["dense", "factored"]
-    half = forms_of(small(mlp_ranks=(8, 8)), torch.bfloat16)
+    assert list(make_forms(small(), torch.float32)) == ["dense"]
+    assert list(make_forms(small(mlp_ranks=(8, 8), factor_act="silu"), torch.float32)) == [
+        "dense",
+        "factored",
+    ]
+    half = make_forms(small(mlp_ranks=(8, 8)), torch.bfloat16)
     assert {p.dtype for form in half.values() for p in form.parameters()} == {torch.bfloat16}
 
 
 def test_a_step_is_the_token_after_the_prompt_however_often_it_is_taken():
     model = small()
     with torch.inference_mode():
-        passes = passes_of(model, 3, 8, torch.float32)
+        passes = make_passes(model, 3, 8, torch.float32)
         prompts = torch.randint(0, 60, (3, 8), generator=torch.Generator().manual_seed(0)).tolist()
         logits, cache = prefill(model, prompts, 9)
         expected = (

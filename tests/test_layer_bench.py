@@ -7,19 +7,13 @@ from functools import partial
 import pytest
 import torch
 
+from nanochat.benchmark import spread, take_turns
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig, make_linear
 from nanochat.rank import matrix_parameters, on_meta
+from nanochat.report.layer_bench_page import rank_text
 from scripts import layer_bench
-from scripts.layer_bench import (
-    break_even,
-    kept_bytes,
-    layer_shapes,
-    rank_in_words,
-    spread,
-    summary,
-    take_turns,
-)
+from scripts.layer_bench import break_even, kept_bytes, layer_shapes, summary
 
 CPU = torch.device("cpu")
 
@@ -70,8 +64,8 @@ def test_break_even_by_hand():
     def at(rank, is_="="):
         return {"rank": rank, "is": is_}
 
-    assert rank_in_words({"low": at(90), "median": at(97.3), "high": at(128, ">")}) == "97 (90 to above 128)"
-    assert rank_in_words({key: at(8, "<") for key in ("low", "median", "high")}) == "below 8"
+    assert rank_text({"low": at(90), "median": at(97.3), "high": at(128, ">")}) == "97 (90 to above 128)"
+    assert rank_text({key: at(8, "<") for key in ("low", "median", "high")}) == "below 8"
 
 
 def test_variants_take_turns_and_each_is_first_in_turn():

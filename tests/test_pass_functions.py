@@ -53,7 +53,7 @@ def test_both_passes_are_counted(pass_functions):
         torch.autograd.backward(y)
     backward = {code.co_name for code in called.codes if code.co_filename == __file__}
     assert backward == {"recomputed", "again", "forward", "backward"}
-    assert called.by_file() == {}  # none of these is a file of the package
+    assert called.functions_by_file() == {}  # none of these is a file of the package
 
 
 def test_a_pretended_gpu_answers_for_every_tensor(pass_functions):

@@ -1,10 +1,10 @@
-"""How much faster CORE's questions are scored many at a time than one by one, on random tokens and weights.
+"""CORE's questions scored many at a time against one by one: the ratio of times, with random tokens.
 
     python dev/bench/core_speed.py --depth 6 --model-dim 384 --vocab-size 32768
 
-One by one is one forward pass for each question, with its answers as the rows of a batch and all logits
-computed. Both ways take their turn in each round; shown are median and range of the ratio over the rounds,
-which hold on a machine that does other work too. The losses have to agree to 1e-5.
+One by one means a forward pass for each question. Its answers are the rows of the batch, and all logits are
+computed. Each round runs both ways; the median and the range of the ratio over the rounds are shown. They
+also hold on a machine that does other work. The losses have to agree to 1e-5.
 """
 
 import statistics
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # works without an installation
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 
 
 def question(kind: str, longest: int, vocab_size: int, rng) -> list[tuple]:
-    """Rows of (prompt, continuations): one row with four answers, two with contexts, or one with one text.
+    """Rows of (prompt, continuations): one row with four answers, two rows with contexts, or one with a text.
 
-    The prompt has `longest` tokens, or down to half as many.
+    The prompt has between longest / 2 and `longest` tokens.
     """
 
     def text(shortest, longest):
@@ -53,9 +53,9 @@ def one_by_one(model, questions: list) -> list[float]:
     """Mean loss of every continuation, in nats a token."""
     means = []
     for rows in questions:
-        texts = [
-            (np.concatenate((prompt, c)), len(c)) for prompt, continuations in rows for c in continuations
-        ]
+        texts = []
+        for prompt, continuations in rows:
+            texts += [(np.concatenate((prompt, c)), len(c)) for c in continuations]
         idx = torch.zeros(len(texts), max(len(text) for text, _ in texts), dtype=torch.long)
         for row, (text, _) in zip(idx, texts):
             row[: len(text)] = torch.from_numpy(text)
@@ -79,16 +79,15 @@ def main(argv=None):
     add("--vocab-size", type=whole_number(2, LONGEST), default=32768)
     add("--prompt-tokens", type=whole_number(2, LONGEST), default=200, help="of the longest prompt")
     add("--questions", type=whole_number(1), default=16)
-    add("--tokens", type=whole_number(1), default=8192, help="held in one pass")
+    add("--tokens", type=whole_number(1), default=8192, help="in one pass")
     add("--repeats", type=whole_number(1), default=5, help="rounds")
     args = parser.parse_args(argv)
     if args.model_dim % 64:
         raise InputError(f"--model-dim {args.model_dim}: not a multiple of 64")
     processes.init_process("cpu")
     heads = args.model_dim // 64
-    model = GPT(
-        GPTConfig(args.prompt_tokens + 8, args.vocab_size, args.depth, heads, heads, args.model_dim)
-    ).requires_grad_(False)
+    config = GPTConfig(args.prompt_tokens + 8, args.vocab_size, args.depth, heads, heads, args.model_dim)
+    model = GPT(config).requires_grad_(False)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05)
     print(
@@ -100,18 +99,16 @@ def main(argv=None):
         rng = np.random.default_rng(0)
         ratios = []
         questions = [question(kind, args.prompt_tokens, args.vocab_size, rng) for _ in range(args.questions)]
-        np.testing.assert_allclose(
-            together(model, questions, args.tokens), one_by_one(model, questions), atol=1e-5
-        )
+        losses = together(model, questions, args.tokens)
+        np.testing.assert_allclose(losses, one_by_one(model, questions), atol=1e-5)
         for _ in range(args.repeats):
             start = time.perf_counter()
             one_by_one(model, questions)
             middle = time.perf_counter()
             together(model, questions, args.tokens)
             ratios.append((middle - start) / (time.perf_counter() - middle))
-        print(
-            f"| {kind} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) |", flush=True
-        )
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        print(f"| {kind} | {statistics.median(ratios):.2f} ({spread}) |", flush=True)
 
 
 if __name__ == "__main__":

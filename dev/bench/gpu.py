@@ -1,12 +1,12 @@
-"""Everything one GPU can tell about a training step, as JSON and markdown. gpu.sh says how to run it.
+"""A training step on one GPU: correctness, time and memory, as JSON and markdown. gpu.sh says how to run it.
 
     python dev/bench/gpu.py --out gpu_bench
-    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny    # a minute, on any machine
+    python dev/bench/gpu.py --out gpu_bench --device-type cpu --tiny     # on any machine, in a minute
 
-First: does the device compute the same as the CPU? Then train_step.py's comparison at the widths of d20 and
-d12: full rank, and low rank of four ranks with and without recomputation, three models in turn at a time. The
-files are written again after every comparison, so that what was measured is kept if the time runs out; what
-the time did not suffice for is listed as skipped.
+First it checks that the device computes the same as the CPU. Then it makes train_step.py's comparison at the
+widths of d20 and d12: full rank, and four low ranks with and without recomputation, three models in turn at a
+time. The files are written after every comparison, so no result is lost if the time ends. Comparisons for
+which there was no time are listed as skipped.
 """
 
 import copy
@@ -19,24 +19,25 @@ from pathlib import Path
 import torch
 import train_step
 from loss_memory import measure as measure_loss
-from train_step import RATES, compare, make_subject, noise_rows, shown  # first: it finds nanochat
+from train_step import RATES, compare, make_subject, noise_rows, shown  # before nanochat: it sets the path
 
 from nanochat import common, metrics, processes
 from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.benchmark import machine_description
 from nanochat.files import check_out, write_atomic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 
-FRACTIONS = {"d/4": 1 / 4, "d/3": 1 / 3, "d/2": 1 / 2, "d/8": 1 / 8}  # the most telling first
+FRACTIONS = {"d/4": 1 / 4, "d/3": 1 / 3, "d/2": 1 / 2, "d/8": 1 / 8}  # the most important first
 LARGEST_BATCH = 64
-# largest relative difference from the CPU in float32 that is agreement: (first loss, gradients, loss after
-# the steps). The steps differ more, for Muon orthogonalises in bfloat16 on a GPU
-AGREE = {"float32": (1e-4, 1e-3, 0.02), "bfloat16": (1e-2, 0.05, 0.05)}
+# largest relative differences from the CPU in float32: (first loss, gradients, loss after the steps). After
+# the steps they are larger, since Muon orthogonalises in bfloat16 on a GPU
+TOLERANCES = {"float32": (1e-4, 1e-3, 0.02), "bfloat16": (1e-2, 0.05, 0.05)}
 
 
 @dataclass
 class Setting:
-    """What all comparisons of a run have in common."""
+    """Device, dtype, compilation and rounds of all comparisons."""
 
     device: torch.device
     dtype: torch.dtype
@@ -45,15 +46,15 @@ class Setting:
 
 
 class Report:
-    """What was measured so far, and the files that hold it."""
+    """The results up to now, and their files."""
 
-    def __init__(self, folder: Path, began: float):
+    def __init__(self, folder: Path, start_time: float):
         self.folder = folder
-        self.began = began
+        self.start_time = start_time
         self.entries = {}
 
     def save(self):
-        self.entries["seconds"] = time.monotonic() - self.began
+        self.entries["seconds"] = time.monotonic() - self.start_time
         write_atomic(self.folder / "gpu.json", json.dumps(self.entries, indent=1) + "\n")
         write_atomic(self.folder / "gpu.md", markdown(self.entries))
 
@@ -62,7 +63,7 @@ class Report:
 
 
 def small_model(rank: int) -> GPT:
-    """With nothing at zero, so that every gradient has something to say."""
+    """A model in which no matrix is zero, so that every gradient is a test."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(
@@ -102,12 +103,12 @@ def train_steps(model: GPT, device, dtype, steps: int = 5):
 
 
 def smoke(device) -> list[dict]:
-    """One entry for each model and dtype: how far the device is from the CPU in float32."""
+    """An entry for each model and dtype: the relative differences of the device from the CPU in float32."""
     entries = []
     for name, rank in (("full rank", 0), ("low rank", 32)):
         model = small_model(rank)
         first, gradient, last = train_steps(model, torch.device("cpu"), torch.float32)
-        for dtype_name, limits in AGREE.items():
+        for dtype_name, limits in TOLERANCES.items():
             device_values = train_steps(model, device, getattr(torch, dtype_name))
             differences = {
                 "first loss": abs(device_values[0] / first - 1),
@@ -125,7 +126,7 @@ def smoke(device) -> list[dict]:
 
 
 def loss_check(device, tiny: bool) -> list[dict]:
-    """The chunked loss beside the plain one: agreement, time, peak."""
+    """The loss in chunks against the plain one: agreement, time, peak."""
     entries = []
     N, C, V = (256, 32, 512) if tiny else (8192, 768, 32768)
     for dtype_name, limit in (("float32", 1e-4), ("bfloat16", 0.02)):
@@ -155,16 +156,16 @@ def sizes(tiny: bool) -> dict[str, GPTConfig]:
 
 
 def low_rank(config: GPTConfig, fraction: float) -> GPTConfig:
-    """Ranks in multiples of 8: tensor cores want them."""
+    """The config with ranks in multiples of 8, as tensor cores need them."""
     rank = 8 * round(fraction * config.n_embd / 8)
     return replace(config, attn_ranks=(rank,) * config.n_layer, mlp_ranks=(rank,) * config.n_layer)
 
 
 def fits(configs, rows, batch_size: int, device, dtype) -> bool:
-    """Whether all models fit together. Each makes an uncompiled step, which takes more than a compiled."""
+    """Whether all models fit together. They make uncompiled steps, which need more than compiled ones."""
     try:
         subjects = [make_subject("", config, rows, batch_size, device, dtype, False) for config in configs]
-        for _ in range(2):  # from the second on there is optimizer state
+        for _ in range(2):  # the second step has optimizer state
             for subject in subjects:
                 subject.step(lambda part: None)
         return True
@@ -173,7 +174,7 @@ def fits(configs, rows, batch_size: int, device, dtype) -> bool:
 
 
 def release(device):
-    gc.collect()  # models and batch generators hold each other
+    gc.collect()  # models and batch generators refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -182,8 +183,8 @@ def largest_batch(config: GPTConfig, rows, start: int, device, dtype) -> int:
     """The largest power of two up to `start` that fits."""
     batch_size = start
     low = low_rank(config, FRACTIONS["d/2"])
-    together = [config, low, low]  # as many as will be compared at a time
-    while batch_size > 1 and not fits(together, rows, batch_size, device, dtype):
+    models = [config, low, low]  # as many as in a comparison
+    while batch_size > 1 and not fits(models, rows, batch_size, device, dtype):
         release(device)
         batch_size //= 2
     release(device)
@@ -199,13 +200,13 @@ def measure_size(
     report: Report,
     setting: Setting,
 ):
-    """Measure one size, comparison by comparison; what cannot be done is listed as skipped."""
+    """Make all comparisons of one size. Those that fail, or have no time left, are listed as skipped."""
     comparisons = {}
     report.entries["sizes"][size] = {"batch": batch_size, "comparisons": comparisons}
     skipped = report.entries["skipped"]
     device = setting.device
 
-    def subject_of(name, config):
+    def make(name, config):
         return make_subject(name, config, rows, batch_size, device, setting.dtype, setting.compiled)
 
     dense = None
@@ -216,15 +217,15 @@ def measure_size(
             skipped.append(f"{size}, rank {label}: no time left")
             continue
         try:
-            dense = dense or subject_of("dense", config)
+            dense = dense or make("dense", config)
             factored = low_rank(config, fraction)
             lows = [
-                subject_of(f"r = {label}", factored),
-                subject_of(f"r = {label}, recompute", replace(factored, recompute="bottleneck")),
+                make(f"r = {label}", factored),
+                make(f"r = {label}, recompute", replace(factored, recompute="bottleneck")),
             ]
             controls = {low.name: "dense" for low in lows}
             comparisons[label] = compare([dense, *lows], controls, batch_size, device, setting.repeats)
-        except RuntimeError as e:  # out of memory, or a compiler that gave up: the other rows go on
+        except RuntimeError as e:  # out of memory, or an error of the compiler: the other comparisons go on
             first_line = (str(e).splitlines() or [""])[0][:200]
             skipped.append(f"{size}, rank {label}: {type(e).__name__}: {first_line}")
         lows = None
@@ -245,7 +246,7 @@ def size_table(measured: dict, peak: float | None) -> list[str]:
     for number, result in enumerate(measured["comparisons"].values()):
         for name, model in result["models"].items():
             if name == "dense" and number:
-                continue  # measured again beside each rank; the first is enough here, all are in the JSON
+                continue  # each comparison has it; the first is enough here
             seconds = model["seconds"]
             time_ratios = ["", "", ""]
             peak_ratio = ""
@@ -271,7 +272,7 @@ def size_table(measured: dict, peak: float | None) -> list[str]:
 
 
 def target_lines(report: dict) -> list[str]:
-    """The aims for one H100 or H200."""
+    """Aims for one H100 or H200, and whether they are reached."""
     result = report["sizes"].get("d20", {}).get("comparisons", {}).get("d/4")
     if not result:
         return []
@@ -286,10 +287,9 @@ def target_lines(report: dict) -> list[str]:
             (f"{name}, step / dense", f"{step:.3f}", "<= 0.6", step <= 0.6),
             (f"{name}, peak / dense", f"{peak:.3f}", "<= 0.6", peak <= 0.6),
         ]
-    lines = [
-        f"| {what} | {figure} | {aim} | {'reached' if ok else 'not reached'} |"
-        for what, figure, aim, ok in aims
-    ]
+    lines = []
+    for quantity, figure, aim, is_reached in aims:
+        lines.append(f"| {quantity} | {figure} | {aim} | {'reached' if is_reached else 'not reached'} |")
     return ["## Aims at d20", "", "| | figure | aim | |", "|---|---:|---:|---|", *lines, ""]
 
 
@@ -309,21 +309,19 @@ def agreement_lines(report: dict) -> list[str]:
         "|---|" + "---:|" * 5 + "---|",
     ]
     for entry in report["loss"]:
-        cells = [f"{d:.1e}" for d in entry["relative difference"].values()] + [
-            shown(entry["time ratio"], 1, 3),
-            f"{entry['peak ratio']:.3f}",
-        ]
+        cells = [f"{difference:.1e}" for difference in entry["relative difference"].values()]
+        cells += [shown(entry["time ratio"], 1, 3), f"{entry['peak ratio']:.3f}"]
         lines.append(f"| {entry['what']} | {' | '.join(cells)} | {'ok' if entry['ok'] else 'DIFFERS'} |")
     return lines
 
 
 def markdown(report: dict) -> str:
-    about = report["machine"]
+    machine = report["machine"]
     lines = [
         "# A training step on one device",
         "",
-        f"{about['device']}, torch {about['torch']}, {about['dtype']}, "
-        f"{'compiled' if about['compiled'] else 'eager'}. Medians over interleaved rounds, quartiles in "
+        f"{machine['device']}, torch {machine['torch']}, {machine['dtype']}, "
+        f"{'compiled' if machine['compiled'] else 'eager'}. Medians over interleaved rounds, quartiles in "
         "brackets. Factored layers: attention and MLP. How it is measured: dev/bench/train_step.py.",
         "",
     ]
@@ -355,13 +353,13 @@ def flag_parser():
     add(
         "--tiny",
         action="store_true",
-        help="a model of seconds, float32 and uncompiled, to try the program itself",
+        help="a small model in float32, uncompiled, to try this program in a minute",
     )
     add(
         "--seconds",
         type=whole_number(1),
         default=420,
-        help="no comparison is begun that would probably end later than this",
+        help="start no comparison that would probably end later than this",
     )
     return parser
 
@@ -369,15 +367,16 @@ def flag_parser():
 def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_out("--out", args.out)
-    began = time.monotonic()
+    start_time = time.monotonic()
     device = processes.init_process(args.device_type).device
     if args.tiny:
         setting = Setting(device, torch.float32, compiled=False, repeats=2)
     else:
         setting = Setting(device, torch.bfloat16, compiled=True, repeats=10)
-    report = Report(args.out, began)
+    report = Report(args.out, start_time)
+    machine = machine_description(device, setting.dtype) | {"compiled": setting.compiled}
     report.entries = {
-        "machine": train_step.machine(device, setting.dtype, setting.compiled),
+        "machine": machine,
         "peak flops": metrics.peak_flops(common.device_name(device)),  # for MFU
         "smoke": [],
         "loss": [],
@@ -385,26 +384,26 @@ def main(argv=None):
         "skipped": [],
     }
 
-    if device.type == "cuda":  # the smoke compares float32 with float32, not with TF32
+    if device.type == "cuda":  # for correctness, float32 without TF32
         torch.set_float32_matmul_precision("highest")
     report.entries["smoke"] = smoke(device)
     report.entries["loss"] = loss_check(device, args.tiny)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as init_process has it
+        torch.set_float32_matmul_precision("high")  # as init_process sets it
     report.save()
 
     configs = sizes(args.tiny)
     for number, (size, config) in enumerate(configs.items(), 1):
-        now = time.monotonic() - began
-        share = 1.0 if number == len(configs) else 0.6  # of the time that is left
-        deadline = began + now + share * (args.seconds - now)
+        now = time.monotonic()
+        share = 1.0 if number == len(configs) else 0.6  # of the remaining time
+        deadline = now + share * (start_time + args.seconds - now)
         rows = noise_rows(config.vocab_size, config.sequence_len)
         batch_size = largest_batch(config, rows, 4 if args.tiny else LARGEST_BATCH, device, setting.dtype)
         measure_size(size, config, batch_size, rows, deadline, report, setting)
         torch._dynamo.reset()  # the next size compiles anew
         release(device)
-    report.entries["seconds"] = time.monotonic() - began
-    print(markdown(report.entries), flush=True)  # before the files are written: shown even where that fails
+    report.entries["seconds"] = time.monotonic() - start_time
+    print(markdown(report.entries), flush=True)  # first, so that it is seen even if writing fails
     report.save()
 
 

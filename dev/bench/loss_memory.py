@@ -1,10 +1,10 @@
-"""Memory and time of the output head's loss: in chunks beside the plain formula.
+"""Memory and time of the output head's loss: in chunks against the plain formula.
 
-    python dev/bench/loss_memory.py    # vocabulary 32768, batch 8 x 1024, width 256, float32; with targets
+    python dev/bench/loss_memory.py     # vocabulary 32768, batch 8 x 1024, width 256, float32; with targets
 
-Each round takes the loss and the gradients of x and of the weight once by each way. Time is the median over
-the rounds, its ratio the median of the rounds' ratios. Peak: see train_step.py; x, the weight and their
-gradients are counted in.
+Each round computes the loss and the gradients of x and of the weight once by each way. Time is the median
+over the rounds, its ratio the median of the rounds' ratios. Peak: see train_step.py; with x, the weight and
+their gradients.
 """
 
 import json
@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import train_step
-from train_step import allocated, shown, spread, synchronize  # first: it finds nanochat in a bare checkout
+from train_step import allocated, shown  # before nanochat: train_step puts the checkout on the path
 
 from nanochat import common, processes
 from nanochat.arguments import ArgumentParser, whole_number
+from nanochat.benchmark import machine_description, spread, synchronize
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST
 from nanochat.ops import SOFTCAP, CrossEntropy
+from nanochat.step_metrics import bytes_of
 
 MEMORY_TARGET = 0.4
 TIME_TARGET = 1.10
@@ -49,7 +50,7 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
     x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
-    inputs = train_step.bytes_of((x, weight, targets))
+    inputs = bytes_of((x, weight, targets))
 
     def run(way, boundary):
         boundary("loss")
@@ -57,12 +58,10 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
         boundary("end")
 
     results = {way: loss_and_gradients(way, x, weight, targets) for way in WAYS}
-    error = {
-        name: ((a - b).float().norm() / b.float().norm()).item()
-        for name, a, b in zip(
-            ("loss", "gradient of x", "gradient of the weight"), results["chunked"], results["plain"]
-        )
-    }
+    names = ("loss", "gradient of x", "gradient of the weight")
+    error = {}
+    for name, a, b in zip(names, results["chunked"], results["plain"]):
+        error[name] = ((a - b).float().norm() / b.float().norm()).item()
     del results
     seconds = {way: [] for way in WAYS}
     for _ in range(repeats):
@@ -83,7 +82,7 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
 
 
 def main(argv=None):
-    parser = ArgumentParser("Chunked loss of the output head beside the plain formula.")
+    parser = ArgumentParser("The output head's loss in chunks against the plain formula.")
     add = parser.add_argument
     add("--vocab-size", type=whole_number(2, LONGEST), default=32768)
     add("--device-batch-size", type=whole_number(1, LONGEST), default=8)
@@ -98,15 +97,9 @@ def main(argv=None):
         check_out("--out", args.out, is_file=True)
     device = processes.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
-    result = measure(
-        args.device_batch_size * args.max_seq_len,
-        args.model_dim,
-        args.vocab_size,
-        device,
-        dtype,
-        args.repeats,
-    )
-    result = {"machine": train_step.machine(device, dtype, False), **result}
+    tokens = args.device_batch_size * args.max_seq_len
+    result = measure(tokens, args.model_dim, args.vocab_size, device, dtype, args.repeats)
+    result = {"machine": machine_description(device, dtype) | {"compiled": False}, **result}
 
     print(
         f"{result['machine']['device']}, torch {torch.__version__}, {args.dtype}; vocabulary "
@@ -123,10 +116,8 @@ def main(argv=None):
         chunked = shown(result[key]["chunked"], unit)
         verdict = "reached" if reached else "not reached"
         print(f"| {label} | {plain} | {chunked} | {shown(ratio, 1, 3)} | <= {target} | {verdict} |")
-    print(
-        "\nrelative difference: "
-        + ", ".join(f"{name} {value:.1e}" for name, value in result["relative difference"].items())
-    )
+    differences = [f"{name} {value:.1e}" for name, value in result["relative difference"].items()]
+    print(f"\nrelative difference: {', '.join(differences)}")
     if args.out:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 

@@ -1,14 +1,14 @@
-"""How many of our own Python functions run in one training pass: what one has to read to follow the model.
+"""The Python functions of this package that run in one training pass: those that a reader has to know.
 
-    python dev/bench/pass_functions.py            # a table; exit code 1 where a count is above its limit
+    python dev/bench/pass_functions.py            # a table; exit code 1 if a count is above its limit
     python dev/bench/pass_functions.py --names    # and the functions
 
-A function counts once, however often it runs. It counts if its file lies in nanochat/ and if it starts after
-the call of GPT.forward (with targets) and before the end of the backward pass, in any thread. So the backward
-passes of autograd functions count, and so does recomputation. A comprehension is a part of its function.
+A function counts once, however often it runs. Its file is in nanochat/, and it starts after the call of
+GPT.forward (with targets) and before the end of the backward pass, in any thread. So the backward passes of
+autograd functions count, and recomputation too. A comprehension is a part of its function.
 
-The GPU's path needs no GPU. The pass runs on the CPU while every tensor says that it is on a GPU. So all code
-that asks a tensor for its device takes the GPU's branch (see `PretendGPU`).
+The GPU's path needs no GPU: the pass runs on the CPU, but every tensor reports a GPU as its device. Code that
+depends on the device then takes the GPU's branch (see `PretendGPU`).
 """
 
 import sys
@@ -16,7 +16,7 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # works without an installation
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -35,7 +35,7 @@ MODELS = {
 
 
 class PretendGPU(TorchFunctionMode):
-    """Tensors report a GPU as their device, and what is made or moved there stays on the CPU."""
+    """Tensors report a GPU as their device. Tensors that are made on it, or moved to it, stay on the CPU."""
 
     gpu = torch.device("cuda", 0)
     cpu = torch.device("cpu")
@@ -57,11 +57,11 @@ class PretendGPU(TorchFunctionMode):
 
 
 class CalledFunctions:
-    """A context that collects the code objects that start running in it, in all threads."""
+    """A context that collects the code objects that start to run in it, in all threads."""
 
     def __enter__(self):
         self.codes = set()
-        threading.setprofile(self.note)  # of threads that start from now on
+        threading.setprofile(self.note)  # for threads that start later
         sys.setprofile(self.note)
         return self
 
@@ -73,7 +73,7 @@ class CalledFunctions:
         if event == "call":
             self.codes.add(frame.f_code)
 
-    def by_file(self) -> dict[str, list[str]]:
+    def functions_by_file(self) -> dict[str, list[str]]:
         """{file of the package: its functions, each as name:line}"""
         result = defaultdict(list)
         for code in self.codes:
@@ -84,13 +84,16 @@ class CalledFunctions:
 
 
 def training_pass(device: str, ranks: dict) -> CalledFunctions:
-    """What a forward and a backward pass of a small model call. device: cpu (float32) or cuda (bfloat16)."""
+    """The functions of a forward and a backward pass of a small model.
+
+    device: cpu (float32) or cuda (bfloat16).
+    """
     T = 96  # attention on a CPU works on blocks of 64 queries: the last one is padded here
     config = GPTConfig(sequence_len=T, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, **ranks)
     model = GPT(config)
     model.init_weights()
     tokens = torch.zeros(2, T, dtype=torch.long)
-    # Not loss.backward(): a tensor's method would leave PretendGPU, and with it the GPU's path.
+    # not loss.backward(): within a tensor's method PretendGPU is off, so it would leave the GPU's path
     if device == "cpu":
         with CalledFunctions() as called:
             torch.autograd.backward(model(tokens, tokens))
@@ -111,26 +114,26 @@ def forget_cached_results():
 
 def count(device: str, ranks: dict) -> dict[str, list[str]]:
     """{file: its functions that run in a pass}. device: cpu or cuda; ranks: of a GPTConfig of two layers."""
-    training_pass(device, ranks)  # the first one may import modules, which is no part of a pass
+    training_pass(device, ranks)  # the first pass may import modules, which does not count
     forget_cached_results()
-    return training_pass(device, ranks).by_file()
+    return training_pass(device, ranks).functions_by_file()
 
 
 def main(argv=None):
-    parser = ArgumentParser("Our own Python functions in one training pass, forward and backward.")
+    parser = ArgumentParser("The package's Python functions in one training pass, forward and backward.")
     add = parser.add_argument
-    add("--device", choices=["both", "cpu", "cuda"], default="both", help="whose path; cuda needs no GPU")
+    add("--device", choices=["both", "cpu", "cuda"], default="both", help="path to count; cuda needs no GPU")
     add(
         "--cuda-limit",
         type=whole_number(0),
         default=FUNCTION_LIMITS["cuda"],
-        help="most functions on a GPU's path",
+        help="largest number of functions on a GPU's path",
     )
     add(
         "--cpu-limit",
         type=whole_number(0),
         default=FUNCTION_LIMITS["cpu"],
-        help="most functions on a CPU's path",
+        help="largest number of functions on a CPU's path",
     )
     add("--names", action="store_true", help="list the functions, each with its line")
     args = parser.parse_args(argv)
@@ -138,7 +141,7 @@ def main(argv=None):
     limits = {"cuda": args.cuda_limit, "cpu": args.cpu_limit}
     devices = list(limits) if args.device == "both" else [args.device]
     print("| path | model | functions | limit | | by file |\n|---|---|---:|---:|---|---|")
-    lists = []
+    listings = []
     exceeded = False
     for device in devices:
         limit = limits[device]
@@ -146,12 +149,12 @@ def main(argv=None):
             functions = count(device, ranks)
             total = sum(map(len, functions.values()))
             exceeded |= total > limit
-            word = "too many" if total > limit else "kept"
+            result = "too many" if total > limit else "kept"
             files = ", ".join(f"{file} {len(names)}" for file, names in functions.items())
-            print(f"| {device} | {model} | {total} | {limit} | {word} | {files} |")
-            lists += [f"{device}, {model}, {file}: {' '.join(names)}" for file, names in functions.items()]
+            print(f"| {device} | {model} | {total} | {limit} | {result} | {files} |")
+            listings += [f"{device}, {model}, {file}: {' '.join(names)}" for file, names in functions.items()]
     if args.names:
-        print("\n" + "\n".join(lists))
+        print("\n" + "\n".join(listings))
     if exceeded:
         sys.exit(1)
 

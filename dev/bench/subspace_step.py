@@ -1,16 +1,16 @@
-"""What a training step in a random subspace costs beside the dense one, in turn in one process.
+"""A training step in a random subspace against the dense one: time and memory, in turn in one process.
 
-    python dev/bench/subspace_step.py    # 4 layers, width 256, 4096 tokens; with the target of a basis
+    python dev/bench/subspace_step.py     # 4 layers, width 256, 4096 tokens; with a target for d = 5
 
-A round is one step of each model. Times are medians over the rounds, ratios to the dense step medians of the
-rounds' ratios. Peak: the most that a step allocates on top of the model and its optimizer, by torch's own
+A round is one step of each model. Times are medians over the rounds; ratios to dense are medians of the
+rounds' ratios. Peak: the most bytes that a step allocates beside the model and its optimizer, by torch's own
 record (see train_step.py). The peak of a basis must not grow with d.
 """
 
 import numpy as np
 import torch
 import train_step
-from train_step import RATES, Subject, allocated, noise_rows  # first: it finds nanochat in a bare checkout
+from train_step import RATES, Subject, allocated, noise_rows  # before nanochat: it sets the path
 
 from nanochat import common, processes
 from nanochat.arguments import ArgumentParser, whole_number
@@ -20,10 +20,12 @@ from nanochat.flag_types import DEEPEST, LONGEST, WIDEST
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizers
 from nanochat.processes import World
-from nanochat.subspace.model import SubspaceConfig, adamw_settings, attach
+from nanochat.subspace.config import SubspaceConfig
+from nanochat.subspace.model import attach
+from nanochat.subspace.trainable import adamw_settings
 
 TARGET = 2.0  # largest ratio of a basis's time to the dense one's
-DIM = 5  # d of that basis
+DIM = 5  # d of the basis with the target
 PEAK_DIMS = (1, 5, 50)  # d of the bases whose peaks are compared
 
 
@@ -52,7 +54,7 @@ def peak_mib(subject: Subject, device) -> float:
 
 
 def flag_parser():
-    parser = ArgumentParser("Training steps in random subspaces beside the dense step.")
+    parser = ArgumentParser("Training steps in random subspaces against the dense step.")
     add = parser.add_argument
     add("--depth", type=whole_number(1, DEEPEST), default=4)
     add("--model-dim", type=whole_number(64, WIDEST), default=256)
@@ -65,14 +67,14 @@ def flag_parser():
     return parser
 
 
-def seconds_a_step(subjects: list[Subject], repeats: int, device) -> dict[str, list[float]]:
-    """{name: [seconds, one a round]}; the first round does not count."""
+def measure_steps(subjects: list[Subject], repeats: int, device) -> dict[str, list[float]]:
+    """{name: [seconds, one for each round]}. The first round does not count."""
     seconds = {subject.name: [] for subject in subjects}
     for turn in range(repeats + 1):
         for subject in subjects:
-            taken = train_step.timed_step(subject, device)["step"]
+            step_seconds = train_step.timed_step(subject, device)["step"]
             if turn:
-                seconds[subject.name].append(taken)
+                seconds[subject.name].append(step_seconds)
     return seconds
 
 
@@ -87,7 +89,7 @@ def main(argv=None):
         args.max_seq_len, args.vocab_size, args.depth, heads, heads, args.model_dim, window_pattern="L"
     )
 
-    def subject_of(name, subspace):
+    def make(name, subspace):
         return make_subject(name, config, subspace, args.device_batch_size, device, dtype)
 
     basis = f"basis, d = {DIM}"
@@ -100,8 +102,8 @@ def main(argv=None):
         "lora-random, r = 4": SubspaceConfig("lora-random", rank=4),
         "none": SubspaceConfig("none"),
     }
-    subjects = [subject_of(name, subspace) for name, subspace in subspaces.items()]
-    seconds = seconds_a_step(subjects, args.repeats, device)
+    subjects = [make(name, subspace) for name, subspace in subspaces.items()]
+    seconds = measure_steps(subjects, args.repeats, device)
     print(
         f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
         f"{args.dtype}; {args.depth} layers, width {args.model_dim}, vocabulary {args.vocab_size}, batch "
@@ -120,7 +122,8 @@ def main(argv=None):
     del subjects, subject
     peaks = []
     for d in PEAK_DIMS:
-        peaks.append(f"d = {d}: {peak_mib(subject_of('', SubspaceConfig('basis', d)), device):,.1f}")
+        peak = peak_mib(make("", SubspaceConfig("basis", d)), device)
+        peaks.append(f"d = {d}: {peak:,.1f}")
     print("\npeak of a basis, MiB: " + ", ".join(peaks))
 
 

@@ -1,25 +1,25 @@
-"""What a training step costs, part by part: full rank beside low rank, step by step in turn in one process.
+"""The parts of a training step: time and memory of full rank against low rank, in turn in one process.
 
     python dev/bench/train_step.py --depth 4 --model-dim 256 --attn-rank 0.25 --mlp-rank 0.25 --out step.json
-    python dev/bench/train_step.py --reference    # the task of the speed targets, with the targets
+    python dev/bench/train_step.py --reference     # the task of the speed targets, with these targets
 
-A round is a matrix product for the machine's ceiling, then one step of each model; so what else the machine
-is doing touches all of them alike. Figures are medians over the rounds (quartiles in brackets); ratios are
-taken within a round.
+A round is a matrix product, which gives the machine's ceiling, and then one step of each model. So other work
+of the machine slows all of them alike. Figures are medians over the rounds (quartiles in brackets); ratios
+are taken within a round.
 
-Time. data: waiting for the next batch of `training_batches`, from a memory map of random tokens. forward: the
-loss. backward: with reading the loss. optimizer: gradient norm, update and zero_grad. All as in
-scripts.base_train, one batch a step. On CUDA the parts lie between events and so include the launch gaps; the
-whole step is the host's clock, and the device is waited for at both ends. Ceiling: the rate of a square
-matrix product, in the dtype of the activations, in the same round. Where oneDNN multiplies float32 (see
-`cpu.multiply_by_onednn`), the rate as torch does it by itself is measured too: published rates are scaled
-by it.
+Time. data: the wait for the next batch of `training_batches`, from a memory map of random tokens. forward:
+the loss. backward: with reading the loss. optimizer: gradient norm, update and zero_grad. All as in
+scripts.base_train, with one batch for each step. On CUDA the parts are measured between events, so they
+include the gaps between launches. The whole step is measured by the host's clock, which waits for the device
+at both ends. Ceiling: the rate of a square matrix product in the dtype of the activations, in the same round.
+If oneDNN multiplies float32 (see `cpu.multiply_by_onednn`), torch's usual rate is measured too: it scales
+published rates.
 
-Memory, by torch's own allocators: the model's weights and optimizer state, plus the most that one step
-allocates on top of what it finds. CUDA: max_memory_allocated. CPU: allocations and frees as the profiler
-records them in a step of its own. That is exact and repeatable, but it does not see the libraries' scratch
-space, Python, and what malloc keeps; for these --reference adds the peak resident set of a process that does
-nothing else. activations + temporaries: the peak without weights, gradients and optimizer state.
+Memory, by torch's own allocators: the model's weights and optimizer state, plus the most bytes that one step
+allocates beside them. CUDA: max_memory_allocated. CPU: a further step, in which the profiler records
+allocations and frees. That is exact and repeatable, but it does not see Python, scratch space of libraries,
+and freed memory that malloc does not return. For these, --reference adds the peak resident set of a process
+that does nothing else. activations + temporaries: the peak without weights, gradients and optimizer state.
 """
 
 import json
@@ -33,15 +33,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news,
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # nor is a batch that was prepared before it began
+sys.path.insert(0, str(Path(__file__).parents[2]))  # works without an installation
+# no messages when the profiler starts and stops, or about batches from before its start
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
 
 from nanochat import common, cpu, metrics, processes, recompute
 from nanochat.arguments import ArgumentParser, number, whole_number
+from nanochat.benchmark import flags_as_json, machine_description, spread, synchronize
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
 from nanochat.errors import InputError
@@ -54,13 +56,14 @@ from nanochat.optim import Rates, build_optimizers
 from nanochat.plan import check_size
 from nanochat.processes import World
 from nanochat.rank import account, predict_peak
+from nanochat.step_metrics import bytes_of
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
-# no rate changes the time
+# learning rates do not change the time
 RATES = Rates(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)
 WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
-# as published for this task, compiled, on a 2-core Zen 4; and how much more is asked of us
+# published for this task, compiled, on a 2-core Zen 4. factor: the target over the published rate
 NANOCHAT = {
     "float32": dict(tok_per_sec=4.2e3, ceiling=193e9, factor=1.3),
     "bfloat16": dict(tok_per_sec=6.4e3, ceiling=413e9, factor=1.5),
@@ -72,7 +75,7 @@ NANOCHAT_PEAK = 1.12e9  # bytes
 
 
 class Noise:
-    """Random text of random tokens: what `Rows` wants of a shard and of a tokenizer."""
+    """Random tokens, with the attributes that `Rows` needs of a shard and of a tokenizer."""
 
     name = "noise"
     fingerprint = "noise"
@@ -91,16 +94,16 @@ class Noise:
 
 
 def noise_rows(vocab_size: int, T: int) -> Rows:
-    """A million random tokens through the real token cache, in a folder that is gone once they are mapped."""
-    before = os.environ.get("NANOCHAT_BASE_DIR")
+    """A million random tokens from the real token cache. Its folder is removed after they are mapped."""
+    base_dir = os.environ.get("NANOCHAT_BASE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCHAT_BASE_DIR"] = folder
         try:
             return Rows([Noise(vocab_size)], Noise(vocab_size), T)
         finally:
             os.environ.pop("NANOCHAT_BASE_DIR")
-            if before is not None:
-                os.environ["NANOCHAT_BASE_DIR"] = before
+            if base_dir is not None:
+                os.environ["NANOCHAT_BASE_DIR"] = base_dir
 
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def noise_rows(vocab_size: int, T: int) -> Rows:
 
 @dataclass
 class Subject:
-    """A model that takes its turn."""
+    """A model whose steps are measured."""
 
     name: str
     model: GPT
@@ -117,7 +120,7 @@ class Subject:
     dtype: torch.dtype
 
     def step(self, boundary):
-        """One update. boundary(part) is called before each part and, with 'end', after the last."""
+        """One update. It calls boundary(part) before each part, and boundary("end") after the last."""
         boundary("data")
         x, y = next(self.batches)
         boundary("forward")
@@ -142,7 +145,7 @@ def make_subject(
         model.init_weights()
     recompute.apply(model)
     if compiled:
-        torch._dynamo.config.recompile_limit = 64  # 8 is meant for one model a process
+        torch._dynamo.config.recompile_limit = 64  # the default of 8 is for one model
         compile_blocks(model)
     return Subject(
         name,
@@ -151,11 +154,6 @@ def make_subject(
         training_batches(rows, 0, batch_size, World(device)),
         dtype,
     )
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed_step(subject: Subject, device) -> dict:
@@ -180,11 +178,11 @@ def timed_step(subject: Subject, device) -> dict:
 
 
 def matmul_rate(device, dtype) -> float:
-    """FLOP/s of a square matrix product of random numbers, the best of three."""
+    """FLOP/s of a square matrix product of random numbers: the best of a few."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = 0.0
-    for _ in range(4):  # the first may still choose its kernel
+    for _ in range(4):  # the first product may still choose its kernel
         synchronize(device)
         started = time.perf_counter()
         a @ b
@@ -194,7 +192,7 @@ def matmul_rate(device, dtype) -> float:
 
 
 def usual_matmul_rate(device, dtype) -> float:
-    """The same, float32 matrices multiplied by the library that torch itself chooses."""
+    """`matmul_rate` with the library that torch itself chooses for float32."""
     matmul = torch.backends.mkldnn.matmul
     if matmul.fp32_precision != "bf16":
         return matmul_rate(device, dtype)
@@ -208,24 +206,20 @@ def usual_matmul_rate(device, dtype) -> float:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def bytes_of(tensors) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-
-
 def allocated(run, device) -> dict:
-    """{part: the most bytes held at once during it, above those held before} for run(boundary)."""
+    """{part: the most bytes at one time during it, without those from before} of run(boundary)."""
     return (allocated_cuda if device.type == "cuda" else allocated_cpu)(run)
 
 
 def allocated_cuda(run) -> dict:
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    base_bytes = torch.cuda.memory_allocated()
     highest = {}
     previous = []
 
     def boundary(part):
         if previous:
-            highest[previous[-1]] = torch.cuda.max_memory_allocated() - before
+            highest[previous[-1]] = torch.cuda.max_memory_allocated() - base_bytes
         torch.cuda.reset_peak_memory_stats()
         previous.append(part)
 
@@ -234,7 +228,7 @@ def allocated_cuda(run) -> dict:
 
 
 def allocated_cpu(run) -> dict:
-    """From the profiler's record of allocations and frees; the boundaries are marks in the same record."""
+    """From the profiler's record of allocations and frees, in which the boundaries are marks."""
 
     def boundary(part):
         with torch.profiler.record_function("boundary " + part):
@@ -258,8 +252,8 @@ def allocated_cpu(run) -> dict:
     return highest
 
 
-def memory_of(subject: Subject, device) -> dict:
-    """Bytes by part, and the peak within each part of the step. The subject has made a step before."""
+def measure_memory(subject: Subject, device) -> dict:
+    """Bytes by part, and the peak in each part of a step. The subject must have made a step before."""
     parameters = list(subject.model.parameters())
     states = [state for optimizer in subject.optimizers for state in optimizer.state.values()]
     memory = {
@@ -275,10 +269,10 @@ def memory_of(subject: Subject, device) -> dict:
 
         subject.step(with_gradients)
 
-    own = memory["weights"] + memory["optimizer state"]
-    memory["peak by part"] = {part: own + extra for part, extra in allocated(run, device).items()}
+    state_bytes = memory["weights"] + memory["optimizer state"]
+    memory["peak by part"] = {part: state_bytes + extra for part, extra in allocated(run, device).items()}
     memory["peak"] = max(memory["peak by part"].values())
-    memory["activations + temporaries"] = memory["peak"] - own - memory["gradients"]
+    memory["activations + temporaries"] = memory["peak"] - state_bytes - memory["gradients"]
     return memory
 
 
@@ -292,11 +286,11 @@ def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled
     cpu.keep_freed_memory()  # as in training
     device = torch.device("cpu")
     rows = noise_rows(config.vocab_size, config.sequence_len)
-    before = metrics.peak_memory_bytes(device)  # Python, torch and the data
+    base_peak = metrics.peak_memory_bytes(device)  # Python, torch and the data
     subject = make_subject("", config, rows, batch_size, device, getattr(torch, dtype_name), compiled)
     for _ in range(5):
         subject.step(lambda part: None)
-    return {"peak": metrics.peak_memory_bytes(device), "before the model": before}
+    return {"peak": metrics.peak_memory_bytes(device), "before the model": base_peak}
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -313,10 +307,10 @@ def measure(subjects: list[Subject], device, repeats: int) -> dict:
     seconds = {}
     for subject in subjects:
         seconds[subject.name] = {part: [] for part in (*PARTS, "step")}
-    for r in range(repeats):
+    for turn in range(repeats):
         ceiling.append(matmul_rate(device, subjects[0].dtype))
         usual.append(usual_matmul_rate(device, subjects[0].dtype))
-        first = r % len(subjects)  # each comes first in turn
+        first = turn % len(subjects)  # each is first in turn
         for subject in subjects[first:] + subjects[:first]:
             for part, value in timed_step(subject, device).items():
                 seconds[subject.name][part].append(value)
@@ -324,17 +318,12 @@ def measure(subjects: list[Subject], device, repeats: int) -> dict:
         "ceiling": ceiling,
         "usual ceiling": usual,
         "seconds": seconds,
-        "memory": {s.name: memory_of(s, device) for s in subjects},
+        "memory": {s.name: measure_memory(s, device) for s in subjects},
     }
 
 
-def spread(values) -> dict:
-    low, median, high = np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75)).tolist()
-    return {"median": median, "low": low, "high": high}
-
-
 def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
-    """All about one model, as it goes into the JSON."""
+    """The JSON's entry of one model."""
     config = subject.model.config
     cost = account(subject.model)
     seconds = {part: np.array(values) for part, values in raw["seconds"][subject.name].items()}
@@ -364,11 +353,11 @@ def ratios(low: str, dense: str, raw: dict, models: dict) -> dict:
         part: spread(np.array(raw["seconds"][low][part]) / raw["seconds"][dense][part])
         for part in (*PARTS, "step")
     }
-    counted = a["accounting"]["flops/per_token"] / b["accounting"]["flops/per_token"]
+    flops = a["accounting"]["flops/per_token"] / b["accounting"]["flops/per_token"]
     return {
         "seconds": time_ratio,
-        "flops": counted,
-        "step over flops": time_ratio["step"]["median"] / counted,
+        "flops": flops,
+        "step over flops": time_ratio["step"]["median"] / flops,
         "tokens per second": spread(np.array(raw["seconds"][dense]["step"]) / raw["seconds"][low]["step"]),
         "parameters": a["accounting"]["params/total"] / b["accounting"]["params/total"],
         "memory": {part: a["memory"][part] / b["memory"][part] for part in MEMORY},
@@ -376,7 +365,7 @@ def ratios(low: str, dense: str, raw: dict, models: dict) -> dict:
 
 
 def compare(subjects: list[Subject], controls: dict, batch_size: int, device, repeats: int) -> dict:
-    """The whole result. controls: {low-rank name: name of its dense control}."""
+    """The JSON's part on all models. controls: {low-rank name: name of its dense control}."""
     raw = measure(subjects, device, repeats)
     models = {s.name: summary(s, raw, batch_size) for s in subjects}
     return {
@@ -385,16 +374,6 @@ def compare(subjects: list[Subject], controls: dict, batch_size: int, device, re
         "models": models,
         "ratios": {low: {"to": dense, **ratios(low, dense, raw, models)} for low, dense in controls.items()},
         "seconds by round": raw["seconds"],
-    }
-
-
-def machine(device, dtype, compiled: bool) -> dict:
-    return {
-        "device": common.device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "compiled": compiled,
     }
 
 
@@ -434,7 +413,7 @@ def table_rows(model: dict) -> list[tuple[str, str]]:
 
 
 def ratio_rows(ratio: dict) -> list[str]:
-    """The column beside `table_rows`."""
+    """The cells of a ratio column, one for each of `table_rows`."""
     cells = [shown(ratio["parameters"], 1, 3), shown(ratio["tokens per second"], 1, 3)]
     cells += [shown(ratio["seconds"][part], 1, 3) for part in (*PARTS, "step")]
     cells += [shown(ratio["flops"], 1, 3), "", "", shown(ratio["step over flops"], 1, 3)]
@@ -457,7 +436,7 @@ def table(result: dict) -> str:
 
 
 def targets(result: dict, dtype_name: str) -> list[dict]:
-    """[{"what", "target", "reached", "ok"}] for the reference task.
+    """[{"what", "target", "reached", "ok"}] of the reference task.
 
     result: of `compare`, with "resident peak" of each model.
     """
@@ -465,7 +444,7 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
     low = result["ratios"]["low-rank 512"]
     published = NANOCHAT[dtype_name]
     ceiling = result["usual ceiling"]["median"]
-    wanted = published["factor"] * published["tok_per_sec"] * ceiling / published["ceiling"]
+    target_speed = published["factor"] * published["tok_per_sec"] * ceiling / published["ceiling"]
     speed = dense["tokens per second"]["median"]
     peak = result["resident peak"]["dense 256"]["peak"]
     share = dense["share of step"]["optimizer"]["median"]
@@ -479,8 +458,8 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
             what=f"full rank, tokens/s: {published['factor']} x nanochat's {published['tok_per_sec']:,.0f}, "
             f"scaled from its machine's matmul ceiling ({published['ceiling'] / 1e9:.0f} GFLOP/s) to this "
             f"one's ({ceiling / 1e9:.0f}); it is another machine",
-            target=f">= {wanted:,.0f}",
-            ok=speed >= wanted,
+            target=f">= {target_speed:,.0f}",
+            ok=speed >= target_speed,
             reached=f"{speed:,.0f}, {100 * dense['share of ceiling']['median']:.0f}% of the ceiling",
         ),
         dict(
@@ -509,7 +488,7 @@ def targets(result: dict, dtype_name: str) -> list[dict]:
             ok=data <= 0.02,
         ),
         dict(
-            what="predicted peak beside the measured one",
+            what="predicted peak against the measured one",
             target="within 10%",
             ok=max(map(abs, error.values())) <= 0.10,
             reached=", ".join(f"{name} {100 * e:+.1f}%" for name, e in error.items()),
@@ -554,7 +533,7 @@ SHAPE = (
 
 
 def build_parser():
-    parser = ArgumentParser("Time and memory of a training step, full rank beside low rank.")
+    parser = ArgumentParser("Time and memory of a training step, full rank against low rank.")
     add = parser.add_argument
     add(
         "--reference",
@@ -633,7 +612,7 @@ def model_config(args, width: int, attn_rank: float = 0, mlp_rank: float = 0, **
     return config
 
 
-def chosen(args) -> tuple[dict, dict]:
+def models_from_flags(args) -> tuple[dict, dict]:
     """({name: config}, {low-rank name: control}) that the flags ask for."""
     if args.reference:
         configs = {
@@ -668,7 +647,7 @@ def main(argv=None):
             )
     if args.out:
         check_out("--out", args.out, is_file=True)
-    configs, controls = chosen(args)
+    configs, controls = models_from_flags(args)
     device = processes.init_process(args.device_type).device
     dtype = getattr(torch, args.dtype)
     compiled = args.compile == "on"
@@ -683,10 +662,9 @@ def main(argv=None):
     except ValueError as e:  # a rank that does not fit
         raise InputError(f"--attn-rank, --mlp-rank, --matrix-ranks: {e}") from None
 
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     result = {
-        "machine": machine(device, dtype, compiled),
-        "flags": flags,
+        "machine": machine_description(device, dtype) | {"compiled": compiled},
+        "flags": flags_as_json(args),
         **compare(subjects, controls, args.device_batch_size, device, args.repeats),
     }
     ceiling = shown(result["ceiling flops per second"], 1e-9)

@@ -1,0 +1,84 @@
+"""Parts that the benches share: functions that take turns on one clock, quartiles, and what is recorded."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochat import common
+
+
+@dataclass
+class Setting:
+    """Device, dtype and repeats of all measurements of a bench."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the activations
+    repeats: int
+
+
+def machine_description(device, dtype: torch.dtype) -> dict:
+    return {
+        "device": common.device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def machine_text(machine: dict) -> str:
+    """A `machine_description` in words."""
+    return "{device}, {threads} thread(s), torch {torch}, {dtype}".format(**machine)
+
+
+def flags_as_json(args) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def synchronize(device):
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_call(run: Callable, calls: int, device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def take_turns(runs: dict, repeats: int, device, sample_seconds: float) -> dict:
+    """{variant: {pass: function}} -> {variant: {pass: [seconds per call, one for each repeat]}}.
+
+    The variants take turns, so that other work of the machine slows all of them alike. A sample is as many
+    calls as take `sample_seconds`.
+    """
+    calls = {}
+    seconds = {}
+    for variant, passes in runs.items():
+        seconds[variant] = {name: [] for name in passes}
+        for name, run in passes.items():
+            seconds_per_call(run, 2, device)  # the first call may still choose its kernel
+            # from the fastest: after an interrupted call all samples would be too short
+            fastest = min(seconds_per_call(run, 1, device) for _ in range(3))
+            calls[variant, name] = max(1, math.ceil(sample_seconds / fastest))
+    order = list(runs)
+    for repeat in range(repeats):
+        first = repeat % len(order)
+        for variant in order[first:] + order[:first]:
+            for name, run in runs[variant].items():
+                seconds[variant][name].append(seconds_per_call(run, calls[variant, name], device))
+    return seconds
+
+
+def spread(values) -> dict:
+    """{"median", "low", "high"}: low and high are the quartiles."""
+    low, median, high = np.quantile(np.asarray(values, dtype=float), (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "low": low, "high": high}
