@@ -1,10 +1,10 @@
-"""Compare finished or running runs from their folders (or W&B) alone: report.md, .html, .csv and the figures.
+"""Compare finished or running runs, from their folders or W&B: report.md, .html, .csv and the figures.
 
     python -m scripts.report full lowrank --out report/
     python -m scripts.report full_* low_* --out report/
 
-The second form, more than a few configurations or repeated seeds, also gives means over seeds. Run it where
-the tags are folders (cd runs), or give paths, so that the shell can expand the *.
+With several seeds, or more than a few configurations, the report also has means over seeds. For the shell to
+expand the *, run it where the tags are folders (cd runs), or give paths.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from nanochat.files import check_out, write_atomic
 from nanochat.metrics import Run, load_run, runs_dir
 from nanochat.naming import no_such_run
 from nanochat.report import comparable, csv_export, run_tables, sweep_tables
-from nanochat.report.adapter_figures import adapter_section
 from nanochat.report.comparable import SAME_TEXT, SAME_TOKENIZER, join_names
 from nanochat.report.configurations import Configuration, configurations, finished, run_value
 from nanochat.report.equal_cost import equal_cost_table
-from nanochat.report.page import encode, in_markdown, to_markdown, to_page
+from nanochat.report.method_section import method_section
+from nanochat.report.page import encode, markdown_text, to_markdown, to_page
 from nanochat.report.run_check import checked_run
 from nanochat.report.run_figures import RUN_CAPTIONS, draw_run_figures, labels_in_words
 from nanochat.report.summaries import MEASURES, baseline
@@ -65,7 +65,7 @@ def main(argv=None):
         "confidence": args.confidence,
         "equal_params": args.equal_params,
     }
-    verdict([], **margins)  # refuses a margin that is out of range
+    verdict([], **margins)  # InputError if a margin is out of range
     check_out("--out", args.out)
 
     runs = load_runs(args.runs, args.from_wandb)
@@ -80,10 +80,10 @@ def main(argv=None):
     print(to_markdown(terminal_blocks), flush=True)  # first, so that it is seen even if writing fails
     for name, figure in figures.items():
         write_atomic(args.out / name, figure[0] if isinstance(figure, tuple) else figure)
-    configuration_of = {run.name: c.name for c in configs for run in c.runs}
-    csv = csv_export.to_csv(runs, configuration_of, csv_export.pair_keys(configs))
+    config_names = {run.name: c.name for c in configs for run in c.runs}
+    csv = csv_export.to_csv(runs, config_names, csv_export.pair_keys(configs))
     write_atomic(args.out / "report.csv", encode(csv))
-    write_atomic(args.out / "report.md", encode(f"# {in_markdown(title)}\n\n" + to_markdown(blocks)))
+    write_atomic(args.out / "report.md", encode(f"# {markdown_text(title)}\n\n" + to_markdown(blocks)))
     write_atomic(args.out / "report.html", encode(to_page(title, blocks, figures)))
     print(f"report: {args.out / 'report.html'}")
 
@@ -154,18 +154,18 @@ def run_report(runs: list[Run], configs: list[Configuration], margins: dict):
     measure = "bpb" if broken[SAME_TEXT] or broken[SAME_TOKENIZER] else "loss"
     labels = labels_in_words(configs)
     figures = draw_run_figures([dataclasses.replace(run, name=labels[run.name]) for run in runs], measure)
-    method_blocks, method_figures = adapter_section(configs, measure)
+    method_blocks, method_figures = method_section(configs, measure)
     has_both_kinds = {c.low_rank for c in configs if not c.method} == {True, False}
     blocks = [
         ("heading", "Results"),
         *warning_blocks,
         *run_tables.ratio_summary(runs, broken),
         *result_tables,
-        *list_of(notes),
+        *list_blocks(notes),
         *run_tables.core_tables(runs),
         *(judge(configs, margins) if has_both_kinds else []),
         ("heading", "Figures"),
-        *list_of([f"**{label}** is the run {tag}" for tag, label in labels.items() if label != tag]),
+        *list_blocks([f"**{label}** is the run {tag}" for tag, label in labels.items() if label != tag]),
         *(("figure", name, caption) for name, caption in RUN_CAPTIONS.items()),
         *method_blocks,
         ("heading", "What was compared"),
@@ -178,31 +178,32 @@ def run_report(runs: list[Run], configs: list[Configuration], margins: dict):
 
 def sweep_report(runs: list[Run], configs: list[Configuration], margins: dict):
     """Many runs, by configuration: the verdict first."""
-    done = [run for run in runs if finished(run)]
-    if not done:
+    finished_runs = [run for run in runs if finished(run)]
+    if not finished_runs:
         raise InputError(
             f"none of the {len(runs)} runs is finished: {join_names([run.name for run in runs])}; "
             "finish them, or report a few at a time"
         )
-    broken, warnings, notes = comparable.check_comparable(done)
+    broken, warnings, notes = comparable.check_comparable(finished_runs)
     if broken[SAME_TEXT]:
         raise InputError(
             f"{join_names(broken[SAME_TEXT])}: not evaluated, on record, on the validation text of "
-            f"{done[0].name}, so neither perplexity nor bits per byte compares; report each text by itself"
+            f"{finished_runs[0].name}, so neither perplexity nor bits per byte compares; "
+            "report each text by itself"
         )
     measure = "bpb" if broken[SAME_TOKENIZER] else "loss"
-    # a sweep repeats them on purpose
+    # a sweep has different seeds on purpose
     notes = [note for note in notes if not note.startswith("Different seed")]
     notes += comparable.divergence_notes(runs) + left_out_notes(runs, configs, measure)
     warning_blocks = [("warning", text) for text in warnings]
-    # without low rank there is nothing to judge beside adapters and subspaces
+    # a sweep of adapters or subspaces without low rank has no hypothesis to judge
     is_judged = any(c.low_rank for c in configs) or not any(c.method for c in configs)
     conclusions = judge(configs, margins) if is_judged else []
-    # an adapter's cost leaves out the model that it starts from: it is not compared with other runs
+    # the cost of an adapter does not include its base model: it is not compared with other runs
     scratch = [c for c in configs if not c.settings.get("adapter")] or configs
     means = sweep_tables.configurations_table(configs, measure) + equal_cost_table(scratch)
     figures = draw_sweep_figures(scratch, measure)
-    method_blocks, method_figures = adapter_section(configs, measure)
+    method_blocks, method_figures = method_section(configs, measure)
     blocks = [
         *warning_blocks,
         *conclusions,
@@ -214,20 +215,20 @@ def sweep_report(runs: list[Run], configs: list[Configuration], margins: dict):
         ("subheading", "Runs"),
         sweep_tables.runs_table(configs, measure),
         *sweep_tables.frontier_table(scratch, measure),
-        *list_of(notes),
-        *run_tables.core_tables(done),
+        *list_blocks(notes),
+        *run_tables.core_tables(finished_runs),
         ("heading", "What was compared"),
         ("paragraph", "One run of each configuration."),
         *run_tables.setup_tables([dataclasses.replace(c.runs[0], name=c.name) for c in configs]),
         *run_tables.sample_tables(baseline_and_best(configs, measure)),
     ]
     brief = [block for block in conclusions if block[0] in ("warning", "paragraph")]
-    counted = "1 configuration" if len(configs) == 1 else f"{len(configs)} configurations"
-    title = f"Training report: {counted}, {len(runs)} runs"
+    noun = "configuration" if len(configs) == 1 else "configurations"
+    title = f"Training report: {len(configs)} {noun}, {len(runs)} runs"
     return title, blocks, figures | method_figures, [*warning_blocks, *brief, *means]
 
 
-def list_of(items: list[str]) -> list[tuple]:
+def list_blocks(items: list[str]) -> list[tuple]:
     """A list as blocks of the page; no block without items."""
     return [("list", items)] if items else []
 
@@ -258,7 +259,7 @@ def judge(configs: list[Configuration], margins: dict) -> list[tuple]:
 
 
 def baseline_and_best(configs: list[Configuration], measure: str) -> list[Run]:
-    """A run of the baseline and one of the best low-rank configuration: their samples stand for all."""
+    """A run of the baseline and one of the best low-rank configuration, whose samples are shown."""
     y_key = MEASURES[measure][0]
     low = [c for c in configs if c.low_rank and c.values(y_key)]
     chosen = [baseline(configs, y_key), min(low, key=lambda c: c.mean(y_key), default=None)]
@@ -269,12 +270,15 @@ def baseline_and_best(configs: list[Configuration], measure: str) -> list[Run]:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def load_runs(given: list[str], wandb_spec: str = "") -> list[Run]:
-    """The runs in the order given, with names that tell them apart; then those of W&B."""
-    folders = [find_run(text) for text in given]
+def load_runs(words: list[str], wandb_spec: str = "") -> list[Run]:
+    """The runs of the command line in its order, with different names; then those of W&B.
+
+    words: tags, or paths to run folders.
+    """
+    folders = [find_run(word) for word in words]
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
-            raise InputError(f"{given[i]}: this run is given twice")
+            raise InputError(f"{words[i]}: this run is given twice")
     runs = [dataclasses.replace(load_run(folder), core=newest_core(folder)) for folder in folders]
     tags = [run.name for run in runs]
     for i, folder in enumerate(folders):
@@ -323,11 +327,8 @@ def derived_values(run: Run) -> dict:
     if tokens and seconds:  # train/tok_per_sec is the last step's alone: too noisy to compare
         values["mean_tok_per_sec"] = tokens / seconds
     peak, *parts = (run_value(run, f"mem/{part}_bytes") for part in ("peak", "weights", "grads", "optimizer"))
-    if (
-        comparable.config_value(run, "device.type") == "cuda"
-        and None not in (peak, *parts)
-        and sum(parts) <= peak
-    ):
+    on_cuda = comparable.config_value(run, "device.type") == "cuda"
+    if on_cuda and None not in (peak, *parts) and sum(parts) <= peak:
         values["mem/rest_bytes"] = peak - sum(parts)
     return values
 

@@ -6,14 +6,15 @@ The functions read a run's config.json and summary.json.
 from nanochat.metrics import Run
 from nanochat.report.configurations import finished
 
-# What two runs must have in common before a quantity of one is divided by the other's.
+# Conditions that two runs must share before a quantity of one is divided by that of the other.
 SAME_TEXT = "text"
 SAME_TOKENIZER = "tokenizer"
 SAME_MACHINE = "machine"
 BOTH_FINISHED = "end"
 
 MACHINE_PATHS = ("device.type", "device.name", "device.dtype", "device.processes", "device.threads")
-NOTED_DIFFERENCES = (  # (what, path in config.json): they forbid no ratio, but the reader should know
+# (quantity, path in config.json): a difference forbids no ratio, but the reader should know it
+NOTED_DIFFERENCES = (
     ("training text", "derived.corpus.train_fingerprint"),
     ("number of training tokens", "derived.tokens"),
     ("total batch size", "derived.total_batch_size"),
@@ -49,20 +50,20 @@ def check_comparable(runs: list[Run]) -> tuple[dict[str, list[str]], list[str], 
 
 def broken_conditions(runs: list[Run]) -> dict[str, list[str]]:
     first = runs[0]
-    tokenizer = names_that_differ(runs, "derived.tokenizer_hash")
-    text = names_that_differ(runs, "derived.corpus.val_fingerprint")
+    tokenizer = differing_runs(runs, "derived.tokenizer_hash")
+    text = differing_runs(runs, "derived.corpus.val_fingerprint")
     # Under one tokenizer, another number of validation tokens is another text. Two tokenizers count
     # differently.
-    recounted = names_that_differ(runs, "derived.val_tokens")
+    recounted = differing_runs(runs, "derived.val_tokens")
     return {
         SAME_TOKENIZER: tokenizer,
         SAME_TEXT: text + [name for name in recounted if name not in text + tokenizer],
-        SAME_MACHINE: names_that_differ(runs, *MACHINE_PATHS),
+        SAME_MACHINE: differing_runs(runs, *MACHINE_PATHS),
         BOTH_FINISHED: [run.name for run in runs if not (finished(run) and finished(first))],
     }
 
 
-def names_that_differ(runs: list[Run], *paths: str) -> list[str]:
+def differing_runs(runs: list[Run], *paths: str) -> list[str]:
     """The runs that differ from the first in any of the paths; all of them if it lacks the first path."""
     expected = [config_value(runs[0], path) for path in paths]
     names = []
@@ -99,16 +100,15 @@ def condition_warnings(first: Run, broken: dict[str, list[str]]) -> list[str]:
 def difference_notes(runs: list[Run]) -> list[str]:
     """What else a reader should know before comparing the runs."""
     first = runs[0]
-    notes = [
-        f"{run.name} is unfinished: its values are those at {progress(run)}, and no ratio of final values is "
-        "shown."
-        for run in runs
-        if not finished(run)
-    ]
-    for what, path in NOTED_DIFFERENCES:
-        others = names_that_differ(runs, path) if config_value(first, path) is not None else []
-        if others:
-            notes.append(f"Different {what} from {first.name}: {join_names(others)}.")
+    notes = []
+    for run in runs:
+        if not finished(run):
+            values = f"its values are those at {progress(run)}, and no ratio of final values is shown"
+            notes.append(f"{run.name} is unfinished: {values}.")
+    for quantity, path in NOTED_DIFFERENCES:
+        names = differing_runs(runs, path) if config_value(first, path) is not None else []
+        if names:
+            notes.append(f"Different {quantity} from {first.name}: {join_names(names)}.")
     dirty = [run.name for run in runs if config_value(run, "git.dirty")]
     if dirty:
         notes.append(f"Ran from a source tree with uncommitted changes: {join_names(dirty)}.")
@@ -167,7 +167,7 @@ def skipped_steps(run: Run) -> int:
 
 
 def divergence_notes(runs: list[Run]) -> list[str]:
-    """A note on each run that diverged, or of which some steps were not applied."""
+    """A note on each run that diverged or has steps that were not applied."""
     notes = []
     for run in runs:
         parts = []

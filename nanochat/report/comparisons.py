@@ -1,7 +1,7 @@
-"""The comparisons behind each hypothesis: which runs are paired, in which quantities, and who is left out.
+"""The comparisons behind each hypothesis: which runs form pairs, in which quantities, and which are left out.
 
-A case is one low-rank configuration beside its full-rank baseline. Of a configuration without a baseline, the
-report says why.
+A case is one low-rank configuration beside its full-rank baseline. For a configuration without a baseline,
+the report says why it has none.
 """
 
 import math
@@ -37,16 +37,16 @@ class Comparison:
 
     quantity: str
     differences: dict[int, float]  # {seed: difference of logarithms}
-    limit: float | None = None  # the ratio that decides must lie below it; None: for information
-    # measured beside a prediction that decides: where it surely says the contrary, nothing is decided
+    limit: float | None = None  # the ratio must lie below it; None: for information only
+    # a measurement beside a prediction that decides: if it clearly contradicts, nothing is decided
     cross_check: bool = False
-    # settings were chosen on the seeds compared, or a seed diverged: an estimate without an interval
+    # the settings were chosen on the compared seeds, or a seed diverged: an estimate without an interval
     biased: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """One low-rank configuration, its baseline, and what is compared between them."""
+    """One low-rank configuration, its baseline, and the comparisons between them."""
 
     name: str
     baseline: str
@@ -54,7 +54,8 @@ class Case:
     notes: list[str] = field(default_factory=list)
 
 
-Cases = tuple[list[Case], list[str]]  # and a line on each configuration that could not be compared
+# the cases, and a line on each configuration that could not be compared
+Cases = tuple[list[Case], list[str]]
 
 
 # ---- H1: time and memory -----------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def settings_of_cost(config: Configuration) -> tuple:
 
 
 def cost_comparisons(group, partners, time_limit: float, memory_limit: float) -> list[Comparison]:
-    """Time and memory. Which memory decides: the measured peak on a GPU, the predicted one on a CPU."""
+    """Time and memory. The measured peak decides on a GPU, the predicted one on a CPU."""
     time = compare(group, partners, "step_time")
     peak = compare(group, partners, "mem/peak_bytes")
     predicted = compare(group, partners, "mem/predicted_peak_bytes")
@@ -172,9 +173,7 @@ def deeper_cases(low: list[Configuration], full: list[Configuration], tolerance:
     excluded = []
     for group in group_by(low, lambda config: values_of(config, (*CONTEXT, *SHAPE, *RANK_SETTINGS))):
         same_training = same_settings(full, group[0], (*CONTEXT, *FAMILY))
-        shallower = [
-            config for config in same_training if executed_layers(config) < executed_layers(group[0])
-        ]
+        shallower = [c for c in same_training if executed_layers(c) < executed_layers(group[0])]
         shares = {config.name: parameter_share(group[0], config) for config in shallower}
         shares = {name: share for name, share in shares.items() if share is not None}
         equal = [c for c in shallower if abs(shares.get(c.name, math.inf) - 1) <= tolerance + 1e-9]
@@ -314,9 +313,9 @@ def common_name(configs: list[Configuration]) -> str:
 
 
 def no_common_seed(low, full) -> str:
-    here = numbers_text(mean_logs(low, "val/ppl")) or "none"
-    there = numbers_text(mean_logs(full, "val/ppl")) or "none"
-    return f"no seed in common with full rank ({here} here, {there} there), or nothing recorded"
+    low_seeds = numbers_text(mean_logs(low, "val/ppl")) or "none"
+    full_seeds = numbers_text(mean_logs(full, "val/ppl")) or "none"
+    return f"no seed in common with full rank ({low_seeds} here, {full_seeds} there), or nothing recorded"
 
 
 def numbers_text(numbers: Iterable[int]) -> str:

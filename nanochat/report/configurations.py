@@ -17,9 +17,9 @@ from nanochat.naming import base_name, method, with_size
 from nanochat.units import is_finite
 from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
-# Flags that change neither the model nor its training nor what it costs ...
+# flags that change neither the model, nor its training, nor its cost
 IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
-# ... and those that ask for something that the run's derived values, or its device, record as resolved.
+# flags whose resolved values the run records elsewhere: among its derived values, or with its device
 RESOLVED = set(flag_names(Role.PLACE, Role.REQUEST))
 MODEL_FLAGS = {  # key of the recorded model -> name of its flag
     "n_layer": "depth",
@@ -35,12 +35,12 @@ MACHINE = ("device_type", "device_name", "dtype", "processes", "threads")
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed, and in what shapes no run, such as their names."""
+    """Runs that differ only in the seed and in flags without an effect, such as names."""
 
-    name: str  # what tells it from the other configurations: "attn 96, mlp 96", or "full rank"
+    name: str  # distinguishes it from the other configurations: "attn 96, mlp 96", or "full rank"
     runs: tuple[Run, ...]  # ordered by seed
     low_rank: bool  # any rank above 0
-    settings: dict  # flag -> resolved value; a rank is a number, or "100-50-20-5" where it varies over depth
+    settings: dict  # flag -> resolved value; a rank is a number, or "100-50-20-5" if it varies over depth
     method: str = ""  # "LoRA", "Fastfood", … of an adapter or a subspace; "" of an ordinary run
 
     @property
@@ -83,7 +83,7 @@ def run_seed(run: Run) -> int:
 
 
 def settings(run: Run, defaults: dict) -> dict:
-    """What shaped the run: {flag: number, text, boolean or None}, each as it was resolved.
+    """{flag: resolved value} of all flags with an effect on the run. A value: number, text, boolean or None.
 
     A budget appears as the depth and the ranks that it gave, -1 as the value that it stood for, data as their
     fingerprints. The machine is included. defaults: values of the flags that the run's version did not have.
@@ -216,7 +216,7 @@ def make_configuration(name: str, settings: dict, runs: list[Run]) -> Configurat
 def short_names(all_settings: list[dict], tags: list[str]) -> list[str]:
     """A name for each configuration: ranks or method, then differing settings until the names differ.
 
-    tags: of a run of each, to tell apart configurations whose names are still equal.
+    tags: the tag of one run of each configuration. It distinguishes configurations whose names stay equal.
     """
     mixed_scripts = len({bool(each.get("adapter")) for each in all_settings}) > 1
     names = [[rank_name(each)] for each in all_settings]
@@ -224,7 +224,7 @@ def short_names(all_settings: list[dict], tags: list[str]) -> list[str]:
         if not tells_apart(key, names, all_settings):
             continue
         for name, each in zip(names, all_settings):
-            # of two scripts, one may not have the flag at all: "unset" would mislead
+            # one of the two scripts may not have the flag: "unset" would mislead
             unknown = mixed_scripts and each.get(key) is None
             name.append("" if unknown else setting_name(key, each.get(key)))
     joined = [", ".join(filter(None, name)) for name in names]
@@ -234,14 +234,14 @@ def short_names(all_settings: list[dict], tags: list[str]) -> list[str]:
 def naming_order(all_settings: list[dict]) -> list[str]:
     """The settings that can follow the ranks in a name, in the order in which they are tried."""
     first = ["depth", "model_dim", "rank_schedule", "matrix_lr"]
-    in_rank_name = {*RANKS, "matrix_ranks", "factor_act", "mlp_ratio"}
-    return first + sorted(set().union(*all_settings) - set(first) - in_rank_name)
+    rank_name_keys = {*RANKS, "matrix_ranks", "factor_act", "mlp_ratio"}
+    return first + sorted(set().union(*all_settings) - set(first) - rank_name_keys)
 
 
 def tells_apart(key: str, names: list[list[str]], all_settings: list[dict]) -> bool:
-    """Whether two configurations of the same name so far differ in this setting.
+    """Whether two configurations whose names are still equal differ in this setting.
 
-    Depth and width are told wherever they vary.
+    Depth and width are in the names whenever they vary.
     """
     values_by_name: dict[tuple, set] = {}
     for name, each in zip(names, all_settings):
@@ -295,7 +295,7 @@ def setting_name(key: str, value) -> str:
     if isinstance(value, bool):
         return words if value else f"no {words}"
     if value == "":
-        return ""  # such as no layer map
+        return ""  # for example: no layer map
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return {
         "depth": f"{text} layers",
@@ -358,9 +358,9 @@ def base_train_words(run: Run, flags: dict) -> str:
         if key in defaults and value == defaults[key]:
             continue
         if flags.get("init_from") and key in SHAPE_FLAGS:
-            continue  # the checkpoint has the shape, so the flag is refused beside it
+            continue  # the checkpoint has the shape, and --init-from refuses these flags
         if key == "budget_params" and not str(value).replace("_", "").isdigit():
-            # a run's name: where this is pasted, that run may not exist
+            # the name of a run, which may not exist where the flags are pasted
             value = run.summary.get("params/total", value)
         words.append(flag_word(key))
         if isinstance(value, list) and value:

@@ -10,7 +10,7 @@ from nanochat.report.configurations import Configuration, run_seed, step_seconds
 from nanochat.report.pairing import CONTEXT, SHAPE, values_of
 from nanochat.report.run_tables import SECTIONS
 
-FORMULA = re.compile(r"\s*[=+@\t\r-]")  # a text that begins so is computed by a spreadsheet
+FORMULA = re.compile(r"\s*[=+@\t\r-]")  # a spreadsheet computes a text that begins so
 CONFIG_PATHS = (
     "device.type",
     "device.name",
@@ -55,12 +55,12 @@ def to_csv(runs: list[Run], configurations: dict[str, str], pairs: dict[str, str
     return file.getvalue()
 
 
-def other_summary_keys(runs: list[Run], known: set[str]) -> list[str]:
-    """The keys that hold a number or a text in the summary of any run, without the known ones."""
+def other_summary_keys(runs: list[Run], table_keys: set[str]) -> list[str]:
+    """The keys that hold a number or a text in the summary of any run, without `table_keys`."""
     keys = set()
     for run in runs:
         keys |= {key for key, value in run.summary.items() if isinstance(value, (int, float, str))}
-    return sorted(keys - known)
+    return sorted(keys - table_keys)
 
 
 def csv_cell(value):

@@ -1,4 +1,4 @@
-"""The loss of other models at the tokens, FLOPs or training time that the largest full-rank model took."""
+"""The loss of each model at the tokens, FLOPs or training time of the largest full-rank model."""
 
 import math
 from statistics import fmean
@@ -29,7 +29,7 @@ SAME_TRAINING = tuple(name for name in (*CONTEXT, *FAMILY) if name != "num_itera
 ARCHITECTURE = (*SHAPE, *RANK_SETTINGS)
 EQUAL_COST = math.log(1.02)  # costs within 2 % of each other are equal
 
-# The configurations of one architecture: one or more for each length of training.
+# The configurations of one architecture: one or more for each number of training steps.
 Model = list[Configuration]
 
 
@@ -75,8 +75,8 @@ def equal_cost_table(configs: list[Configuration]) -> list[tuple]:
 def choose_control(models: list[Model]) -> Model:
     """The largest of the full-rank models with the most seeds, at its shortest length of training."""
     full = [shortest_length(model) for model in models if model[0].full_rank]
-    most_seeds = max((len(losses(model)) for model in full), default=0)
-    candidates = [model for model in full if len(losses(model)) == most_seeds]
+    most_seeds = max((len(best_losses(model)) for model in full), default=0)
+    candidates = [model for model in full if len(best_losses(model)) == most_seeds]
     return max(candidates, key=lambda model: model[0].mean("params/total") or 0, default=[])
 
 
@@ -85,7 +85,7 @@ def shortest_length(model: Model) -> Model:
     return [config for config in model if values_of(config, ("num_iterations",)) == shortest]
 
 
-def losses(model: Model) -> dict[int, float]:
+def best_losses(model: Model) -> dict[int, float]:
     """{seed: loss in nats} at the best settings.
 
     A seed on which the settings had to be chosen is left out, unless that holds for all seeds.
@@ -96,20 +96,19 @@ def losses(model: Model) -> dict[int, float]:
 
 
 def loss_differences(model: Model, control: Model, cost: str) -> dict[int, float]:
-    """{seed: loss of the model at the control's cost − loss of the control}, if it was trained that far."""
+    """{seed: loss of the model at the control's cost − loss of the control}, for seeds with that cost."""
     lengths = [
-        (mean_logs(group, cost, trained_in_full), losses(group))
+        (mean_logs(group, cost, trained_in_full), best_losses(group))
         for group in group_by(model, lambda config: values_of(config, ("num_iterations",)))
     ]
     at_cost = {}
     for seed, control_cost in mean_logs(control, cost, trained_in_full).items():
-        points = [
-            (costs[seed], losses_[seed]) for costs, losses_ in lengths if seed in costs and seed in losses_
-        ]
-        loss = interpolate(sorted(points), control_cost)
+        usable = [(costs, losses) for costs, losses in lengths if seed in costs and seed in losses]
+        points = sorted((costs[seed], losses[seed]) for costs, losses in usable)
+        loss = interpolate(points, control_cost)
         if loss is not None:
             at_cost[seed] = loss
-    return seed_differences(at_cost, losses(control))
+    return seed_differences(at_cost, best_losses(control))
 
 
 def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
@@ -124,15 +123,17 @@ def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
 
 
 def block_parameters(run) -> float:
-    """Parameters of attention and MLP: what a rank can change."""
+    """Parameters of attention and MLP, which ranks change."""
     return run.summary.get("params/attention", math.nan) + run.summary.get("params/mlp", math.nan)
 
 
 def share(model: Model, control: Model, quantity) -> float:
     """The model's geometric mean over the control's; NaN if either is unknown."""
-    ours = mean_logs(model, quantity).values()
-    base = mean_logs(control, quantity).values()
-    return math.exp(fmean(ours) - fmean(base)) if ours and base else math.nan
+    model_logs = mean_logs(model, quantity).values()
+    control_logs = mean_logs(control, quantity).values()
+    if not (model_logs and control_logs):
+        return math.nan
+    return math.exp(fmean(model_logs) - fmean(control_logs))
 
 
 def model_name(model: Model) -> str:

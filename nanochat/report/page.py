@@ -1,10 +1,10 @@
-"""A page written once as a flat list of blocks, rendered as markdown and as one self-contained HTML file.
+"""A page is a flat list of blocks. It is rendered as markdown and as one self-contained HTML file.
 
 Blocks are plain tuples:
 ("heading", text), ("subheading", text), ("paragraph", text), ("warning", text), ("list", items)
 ("details", summary, text): folded until a reader opens it
 ("figure", file name, caption): figures are {file name: PNG bytes, or (PNG bytes, hotspots)}. A hotspot
-    (x, y, text) names what is drawn there; x, y: fractions of the picture from its top left.
+    (x, y, text) has the text for a point; x, y: fractions of the picture from its top left.
 ("table", header, rows, kind): kind is "numbers", "text" or "samples". A row of a single cell is a
     subheading. A cell may end in a ratio such as " ×0.53".
 ("runs", header, rows, filters): a table that sorts by any column and has a menu for each column named in
@@ -22,7 +22,7 @@ NO_RATIO = " " * len(" ×0.705")
 
 
 def align_ratios(rows: list[list[str]]) -> list[list[str]]:
-    """In columns with ratios, leave room for one after each number that has none: the numbers line up."""
+    """In columns with ratios, leave room behind each number without one: the numbers line up."""
     columns = {i for row in rows for i, cell in enumerate(row) if RATIO.search(cell)}
     aligned = []
     for row in rows:
@@ -35,11 +35,11 @@ def encode(document: str) -> bytes:
     return document.encode("utf-8", "replace")  # a sample may hold half a character
 
 
-# ---- text that is shown as it is ---------------------------------------------------------------------------
+# ---- text that is shown unchanged --------------------------------------------------------------------------
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # a terminal acts on them
 LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# what begins a heading, a list, a rule or a block of code; **bold** does not
+# marks that start a heading, a list, a rule or a block of code; **bold** is none
 BLOCK_MARK = re.compile(r"^(\d*)(?=[#+=~.)-]|\*(?!\*[^\s*])|_[\s_])")
 
 
@@ -48,11 +48,11 @@ def visible(words: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", LINE_BREAK.sub("\n", words))
 
 
-def in_markdown(words: str, has_emphasis: bool = True, begins_line: bool = False) -> str:
-    """Text that markdown shows as it is: no link, picture, code, tag or cell of a table begins in it.
+def markdown_text(words: str, has_emphasis: bool = True, begins_line: bool = False) -> str:
+    """Text that markdown shows unchanged: it starts no link, picture, code, tag or cell of a table.
 
-    has_emphasis: **bold** and _such_ keep their meaning; escaped, names with underscores would be hard to
-    read. begins_line: the text is the first on its line, so that a mark such as # would make it a heading.
+    has_emphasis: **bold** and _such_ keep their meaning: names with escaped underscores are hard to read.
+    begins_line: the text is the first on its line, so a mark such as # would make it a heading.
     """
     marks = r"([\\`\[\]|])" if has_emphasis else r"([\\`\[\]|*_])"
     words = re.sub(marks, r"\\\1", visible(words))
@@ -70,25 +70,27 @@ def to_markdown(blocks: list[tuple]) -> str:
     for block in blocks:
         match block:
             case ("heading", title):
-                parts.append(f"## {in_markdown(title)}")
+                parts.append(f"## {markdown_text(title)}")
             case ("subheading", title):
-                parts.append(f"### {in_markdown(title)}")
+                parts.append(f"### {markdown_text(title)}")
             case ("paragraph", words):
-                parts.append(in_markdown(words, begins_line=True))
+                parts.append(markdown_text(words, begins_line=True))
             case ("warning", words):
-                parts.append(f"> **Warning:** {in_markdown(words)}")
+                parts.append(f"> **Warning:** {markdown_text(words)}")
             case ("list", items):
-                parts.append("\n".join(f"- {in_markdown(item, begins_line=True)}" for item in items))
+                parts.append("\n".join(f"- {markdown_text(item, begins_line=True)}" for item in items))
             case ("table", header, rows, kind):
                 parts.append(markdown_table(header, rows, kind))
             case ("runs", header, rows, _):
                 texts = [list(map(cell_text, row)) for row in rows]
                 parts.append(markdown_table(header, texts, "numbers"))
             case ("figure", file, caption):
-                parts.append(f"![{in_markdown(caption)}]({file})\n\n{in_markdown(caption, begins_line=True)}")
+                parts.append(
+                    f"![{markdown_text(caption)}]({file})\n\n{markdown_text(caption, begins_line=True)}"
+                )
             case ("details", summary, words):
                 parts.append(
-                    f"<details><summary>{in_html(' '.join(summary.split()))}</summary>\n\n"
+                    f"<details><summary>{html_text(' '.join(summary.split()))}</summary>\n\n"
                     f"<pre>{escaped(words)}</pre>\n</details>"
                 )
     return "\n\n".join(parts) + "\n"
@@ -98,7 +100,7 @@ def markdown_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     """Columns padded to one width, so that it reads as a table in a terminal too."""
     lines = []
     for row in (header, *rows):
-        cells = [in_markdown(cell, has_emphasis=kind != "samples") for cell in row]
+        cells = [markdown_text(cell, has_emphasis=kind != "samples") for cell in row]
         if len(cells) == 1:
             cells = [f"**{cells[0]}**"] + [""] * (len(header) - 1)
         lines.append(cells)
@@ -118,8 +120,8 @@ def markdown_table(header: list[str], rows: list[list[str]], kind: str) -> str:
 # ---- HTML --------------------------------------------------------------------------------------------------
 
 
-def in_html(words: str) -> str:
-    """Text that HTML shows as it is, but for **bold**."""
+def html_text(words: str) -> str:
+    """Text that HTML shows unchanged, except that **bold** becomes bold."""
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped(words))
 
 
@@ -133,15 +135,15 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
     for block in blocks:
         match block:
             case ("heading", title):
-                parts.append(f"<h2>{in_html(title)}</h2>")
+                parts.append(f"<h2>{html_text(title)}</h2>")
             case ("subheading", title):
-                parts.append(f"<h3>{in_html(title)}</h3>")
+                parts.append(f"<h3>{html_text(title)}</h3>")
             case ("paragraph", words):
-                parts.append(f"<p>{in_html(words)}</p>")
+                parts.append(f"<p>{html_text(words)}</p>")
             case ("warning", words):
-                parts.append(f'<p class="warning"><b>Warning:</b> {in_html(words)}</p>')
+                parts.append(f'<p class="warning"><b>Warning:</b> {html_text(words)}</p>')
             case ("list", items):
-                parts.append("<ul>" + "".join(f"<li>{in_html(item)}</li>" for item in items) + "</ul>")
+                parts.append("<ul>" + "".join(f"<li>{html_text(item)}</li>" for item in items) + "</ul>")
             case ("table", header, rows, kind):
                 parts.append(html_table(header, rows, kind))
             case ("runs", header, rows, filters):
@@ -150,7 +152,7 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
                 parts.append(html_figure(figures[file], caption))
             case ("details", summary, words):
                 parts.append(
-                    f"<details><summary>{in_html(summary)}</summary><pre>{escaped(words)}</pre></details>"
+                    f"<details><summary>{html_text(summary)}</summary><pre>{escaped(words)}</pre></details>"
                 )
     return "\n".join(parts)
 
@@ -158,14 +160,14 @@ def to_html(blocks: list[tuple], figures: dict) -> str:
 def html_table(header: list[str], rows: list[list[str]], kind: str) -> str:
     body = []
     for row in rows:
-        first, *others = row
-        if others:
-            cells = "".join(f"<td>{html_cell(cell)}</td>" for cell in others)
-            body.append(f'<tr><th scope="row">{in_html(first)}</th>{cells}</tr>')
+        first, *rest = row
+        if rest:
+            cells = "".join(f"<td>{html_cell(cell)}</td>" for cell in rest)
+            body.append(f'<tr><th scope="row">{html_text(first)}</th>{cells}</tr>')
         else:
-            heading = f'<th colspan="{len(header)}" scope="rowgroup">{in_html(first)}</th>'
+            heading = f'<th colspan="{len(header)}" scope="rowgroup">{html_text(first)}</th>'
             body.append(f'<tr class="section">{heading}</tr>')
-    head = "".join(f'<th scope="col">{in_html(cell)}</th>' for cell in header)
+    head = "".join(f'<th scope="col">{html_text(cell)}</th>' for cell in header)
     return (
         f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>'
         + "\n".join(body)
@@ -192,7 +194,7 @@ def html_figure(figure, caption: str) -> str:
     # one scale for all figures, so that their text has one size on the page
     picture = f'<img width="{width * 2 // 3}" src="{src}" alt="{escaped(caption)}">'
     if not hotspots:
-        return f"<figure>{picture}<figcaption>{in_html(caption)}</figcaption></figure>"
+        return f"<figure>{picture}<figcaption>{html_text(caption)}</figcaption></figure>"
     dots = "\n".join(
         f'<circle role="img" cx="{x * width:.1f}" cy="{y * height:.1f}" r="12">'
         f"<title>{escaped(text)}</title></circle>"
@@ -202,7 +204,7 @@ def html_figure(figure, caption: str) -> str:
     return (
         f'<figure><div class="picture">{picture}<svg viewBox="0 0 {width} {height}" role="group" '
         f'aria-label="Points of the figure">\n{dots}</svg></div>'
-        f'<figcaption>{in_html(caption)} <span class="hint">{hint}</span></figcaption></figure>'
+        f'<figcaption>{html_text(caption)} <span class="hint">{hint}</span></figcaption></figure>'
     )
 
 
@@ -216,7 +218,7 @@ def cell_text(cell) -> str:
 
 
 def sort_value(cell) -> float | str | None:
-    """What a cell of a table of runs sorts by: a number, its text, or None (no value, nan, inf), the last."""
+    """The value by which a cell of a table of runs is sorted. None (no value, nan, inf) is last."""
     value = cell[1] if isinstance(cell, tuple) else cell
     if is_number(value):
         return value if math.isfinite(value) else None
@@ -258,7 +260,7 @@ def runs_cell(cell, tag: str, kind: str) -> str:
 
 
 def menu(name: str, column: int, cells: list) -> str:
-    """The distinct texts of a column to choose from: numbers by value, then text, then what has no value."""
+    """A choice of the distinct texts of a column: numbers by value, then text, then cells without a value."""
     texts = dict.fromkeys(escaped(cell_text(cell)) for cell in sorted(cells, key=menu_order))
     options = "".join(f'<option value="{text}">{text}</option>' for text in texts)
     return (
@@ -281,9 +283,9 @@ SCRIPT = Path(__file__).with_name("page.js").read_text("utf-8")
 
 
 def to_page(title: str, blocks: list[tuple], figures: dict) -> str:
-    """The whole page: style, script and pictures inside, nothing fetched.
+    """The whole page. Style, script and pictures are inside it: it loads no other file.
 
-    It has a script only for tables of runs and hotspots.
+    It has a script only if it has a table of runs or hotspots.
     """
     body = to_html(blocks, figures)
     needs_script = '<div class="runs">' in body or '<div class="picture">' in body

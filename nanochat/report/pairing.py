@@ -1,7 +1,7 @@
-"""Pairs of runs that differ in rank alone: which settings must be equal, and how sure their difference is.
+"""Pairs of runs that differ in rank alone: which settings must be equal, and how certain the difference is.
 
-The difference of a pair is one of logarithms, so its exponential is a ratio. The interval is Student's, over
-the pairs.
+The difference of a pair is one of logarithms, so its exponential is a ratio. The interval over the pairs is
+Student's.
 """
 
 import math
@@ -14,19 +14,19 @@ from nanochat.flag_types import Role
 from nanochat.flags import flag_names
 from nanochat.report.configurations import MACHINE, Configuration, finished, run_seed, run_value
 
-# What the loss depends on besides the model: the data and their order (a function of text, tokenizer, length
+# The loss depends on these besides the model: the data and their order (a function of text, tokenizer, length
 # and seed), the number of tokens, the schedule and the arithmetic.
 CORPUS = ("train_fingerprint", "val_fingerprint", "tokenizer_hash", "val_tokens")
 CONTEXT = (*CORPUS, *flag_names(Role.CONTEXT), "dtype", "materialized_from")
 FAMILY = flag_names(Role.FAMILY)
 SHAPE = (*flag_names(Role.SHAPE), "layer_kinds", *FAMILY)
 RANK_SETTINGS = flag_names(Role.GROUP_RANK, Role.RANK)
-# they change time and memory, but not what is learned
+# they change time and memory, but not the loss
 COST_SETTINGS = (*MACHINE, *flag_names(Role.COST))
-# they change what is learned, but neither time nor memory
+# they change the loss, but neither time nor memory
 OPTIMIZER_SETTINGS = set(flag_names(Role.RATE))
 NOT_TUNED = {*CONTEXT, *SHAPE, *RANK_SETTINGS, *COST_SETTINGS, *flag_names(Role.OTHER)}
-MAX_SEEDS = 100  # advice to run more seeds than that would help nobody
+MAX_SEEDS = 100  # nobody could follow the advice to run more seeds
 
 
 def values_of(config: Configuration, names) -> tuple:
@@ -47,7 +47,7 @@ def group_by(configs: list[Configuration], key) -> list[list[Configuration]]:
 
 
 def trained_in_full(run) -> bool:
-    """Finished on all of its tokens: the perplexity of a run that --stop-at-ppl ended early was asked for."""
+    """Whether the run finished on all of its tokens; with --stop-at-ppl it may end early."""
     derived = run.config.get("derived", {})
     return finished(run) and run.summary.get("total_tokens", math.inf) >= derived.get("tokens", 0)
 
@@ -94,11 +94,11 @@ def best_settings(settings: list[dict[int, float]]) -> BestSettings:
     biased = {}
     for seed in sorted(set().union(*settings)):
         candidates = [setting for setting in settings if seed in setting]
-        others = sorted(set.intersection(*map(set, candidates)) - {seed})
+        other_seeds = sorted(set.intersection(*map(set, candidates)) - {seed})
         if len(candidates) == 1:
             unbiased[seed] = candidates[0][seed]
-        elif others:
-            best = min(candidates, key=lambda candidate: fmean(candidate[other] for other in others))
+        elif other_seeds:
+            best = min(candidates, key=lambda candidate: fmean(candidate[other] for other in other_seeds))
             unbiased[seed] = best[seed]
         else:
             biased[seed] = min(candidate[seed] for candidate in candidates)

@@ -1,7 +1,6 @@
-"""The parts that every figure of a report is drawn with, in the order in which a figure is made.
+"""The parts of all figures of a report: colours, markers, points, lines, axes, labels, legends, the PNG.
 
-A figure without pyplot; a colour and a marker for each run or configuration; points and lines; axes; labels
-beside the points; a legend below the panels; the PNG, and where in it each point lies.
+Figures are made without pyplot.
 """
 
 import io
@@ -24,7 +23,7 @@ from nanochat.report.summaries import depth, factored_groups, rank_words, ranks_
 # common divisor: 28 runs before a pair repeats, and neighbours differ in colour, line and marker.
 BLACK = "#000000"
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", BLACK]
-BRIGHT = PALETTE[:-1]  # where black is full rank's
+BRIGHT = PALETTE[:-1]  # for figures in which black means full rank
 GREY = "#8a8a8a"
 PALE_GREY = "#bbbbbb"
 TEXT_GREY = "#555555"
@@ -38,7 +37,7 @@ POINT_STYLE = {
     "zorder": 3,
 }
 
-LABELLED = 10  # configurations that can all be labelled in full in one panel
+LABELLED = 10  # up to so many configurations are all labelled in full in one panel
 LABEL_SIZE = 8.5  # points
 LABEL_DISTANCES = (9, 18, 30, 44, 60, 80)  # points, from the middle of a marker
 LABEL_SIDES = [  # (right, up, horizontal and vertical alignment)
@@ -75,7 +74,7 @@ def png_with_hotspots(fig: Figure, points: list) -> tuple[bytes, list]:
     x, y: in the panel's units; returned as fractions of the picture's width and height from its top left.
     """
     fig.draw_without_rendering()
-    fig.set_layout_engine("none")  # saving must not move what was measured
+    fig.set_layout_engine("none")  # saving must not move the measured points
     hotspots = []
     for panel, x, y, text in points:
         pixel = panel.transData.transform((x, y))
@@ -108,7 +107,7 @@ def plain(text: str, longest: int = 40) -> str:
 
 
 def colour_and_marker(i: int) -> dict:
-    """The i-th run has the same ones in every figure."""
+    """Style of the i-th run, the same in every figure."""
     return {"color": PALETTE[i % len(PALETTE)], "marker": marker(i)}
 
 
@@ -123,7 +122,7 @@ def line_style(i: int) -> str:
 def configuration_styles(configs: list[Configuration]) -> dict[str, dict]:
     """{configuration's name: colour and marker}: the colour tells the rank.
 
-    The marker tells the depth, or the rank again where there is one depth.
+    The marker tells the depth, or if there is one depth, the rank again.
     """
     colours = rank_colours(configs)
     kinds = low_rank_kinds(configs)
@@ -206,7 +205,7 @@ def draw_line(panel, points: list[tuple[float, list[float]]], **style):
     panel.errorbar(
         [x for x, _ in points],
         [fmean(values) for _, values in points],
-        yerr=[[below for (below,), _ in bars], [above for _, (above,) in bars]],
+        yerr=[[lower for (lower,), _ in bars], [upper for _, (upper,) in bars]],
         markersize=6,
         linewidth=1.4,
         **style,
@@ -215,7 +214,7 @@ def draw_line(panel, points: list[tuple[float, list[float]]], **style):
 
 
 def draw_faint_line(panel, points: list[tuple[float, float]]):
-    """One of the many that are not named."""
+    """A line without an entry in the legend."""
     panel.plot(*zip(*points), color=PALE_GREY, linewidth=0.7, zorder=1)
 
 
@@ -250,6 +249,11 @@ def draw_stairs(panel, front: list[tuple[float, float]]) -> list[tuple[float, fl
     return points_along(corners[1:])
 
 
+def scaled(points: list[tuple[float, float]], size: float) -> list[tuple[float, float]]:
+    """The points with x in units of `size`."""
+    return [(x / size, y) for x, y in points]
+
+
 # ---- axes --------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +263,7 @@ def with_unit(quantity: str, unit: str) -> str:
 
 
 def log_if_wide(axis, values: list[float]):
-    """A logarithmic axis where the values span more than a factor of ten; else linear ticks read better."""
+    """A logarithmic axis if the values span more than a factor of ten; else linear ticks are clearer."""
     if values and min(values) > 0 and max(values) > 10 * min(values):
         log_axis(axis)
 
@@ -276,8 +280,8 @@ def log_axis(axis, ticks=(1, 2, 5)):
 def limit_height(panel, series: list[list[float]], levels: list[float] = ()):
     """A y-range for points with error bars, each a list of values.
 
-    Means far above the median would squeeze all others together: they leave the frame, and a note says how
-    many do. `levels` are always inside.
+    Means far above the median would squeeze all others together: they are outside the frame, and a note says
+    how many. `levels` are always inside.
     """
     means = sorted(map(fmean, series))
     top = max(means[0] + 3 * (means[len(means) // 2] - means[0]), 1.25 * means[0], *levels)
@@ -286,16 +290,16 @@ def limit_height(panel, series: list[list[float]], levels: list[float] = ()):
     high = max(high for _, high in inside)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     panel.set_ylim(low - margin, high + margin)
-    above = [mean for mean in means if mean > high + margin]
-    if above:
-        write_in_corner(panel, f"{len(above)} above the frame")
+    outside = [mean for mean in means if mean > high + margin]
+    if outside:
+        write_in_corner(panel, f"{len(outside)} above the frame")
 
 
 # ---- words in a panel --------------------------------------------------------------------------------------
 
 
 def write_in_middle(panel, text: str):
-    """Why a panel is empty."""
+    """The reason why a panel is empty."""
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#666666")
 
 
@@ -312,11 +316,11 @@ def write_on_level(panel, level: float, text: str):
 
 
 def short_labels(configs: list[Configuration]) -> dict[str, str]:
-    """{configuration's name: its label}: what the legend's colours and markers do not tell.
+    """{configuration's name: its label}: the parts of the name that the legend does not show.
 
-    Of many configurations, only what is unusual about each.
+    Many configurations: only the parts that fewer than half of them have.
     """
-    in_full = len(configs) <= LABELLED
+    has_full_labels = len(configs) <= LABELLED
     ranks = {rank_words(c) for c in configs if not c.full_rank}
     depths = {depth(c) for c in configs}
     rate_flags = [key for key in varying_settings(configs) if key.endswith("_lr")]
@@ -325,13 +329,13 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
     for c in configs:
         layers = f"{depth(c)} layers"
         parts = []
-        if in_full or len(ranks) > len(BRIGHT):
+        if has_full_labels or len(ranks) > len(BRIGHT):
             parts.append(rank_words(c))
-        if in_full and len(depths) > 1:
+        if has_full_labels and len(depths) > 1:
             parts.append(layers)
-        in_legend = [*rank_name(c.settings).split(", "), layers]
-        others = [part for part in c.name.split(", ") if part not in in_legend]
-        parts += [part for part in others if in_full or counts[part] < len(configs) / 2]
+        legend_parts = [*rank_name(c.settings).split(", "), layers]
+        name_parts = [part for part in c.name.split(", ") if part not in legend_parts]
+        parts += [part for part in name_parts if has_full_labels or counts[part] < len(configs) / 2]
         labels[c.name] = ", ".join(parts)
         if len(rate_flags) == 1:
             labels[c.name] = labels[c.name].replace(rate_flags[0].replace("_", " "), "lr")
@@ -341,8 +345,8 @@ def short_labels(configs: list[Configuration]) -> dict[str, str]:
 def label_points(panel, points: list, obstacles: list, fontsize: float = LABEL_SIZE):
     """Write each (x, y, text) beside its point, where it covers the fewest obstacles, points and texts.
 
-    points, obstacles [(x, y)]: in the panel's units. The layout must be settled
-    (fig.draw_without_rendering()): places are measured in pixels.
+    points, obstacles [(x, y)]: in the panel's units. Call fig.draw_without_rendering() first: it settles the
+    layout, and places are measured in pixels.
     """
     fig = panel.figure
     frame = panel.get_window_extent()
@@ -380,13 +384,13 @@ def label_box(point, size, distance: float, side: tuple) -> Bbox:
     """Where a text of this size stands at a side of a point, all in pixels."""
     right, up, horizontal, vertical = side
     width, height = size
-    left = point[0] + right * distance - {"left": 0, "center": width / 2, "right": width}[horizontal]
-    bottom = point[1] + up * distance - {"bottom": 0, "center": height / 2, "top": height}[vertical]
-    return Bbox.from_bounds(left, bottom, width, height)
+    x = point[0] + right * distance - {"left": 0, "center": width / 2, "right": width}[horizontal]
+    y = point[1] + up * distance - {"bottom": 0, "center": height / 2, "top": height}[vertical]
+    return Bbox.from_bounds(x, y, width, height)
 
 
 def label_cost(box: Bbox, frame: Bbox, dots, written: list[Bbox]) -> float:
-    """1 for each dot that it covers, 4 for each text, 12 if it leaves the frame. dots: (n, 2), in pixels."""
+    """1 for each dot under the label, 4 for each text, 12 if it leaves the frame. dots: (n, 2) pixels."""
     wide = box.padded(3)
     cost = ((dots > wide.min) & (dots < wide.max)).all(axis=1).sum()
     cost += 4 * len([other for other in written if wide.overlaps(other)])

@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 from nanochat.history import series, thin_history
 from nanochat.report import plotting
 from nanochat.report.configurations import Configuration, finished, rank_name, run_value
-from nanochat.report.summaries import rank_words
+from nanochat.report.summaries import LOSS_LABELS, MEASURES, rank_words
 from nanochat.units import BYTES, COUNT, FLOP, TIME, human, is_finite, unit_of
 
-TRAIN_LOSS_UP_TO = 4  # runs; the noisy training losses of more than these hide the curves that matter
-LONGEST_LABEL = 40  # characters of a run's label in words; a longer one says less than the tag
+TRAIN_LOSS_UP_TO = 4  # runs; the noisy training losses of more runs would hide the curves that matter
+LONGEST_LABEL = 40  # characters of a run's label in words; instead of a longer one the tag is shown
 
-LOSS_AXES = [  # (key in the history, what it is, its units)
+LOSS_AXES = [  # (key in the history, label, units)
     ("total_tokens", "training tokens", COUNT),
     ("total_training_time", "training time", TIME),
     ("total_training_flops", "training compute", FLOP),
 ]
-PARAMETER_PARTS = [  # (key in the summary, what it is, colour)
+PARAMETER_PARTS = [  # (key in the summary, label, colour)
     ("params/attention", "attention", "#0072B2"),
     ("params/mlp", "MLP", "#56B4E9"),
     ("params/embedding", "embedding", "#E69F00"),
@@ -94,7 +94,7 @@ def run_label(run) -> str:
 
 
 def draw_loss(runs: list, measure: str) -> Figure:
-    """Validation loss against tokens, time and FLOPs, one y-axis; of a few runs training loss too, faint."""
+    """Validation loss against tokens, time and FLOPs, on one y-axis; for a few runs training loss, faint."""
     has_training_loss = measure == "loss" and len(runs) <= TRAIN_LOSS_UP_TO
     keys = ["val/" + measure] + (["train/loss"] if has_training_loss else [])
     runs = [dataclasses.replace(run, history=thin_history(run.history, keys)) for run in runs]
@@ -107,7 +107,7 @@ def draw_loss(runs: list, measure: str) -> Figure:
     limits = loss_limits(runs, keys)
     if limits:
         panels[0].set_ylim(*limits)
-    panels[0].set_ylabel("validation loss (nats/token)" if measure == "loss" else "validation bits per byte")
+    panels[0].set_ylabel(LOSS_LABELS[measure])
     if has_training_loss:
         handles += panels[0].plot([], [], color="#999999", linewidth=0.8, label="faint: training loss")
     plotting.legend_below(fig, handles, handlelength=3.2, fontsize=10)
@@ -155,7 +155,7 @@ def curve(run, x_key: str, y_key: str) -> tuple[list, list]:
 
 
 def loss_limits(runs: list, keys: list[str]) -> tuple[float, float] | None:
-    """A y-range that diverged runs and the start of a run, the fall from ln(vocabulary), do not stretch."""
+    """A y-range that neither diverged runs nor the starts of the runs stretch."""
     settled = []
     starts = []
     for run in runs:
@@ -194,23 +194,23 @@ def draw_bars(runs: list, parts: list, quantity: str, ladder: list, peak_key: st
     longest = max([*totals, *(peak for peak in peaks if peak is not None)])
     size, unit = unit_of(longest, ladder)
 
-    left = [0.0] * len(runs)
+    starts = [0.0] * len(runs)
     handles = []
     for key, label, colour in parts:
         values = [run_value(run, key) or 0 for run in runs]
         widths = [number / size for number in values]
         style = {"height": 0.62, "color": colour, "edgecolor": "white", "linewidth": 0.8}
-        handles.append(panel.barh(rows, widths, left=left, label=label, **style))
+        handles.append(panel.barh(rows, widths, left=starts, label=label, **style))
         middle = {"ha": "center", "va": "center", "color": "white" if colour in DARK else "black"}
         for row in rows:
             if values[row] > 0.12 * longest:  # a narrower segment cannot hold its number
-                x = left[row] + widths[row] / 2
+                x = starts[row] + widths[row] / 2
                 panel.text(x, row, human(values[row], ladder), fontsize=9, **middle)
-        left = [start + width for start, width in zip(left, widths)]
-    known = [(peak / size, row) for row, peak in enumerate(peaks) if peak is not None]
-    if known:
+        starts = [start + width for start, width in zip(starts, widths)]
+    diamonds = [(peak / size, row) for row, peak in enumerate(peaks) if peak is not None]
+    if diamonds:
         style = {"marker": "D", "markersize": 7, "color": "#D55E00", "markeredgecolor": "white"}
-        handles += panel.plot(*zip(*known), linestyle="none", label="peak", **style)
+        handles += panel.plot(*zip(*diamonds), linestyle="none", label="peak", **style)
     for row in rows:
         numbers = end_numbers(totals[row], peaks[row], 0.18 * longest)
         for number in numbers:
@@ -228,7 +228,7 @@ def draw_bars(runs: list, parts: list, quantity: str, ladder: list, peak_key: st
 
 
 def end_numbers(total: float, peak: float | None, room: float) -> list[float]:
-    """The numbers that stand at the end of a bar: its sum only where the peak's number leaves it room."""
+    """The numbers at the end of a bar: the peak, and the sum if there is room for it before the peak."""
     if peak is None:
         return [total]
     return [peak] if peak - total < room else [total, peak]
@@ -239,7 +239,7 @@ def end_numbers(total: float, peak: float | None, room: float) -> list[float]:
 
 def draw_quality(runs: list, measure: str) -> Figure:
     """One labelled point a run: final perplexity (or bits per byte) against total parameters."""
-    y_key = "val/ppl" if measure == "loss" else "val/bpb"
+    y_key, y_label = MEASURES[measure]
     fig = plotting.new_figure(7.5, 5)
     panel = fig.subplots()
     sizes = [run_value(run, "params/total") for run in runs]
@@ -252,7 +252,7 @@ def draw_quality(runs: list, measure: str) -> Figure:
         panel.plot([x], [qualities[i]], linestyle="none", markersize=9, **plotting.colour_and_marker(i))
         points.append((x, qualities[i], run_label(runs[i])))
     panel.set_xlabel(plotting.with_unit("parameters", unit))
-    panel.set_ylabel("validation perplexity" if measure == "loss" else "validation bits per byte")
+    panel.set_ylabel(y_label)
     plotting.tidy(panel)
     panel.margins(0.18)
     if not points:

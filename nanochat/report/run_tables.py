@@ -1,5 +1,4 @@
-"""The tables of a few runs: results, CORE, set-up and samples. Runs in, blocks of nanochat/report/page.py
-out.
+"""The tables of a few runs: results, CORE, set-up, samples. Runs in, blocks of nanochat/report/page.py out.
 
 Up to MAX_COLUMNS runs stand side by side as columns; more become rows. A ratio to the first run is shown
 where check_comparable found the conditions that it needs.
@@ -31,7 +30,7 @@ MAX_SAMPLE = 600  # characters
 class Metric(NamedTuple):
     """A row of the result table."""
 
-    key: str  # in summary.json; of a threshold: what follows time_to_ppl/P/
+    key: str  # in summary.json; for a threshold: the part behind time_to_ppl/P/
     label: str
     unit: list | int  # a ladder of units, or a number of decimals
     needs: tuple | None  # conditions of a ratio to the first run; None: no ratio is shown
@@ -119,7 +118,7 @@ def metric_cell(run: Run, first: Run, metric: Metric, broken: dict) -> str:
 
 
 def threshold_cell(run: Run, first: Run, threshold: float, metric: Metric, broken: dict) -> str:
-    """When the run reached the perplexity. "–": it did, but did not record when, or had no evaluation."""
+    """When the run reached the perplexity. "–": it has no record of when, or no evaluation."""
     metric = metric._replace(key=f"time_to_ppl/{threshold:g}/{metric.key}")
     if summary_number(run, metric.key) is not None:
         return metric_cell(run, first, metric, broken)
@@ -173,8 +172,7 @@ def thresholds(runs: list[Run]) -> list[float]:
 
 
 def grid(runs: list[Run], sections: list[tuple], kind: str) -> list[tuple]:
-    """Few runs: one table with a column for each run. Many: one table for each section, with a row for each
-    run.
+    """Few runs: one table, a column for each run. Many: a table for each section, a row for each run.
 
     sections: (title, [(label, cells by run)]).
     """
@@ -272,13 +270,13 @@ def interval_text(results: dict, key: str) -> str:
 
 
 def setup_tables(runs: list[Run]) -> list[tuple]:
-    """What was compared: model, data, schedule and machine of each run, and the flags that differ."""
+    """Model, data, schedule and machine of each run, and the flags that differ."""
     setups = [setup_words(run) for run in runs]
     rows = []
     for label in setups[0]:
         rows.append((label, [setup[label] for setup in setups]))
     blocks = []
-    if len(runs) > MAX_COLUMNS:  # what all runs share would fill a column with repetitions
+    if len(runs) > MAX_COLUMNS:  # values that all runs share would fill a column with repetitions
         shared = [f"**{label}** of all runs: {cells[0]}" for label, cells in rows if len(set(cells)) == 1]
         blocks = [("list", shared)]
         rows = [(label, cells) for label, cells in rows if len(set(cells)) > 1]
@@ -292,7 +290,7 @@ def setup_tables(runs: list[Run]) -> list[tuple]:
 
 
 def setup_words(run: Run) -> dict[str, str]:
-    """{label: what the run was, in words}, from its config.json."""
+    """{label: text} on model, data, schedule and machine, from config.json."""
 
     def words(path: str) -> str:
         return text(config_value(run, path))

@@ -6,14 +6,13 @@ from statistics import fmean
 
 import numpy as np
 
-# ---- the dimension that is enough --------------------------------------------------------------------------
+# ---- d90 ---------------------------------------------------------------------------------------------------
 
 
 def loss_at_start(run) -> float | None:
-    """Nats per token before the first step, as evaluated.
+    """Nats per token at the evaluation before the first step.
 
-    A run that was not evaluated there: the loss of equal probabilities, which is near that of an untrained
-    model.
+    Without such an evaluation: the loss of equal probabilities, which is near that of an untrained model.
     """
     first = run.history[0] if run.history else {}
     if first.get("step") == 0 and first.get("val/loss") is not None:
@@ -26,8 +25,8 @@ def loss_at_start(run) -> float | None:
 def d90(points: list[tuple[float, float]], start: float, full: float) -> float | None:
     """The smallest dimension whose loss closes 90 % of start - full (arXiv 1804.08838, for losses).
 
-    points: (dimension, loss). Between the last dimension that does not and the first that does, the loss is
-    taken as linear in the logarithm of the dimension. If the smallest dimension tried is enough, it is an
+    points: (dimension, loss). The loss is interpolated, linearly in the logarithm of the dimension, between
+    the last dimension that is not enough and the first that is. If the smallest dimension is enough, it is an
     upper bound. None: no dimension is enough.
     """
     target = start - 0.9 * (start - full)
@@ -65,13 +64,13 @@ def spearman(x, y) -> float:
 def spearman_interval(
     x, y, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap over the pairs; None for fewer than four pairs, or where rho is NaN."""
+    """Percentile bootstrap over the pairs; None for fewer than four pairs, or if rho is NaN."""
     x = np.asarray(x, float)
     y = np.asarray(y, float)
     if len(x) < 4 or math.isnan(spearman(x, y)):
         return None
-    drawn = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
-    rhos = [spearman(x[sample], y[sample]) for sample in drawn]
+    samples = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+    rhos = [spearman(x[sample], y[sample]) for sample in samples]
     rhos = [rho for rho in rhos if not math.isnan(rho)]  # a resample may be one pair over and over
     low, high = np.quantile(rhos, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
@@ -83,7 +82,7 @@ def spearman_interval(
 def rank_grid(runs) -> tuple[list[int], list[str], list[list[float]]]:
     """(layers, matrices, grid): grid[matrix][layer] is the mean final rank over the runs.
 
-    NaN where a layer has no such matrix.
+    NaN if a layer has no such matrix.
     """
     ranks = {}  # (matrix, layer) -> a rank for each run
     for run in runs:

@@ -27,14 +27,16 @@ COSTS = [
     ("step_time", "time per step", TIME),
     ("total_training_flops", "training compute", FLOP),
 ]
+# how a report measures quality -> (summary key, label)
 MEASURES = {"loss": ("val/ppl", "validation perplexity"), "bpb": ("val/bpb", "validation bits per byte")}
+LOSS_LABELS = {"loss": "validation loss (nats/token)", "bpb": "validation bits per byte"}
 
 
 # ---- one configuration in numbers --------------------------------------------------------------------------
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """(low, high): mean ± standard deviation (n - 1); of two values these two, of one value itself twice."""
+    """(low, high): mean ± standard deviation (n - 1); of two values their range; of one value it, twice."""
     if len(values) < 3:
         return min(values), max(values)
     return fmean(values) - stdev(values), fmean(values) + stdev(values)
@@ -67,17 +69,20 @@ def any_diverged(config: Configuration, key: str) -> bool:
 def times_to_perplexity(config: Configuration, threshold: float) -> list[float]:
     """Seconds of training until each finished run reached a perplexity; empty unless all of them did.
 
-    Interpolated between two evaluations where the run recorded it.
+    Interpolated between two evaluations if the run recorded that.
     """
     key = f"time_to_ppl/{threshold:g}/seconds"
-    times = [
-        run_value(run, f"{key}_interpolated") or run_value(run, key) for run in config.runs if finished(run)
-    ]
+    runs = filter(finished, config.runs)
+    times = [run_value(run, f"{key}_interpolated") or run_value(run, key) for run in runs]
     return [] if None in times else times
 
 
 def depth(config: Configuration) -> int:
     return config.settings.get("depth") or 0
+
+
+def layer_map(config: Configuration) -> str:
+    return config.settings.get("layer_map") or ""
 
 
 def mean_rank(config: Configuration) -> float:
@@ -92,7 +97,7 @@ def mean_rank(config: Configuration) -> float:
 
 
 def factored_groups(config: Configuration) -> tuple:
-    """What has low rank: a boolean for attention, MLP and head each; of another method also its name."""
+    """Whether attention, MLP and head have low rank: three booleans. For another method, then its name."""
     if config.method:
         return (*(False for _ in RANKS), config.method)
     return tuple(bool(config.settings.get(key)) for key in RANKS)
@@ -178,9 +183,9 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def memory_key(configs: list[Configuration]) -> str:
-    """The memory that the verdict decides by: on a CPU the predicted peak, elsewhere the measured one.
+    """The memory by which the verdict decides: on a CPU the predicted peak, elsewhere the measured one.
 
-    A CPU's resident set also holds Python and what the allocator kept.
+    A CPU's resident set also holds Python and freed memory that the allocator did not return.
     """
     on_cpu = all(config.settings.get("device_type") == "cpu" for config in configs)
     predicted = all(config.values(PREDICTED_PEAK) for config in configs)
@@ -205,7 +210,7 @@ def best_by_key(configs: list[Configuration], key, y_key: str) -> dict:
 
 
 def ranks_in_order(configs: list[Configuration]) -> list[str]:
-    """The distinct rank_words: low ranks by what is factored and then by size, full rank, other methods."""
+    """The distinct rank_words: low ranks by factored matrices and size, then full rank, other methods."""
     order = {rank_words(c): (not c.low_rank, factored_groups(c), mean_rank(c)) for c in configs}
     return sorted(order, key=order.get)
 
@@ -213,18 +218,18 @@ def ranks_in_order(configs: list[Configuration]) -> list[str]:
 def representatives(configs: list[Configuration]) -> list[Run]:
     """One Run for each shape of model, named after the shape; by depth, then by rank."""
     ranks = ranks_in_order(configs)
-    by_shape = {}
+    config_of_shape = {}
     for config in sorted(configs, key=lambda config: (depth(config), ranks.index(rank_words(config)))):
         model = config.runs[0].config.get("derived", {}).get("model", {})
-        by_shape.setdefault(repr(model), config)
+        config_of_shape.setdefault(repr(model), config)
     one_depth = len({depth(config) for config in configs}) == 1
     names = []
-    for config in by_shape.values():
+    for config in config_of_shape.values():
         words = rank_words(config)
         names.append(words if one_depth else f"{words}, {depth(config)} layers")
     return [
         dataclasses.replace(config.runs[0], name=name if names.count(name) == 1 else config.name)
-        for config, name in zip(by_shape.values(), names)
+        for config, name in zip(config_of_shape.values(), names)
     ]
 
 

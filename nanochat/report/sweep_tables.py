@@ -45,7 +45,7 @@ QUALITY = {
 def runs_table(configs: list[Configuration], measure: str) -> tuple:
     """A row for each run; the settings that differ are the filters.
 
-    Unfinished runs have no values: they would be read as final.
+    Unfinished runs have no values: a reader would take them for final ones.
     """
     flags = [flag for flag in varying_settings(configs) if not flag.endswith("_fingerprint")]
     filters = [flag.replace("_", " ") for flag in flags]
@@ -62,7 +62,7 @@ def runs_table(configs: list[Configuration], measure: str) -> tuple:
 
 
 def run_columns(configs: list[Configuration], measure: str) -> list[tuple]:
-    """Qualities, the costs that were recorded, and times to the perplexities that a configuration reached."""
+    """Quality, the recorded costs, and the times to the perplexities that a configuration reached."""
     runs = [run for config in configs for run in config.runs]
     columns = list(QUALITY[measure])
     for column in COSTS:
@@ -77,7 +77,7 @@ def run_columns(configs: list[Configuration], measure: str) -> list[tuple]:
 
 
 def run_cell(run: Run, key: str, unit) -> tuple[str, float] | None:
-    """(text, number to sort by) of a finished run. The number is not finite where the run diverged."""
+    """(text, number to sort by) of a finished run. The number is not finite if the run diverged."""
     if not finished(run):
         return None
     number = step_seconds(run) if key == "step_time" else run.summary.get(key)

@@ -40,8 +40,8 @@ class Estimate:
     low: float | None  # None with fewer than two pairs
     high: float | None
     finding: str  # BELOW, NOT_BELOW or OPEN; "" without a limit
-    # further seeds that would settle an OPEN one if ratio and spread stay the same; 0: no number of seeds
-    # would; None: more than MAX_SEEDS in all
+    # how many more seeds would settle an OPEN estimate if ratio and spread stay the same. 0: no number of
+    # seeds would. None: more than MAX_SEEDS in all
     seeds_needed: int | None
 
 
@@ -75,7 +75,7 @@ class Claim:
     name: str  # "H1"
     text: str
     criterion: str  # which ratio must be below which margin
-    needs: str  # which runs it could be judged by
+    needs: str  # the runs that could decide it
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Hypothesis:
 
     @property
     def verdict(self) -> str:
-        """Supported if it is for at least one case; not supported if the contrary is shown for every case.
+        """Supported if one case or more is; not supported if the contrary is shown for every case.
 
-        The intervals allow for the number of cases.
+        The intervals are corrected for the number of cases.
         """
         verdicts = {case.verdict for case in self.cases}
         if not verdicts:
@@ -125,7 +125,7 @@ def verdict(
     check_share("--equal-params", equal_params)
     if not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence:g}: give a share from 0.5 to below 1, such as 0.95")
-    # neither low rank nor its baseline: adapters and subspaces
+    # adapters and subspaces are neither low rank nor its baseline
     configs = [c for c in configs if not c.method]
     check_one_text(configs)
     usable = [c for c in configs if any(map(finished, c.runs))]
@@ -187,7 +187,7 @@ def check_share(flag: str, share: float, end: float = 1):
 
 
 def check_one_text(configs: list[Configuration]):
-    """InputError where finished runs were evaluated on different texts or through different tokenizers."""
+    """InputError if finished runs were evaluated on different texts or with different tokenizers."""
     usable = [config for config in configs if any(map(finished, config.runs))]
     texts = group_by(usable, lambda config: config.settings.get("val_fingerprint"))
     tokenizers = group_by(usable, lambda config: config.settings.get("tokenizer_hash"))
@@ -195,11 +195,11 @@ def check_one_text(configs: list[Configuration]):
     check_one_group(tokenizers, "tokenizer", "bits per byte (val/bpb) do, on one text")
 
 
-def check_one_group(groups: list[list[Configuration]], what: str, remedy: str):
+def check_one_group(groups: list[list[Configuration]], noun: str, remedy: str):
     if len(groups) > 1:
         raise InputError(
-            f"runs {' / '.join(map(run_names, groups))}: not of one {what}, so their perplexities do not "
-            f"compare; {remedy}; for a verdict report each {what} by itself"
+            f"runs {' / '.join(map(run_names, groups))}: not of one {noun}, so their perplexities do not "
+            f"compare; {remedy}; for a verdict report each {noun} by itself"
         )
 
 
@@ -213,16 +213,13 @@ def run_names(configs: list[Configuration]) -> str:
 def unusable_runs(configs: list[Configuration]) -> list[str]:
     """A line on each run that is unfinished, and then on each that ended early."""
     runs = [run for config in configs for run in config.runs]
-    unfinished = [
-        f"{run.name}: {run.summary.get('status', 'unfinished')}, not finished"
-        for run in runs
-        if not finished(run)
-    ]
-    shortened = [
-        f"{run.name}: ended before all of its tokens, so its perplexity is left out"
-        for run in runs
-        if finished(run) and not trained_in_full(run)
-    ]
+    unfinished = []
+    shortened = []
+    for run in runs:
+        if not finished(run):
+            unfinished.append(f"{run.name}: {run.summary.get('status', 'unfinished')}, not finished")
+        elif not trained_in_full(run):
+            shortened.append(f"{run.name}: ended before all of its tokens, so its perplexity is left out")
     return unfinished + shortened
 
 
@@ -230,7 +227,7 @@ def unusable_runs(configs: list[Configuration]) -> list[str]:
 
 
 def judge_claim(claim: Claim, cases: Cases, left_out: list[str], confidence: float) -> Hypothesis:
-    """Bonferroni: each interval is wide enough for all cases that could be decided, taken together."""
+    """Bonferroni's correction: the confidence holds for all cases that could be decided, taken together."""
     compared, excluded = cases
     decidable = [case for case in compared if any(map(can_decide, case.comparisons))]
     case_confidence = 1 - (1 - confidence) / max(1, len(decidable))

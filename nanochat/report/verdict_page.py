@@ -40,7 +40,7 @@ def hypothesis_blocks(hypothesis: Hypothesis) -> list[tuple]:
 
 
 def left_out_lines(hypotheses: list[Hypothesis]) -> list[str]:
-    """What is left out, each once, with the hypotheses that leave it out unless all of them do."""
+    """Each run or configuration that is left out, once. Behind it the hypotheses, unless all leave it out."""
     names_by_item = {}
     for hypothesis in hypotheses:
         for item in hypothesis.left_out:
@@ -133,7 +133,7 @@ def finding_text(estimate: Estimate) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Of an interval over many powers of ten, which two noisy pairs can have, only that it is wide."""
+    """The bound of an interval over many powers of ten, as two noisy pairs can have, is not written out."""
     if ratio is None:
         return "–"
     if ratio > 1000:

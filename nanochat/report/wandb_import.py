@@ -1,6 +1,6 @@
 """Runs read from W&B instead of their folders, in the shape that metrics.load_run gives them.
 
-There is what metrics.RunRecord sent: no text samples, and nothing that was None. Keys that begin with _ are
+W&B has what metrics.RunRecord sent: no text samples, and no value that was None. Keys that begin with _ are
 W&B's own: they are left out.
 """
 
@@ -13,7 +13,7 @@ from nanochat.history import History, row_fault
 from nanochat.metrics import Run
 from nanochat.naming import LONGEST_RUN_NAME, is_tag
 
-NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers: W&B hands them out as text
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers: W&B gives them as text
 
 
 def runs_from_wandb(spec: str) -> list[Run]:
@@ -34,8 +34,8 @@ def runs_from_wandb(spec: str) -> list[Run]:
         runs = list(fetch(api, entity, project, {"group": group} if group else {}))
         if group and not runs:
             groups = sorted({run.group for run in fetch(api, entity, project, {}) if run.group})
-            known = ", ".join(groups[:20]) or "none"
-            raise InputError(f"--from-wandb {spec}: no run in the group {group}; groups there: {known}")
+            choices = ", ".join(groups[:20]) or "none"
+            raise InputError(f"--from-wandb {spec}: no run in the group {group}; groups there: {choices}")
         return read_runs(spec, runs)
     except wandb.errors.UsageError as e:  # no key, and no terminal on which W&B could ask for one
         remedy = "run `wandb login`, or set WANDB_API_KEY"
@@ -51,14 +51,14 @@ def read_runs(spec: str, runs: list) -> list[Run]:
     own_runs = [run for run in runs if is_own(run)]
     if not own_runs:
         raise InputError(f"--from-wandb {spec}: none of its {len(runs)} runs was made by scripts.base_train")
-    others = [run.name or run.id for run in runs if run not in own_runs]
-    if others:
-        print(f"left out, not made by scripts.base_train: {', '.join(others)}", file=sys.stderr)
+    foreign = [run.name or run.id for run in runs if run not in own_runs]
+    if foreign:
+        print(f"left out, not made by scripts.base_train: {', '.join(foreign)}", file=sys.stderr)
     names = [run_name(run) for run in own_runs]
-    read = []
+    results = []
     for run, name in zip(own_runs, names):
-        read.append(read_run(run, name if names.count(name) == 1 else f"{name} ({run.id})"))
-    return read
+        results.append(read_run(run, name if names.count(name) == 1 else f"{name} ({run.id})"))
+    return results
 
 
 def is_own(run) -> bool:
@@ -77,7 +77,7 @@ def fetch(api, entity: str, project: str, filters: dict):
 
 
 def explain(error: Exception) -> str:
-    """In one line, why W&B did not answer, and what may help."""
+    """The reason why W&B did not answer, and a remedy, in one line."""
     text = " ".join(str(error).split())[:200]
     answer = getattr(error.__cause__ or error, "response", None)
     status = getattr(answer, "http_status", 0)
@@ -90,7 +90,7 @@ def explain(error: Exception) -> str:
 
 
 def run_name(run) -> str:
-    """The tag, as of a run folder; where none was sent, the name on the dashboard, which may be any text."""
+    """The tag, if the run sent one; else its name on the dashboard, which may be any text."""
     for sent in (run.config.get("tag"), run.config["flags"].get("model_tag")):
         if is_tag(sent):
             return sent
@@ -108,7 +108,7 @@ def read_run(run, name: str) -> Run:
             summary |= without_wandb_keys(flatten(table))
     status = summary.pop("status", "")
     if status not in ("finished", "stopped", "diverged"):
-        status = status_of(run.state, config, summary)
+        status = guess_status(run.state, config, summary)
     return Run(name, config, {"status": status, **summary}, history)
 
 
@@ -136,11 +136,11 @@ def read_history(run, name: str) -> History:
 
 def without_wandb_keys(metrics: dict) -> dict:
     """Without W&B's own keys and empty cells; NaN and infinities as numbers."""
-    kept = {}
+    values = {}
     for key, value in metrics.items():
         if not key.startswith("_") and value is not None:
-            kept[key] = float(value) if isinstance(value, str) and value in NOT_FINITE else value
-    return kept
+            values[key] = float(value) if isinstance(value, str) and value in NOT_FINITE else value
+    return values
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -151,8 +151,8 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return out
 
 
-def status_of(state: str, config: dict, summary: dict) -> str:
-    """Of a run that sent none. W&B's "finished": its process ended well, perhaps before the last step."""
+def guess_status(state: str, config: dict, summary: dict) -> str:
+    """The status of a run that sent none. "finished" on W&B: the process ended well, perhaps too early."""
     if state != "finished":
         return "running"  # as in a folder whose process was killed
     is_complete = number(summary, "step", 0) >= number(config["derived"], "num_iterations", 0)

@@ -8,9 +8,10 @@ from test_report import base, write_run  # noqa: F401  a fixture
 from nanochat.metrics import Run
 from nanochat.naming import base_name
 from nanochat.report import plotting
-from nanochat.report.adapter_figures import adapter_section, d90_rows, draw_trained, mean_steps, rho_words
+from nanochat.report.adapter_figures import mean_steps, rho_words
 from nanochat.report.configurations import configurations
 from nanochat.report.csv_export import pair_keys
+from nanochat.report.method_section import method_section
 from nanochat.report.statistics import (
     d90,
     loss_at_start,
@@ -20,7 +21,9 @@ from nanochat.report.statistics import (
     spearman,
     spearman_interval,
 )
+from nanochat.report.subspace_figures import d90_rows
 from nanochat.report.summaries import baseline
+from nanochat.report.trained_figures import draw_trained
 from nanochat.report.verdict import verdict
 from scripts import report
 
@@ -234,7 +237,7 @@ RANKS = {"adalora/ranks": {"blocks.0.attn.q": 1, "blocks.1.mlp.up": 3}}
 )
 def test_only_the_pictures_that_the_runs_give_reason_for(runs, names, monkeypatch):
     monkeypatch.setattr("nanochat.report.plotting.png_with_hotspots", lambda fig, spots: (b"", spots))
-    blocks, figures = adapter_section(configurations(runs), "loss")
+    blocks, figures = method_section(configurations(runs), "loss")
     assert figures.keys() == names
     assert [b[1] for b in blocks if b[0] == "figure"] == list(figures)
     assert bool(blocks) == bool(names)

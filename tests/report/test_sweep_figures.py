@@ -10,6 +10,7 @@ import pytest
 from nanochat.metrics import Run
 from nanochat.report import plotting
 from nanochat.report.configurations import configurations
+from nanochat.report.setting_figures import rate_lines
 from nanochat.report.summaries import (
     any_diverged,
     baseline,
@@ -19,13 +20,8 @@ from nanochat.report.summaries import (
     spread,
     times_to_perplexity,
 )
-from nanochat.report.sweep_figures import (
-    draw_sweep_figures,
-    fastest_low_rank,
-    figure_caption,
-    mean_curve,
-    rate_lines,
-)
+from nanochat.report.sweep_figures import draw_sweep_figures, figure_caption
+from nanochat.report.time_figures import fastest_low_rank, mean_curve
 
 RUN = {
     "depth": 4,
