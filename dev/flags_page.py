@@ -41,7 +41,7 @@ These environment variables count too:
 """
 
 
-def parser_of(script: str) -> argparse.ArgumentParser:
+def find_parser(script: str) -> argparse.ArgumentParser:
     """The parser whose help `python -m scripts.<script> --help` prints."""
     module = importlib.import_module(f"scripts.{script}")
     with (
@@ -72,14 +72,14 @@ def groups(parser: argparse.ArgumentParser) -> list[tuple[str, str, list[argpars
 
 
 def escaped(text: str) -> str:
-    """The text for a cell of a Markdown table: shown as it is."""
+    """Text for a cell of a Markdown table, which shows it unchanged."""
     for character in "\\|*_<[":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
 
 
 def flag(action: argparse.Action) -> str:
-    """The names of a flag and, where its parser says so, the form of its value: `--solve depth|rank`."""
+    """The names of a flag and, if its parser has one, the form of its value: `--solve depth|rank`."""
     if not action.option_strings:
         return f"`{action.metavar or action.dest}`"
     value = f" {action.metavar}" if action.metavar else ""
@@ -107,7 +107,7 @@ def meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 
 def section(script: str) -> str:
     """The part of the page that describes one script."""
-    parser = parser_of(script)
+    parser = find_parser(script)
     lines = [f"### {script}", "", (parser.description or "").strip()]
     for title, description, actions in groups(parser):
         if title:

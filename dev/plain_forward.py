@@ -1,6 +1,6 @@
-"""The whole model in plain PyTorch, with nothing of this package: logits of a safetensors file.
+"""The whole model in plain PyTorch, without this package: logits from a safetensors file.
 
-    python dev/plain_forward.py low.safetensors 299 17 4     # ids in, the five likeliest next ids out
+    python dev/plain_forward.py low.safetensors 299 17 4     # token ids; prints the five likeliest next ids
 
 The file and its JSON are written by scripts.materialize --safetensors.
 """
@@ -24,7 +24,7 @@ def norm(x, eps: float):
 
 
 def linear(x, weights: dict, name: str, act: str = "none"):
-    """One matrix, or B(A x), with a nonlinearity between the factors where the config has one."""
+    """W x, or B(A x) with the config's nonlinearity between the factors."""
     if f"{name}.weight" in weights:
         return x @ weights[f"{name}.weight"].T
     h = x @ weights[f"{name}.A"].T

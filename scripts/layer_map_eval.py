@@ -7,7 +7,7 @@
     # layers of two runs of one shape
     python -m scripts.layer_map_eval --model-tag d4 --second-tag d4b --maps "A:0,A:1,B:2,B:3" --out maps
 
-Writes layer_maps.csv and layer_maps.png: a row a map, best first, the model as it is among them.
+Writes layer_maps.csv and layer_maps.png: a row for each map, the best first, and the model as it is.
 """
 
 import csv
@@ -31,8 +31,8 @@ from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.report.plotting import new_figure, png
 
-LARGEST_SIDE = 300  # inches of a figure: matplotlib draws no image of more than 65,536 dots
-LARGEST_FAMILY = 100_000  # maps of --all-monotone: at a thousandth of a second each that is minutes
+LARGEST_SIDE = 300  # inches of a figure: matplotlib draws at most 65,536 dots
+LARGEST_FAMILY = 100_000  # maps of --all-monotone: minutes, at a thousandth of a second for each
 
 
 def main(argv=None):
@@ -49,18 +49,18 @@ def main(argv=None):
     eval_set = validation_rows(run, tokenizer, model.config.sequence_len, eval_tokens, args.data)
 
     layers = model.config.n_layer
-    own = model.config.positions
-    candidates = [(own, f"{args.model_tag} as it is", model)]
+    original = model.config.positions
+    candidates = [(original, f"{args.model_tag} as it is", model)]
     if second:
-        of_second = tuple(layers + layer for layer in second.config.positions)
-        candidates.append((of_second, f"{args.second_tag} as it is", second))
-    names = {named(layers): name for name, named in layer_maps.NAMED.items()}
-    candidates += [(layer_map, names.get(layer_map, ""), None) for layer_map in maps if layer_map != own]
+        second_map = tuple(layers + layer for layer in second.config.positions)
+        candidates.append((second_map, f"{args.second_tag} as it is", second))
+    names = {make_map(layers): name for name, make_map in layer_maps.NAMED.items()}
+    candidates += [(layer_map, names.get(layer_map, ""), None) for layer_map in maps if layer_map != original]
 
     results = []
     for layer_map, name, unchanged in candidates:
-        form = unchanged or model_under_map(model, layer_map, second)
-        values = evaluate(form, eval_set, args.device_batch_size, world, dtype)
+        candidate = unchanged or model_under_map(model, layer_map, second)
+        values = evaluate(candidate, eval_set, args.device_batch_size, world, dtype)
         results.append({"map": layer_map, "name": name, "as it is": unchanged is not None, **values})
         text = f"{layer_maps.map_text(layer_map, layers)}  {name}".rstrip()
         print(f"ppl {values['val/ppl']:12.3f} | bpb {values['val/bpb']:.4f} | {text}", flush=True)
@@ -136,15 +136,15 @@ def flag_parser():
 
 
 def check_flags(args):
-    """InputError where the flags do not fit together."""
+    """InputError if the flags do not fit together."""
     if not (args.maps.strip() or args.all_monotone or args.random):
         raise InputError("--maps, --all-monotone, --random: give at least one of them")
-    of_two_runs = [text for text in args.maps.split() if layer_maps.of_two(text)]
-    if of_two_runs and not args.second_tag:
+    two_run_maps = [text for text in args.maps.split() if layer_maps.of_two(text)]
+    if two_run_maps and not args.second_tag:
         raise InputError(
-            f"--maps {of_two_runs[0]}: takes layers of a second checkpoint; name its run with --second-tag"
+            f"--maps {two_run_maps[0]}: takes layers of a second checkpoint; name its run with --second-tag"
         )
-    if args.second_tag and not of_two_runs:
+    if args.second_tag and not two_run_maps:
         raise InputError(
             f"--second-tag {args.second_tag}: no map takes its layers; "
             "give --maps with B:0, B:1, …, or goliath"
@@ -189,13 +189,13 @@ def second_model(second_tag: str, first: GPT, tokenizer, device) -> GPT:
 
 
 def model_under_map(model: GPT, layer_map: tuple[int, ...], second: GPT | None) -> GPT:
-    """The model under a map; its layers are copied only where some are the second's."""
+    """The model under a map. Layers are copied only if the map has layers of the second model."""
     if max(layer_map) < model.config.n_layer:
         return layer_maps.with_layer_map(model, layer_map)
     return layer_maps.with_copied_layers(model, layer_map, second)
 
 
-# ---- what is written ---------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def csv_text(results: list[dict], layers: int) -> str:
@@ -211,14 +211,14 @@ def csv_text(results: list[dict], layers: int) -> str:
 
 
 def draw(results: list[dict], layers: int, second_tag: str = ""):
-    """A row of coloured fields a map: the layers executed, hatched where they are the second run's."""
+    """A row of coloured fields for each map: the executed layers; those of the second run are hatched."""
     longest = max(len(result["map"]) for result in results)
     row_height = min(0.17, LARGEST_SIDE / len(results))
     field_width = min(0.34, LARGEST_SIDE / longest)
     height = 1.5 + row_height * len(results)
     fig = new_figure(2.9 + field_width * longest, height)
     ax = fig.add_subplot()
-    # from dark to light in equal steps of lightness, which a colour-blind reader and a printer keep apart
+    # equal steps of lightness from dark to light: also colour-blind readers and printers distinguish them
     colours = ListedColormap([colormaps["cividis"](i / max(1, layers - 1)) for i in range(layers)])
     grid = []
     for result in results:

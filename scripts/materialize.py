@@ -12,7 +12,7 @@
     python -m scripts.materialize --model-tag low --safetensors low.safetensors
 
 The new run folder is like any other: scripts.base_eval and scripts.report read it, and base_train --init-from
-trains it on.
+starts from it.
 """
 
 import json
@@ -133,19 +133,19 @@ def flag_parser():
 
 
 def check_flags(args):
-    """InputError where the flags do not fit together. Sets args.truncates: a flag asks for lower ranks."""
-    given = [flag for flag in TRUNCATION_FLAGS if getattr(args, flag)]
-    args.truncates = bool(given)
-    first = f"--{given[0].replace('_', '-')}" if given else ""
+    """InputError if the flags do not fit together. Sets args.truncates: whether to lower ranks."""
+    truncation = [flag for flag in TRUNCATION_FLAGS if getattr(args, flag)]
+    args.truncates = bool(truncation)
+    first = f"--{truncation[0].replace('_', '-')}" if truncation else ""
     if not (args.out_tag or args.safetensors):
         raise InputError("--out-tag: give the new run's tag, or a file with --safetensors")
-    if given and not args.out_tag:
-        raise InputError(f"{first}: needs --out-tag, the run that is to hold the truncated model")
+    if truncation and not args.out_tag:
+        raise InputError(f"{first}: needs --out-tag, the tag of the run with the truncated model")
     if args.out_tag == args.model_tag:
         raise InputError(f"--out-tag {args.out_tag}: is the run itself; choose another tag")
     if args.energy is not None and not 0 < args.energy < 1:
         raise InputError(f"--energy {args.energy:g}: give a share between 0 and 1, such as 0.9")
-    if args.energy and set(given) - {"energy", "lm_head_rank"}:
+    if args.energy and set(truncation) - {"energy", "lm_head_rank"}:
         raise InputError(f"--energy: not with {first}: it finds the ranks in the blocks")
     if args.safetensors and args.safetensors.suffix != ".safetensors":
         raise InputError(
@@ -166,13 +166,13 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     dtype = common.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
-    wanted = {flag: getattr(args, flag) for flag in (*TRUNCATION_FLAGS, "rank_multiple")}
-    source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **wanted}
-    if is_done(out, {"source": source, "eval_tokens": eval_tokens}):
+    truncation = {flag: getattr(args, flag) for flag in (*TRUNCATION_FLAGS, "rank_multiple")}
+    source = {"tag": args.model_tag, "step": step, "sha256": meta["sha256"], **truncation}
+    if is_finished(out, {"source": source, "eval_tokens": eval_tokens}):
         print(f"{args.out_tag}: already made from {args.model_tag}, see {out}")
         return
 
-    # all errors of the flags come before the text is read
+    # wrong flags are reported before the text is read
     merged = plain_model(model)  # of an adapter run: the adapter inside the matrices; else the model itself
     check_form(args, model, merged)
     choose = ranks_to_choose(args, merged.config)
@@ -189,11 +189,11 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
 
     values = {"step": step}
     if eval_set:
-        before = evaluate(model, eval_set, args.device_batch_size, world, dtype)
-        after = evaluate(new, eval_set, args.device_batch_size, world, dtype)
-        print_evaluation(args.model_tag, eval_set.tokens, before)
-        print_evaluation(args.out_tag, eval_set.tokens, after)
-        values |= after | {f"source/{key}": value for key, value in before.items()}
+        source_losses = evaluate(model, eval_set, args.device_batch_size, world, dtype)
+        losses = evaluate(new, eval_set, args.device_batch_size, world, dtype)
+        print_evaluation(args.model_tag, eval_set.tokens, source_losses)
+        print_evaluation(args.out_tag, eval_set.tokens, losses)
+        values |= losses | {f"source/{key}": value for key, value in source_losses.items()}
     values |= clocks_at(run, step)
 
     flags = {
@@ -207,8 +207,11 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     write_run(out, run, new, tokenizer, flags, derived, values)
 
 
-def is_done(out: Path, wanted: dict) -> bool:
-    """Whether the run is there and finished. InputError if it is something else."""
+def is_finished(out: Path, expected: dict) -> bool:
+    """Whether the run exists and is finished. InputError if another run has its name.
+
+    expected: {"source", "eval_tokens"} of the run.
+    """
     if not (out / "config.json").exists():
         return False
     existing = metrics.load_run(out)
@@ -217,10 +220,10 @@ def is_done(out: Path, wanted: dict) -> bool:
         raise InputError(
             f"--out-tag {out.name}: exists, and is a training run; choose another tag, or remove {out}"
         )
-    before = {"source": existing.config["derived"]["source"], "eval_tokens": flags["eval_tokens"]}
-    if "rank_multiple" not in before["source"] and wanted["source"]["rank_multiple"] == AUTOMATIC:
-        before["source"]["rank_multiple"] = AUTOMATIC  # made before the flag existed: it stays as it is
-    if differing := differing_keys(before, wanted):
+    recorded = {"source": existing.config["derived"]["source"], "eval_tokens": flags["eval_tokens"]}
+    if "rank_multiple" not in recorded["source"] and expected["source"]["rank_multiple"] == AUTOMATIC:
+        recorded["source"]["rank_multiple"] = AUTOMATIC  # the run is older than the flag: it is accepted
+    if differing := differing_keys(recorded, expected):
         raise InputError(
             f"--out-tag {out.name}: exists and is something else: {'; '.join(differing)}; "
             f"choose another tag, or remove {out}"
@@ -242,7 +245,7 @@ def check_form(args, model: GPT, merged: GPT):
         ) from None
     if not args.truncates and merged is model and not any(map(rank_of, linear_layers(model).values())):
         raise InputError(
-            f"--model-tag {args.model_tag}: nothing to merge, all its matrices are whole; "
+            f"--model-tag {args.model_tag}: nothing to merge, all its matrices have full rank; "
             "to truncate them give --energy, --attn-rank or --mlp-rank"
         )
 
@@ -252,20 +255,20 @@ def ranks_to_choose(args, config: GPTConfig) -> dict:
     if args.lm_head_rank and config.tie_embeddings:
         raise InputError("--lm-head-rank: a tied head (--tie-embeddings) has no matrix of its own to factor")
     L = config.n_layer
-    wanted = replace(
+    target = replace(
         config,
         attn_ranks=(args.attn_rank,) * L,
         mlp_ranks=(args.mlp_rank,) * L,
         lm_head_rank=args.lm_head_rank,
         matrix_ranks=named_ranks(args.matrix_ranks, L),
     )
-    check_ranks(wanted)
+    check_ranks(target)
 
     def whole_rank(rank, S):  # a fraction is of the smaller side, and S has as many values
         return resolve_rank(rank, len(S), len(S), args.rank_multiple)
 
     ranks = {
-        factorize.block_matrix(matrix, layer): wanted.rank(matrix, layer)
+        factorize.block_matrix(matrix, layer): target.rank(matrix, layer)
         for layer in range(L)
         for matrix in MATRICES
     }
@@ -293,7 +296,7 @@ def change_matrices(args, model: GPT, merged: GPT, choose: dict) -> tuple[GPT, d
 
 
 def clocks_at(run: metrics.Run, step: int) -> dict:
-    """Tokens, time and FLOPs of the training that led to this step; {} if its history has no such entry."""
+    """Tokens, time and FLOPs of the training up to this step; {} if the history has no such entry."""
     for entry in run.history:
         if entry["step"] == step:
             return {key: entry[key] for key, _ in metrics.CLOCKS if key in entry}
@@ -301,7 +304,7 @@ def clocks_at(run: metrics.Run, step: int) -> dict:
 
 
 def write_run(out: Path, run: metrics.Run, model: GPT, tokenizer, flags: dict, derived: dict, values: dict):
-    """Write the folder of a finished run with one checkpoint. run: its source; values: its only log entry."""
+    """Write the folder of a finished run with one checkpoint. run: the source; values: the only log entry."""
     derived = {**run.config["derived"], "model": asdict(model.config), **derived}
     derived.pop("origin", None)  # of an adapter run
     tokenizer.save(out / "tokenizer.json")
@@ -329,7 +332,7 @@ def write_run(out: Path, run: metrics.Run, model: GPT, tokenizer, flags: dict, d
 
 
 def rank_flags(config: GPTConfig) -> dict:
-    """The flags on rank that a report reads, as the model has them."""
+    """The flags of rank that a report reads, with the values of the model."""
     return {
         "attn_rank": config.attn_ranks[0] if config.attn_ranks else 0,
         "mlp_rank": config.mlp_ranks[0] if config.mlp_ranks else 0,
@@ -349,21 +352,21 @@ def rank_flags(config: GPTConfig) -> dict:
 
 
 def pretraining_flags(flags: dict) -> dict:
-    """The run's flags in the form that base_train has: the new run holds such a model.
+    """The run's flags as flags of base_train, since the new run has such a model.
 
-    An adapter run's flags get base_train's defaults. Its layer map is gone where each position has a layer
-    now.
+    The flags of an adapter run get base_train's defaults. With an adapter, each position has its own layer
+    now, so there is no layer map.
     """
     if "adapter" not in flags:
         return flags
     defaults = vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
-    usual = {name: flags.get(name, default) for name, default in defaults.items()}
+    new_flags = {name: flags.get(name, default) for name, default in defaults.items()}
     if flags["adapter"] != "none":
-        usual["layer_map"] = ""
-    return usual
+        new_flags["layer_map"] = ""
+    return new_flags
 
 
-# ---- what is printed ---------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------
 
 
 def print_evaluation(name: str, tokens: int, result: dict):
@@ -374,32 +377,31 @@ def print_evaluation(name: str, tokens: int, result: dict):
 
 
 def print_adapter(adapter: dict, model: GPT, merged: GPT):
-    """What became of an adapter, and of layers that several positions shared. adapter: of the meta.json."""
+    """Lines on the merged adapter, and on layers that several positions shared.
+
+    adapter: the entry of meta.json.
+    """
     description = adapter["description"]
     base = adapter["origin"]["bases"][0]["tag"]
-    before = account(model)["params/total"]
-    after = account(merged)["params/total"]
-    print(
-        f"{description['kind']} on {base}: inside {len(description['matrices'])} matrices, "
-        f"{before:,} → {after:,} parameters"
-    )
+    parameters = f"{account(model)['params/total']:,} → {account(merged)['params/total']:,} parameters"
+    print(f"{description['kind']} on {base}: inside {len(description['matrices'])} matrices, {parameters}")
     distinct = {id(next(block.parameters())) for block in model.blocks}
     if len(distinct) < len(model.blocks):
-        print(f"its positions shared layers: first copied out, to {len(merged.blocks)} layers of their own")
+        print(f"its positions shared layers; now each of the {len(merged.blocks)} positions has a copy")
 
 
 def print_matrices(model: GPT, new: GPT, energy_kept: dict[str, float]):
-    """A line for each matrix: rank and parameters before and after, and what it kept."""
+    """A line for each matrix: rank and parameters before and after, and the share of energy that it kept."""
 
     def size(layer):
         return sum(p.numel() for p in layer.parameters())
 
     print(f"{'matrix':20}{'out x in':>14}{'rank':>16}{'parameters':>26}{'energy kept':>14}")
-    after = linear_layers(new)
+    new_layers = linear_layers(new)
     for name, layer in linear_layers(model).items():
         shape = f"{layer.out_features} x {layer.in_features}"
-        rank = f"{rank_of(layer) or 'full'} → {rank_of(after[name]) or 'full'}"
-        parameters = f"{size(layer):,} → {size(after[name]):,}"
+        rank = f"{rank_of(layer) or 'full'} → {rank_of(new_layers[name]) or 'full'}"
+        parameters = f"{size(layer):,} → {size(new_layers[name]):,}"
         energy = f"{energy_kept[name]:14.4f}" if name in energy_kept else ""
         print(f"{name:20}{shape:>14}{rank:>16}{parameters:>26}{energy}")
     print(f"{'whole model':50}{f'{size(model):,} → {size(new):,}':>26}")
@@ -409,17 +411,17 @@ def print_matrices(model: GPT, new: GPT, energy_kept: dict[str, float]):
 
 
 def export(folder: Path, step: int, file: Path):
-    """Write a checkpoint's weights as safetensors, and all else that its logits need as JSON beside them."""
+    """Write a checkpoint's weights as safetensors. The JSON beside it has all else that the logits need."""
     state, meta = load_checkpoint(folder, step)
     if "adapter" in meta:
         raise InputError(
             f"--safetensors {file}: {folder.name} is an adapter; "
-            "give --out-tag too, the run that is to hold the merged model"
+            "give --out-tag too, the tag of a run with the merged model"
         )
     config = GPTConfig(**meta["model"])
     description = {
         "model": asdict(config),
-        # by position: how many tokens a query sees, itself included
+        # for each position: how many tokens a query sees, itself included
         "windows": [config.window(layer) for layer in config.positions],
         "logit_softcap": SOFTCAP,
         "score_scale": SCORE_SCALE / (config.n_embd // config.n_head) ** 0.5,

@@ -2,15 +2,15 @@
 
 A point is a run of scripts.base_train, or of scripts.adapter_train on such a run.
 
-    python -m scripts.sweep FILE --preset small --plan     what it is and what it costs
-    python -m scripts.sweep FILE --preset small            run it, here
+    python -m scripts.sweep FILE --preset small --plan     # its runs and their costs
+    python -m scripts.sweep FILE --preset small            # run it here
     python -m scripts.sweep FILE --preset full --launcher slurm --sbatch="--gpus-per-node=8"
 
-FILE is for example dev/experiments/low_rank_substitution.toml. However a sweep ended, the same command
-continues it: finished runs are skipped, interrupted ones are resumed, failed ones are tried again.
+FILE is for example dev/experiments/low_rank_substitution.toml; nanochat/sweep/experiment.py describes its
+format. The same command continues a sweep that ended early: it skips finished runs, resumes interrupted ones
+and tries failed ones again.
 
-nanochat/sweep/experiment.py describes the format of the file. Logs and the report are in
-$NANOCHAT_BASE_DIR/sweeps/<name>, the runs where all runs are.
+Logs and the report are in $NANOCHAT_BASE_DIR/sweeps/<name>, the runs in the folder of all runs.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def build_parser():
         "--run",
         type=run_name,
         default="dummy",
-        help="wandb: each run is named NAME-<what varies>; 'dummy' turns wandb off",
+        help="wandb: the name of each run is NAME-<its point>; 'dummy' turns wandb off",
     )
     add("--out", default="", help="folder of the report ('' = report/ in the sweep's folder)")
     add("--launcher", choices=["local", "slurm", "wandb"], default="local", help="where the runs run")
@@ -87,7 +87,7 @@ def build_parser():
         metavar="TAG",
         help="run this one point in the foreground; exit code 75: stopped by a signal, state saved",
     )
-    # with --task, from the local launcher, which holds the run's lock: its process. Once that is gone, the
+    # the local launcher gives its process id with --task: it holds the run's lock. If that process ends, the
     # run saves and stops
     add("--launched", type=whole_number(1), default=None, metavar="PID", help=argparse.SUPPRESS)
     return parser
@@ -124,20 +124,20 @@ def launch(sweep: Sweep, args):
         conclude(sweep, args, failed, "failed; the same command tries them again")
 
 
-# ---- the file -> its points --------------------------------------------------------------------------------
+# ---- the experiment file -----------------------------------------------------------------------------------
 
 
 def load(args) -> Sweep:
-    """The experiment file under these flags. Where a sweep began under other defaults, it keeps them."""
-    named = [NAMED_TEXT.fullmatch(word) for word in args.data]
-    main = [word for word, match in zip(args.data, named) if not match]
+    """The experiment file with these flags. A sweep that began with other defaults keeps them."""
+    matches = [NAMED_TEXT.fullmatch(word) for word in args.data]
+    main = [word for word, match in zip(args.data, matches) if not match]
     if len(main) > 1:
         raise InputError(
             f"--data {main[0]} and {main[1]}: give the text once; "
             "--data NAME=TEXT says where another text of the file is"
         )
     data = main[0] if main else ""
-    texts = dict(match.groups() for match in named if match)
+    texts = dict(match.groups() for match in matches if match)
     sweep = read_experiment(args.experiment, args.preset, data, texts)
     values = inherited_flags(sweep)
     if not values:
@@ -152,7 +152,7 @@ def load(args) -> Sweep:
 
 
 def check_launcher(sweep: Sweep, args):
-    """InputError where runs cannot be launched or the report cannot be written, before any work is done."""
+    """InputError, before any work, if runs cannot be launched or the report cannot be written."""
     if args.out:
         check_out("--out", Path(args.out))
     if args.launcher == "local":
@@ -164,9 +164,9 @@ def check_launcher(sweep: Sweep, args):
 
 
 def prepare(sweep: Sweep):
-    """Make the tokenizer and the token caches, once, before the runs that need them.
+    """Make the tokenizer and the token caches once, before the runs that need them.
 
-    InputError if a text is missing, or a run with one of the sweep's names is another run.
+    InputError if a text is missing, or if a run with a name of this sweep is another run.
     """
     for name, text in sweep.texts:
         if os.path.isabs(text) and not os.path.exists(text):
@@ -224,7 +224,7 @@ def task_command(sweep: Sweep, point: Point, args) -> list[str]:
 
 
 def run_task(sweep: Sweep, point: Point, args):
-    """Run one point here, until it ends or is told to stop. Exits with the code of its script."""
+    """Run one point here, until it ends or a signal stops it. Exits with the code of its script."""
     if point.base:
         status = sweep.point(point.base).status()
         if status != "finished":
@@ -253,7 +253,7 @@ def run_task(sweep: Sweep, point: Point, args):
 
 
 def share_compiled_code():
-    """Let torch keep compiled code in the base directory: runs of one shape then compile once."""
+    """Let torch store compiled code in the base directory: runs of one shape then compile once."""
     cache = str(common.get_base_dir().absolute() / "inductor_cache")
     if re.fullmatch(r"[\w./+@-]+", cache, re.ASCII):  # the compiler does not quote the path in its commands
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
@@ -263,10 +263,10 @@ def share_compiled_code():
 
 
 def conclude(sweep: Sweep, args, missing: dict, fate: str):
-    """Make the report, then name the runs that are not in it, on the terminal and beside the report.
+    """Make the report. Then name the runs that are not in it, on the terminal and beside the report.
 
-    missing: {tag: (what happened, log file, its last lines)}; fate: what became of all of these. Where runs
-    are missing, the exit code is 1.
+    missing: {tag: (what happened, log file, its last lines)}; fate: what happened to all of these, in words.
+    If runs are missing, the exit code is 1.
     """
     lines = [f"{sweep.name}: {len(missing)} of {len(sweep.points)} runs {fate}"]
     for tag, (why, log, log_end) in missing.items():
@@ -316,7 +316,7 @@ def report_folder(sweep: Sweep, args) -> Path:
 def make_report(sweep: Sweep, args):
     """scripts.report over the finished runs, those without a partner first; then the evals.
 
-    Runs on different texts do not compare: each text has a report of its own.
+    Runs on different texts cannot be compared: each text has a report of its own.
     """
     from scripts import report
 
@@ -337,15 +337,15 @@ def make_report(sweep: Sweep, args):
         if folder.exists() or point.status() != "finished":
             continue
         argv = list(measurement.argv)
-        text_before = read_record(point.folder).get("flags", {}).get("data", point.args.data)
-        if text_before != point.args.data and "--data" not in argv:  # the text has moved since
+        recorded_text = read_record(point.folder).get("flags", {}).get("data", point.args.data)
+        if recorded_text != point.args.data and "--data" not in argv:  # the text has moved since
             argv += ["--data", point.args.data]
         script = importlib.import_module(f"scripts.{measurement.script}")
         script.main([*argv, *option("--out", str(folder))])
 
 
 def text_folders(sweep: Sweep) -> dict[str, str]:
-    """{text: name of the folder of its report}: names that differ, each one part of a path."""
+    """{text: name of the folder of its report}. The names differ, and each is one part of a path."""
     names = {sweep.data: Path(sweep.data).name}
     for name, text in sweep.texts:
         names.setdefault(text, name)

@@ -34,7 +34,7 @@ def test_a_section_has_groups_defaults_and_no_hidden_flags(flags_page, monkeypat
     group.add_argument("--lr", type=float, default=0.10, required=False)
     hidden = parser.add_argument_group("internal")
     hidden.add_argument("--pid", help=argparse.SUPPRESS)
-    monkeypatch.setattr(flags_page, "parser_of", lambda script: parser)
+    monkeypatch.setattr(flags_page, "find_parser", lambda script: parser)
     text = flags_page.section("try")
     assert text.startswith("### try\n\nTry.\n\n| flag") and "--help" not in text
     assert "**Ranks**\n\nWhich matrices are factored.\n\n| flag" in text

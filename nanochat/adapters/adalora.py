@@ -1,19 +1,19 @@
-"""AdaLoRA (Zhang et al., arXiv 2303.10512): a budget of triplets that falls during training, spent by scores.
+"""AdaLoRA (Zhang et al., arXiv 2303.10512): a budget of triplets that falls during training; scores spend it.
 
 A training step, with `adapters = adapters_of(model, name)` and `allocator = Allocator(adapters, ...)`:
 
     model(x, y).backward()
-    allocator.observe()                              # scores, from parameters and gradients before the update
-    (0.1 * orthogonality(adapters)).backward()       # the objective is the loss plus this
+    allocator.observe()                         # scores, from parameters and gradients before the update
+    (0.1 * orthogonality(adapters)).backward()  # the objective is the loss plus this penalty
     optimizer.step()
-    allocator.allocate()                             # the triplets beyond the budget: λ = 0
+    allocator.allocate()                        # λ = 0 for the triplets beyond the budget
 
-The paper scores by the gradient of the whole objective. Here the loss's gradient alone counts: in a small
-model that of the orthogonality is so much larger that the matrices' shapes would decide (all triplets in
-attention, none in the MLP; dev/LOG.md).
+The paper computes scores from the gradient of the whole objective. Here only the gradient of the loss counts.
+In a small model the gradient of the penalty is much larger, so the shapes of the matrices would decide: all
+triplets in attention, none in the MLP (dev/LOG.md).
 
-The parameters are those of `layers.Triplets`. Resuming takes the adapter's tensors, the optimizer's state and
-`allocator.state_dict()`.
+The parameters are those of `layers.Triplets`. To resume, load the adapter's tensors, the optimizer's state
+and `allocator.state_dict()`.
 """
 
 import torch
@@ -44,13 +44,13 @@ def orthogonality(adapters: dict[str, Triplets]):
 class Allocator:
     """Keeps the triplets with the highest scores within the budget.
 
-    All are kept up to step `warmup`; then fewer every `every` steps; from steps - final on the choice is
-    fixed. In between a pruned triplet trains from λ = 0 and may be chosen again; with every = 1 it hardly
-    can, since at λ = 0 it has no sensitivity.
+    Up to step `warmup` all are live; then fewer after each `every` steps; from steps - final on the choice is
+    fixed. Between two choices a pruned triplet trains from λ = 0 and may be chosen again. With every = 1 this
+    is unlikely, since at λ = 0 it has no sensitivity.
 
     The score of a triplet is s(λᵢ) + mean s(P·ᵢ) + mean s(Qᵢ·), where s is the mean sensitivity |w·∂L/∂w|
     times its mean deviation, both exponential means with `beta`. per_parameter: a triplet of an m × n matrix
-    costs m + n instead of 1; the budget is then spent in the order of score per cost on whatever still fits.
+    costs m + n instead of 1. The triplets are then chosen by score per cost, each that still fits the budget.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Allocator:
 
     @torch.no_grad()
     def observe(self):
-        """Take in the gradients of one step. Call it before the optimizer's step."""
+        """Update the scores by the gradients of one step. Call it before the optimizer's step."""
         self.step += 1
         if self.step > self.steps - self.final:  # the choice is fixed
             return
@@ -116,17 +116,18 @@ class Allocator:
 
     @torch.no_grad()
     def allocate(self):
-        """Choose the live triplets in the steps that are due; set the λ of the others to 0.
+        """At the steps of a choice: choose the live triplets, and set the λ of the others to 0.
 
-        Call it after the optimizer's step. Between two choices the pruned triplets train, and no λ is set.
+        Call it after each step of the optimizer. Between two choices the pruned triplets train.
         """
         last = self.steps - self.final
         since_warmup = self.step - self.warmup
-        due = self.warmup < self.step <= last and (since_warmup % self.every == 0 or self.step == last)
-        if due:
+        is_due = since_warmup % self.every == 0 or self.step == last
+        chooses = self.warmup < self.step <= last and is_due
+        if chooses:
             for name, live in choose(self.scores(), self.costs, self.budget()).items():
                 self.adapters[name].live.copy_(live)
-        if due or self.step > last:
+        if chooses or self.step > last:
             for adapter in self.adapters.values():
                 adapter.lam.masked_fill_(~adapter.live, 0.0)
 
@@ -140,9 +141,9 @@ class Allocator:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        own = self.state_dict()
+        current = self.state_dict()
         for part in ("sensitivity", "deviation", "live"):
-            for key, tensor in own[part].items():
+            for key, tensor in current[part].items():
                 tensor.copy_(state[part][key])
         self.step = state["step"]
 
@@ -150,8 +151,8 @@ class Allocator:
 def choose(scores: dict[str, torch.Tensor], costs: dict[str, int], budget: int) -> dict[str, torch.Tensor]:
     """{matrix: (r,) bool}, the live triplets: by falling score per cost, each that still fits the budget.
 
-    Of equal scores the lower number in its matrix goes first, then the earlier matrix: scores that are all
-    zero leave equal ranks.
+    Equal scores are ordered by the number in the matrix, then by the matrix: if all scores are zero, the
+    matrices have equal ranks.
     """
     ranking = sorted(
         (-score / costs[name], i, place, name)

@@ -1,15 +1,15 @@
 """Adapters: a few trained numbers beside the matrices of a finished, frozen GPT: LoRA, AdaLoRA, IA3.
 
-    attach(model, "wiki", AdapterConfig("lora", rank=8, alpha=16))   # the base is frozen, the adapter acts
-    adapter_state(model, "wiki")                                     # its tensors, to be saved
-    plain_model(model)                                               # a GPT with the adapter in its matrices
+    attach(model, "wiki", AdapterConfig("lora", rank=8, alpha=16))  # freezes the base, adds the adapter
+    adapter_state(model, "wiki")                                    # the adapter's tensors, for a checkpoint
+    plain_model(model)                                              # a plain GPT, the adapter in its matrices
 
-A model has one adapter. It belongs to matrices in the blocks (blocks.N.attn.{q,k,v,o},
-blocks.N.mlp.{up,down}), which one regular expression chooses. A LowRankLinear counts as one matrix, its
-product. gpt.py knows nothing of this: `attach` puts an `AdaptedLinear` around every matrix. The base's own
-products stay as they are, so at an adapter's start the logits are the base's to the bit.
+A model has one adapter. A regular expression chooses its matrices in the blocks (blocks.N.attn.{q,k,v,o},
+blocks.N.mlp.{up,down}). A LowRankLinear counts as one matrix, its product. gpt.py knows nothing of this:
+`attach` puts an `AdaptedLinear` around every matrix. The computations of the base do not change, so at an
+adapter's start the logits equal the base's to the bit.
 
-The modules are in layers.py; what AdaLoRA needs beyond its parameters (schedule, scores) is in adalora.py.
+The modules are in layers.py. AdaLoRA's schedule and scores are in adalora.py.
 """
 
 import copy
@@ -29,7 +29,8 @@ from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rank import on_meta
 
-TARGETS = {  # the matrices that each kind adapts by default
+# the matrices that each kind adapts by default
+TARGETS = {
     "lora": r"attn\.[qkvo]$|mlp\.(up|down)$",
     "adalora": r"attn\.[qkvo]$|mlp\.(up|down)$",
     "ia3": r"attn\.[kv]$|mlp\.down$",
@@ -40,25 +41,25 @@ TARGETS = {  # the matrices that each kind adapts by default
 class AdapterConfig:
     """All of an adapter but its trained numbers.
 
-    Patterns are regular expressions, searched for in names such as blocks.3.attn.q. Of `ranks` and `alphas`
-    the first pattern that is found in a matrix's name decides; where none is, `rank` and `alpha`.
+    Patterns are regular expressions that are searched in names such as blocks.3.attn.q. In `ranks` and
+    `alphas` the first pattern that matches a matrix's name counts; if none matches, `rank` and `alpha` do.
     """
 
     kind: str = "lora"  # lora, adalora or ia3
     targets: str = ""  # pattern of the adapted matrices; "" = all of them, or for ia3 k, v and down
-    rank: int = 8  # r; of adalora the mean at the end
+    rank: int = 8  # r; for adalora the mean at the end
     alpha: float = 16.0  # B(A x) is scaled by alpha / r
     dropout: float = 0.0  # of the adapter's input, in training
     rslora: bool = False  # scale by alpha / √r instead (arXiv 2312.03732)
     ranks: dict[str, int] = field(default_factory=dict)  # pattern -> rank
     alphas: dict[str, float] = field(default_factory=dict)  # pattern -> alpha
-    initial: float = 1.5  # adalora: ranks at the start, over `rank`
+    initial: float = 1.5  # adalora: ranks at the start / `rank`
     seed: int = 0
 
     def __post_init__(self):
-        def require(good, flag, value, what):
-            if not good:
-                raise InputError(f"adapter's {flag} {value}: {what}")
+        def require(condition, flag, value, message):
+            if not condition:
+                raise InputError(f"adapter's {flag} {value}: {message}")
 
         require(self.kind in TARGETS, "kind", self.kind, f"use one of {', '.join(TARGETS)}")
         for rank in (self.rank, *self.ranks.values()):
@@ -66,8 +67,8 @@ class AdapterConfig:
         for alpha in (self.alpha, *self.alphas.values()):
             require(0 < alpha < math.inf, "alpha", alpha, "use a number above 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "use a number from 0 to below 1")
-        falling = "below 1 the budget would rise from start to end; use 1 or more"
-        require(1 <= self.initial < math.inf, "initial ranks", self.initial, falling)
+        message = "below 1 the budget would rise from start to end; use 1 or more"
+        require(1 <= self.initial < math.inf, "initial ranks", self.initial, message)
         for pattern in (self.pattern, *self.ranks, *self.alphas):
             try:
                 re.compile(pattern)
@@ -86,7 +87,7 @@ class AdapterConfig:
 
 
 def first_match(patterns: dict, name: str, default):
-    """The value of the first pattern that is found in the name."""
+    """The value of the first pattern that matches a part of the name."""
     return next((value for pattern, value in patterns.items() if re.search(pattern, name)), default)
 
 
@@ -103,13 +104,14 @@ def matrices(model: GPT) -> dict[str, nn.Module]:
 
 
 def matching(names: list[str], pattern: str) -> list[str]:
-    """The names that contain the regular expression. InputError with the nearest names if none does."""
+    """The names in which the pattern is found. InputError with the most similar names if there are none."""
     matches = [name for name in names if re.search(pattern, name)]
     if matches:
         return matches
     literal = re.sub(r"\\[^.]|[^\w.]", "", pattern)  # the pattern without its operators
 
-    def similarity(name):  # of the name's most similar ending
+    def similarity(name):
+        """The similarity of the pattern and the most similar ending of the name."""
         return max(difflib.SequenceMatcher(None, literal, name[i:]).ratio() for i in range(len(name)))
 
     nearest = sorted(names, key=similarity, reverse=True)[:3]
@@ -125,14 +127,13 @@ def is_adapted(model: GPT) -> bool:
 def attach(model: GPT, name: str, config: AdapterConfig):
     """Add an adapter at its start and freeze the base. Call it before `compile_blocks`.
 
-    With dropout, activations are not recomputed: recomputation would drop others.
-    InputError for a name or a config that does not fit; then the model is as it was.
+    With dropout, activations are not recomputed: the second computation would drop other entries. InputError
+    if the name or the config does not fit; then the model is unchanged.
     """
-    reserved = hasattr(nn.ModuleDict(), name)  # the name stands beside a module's attributes
-    if not name or "." in name or reserved:
-        raise InputError(
-            f"adapter {name!r}: not a name for an adapter; choose a word without dots, such as wiki"
-        )
+    is_reserved = hasattr(nn.ModuleDict(), name)  # the name becomes an attribute of a ModuleDict
+    if not name or "." in name or is_reserved:
+        message = "not a name for an adapter; choose a word without dots, such as wiki"
+        raise InputError(f"adapter {name!r}: {message}")
     if is_adapted(model):
         raise InputError(f"adapter {name!r}: the model has one already; make a plain model of it first")
     layers = matrices(model)
@@ -194,8 +195,8 @@ def adapters_of(model: GPT, name: str) -> dict[str, LoRA | Triplets | IA3]:
 def plain_model(model: GPT) -> GPT:
     """A plain, trainable GPT with the adapter inside its matrices; without an adapter the model itself.
 
-    No tensor is shared with the model, and layers that were tied become copies. InputError if a base matrix
-    has a nonlinearity between its factors and an update cannot be merged into it.
+    It shares no tensor with the model, and tied layers become copies. InputError if a base matrix has a
+    nonlinearity between its factors, so that an update cannot be merged into it.
     """
     if not is_adapted(model):
         return model
@@ -217,17 +218,17 @@ def with_changed_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
     """
     config = copy.deepcopy(config)
     for matrix in MATRICES:
-        own = tuple(rank for name, rank in ranks.items() if name.endswith(f".{matrix}"))
-        if any((config.rank(matrix, i) > 0) != (rank > 0) for i, rank in enumerate(own)):
-            config.matrix_ranks[matrix] = own
+        layer_ranks = tuple(rank for name, rank in ranks.items() if name.endswith(f".{matrix}"))
+        if any((config.rank(matrix, i) > 0) != (rank > 0) for i, rank in enumerate(layer_ranks)):
+            config.matrix_ranks[matrix] = layer_ranks
     return config
 
 
-# ---- what is saved -----------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def base_state(model: GPT) -> dict[str, torch.Tensor]:
-    """The state_dict of the base alone, under the names it has without adapter."""
+    """The state_dict of the base alone, with the names that it has without an adapter."""
     return {
         name.replace(".base.", "."): tensor
         for name, tensor in model.state_dict().items()
@@ -245,7 +246,7 @@ def base_hash(model: GPT) -> str:
 
 
 def describe(model: GPT, name: str) -> dict:
-    """What an adapter is and which base it fits, in types that JSON has."""
+    """An adapter's config, matrices and base, in types that JSON has."""
     return {
         **asdict(model.adapter_configs[name]),
         "base": base_hash(model),
@@ -265,28 +266,28 @@ def adapter_state(model: GPT, name: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_adapter_state(model: GPT, name: str, state: dict[str, torch.Tensor]):
     """Copy tensors of `adapter_state` into the attached adapter. InputError if names or shapes differ."""
-    own = adapter_state(model, name)
-    expected = {key: tensor.shape for key, tensor in own.items()}
-    given = {key: tensor.shape for key, tensor in state.items()}
-    if expected != given:
-        keys = expected.keys() | given.keys()
-        differing = sorted(key for key in keys if expected.get(key) != given.get(key))
+    tensors = adapter_state(model, name)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    saved_shapes = {key: tensor.shape for key, tensor in state.items()}
+    if shapes != saved_shapes:
+        keys = shapes.keys() | saved_shapes.keys()
+        differing = sorted(key for key in keys if shapes.get(key) != saved_shapes.get(key))
         raise InputError(
             f"adapter {name!r}: the tensors do not fit it: "
             f"{', '.join(differing[:3])} and {len(differing)} in all"
         )
-    for key, tensor in own.items():
+    for key, tensor in tensors.items():
         tensor.copy_(state[key])
 
 
 def attach_saved(model: GPT, name: str, description: dict, state: dict[str, torch.Tensor]):
-    """Attach an adapter from its `describe` and `adapter_state`. InputError if made for another base."""
-    own = base_hash(model)
-    wanted = str(description.get("base"))
-    if wanted != own:
+    """Attach an adapter from its `describe` and `adapter_state`. InputError if it has another base."""
+    model_hash = base_hash(model)
+    saved_hash = str(description.get("base"))
+    if saved_hash != model_hash:
         raise InputError(
-            f"adapter {name!r}: made for another base (its hash is {wanted[:12]}, this model's {own[:12]}); "
-            "give the checkpoint that it was trained on"
+            f"adapter {name!r}: made for another base (its hash is {saved_hash[:12]}, "
+            f"this model's {model_hash[:12]}); give the checkpoint that it was trained on"
         )
     fields = AdapterConfig.__dataclass_fields__
     config = AdapterConfig(**{key: value for key, value in description.items() if key in fields})

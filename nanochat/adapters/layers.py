@@ -17,16 +17,16 @@ from nanochat.ops import norm
 
 # ---- beside one matrix -------------------------------------------------------------------------------------
 # An adapter changes y = W x of its layer by four methods:
-#   before(x)          the input that the base gets
-#   inner(x)           z, the adapter's own function of the input; None where it has none
-#   outer(y, z)        the layer's output, from the base's
-#   merge_into(layer)  a plain layer that does the same
+#   base_input(x)      the input of the base
+#   inner(x)           z, the adapter's own function of the input; None if it has none
+#   outer(y, z)        the output of the layer; y: the output of the base
+#   merge_into(layer)  a plain layer with the same output
 
 
 class Update(nn.Module):
     """y + z of rank r beside a frozen matrix.
 
-    dropout: of x, only where gradients are taken, so never in evaluation.
+    dropout: of x, only while gradients are computed, so never in evaluation.
     """
 
     def __init__(self, scale: float, dropout: float):
@@ -34,7 +34,7 @@ class Update(nn.Module):
         self.scale = scale
         self.dropout = dropout
 
-    def before(self, x):
+    def base_input(self, x):
         return x
 
     def with_dropout(self, x):
@@ -44,7 +44,7 @@ class Update(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, layer) -> Linear:
-        """W0 + s·BA, a full matrix even where W0 is a product."""
+        """W0 + s·BA: a full matrix, even if W0 is a product."""
         if getattr(layer, "act", "none") != "none":
             raise InputError(
                 f"adapter: a base with {layer.act} between its factors is no matrix; "
@@ -83,9 +83,9 @@ class LoRA(Update):
 class Triplets(Update):
     """s·P(λ ∘ Q x), P: (out, r), λ: (r,), Q: (r, in): AdaLoRA's form of an SVD (arXiv 2303.10512).
 
-    A triplet is one λᵢ, its column of P and its row of Q; the λᵢ of those that are not `live` are 0. At the
-    start λ = 0; P and Q are Gaussian, their columns and rows of length about 1 and nearly orthogonal. rank:
-    at the start. end_rank: this matrix's share of the budget at the end.
+    A triplet is one λᵢ, its column of P and its row of Q. If it is not `live`, λᵢ = 0. At the start λ = 0; P
+    and Q are Gaussian, so their columns and rows are nearly orthogonal and about 1 long. rank: at the start.
+    end_rank: this matrix's share of the budget at the end.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class Triplets(Update):
 class IA3(nn.Module):
     """A learned scale on each output of the matrix or, for `down`, on each input (arXiv 2205.05638).
 
-    Scales begin at 1. They merge exactly into the matrix's rows or columns. For that the scale on the keys
-    acts on k's output, before rotation and QK norm; a scale after the norm could be merged into nothing. The
-    norm then takes the length of each head's key away again: of the D scales of a head D - 1 directions act.
-    They change which channels of the head count more; they cannot sharpen or flatten all its scores. The
-    scale on the values acts on v's output, before a value embedding is added. The inputs of `down` are the
-    hidden units after relu².
+    Scales begin at 1. They merge exactly into the matrix's rows or columns. For this reason the scale of the
+    keys acts on k's output, before rotation and QK norm: behind the norm it could not be merged. The norm
+    removes the length of each head's key again, so the D scales of a head have D - 1 degrees of freedom. They
+    change the weights of the head's channels; they cannot sharpen or flatten all its scores. The scale of the
+    values acts on v's output, before a value embedding is added. The inputs of `down` are the hidden units
+    after relu².
     """
 
     def __init__(self, in_features: int, out_features: int, side: str):
@@ -134,7 +134,7 @@ class IA3(nn.Module):
         self.side = side  # "in" or "out"
         self.l = nn.Parameter(torch.ones(in_features if side == "in" else out_features))
 
-    def before(self, x):
+    def base_input(self, x):
         return x * self.l.to(x.dtype) if self.side == "in" else x
 
     def inner(self, x):
@@ -145,7 +145,7 @@ class IA3(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, layer):
-        """Of the base's own class: of a product only one factor changes."""
+        """A layer of the base's class. Of a product only one factor changes."""
         layer = copy.deepcopy(layer)
         is_product = not isinstance(layer, Linear)
         if self.side == "in":
@@ -161,7 +161,7 @@ class IA3(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer of the model, untouched, with an adapter beside it or none."""
+    """An unchanged linear layer of the model, with an adapter or without."""
 
     def __init__(self, base, name: str, adapter=None):
         super().__init__()
@@ -169,7 +169,7 @@ class AdaptedLinear(nn.Module):
         self.out_features = base.out_features
         self.base = base
         self.name = name
-        self.adapters = nn.ModuleDict()  # checkpoints and optimizers know its numbers by .adapters.NAME.
+        self.adapters = nn.ModuleDict()  # checkpoints and optimizers find its parameters by .adapters.NAME.
         if adapter is not None:
             self.adapters[name] = adapter
 
@@ -177,7 +177,7 @@ class AdaptedLinear(nn.Module):
     def adapter(self):
         return self.adapters[self.name] if self.adapters else None
 
-    # what `ops.project` asks of a layer: its first factor is multiplied together with those of others
+    # `ops.project` reads these of a layer: it multiplies the first factors of several layers together
     @property
     def rank(self):
         return self.base.rank
@@ -195,19 +195,19 @@ class AdaptedLinear(nn.Module):
         return self.base.kept
 
     def forward(self, x, h=None):
-        """(..., in) -> (..., out). h: the layer's first factor times x, where it was computed with others."""
+        """(..., in) -> (..., out). h: the layer's first factor times x, if it was computed with others."""
         if self.adapter is None:
             return self.base(x, h)
-        y = self.base(self.adapter.before(x) if h is None else x, h)
+        y = self.base(self.adapter.base_input(x) if h is None else x, h)
         return self.adapter.outer(y, self.adapter.inner(x))
 
     def merged(self):
-        """A plain layer that does the same; without an adapter the base itself."""
+        """A plain layer with the same output; without an adapter the base itself."""
         return self.base if self.adapter is None else self.adapter.merge_into(self.base)
 
 
 class AdaptedMLP(MLP):
-    """MLP over adapted layers: `down` may see its input scaled or dropped, so relu² is a step by itself."""
+    """MLP over adapted layers. relu² is a step of its own: `down` may scale or drop its input."""
 
     def forward(self, x):
         return self.down(F.relu(self.up(norm(x))).square())

@@ -1,4 +1,4 @@
-"""Loading the model of any run: trained whole, trained in a subspace, or a base model with an adapter."""
+"""Loading the model of any run: fully trained, trained in a subspace, or a base model with an adapter."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ ADAPTER = "adapter"  # the adapter's name in the models of adapter runs
 def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
     """(model, the tokenizer it was trained with, meta.json's content) of one checkpoint.
 
-    The base model of an adapter run comes from its own run folder, which lies beside this one. changes: of
-    the model's config, such as `recompute`. InputError if the parts do not belong together.
+    The base of an adapter run is in its own run folder, beside this one. changes: to the model's config, such
+    as `recompute`. InputError if the parts do not belong together.
     """
     state, tokenizer, meta = load_with_tokenizer(run_folder, step, device)
     with fitting_together(step_folder(run_folder, step)):
@@ -39,11 +39,11 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
 
 
 def load_adapted(runs: Path, description: dict, tensors: dict, device, **changes) -> GPT:
-    """The base model of an adapter run, with the adapter attached and acting.
+    """The base model of an adapter run with its adapter.
 
-    description and tensors are what the checkpoint has under "adapter", in meta.json and in state.pt.
-    description: {"description" (see `attach.describe`), "origin": {"bases", "layer_map", "tied"}}. layer_map
-    is the layer at each position; [] stands for the base's own order.
+    description, tensors: the entries "adapter" of the checkpoint, in meta.json and in state.pt. description:
+    {"description" (see `attach.describe`), "origin": {"bases", "layer_map", "tied"}}. layer_map: the layer at
+    each position; [] stands for the order of the base.
     """
     origin = description["origin"]
     models = load_bases(runs, origin["bases"], device, **changes)
@@ -55,7 +55,7 @@ def load_adapted(runs: Path, description: dict, tensors: dict, device, **changes
 def load_bases(runs: Path, bases: list[dict], device="cpu", **changes) -> list[GPT]:
     """The models that an adapter run starts from. bases: {"tag", "step", "sha256"} of each checkpoint.
 
-    InputError if the checkpoint is no longer the one with that SHA-256.
+    InputError if a checkpoint has another SHA-256 now.
     """
     models = []
     for base in bases:

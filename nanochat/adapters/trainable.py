@@ -1,4 +1,4 @@
-"""An adapter as what a run trains: AdamW over its few parameters, which are all that its checkpoints hold."""
+"""Training an adapter: AdamW over its few parameters. Its checkpoints hold nothing else."""
 
 import torch
 
@@ -14,15 +14,13 @@ class AdapterTrainable(Trainable):
     """The adapter `ADAPTER` of a model; `AdaLoRATrainable` for one whose ranks change while it trains."""
 
     def __init__(self, model: GPT, origin: dict, lr: float, weight_decay: float):
-        """origin: where the base is from, see `adapters.loading.load_adapted`. weight_decay: of the factors;
-        vectors do not decay.
-        """
+        """origin: see `adapters.loading.load_adapted`. weight_decay: of factors; vectors do not decay."""
         super().__init__(model, Rates())
         self.origin = origin
         self.settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
         self.has_dropout = model.adapter_configs[ADAPTER].dropout > 0
         self.adapters = adapters_of(model, ADAPTER)
-        self.description = describe(model, ADAPTER)  # hashes the base, which stays as it is: once is enough
+        self.description = describe(model, ADAPTER)  # with a hash of the base, which never changes
 
     def build_optimizers(self, shards: list[ParameterShard], dtype: torch.dtype):
         return build_optimizers(self.model, self.rates, {".adapters.": self.settings}, shards)
@@ -41,7 +39,7 @@ class AdaLoRATrainable(AdapterTrainable):
     """An adapter of AdaLoRA: the allocator lowers its budget, and the loss keeps its factors orthogonal."""
 
     def __init__(self, *args, allocator: Allocator, orthogonality_weight: float):
-        """args: as of AdapterTrainable. orthogonality_weight: of `orthogonality` in the loss."""
+        """args: of AdapterTrainable. orthogonality_weight: the weight of `orthogonality` in the loss."""
         super().__init__(*args)
         self.allocator = allocator
         self.orthogonality_weight = orthogonality_weight

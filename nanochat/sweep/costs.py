@@ -18,12 +18,12 @@ from nanochat.units import BYTES, COUNT, FLOP, TIME, human
 HEADER = ["run", "status", "parameters", "FLOPs/token", "tokens", "FLOPs", "peak memory", "time"]
 MEASURED_LAYERS = 2
 MEASURED_SECONDS = 1.5
-# FLOPs of a measured pass on a CPU: half a second on an ordinary core
+# FLOPs of a measured pass on a CPU: about half a second on one core
 CPU_PASS_FLOPS = 3e10
 
 
 def print_costs(sweep: Sweep, most: int | None):
-    """A line for each run, then the sums and notes. most: how many runs at once (-j), as in `places`."""
+    """A line for each run, then sums and notes. most: how many runs at once (-j), see `places`."""
     first = sweep.points[0].args
     device_type = common.pick_device_type(first.device_type)
     itemsize = common.compute_dtype(first.dtype, device_type, training=True).itemsize
@@ -37,11 +37,11 @@ def print_costs(sweep: Sweep, most: int | None):
     print_table([HEADER, *(cost_row(point, rate, itemsize) for point in sweep.points)])
 
     total = sum(total_flops(point) for point in sweep.points)
-    left = sum(total_flops(point) for point in sweep.points if point.status() != "finished")
+    remaining = sum(total_flops(point) for point in sweep.points if point.status() != "finished")
     at_once = min(count_places(sweep, most), len(sweep.points)) if device_type == "cuda" else 1
     print(
-        f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(left, FLOP)}, "
-        f"an estimated {human(left / rate / at_once, TIME)} of training on this machine, "
+        f"\n{len(sweep.points)} runs, {human(total, FLOP)}; left to do: {human(remaining, FLOP)}, "
+        f"an estimated {human(remaining / rate / at_once, TIME)} of training on this machine, "
         f"{at_once} at a time; starts, evaluations and checkpoints come on top"
     )
     print(
@@ -54,11 +54,11 @@ def print_costs(sweep: Sweep, most: int | None):
 def print_notes(sweep: Sweep):
     if any(point.base for point in sweep.points):
         print(
-            "note: of a run that starts from another, parameters and FLOPs are those of its base "
-            "with every weight trained: an upper bound"
+            "note: a run that starts from another counts as its base with every weight trained: "
+            "parameters and FLOPs are an upper bound"
         )
-    for label, kept in sweep.duplicates:
-        print(f"note: {label} is the same run as {kept}: it runs once")
+    for label, original in sweep.duplicates:
+        print(f"note: {label} is the same run as {original}: it runs once")
     if len({point.plan["tokens"] for point in sweep.points}) > 1:
         print(
             "note: not all runs see the same number of tokens; "
@@ -108,7 +108,7 @@ def predicted_peak(point: Point, itemsize: int) -> int | None:
 def count_places(sweep: Sweep, most: int | None) -> int:
     try:
         return len(places(sweep, most))
-    except InputError:  # too few GPUs here: the sweep is planned for another machine
+    except InputError:  # too few GPUs here: the sweep is meant for another machine
         return 1
 
 
@@ -116,7 +116,7 @@ def count_places(sweep: Sweep, most: int | None) -> int:
 
 
 def finished_rate(sweep: Sweep) -> tuple[float, str] | None:
-    """(FLOP/s of one process, where that is from) over the finished runs of this sweep; None without any."""
+    """(FLOP/s of one process, its source in words) over the finished runs of this sweep; None without any."""
     finished = [read_summary(point.folder) for point in sweep.points if point.status() == "finished"]
     flops = sum(summary["total_training_flops"] for summary in finished)
     seconds = sum(summary["total_training_time"] for summary in finished) * sweep.processes

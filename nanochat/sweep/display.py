@@ -1,4 +1,4 @@
-"""What a user sees of the runs of a sweep on this machine: progress on the terminal, ends of log files."""
+"""Progress of a sweep's runs on this machine: lines on the terminal, ends of log files."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from nanochat.run_files import read_summary
 from nanochat.sweep.experiment import Point, Sweep
 from nanochat.units import TIME, human
 
-REPORT_EVERY = 60  # seconds between two progress lines where there is no terminal
+REPORT_EVERY = 60  # seconds between two progress lines without a terminal
 REDRAW_EVERY = 1  # seconds between two tables on a terminal
 TAIL_BYTES = 2**16
 
 
 class Display:
-    """On a terminal a table that is drawn again and again; elsewhere a line an event, and one a minute."""
+    """On a terminal a table that is redrawn; elsewhere a line for each event and one a minute."""
 
     def __init__(self, sweep: Sweep, waiting: list[Point]):
         self.sweep = sweep
@@ -31,13 +31,14 @@ class Display:
         self.is_terminal = sys.stdout.isatty()
         self.lines_drawn = 0
         self.last_update = time.monotonic()
-        # our own commands to the terminal: console.PlainText spells out those of other texts
+        # for our own commands to the terminal: console.PlainText shows those in other texts as plain
+        # characters
         self.write_command = getattr(sys.stdout, "command", sys.stdout.write)
         logs = sweep.folder / "logs"
         self.print_line(f"{sweep.name}: {self.total} runs, {self.finished} finished; logs in {logs}")
 
     def update(self, running: list[Point], waiting: list[Point], failed: int):
-        """Show how far the runs are, if it is time again. failed: how many have failed."""
+        """Show the progress of the runs, if enough time has passed. failed: how many have failed."""
         if time.monotonic() - self.last_update < (REDRAW_EVERY if self.is_terminal else REPORT_EVERY):
             return
         self.last_update = time.monotonic()
@@ -108,7 +109,7 @@ def progress(point: Point) -> dict:
 
 
 def log_path(sweep: Sweep, point: Point) -> Path:
-    """What the run of a point prints."""
+    """The file with the output of a point's run."""
     return sweep.folder / "logs" / f"{point.tag}.log"
 
 

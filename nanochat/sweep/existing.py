@@ -1,4 +1,4 @@
-"""The runs of a sweep that are there already: flags that they pass on, and whether they belong to it."""
+"""Runs of a sweep that exist already: flags that they pass on, and whether they belong to the sweep."""
 
 from dataclasses import replace
 
@@ -10,18 +10,19 @@ from nanochat.sweep.trial import to_argv
 
 
 def inherited_flags(sweep: Sweep) -> dict:
-    """{flag: value} that runs of this sweep keep from their records, because a default has changed since.
+    """{flag: value} that runs of this sweep inherit from their records, because a default has changed.
 
-    The other runs get these values too: only so they can be compared. A flag counts if no two runs keep
-    different values of it.
+    The other runs get these values too, so that all runs can be compared. A flag counts if no two runs
+    inherit different values of it.
     """
-    kept = [inheritance(point.args, read_record(point.folder)) for point in sweep.points if not point.base]
+    pretraining = [point for point in sweep.points if not point.base]
+    inherited = [inheritance(point.args, read_record(point.folder)) for point in pretraining]
     values = {}
-    for run in kept:
+    for run in inherited:
         values |= {name: value for name, value in run.items() if isinstance(value, (int, float, str))}
     agreed = {}
     for name, value in values.items():
-        if all(run.get(name) in (None, value) for run in kept):
+        if all(run.get(name) in (None, value) for run in inherited):
             agreed[name] = value
     return agreed
 
@@ -41,7 +42,7 @@ def without_inherited(point: Point, values: dict) -> Point:
 
 
 def check_existing(sweep: Sweep, tokenizer, corpora: dict):
-    """InputError if a run with one of the sweep's names is another run: of an earlier file, or other text.
+    """InputError if a run with a name of this sweep is another run: of an earlier file, or on another text.
 
     corpora: {text: its opened corpus}
     """

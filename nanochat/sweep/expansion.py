@@ -13,16 +13,16 @@ from nanochat.rank import count_parameters
 from nanochat.sweep.schema import check_whole_numbers, without_point_keys
 from nanochat.sweep.trial import Trial, identity, is_low_rank, resolve_trial
 
-# what a low-rank run has and its full-rank partner has not
+# flags of a low-rank run that its full-rank partner does not have
 RANK_FLAGS = (*(flag.option[2:] for flag in RANK_GROUP.flags), "recompute")
 # flag -> its short form in labels; other flags are written out
 SHORT_NAMES = {flag.option[2:]: flag.short for flag in FLAGS if flag.short is not None}
 
 
 def make_trials(spec: dict, texts: dict[str, str]) -> tuple[list[Trial], list[tuple[str, str]]]:
-    """All trials of a file, those that others start from first, and what `merge_equal` says of equal ones.
+    """(trials, duplicates) of a file; trials that others start from are first. duplicates: see `merge_equal`.
 
-    texts: {name of a text of a point: where it is}; every other run reads the text of [flags].
+    texts: {name of a point's text: where it is}; the other runs read the text of [flags].
     """
     trials = [trial for name in spec["points"] for trial in expand_point(name, spec)]
     for trial in trials:
@@ -40,9 +40,9 @@ def make_trials(spec: dict, texts: dict[str, str]) -> tuple[list[Trial], list[tu
 def expand_point(name: str, spec: dict) -> list[Trial]:
     """A trial at every combination of the point's lists and of the grid, without the flags that it sets."""
     table = spec["points"][name]
-    own = without_point_keys(table)
-    lists = {flag: value for flag, value in own.items() if isinstance(value, list)}
-    axes = lists | {flag: values for flag, values in spec["grid"].items() if flag not in own}
+    point_flags = without_point_keys(table)
+    lists = {flag: value for flag, value in point_flags.items() if isinstance(value, list)}
+    axes = lists | {flag: values for flag, values in spec["grid"].items() if flag not in point_flags}
     seeds = check_whole_numbers(f"[points.{name}]: seeds", table.get("seeds", spec["seeds"]), 0)
     if not seeds:
         where = f"[points.{name}]: " if name else ""
@@ -54,10 +54,10 @@ def expand_point(name: str, spec: dict) -> list[Trial]:
         trial = Trial(
             table=table,
             label="_".join(filter(None, words)),
-            flags={**spec["flags"], **own, **varied},
+            flags={**spec["flags"], **point_flags, **varied},
             seeds=list(seeds),
             processes=spec["processes"],
-            own_flags={*own, *axes},
+            own_flags={*point_flags, *axes},
             paired_with=table.get("paired-with", ""),
             script=table.get("script", "base_train"),
         )
@@ -72,7 +72,7 @@ def label_word(flag: str, value) -> str:
     return f"{SHORT_NAMES.get(flag, flag)}{part_of_tag(str(value))}"
 
 
-# ---- trials that are named by others -----------------------------------------------------------------------
+# ---- references to other trials ----------------------------------------------------------------------------
 
 
 def grid_values(trial: Trial, spec: dict) -> dict:
@@ -83,11 +83,11 @@ def grid_values(trial: Trial, spec: dict) -> dict:
 def trial_at(where: str, name: str, values: dict, spec: dict) -> Trial:
     """The trial of the point `name` at these values of the grid. InputError if there is none, or several.
 
-    where: what names it, for the error: "point low: paired-with".
+    where: the reference, for the error: "point low: paired-with".
     """
     if name not in spec["points"]:
-        known = ", ".join(filter(None, spec["points"])) or "none with names"
-        raise InputError(f"{where} {name!r}: no point of this file; there are {known}")
+        choices = ", ".join(filter(None, spec["points"])) or "none with names"
+        raise InputError(f"{where} {name!r}: no point of this file; there are {choices}")
     grid = {flag: [value] for flag, value in values.items()}
     trials = expand_point(name, {**spec, "grid": grid})
     if len(trials) > 1:
@@ -116,7 +116,7 @@ def find_trial(where: str, name: str, trial: Trial, trials: list[Trial], spec: d
             )
     if base.script != "base_train":
         raise InputError(
-            f"{where} {name!r}: is itself a run of {base.script}; name a point that starts from scratch"
+            f"{where} {name!r}: is a run of {base.script} itself; name a point that starts from scratch"
         )
     return base
 
@@ -126,7 +126,7 @@ def trial_with_label(label: str, trials: list[Trial]) -> Trial | None:
 
 
 def resolve_budget(trial: Trial, spec: dict):
-    """Replace a budget that names a point by the parameters of that point, so that no run has to wait."""
+    """Replace a budget that names a point by that point's parameters, so that no run waits for another."""
     name = str(trial.flags.get("budget-params", ""))
     if not name or name.replace("_", "").isdigit():
         return
@@ -147,16 +147,16 @@ def add_partners(trials: list[Trial], spec: dict):
 
     A partner that is not in the list is inserted there, before the first trial that needs it.
     """
-    by_identity = {identity(trial): trial for trial in reversed(trials)}
+    trial_by_identity = {identity(trial): trial for trial in reversed(trials)}
     for trial in list(trials):
         partner = full_rank_partner(trial, trials, spec)
         if partner is None:
             continue
         key = identity(partner)
-        if key not in by_identity:
-            by_identity[key] = partner
+        if key not in trial_by_identity:
+            trial_by_identity[key] = partner
             trials.insert(trials.index(trial), partner)
-        trial.partner = by_identity[key]
+        trial.partner = trial_by_identity[key]
         trial.partner.add_seeds(trial.seeds)
 
 
@@ -180,18 +180,18 @@ def full_rank_partner(trial: Trial, trials: list[Trial], spec: dict) -> Trial | 
 
 
 def merge_equal(trials: list[Trial]) -> tuple[list[Trial], list[tuple[str, str]]]:
-    """Trials that are the same run, as where two scans cross, become one under all their seeds.
+    """Merge trials that are the same run, as where two scans cross, into one with all their seeds.
 
-    Returns (trials, [(label of one that was left out, label of the one that stays)]).
+    Returns (trials, [(label of a removed trial, label of the one that stays)]).
     """
     first = {}
     duplicates = []
     for trial in trials:
-        kept = first.setdefault(identity(trial), trial)
-        if kept is not trial:
-            duplicates.append((trial.label, kept.label))
-            kept.add_seeds(trial.seeds)
-            kept.partner = kept.partner or trial.partner
+        original = first.setdefault(identity(trial), trial)
+        if original is not trial:
+            duplicates.append((trial.label, original.label))
+            original.add_seeds(trial.seeds)
+            original.partner = original.partner or trial.partner
     for trial in first.values():
         trial.partner = trial.partner and first[identity(trial.partner)]
         trial.base = trial.base and first[identity(trial.base)]

@@ -4,21 +4,21 @@
     Flags of scripts.base_train, written as on the command line: vocabulary, text, steps, … They are the same
     in every run.
 [points.NAME]
-    What is compared. Flags of one point; a list of values makes one point of each, in all combinations.
+    What is compared: the flags of one point. Lists of values make a point for each combination.
     budget-params = "NAME": as many parameters as the point NAME of this file has.
     paired-with = "NAME": its full-rank partner is this point (see baseline).
-    script = "adapter_train", base = "NAME": a point that starts from the finished run of the point NAME,
-    under the same seed, or under the first one that NAME has. Its flags are those of adapter_train. It may
-    have a text of its own, `data`.
+    script = "adapter_train", base = "NAME": the point starts from the finished run of the point NAME, with
+    the same seed, or else with the first seed of NAME. Its flags are those of adapter_train. It may have a
+    text of its own, `data`.
 [grid]
-    What all points vary in. Lists of values: every point runs at every combination of them.
+    Lists of values. Every point runs at every combination of them.
 [evals.NAME]
-    script = "layer_map_eval", base = "NAME" of a point, and flags: a measurement of that point's run. It is
-    made after all runs and kept beside the report.
+    script = "layer_map_eval", base = "NAME", and flags: a measurement of the run of the point NAME. It is
+    made after all runs and written beside the report.
 seeds = [1, 2]
-    Every point runs under each seed. A point may have seeds of its own.
+    Every point runs with each seed. A point may have seeds of its own.
 baseline = true
-    Every low-rank run has a full-rank partner: the same flags without those of ranks, under the same seed.
+    Every low-rank run gets a full-rank partner: the same flags without those of ranks, and the same seed.
 processes = 1
     Processes of one run, on one machine.
 question, cost
@@ -55,7 +55,7 @@ from nanochat.sweep.schema import (
 from nanochat.sweep.trial import Trial, flags_for_script, resolve_trial, to_argv
 
 NAMED_TEXT = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)  # --data NAME=TEXT
-SAVES = 10  # checkpoints of a run: what a power cut may cost is a tenth of it
+SAVES = 10  # checkpoints of a run: a power cut costs at most a tenth of it
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,24 @@ class Point:
     """One run: a trial of the experiment under one seed."""
 
     tag: str  # name of the run folder: <sweep>_<label>_s<seed>
-    label: str  # what tells it from the other points: "medium", "scan_lr0.02"
+    label: str  # distinguishes it from the other points: "medium", "scan_lr0.02"
     seed: int
-    argv: tuple[str, ...]  # for its script, complete but for --run
+    argv: tuple[str, ...]  # for its script, all but --run
     processes: int
     varying: tuple[str, ...]  # the flags that not all points share: "attn-rank=64", …
-    pair: str  # tag of its full-rank partner; "" where it has none
-    args: Namespace  # argv as its script parses it
+    pair: str  # tag of its full-rank partner; "" without one
+    args: Namespace  # argv, parsed by its script
     config: GPTConfig  # the model
     plan: dict  # see nanochat.plan.training_plan
     script: str = "base_train"
-    base: str = ""  # tag of the run that it starts from; "" where it starts from scratch
+    base: str = ""  # tag of the run that it starts from; "" if it starts from scratch
 
     @property
     def folder(self) -> Path:
         return metrics.runs_dir() / self.tag
 
     def status(self) -> str:
-        """'new', or what the run folder says: see run_files.read_summary."""
+        """'new', or the status in the run folder: see run_files.read_summary."""
         if not (self.folder / "config.json").exists():
             return "new"
         return read_summary(self.folder)["status"]
@@ -93,35 +93,36 @@ class Eval:
     name: str  # its folder beside the report
     base: str  # tag of the run
     script: str
-    argv: tuple[str, ...]  # complete but for --out
+    argv: tuple[str, ...]  # all but --out
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """An experiment as it is to be run: all points, in the order in which they should run."""
+    """An experiment with all its points, in the order in which they run."""
 
     name: str  # of the file, and of the preset if one is chosen: "low_rank_substitution-small"
     file: Path
     preset: str  # "" if the file has none
     question: str
     cost: str
-    data: str  # the text of all points that have none of their own
+    data: str  # the text of all points without one of their own
     vocab_size: int
     processes: int  # of each run
     points: tuple[Point, ...]
     duplicates: tuple[tuple[str, str], ...] = ()  # (label, label of the point that is the same run)
     evals: tuple[Eval, ...] = ()
-    texts: tuple[tuple[str, str], ...] = ()  # (name in a point, where it is) of texts beside `data`
+    texts: tuple[tuple[str, str], ...] = ()  # (name in a point, where it is) of other texts than `data`
 
     @property
     def folder(self) -> Path:
-        """Logs, scripts and the report of this sweep. The runs themselves are where all runs are."""
+        """Logs, scripts and the report of this sweep. The runs are in the folder of all runs."""
         return get_base_dir() / "sweeps" / self.name
 
     def data_flags(self) -> list[str]:
-        """--data as scripts.sweep takes it, for these texts; not for those that the file names by a path."""
-        named = [f"{name}={text}" for name, text in self.texts if NAMED_TEXT.fullmatch(f"{name}={text}")]
-        return [word for text in (self.data, *named) for word in option("--data", text)]
+        """--data of scripts.sweep for these texts; not for those that the file names by a path."""
+        words = [f"{name}={text}" for name, text in self.texts]
+        named_texts = [word for word in words if NAMED_TEXT.fullmatch(word)]
+        return [word for text in (self.data, *named_texts) for word in option("--data", text)]
 
     def point(self, tag: str) -> Point:
         for point in self.points:
@@ -171,7 +172,7 @@ def make_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
     check_names(name, trials)
     points = []
     for seed in dict.fromkeys(seed for trial in trials for seed in trial.seeds):
-        # runs to be compared are near one another in time
+        # the runs of one seed, which are compared, follow one another in time
         points += [make_point(name, trial, seed) for trial in trials if seed in trial.seeds]
     return Sweep(
         name=name,
@@ -192,27 +193,28 @@ def make_sweep(spec: dict, path: Path, preset: str, data: str, texts: dict[str, 
 def locate_texts(spec: dict, places: dict[str, str]) -> dict[str, str]:
     """{text, as the file names it: where it is}, of [flags] and of the points that have their own.
 
-    places: {name: where it is}, in place of what the file says.
+    places: {name: where it is}; it replaces the file's.
     """
     main = str(spec["flags"].get("data", "stdlib"))
     names = [main, *(str(table["data"]) for table in spec["points"].values() if "data" in table)]
     unknown = sorted(places.keys() - set(names))
     if unknown:
-        known = ", ".join(dict.fromkeys(names))
-        raise InputError(f"--data {unknown[0]}=…: no text of this file is called so; it names {known}")
+        choices = ", ".join(dict.fromkeys(names))
+        raise InputError(f"--data {unknown[0]}=…: the file has no text of this name; it names {choices}")
     return {name: absolute_folder(places.get(name, name)) for name in names}
 
 
 def absolute_folder(text: str) -> str:
-    """A folder by its absolute path, so that the same command elsewhere means the same run; else the text."""
+    """A folder's absolute path: the same command in another folder then means the same run. Else the text."""
     return text if text in ("stdlib", *HUB_SETS) else os.path.abspath(os.path.expanduser(text))
 
 
 def check_names(sweep: str, trials: list[Trial]):
     """InputError if two trials would share a run folder, or a tag is too long for one."""
-    by_label = {}
+    trial_by_label = {}
     for trial in trials:
-        other = by_label.setdefault(trial.label.lower(), trial)  # some file systems do not tell a from A
+        # on some file systems a and A are the same name
+        other = trial_by_label.setdefault(trial.label.lower(), trial)
         if other is not trial:
             names = {**trial.flags, **other.flags}
             differing = sorted(name for name in names if trial.flags.get(name) != other.flags.get(name))

@@ -1,7 +1,7 @@
-"""The runs of a sweep on this machine: as many at once as there are places, each a process with its own log.
+"""The runs of a sweep on this machine: one at each place, in a process with its own log.
 
 A run belongs to the process that holds a lock on $NANOCHAT_BASE_DIR/locks/.sweep.<tag>.lock. The child
-inherits the lock, so it is free only when launcher and child are both gone, however they ended. So two sweeps
+inherits the lock: it is free only when launcher and child have both ended, in whatever way. So two sweeps
 never have the same run, and no lock outlives its holders.
 """
 
@@ -24,7 +24,7 @@ from nanochat.signals import ENDING
 from nanochat.sweep.display import Display, last_lines, log_path
 from nanochat.sweep.experiment import Point, Sweep
 
-CHILD_POLL = 0.5  # seconds between two looks at the children
+CHILD_POLL = 0.5  # seconds between two checks of the children
 
 
 @dataclass
@@ -33,15 +33,15 @@ class Running:
     process: subprocess.Popen
     locks: list  # of the run and of its GPUs
     place: int  # index of its place
-    signals: int = 0  # how many signals to stop it was sent
+    signals: int = 0  # how many stop signals it was sent
 
 
 def run_all(sweep: Sweep, args, task_command) -> tuple[dict, str]:
-    """Run every point that is not finished, until none is left here or in another sweep, or a signal comes.
+    """Run every unfinished point, until no point waits or runs here, or a signal comes.
 
     task_command(sweep, point, args): the command line of one run. Returns ({tag: (what happened, log file,
-    its last lines)} of the failed runs, name of the signal or ""). The signals in ENDING are passed on, so
-    that the runs save; a second one kills them.
+    its last lines)} of the failed runs, name of the signal or ""). Signals in ENDING are passed on, so that
+    the runs save; a second signal kills them.
     """
     runs = LocalRuns(sweep, args, task_command)
     with StopSignals() as signals:
@@ -105,11 +105,11 @@ class LocalRuns:
 
     def start(self):
         """Start a waiting point at each free place whose GPUs no other sweep uses."""
-        taken = {run.place for run in self.running}
+        occupied = {run.place for run in self.running}
         bases = {point.base for point in self.waiting} - {""}
         unfinished = {tag for tag in bases if self.sweep.point(tag).status() != "finished"}
         for number, place in enumerate(self.places):
-            if number in taken:
+            if number in occupied:
                 continue
             gpus = [claim(lock_path(f"{socket.gethostname()}-{gpu}", "gpu")) for gpu in place["gpus"]]
             started = all(gpus) and self.start_at(number, gpus, unfinished)
@@ -120,8 +120,8 @@ class LocalRuns:
     def start_at(self, number: int, gpus: list, unfinished: set[str]) -> bool:
         """Start the first waiting point that no other sweep has and whose base is finished, if there is one.
 
-        gpus: the locks of the place; unfinished: tags of bases. Points that another sweep has finished wait
-        no longer. Returns whether a point was started.
+        gpus: the locks of the place; unfinished: tags of bases. Points that another sweep has finished leave
+        the queue. Returns whether a point was started.
         """
         for point in list(self.waiting):
             lock = None if point.base in unfinished else claim(claim_path(point.tag))
@@ -162,7 +162,7 @@ class LocalRuns:
 
 
 def outcome_of_run(run: Running, stopping: bool) -> str:
-    """'finished', 'stopped' (by our signal), 'again' (another process stopped it), or what went wrong."""
+    """'finished', 'stopped' (by our signal), 'again' (another process stopped it), or the failure."""
     code = run.process.returncode
     if run.point.status() == "finished" and code == 0:
         return "finished"
@@ -177,7 +177,7 @@ def outcome_of_run(run: Running, stopping: bool) -> str:
 
 
 class StopSignals:
-    """Counts the signals in ENDING while its block runs. One that is ignored, as under nohup, stays so."""
+    """Counts the signals in ENDING while its block runs. A signal that is ignored (nohup) stays ignored."""
 
     def __enter__(self):
         self.numbers = []
@@ -190,7 +190,7 @@ class StopSignals:
 
     def on_signal(self, number, _frame):
         if number == signal.SIGHUP and self.numbers:
-            return  # a terminal that closes sends it, and the shell in it sends it again
+            return  # a closing terminal sends it, and then its shell sends it again
         self.numbers.append(number)
         self.event.set()
 
@@ -199,7 +199,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def wait(self, seconds: float):
-        """Wait for so long, or until a signal comes."""
+        """Wait until a signal comes, at most for `seconds`."""
         self.event.wait(seconds)
         self.event.clear()
 
@@ -208,10 +208,10 @@ class StopSignals:
 
 
 def places(sweep: Sweep, most: int | None) -> list[dict]:
-    """Where runs can go: for each place {"gpus": (ids, …), "threads": N or None}.
+    """The places for runs: {"gpus": (ids, …), "threads": N or None} for each.
 
-    most: at most so many; None: as many as the GPUs allow, or one on a CPU. InputError where there are fewer
-    GPUs than one run needs.
+    most: the largest number of places; None: as many as the GPUs allow, or one on a CPU. InputError if there
+    are fewer GPUs than one run needs.
     """
     if common.pick_device_type(sweep.points[0].args.device_type) == "cuda":
         gpus = visible_gpus()
@@ -229,9 +229,9 @@ def places(sweep: Sweep, most: int | None) -> list[dict]:
 
 
 def visible_gpus() -> list[str]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     return [str(number) for number in range(torch.cuda.device_count())]
 
 

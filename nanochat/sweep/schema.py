@@ -1,4 +1,4 @@
-"""The experiment file as it is written: TOML, its presets, and checks of its keys, names and kinds of values.
+"""The TOML of an experiment file: its presets, and checks of keys, names and types of values.
 
 nanochat/sweep/experiment.py describes the format.
 """
@@ -41,7 +41,8 @@ KIND_WORDS = {
 SCRIPTS = ("base_train", "adapter_train")
 MOST_PROCESSES = 1024  # of one run, on one machine
 POINT_KEYS = ("seeds", "paired-with", "script", "base")  # keys of a point that are not flags
-RESERVED_FLAGS = {  # flags that the sweep sets itself: what to do instead
+# flags that the sweep sets itself -> what to do instead
+RESERVED_FLAGS = {
     "model-tag": "the sweep names the runs",
     "run-tag": "the sweep names the runs",
     "run": "give --run to scripts.sweep",
@@ -52,7 +53,7 @@ RESERVED_FLAGS = {  # flags that the sweep sets itself: what to do instead
 }
 # perplexities under another text or vocabulary cannot be compared
 SHARED_FLAGS = ("data", "vocab-size", "tokenizer-tag")
-# flags that adapter_train requires: with them it tells all its flags
+# flags that adapter_train requires: with them its parser gives all flags
 REQUIRED_BY_ADAPTERS = ("--model-tag", "base", "--run-tag", "new", "--adapter", "lora")
 
 
@@ -84,7 +85,7 @@ def check_keys(where, table: dict, kinds: dict):
             if key in flag_names():
                 hint = "; flags of base_train belong in [flags], [grid] or a point"
             raise InputError(f"{where}: unknown key {key}{hint}; the keys are {', '.join(kinds)}")
-        is_bool = isinstance(value, bool)  # which Python counts among the integers
+        is_bool = isinstance(value, bool)  # to Python a boolean is an integer
         if not isinstance(value, kinds[key]) or is_bool != (kinds[key] is bool):
             raise InputError(f"{where}: {key} must be {KIND_WORDS[kinds[key]]}")
 
@@ -95,29 +96,29 @@ def choose_preset(content: dict, preset: str, path: Path) -> dict:
     if presets and not preset:
         raise InputError(f"--preset is missing: {path} has {', '.join(presets)}")
     if preset and preset not in presets:
-        known = ", ".join(presets) or "no presets"
-        raise InputError(f"--preset {preset}: {path} has {known}{nearest(preset, presets)}")
+        choices = ", ".join(presets) or "no presets"
+        raise InputError(f"--preset {preset}: {path} has {choices}{nearest(preset, presets)}")
     spec = {key: value for key, value in content.items() if key != "preset"}
     for key, value in presets.get(preset, {}).items():
         if key in ("points", "evals"):
-            before = spec.get(key, {})
-            value = {name: merged(before.get(name, {}), value.get(name, {})) for name in {**before, **value}}
+            tables = spec.get(key, {})
+            value = {name: merge(tables.get(name, {}), value.get(name, {})) for name in {**tables, **value}}
         elif isinstance(value, dict):
             value = {**spec.get(key, {}), **value}
         spec[key] = value
     return spec
 
 
-def merged(before, after):
-    """Two tables as one; `after` wins. What is not a table is replaced: check_spec refuses it."""
-    return {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else after
+def merge(table, changes):
+    """The table with the changes. A value that is no table is replaced: check_spec refuses it."""
+    return {**table, **changes} if isinstance(table, dict) and isinstance(changes, dict) else changes
 
 
 # ---- the flags of the scripts ------------------------------------------------------------------------------
 
 
 def parse_script_flags(script: str, argv) -> Namespace:
-    """argv as the script parses it, without a look at any file. InputError in the script's own words."""
+    """argv as the script parses it; no file is read. InputError: the script's own message."""
     if script == "base_train":
         return parse_flags(list(argv))
     return importlib.import_module(f"scripts.{script}").parse(list(argv))
@@ -156,8 +157,8 @@ def check_spec(content: dict) -> dict:
 def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True, script="base_train"):
     """InputError unless the table's keys are flags and its values are of a kind that a flag can take.
 
-    shared: whether SHARED_FLAGS may stand here; lists, scalars: whether a flag may have several values, or
-    one. The script's parser checks the values later, and of other scripts than base_train the names too.
+    shared: whether SHARED_FLAGS are allowed. lists, scalars: whether a flag may have a list, or one value.
+    The script's parser checks the values later; for other scripts than base_train, it also checks the names.
     """
     names = flag_names() if script == "base_train" else table
     for flag, value in table.items():
@@ -177,12 +178,12 @@ def check_flags(where: str, table: dict, shared=True, lists=True, scalars=True, 
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(v, (int, float, str)) for v in values):
             raise InputError(f"{where}: {flag} must be a number, text, true or false, or a list of these")
-        if any("\0" in str(v) for v in values):  # which no command line and no path can hold
+        if any("\0" in str(v) for v in values):  # no command line and no path can hold it
             raise InputError(f"{where}: {flag} has a NUL character; leave it out")
 
 
 def check_point(name: str, table):
-    """InputError unless [points.NAME] is a table of flags and POINT_KEYS that go together."""
+    """InputError unless [points.NAME] is a table of flags and POINT_KEYS that fit together."""
     where = f"[points.{name}]"
     if not isinstance(table, dict):
         raise InputError(f"points.{name} is not a table; write [points.{name}] and its flags below")
@@ -232,6 +233,6 @@ def check_whole_numbers(where: str, values, minimum: int, maximum: int = LARGEST
 
 
 def nearest(word: str, words) -> str:
-    """'; did you mean …?' with the word that is most like this one, or ''."""
+    """'; did you mean …?' with the most similar of `words`, or ''."""
     matches = difflib.get_close_matches(word.replace("_", "-"), list(words), 1)
     return f"; did you mean {matches[0]}?" if matches else ""

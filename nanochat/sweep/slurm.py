@@ -1,9 +1,9 @@
 """A sweep on a Slurm cluster: a job array with one task for each run, then a job that makes the report.
 
 Runs that start from other runs are a second array, which waits until all tasks of the first have ended well.
-A task that is preempted, or comes near its time limit, gets a signal. It lets its run save its state and puts
-itself back into the queue, from where the run continues. A run that is finished or in the queue is not
-submitted again.
+A task that is preempted, or near its time limit, gets a signal. It lets its run save and puts itself back
+into the queue; later the run continues from there. A run that is finished or in the queue is not submitted
+again.
 """
 
 import os
@@ -21,12 +21,12 @@ from nanochat.naming import check_tag, lock_path, option, shell_command
 from nanochat.sweep.experiment import Point, Sweep
 
 JOBS = Schema("record of submitted jobs", {}, remedy="cancel the jobs of this sweep, and remove it")
-# seconds from the signal to the time limit: to finish a step and write a checkpoint. Slurm may send it a
-# minute early
+# seconds between the signal and the time limit, to finish a step and write a checkpoint. Slurm may send the
+# signal up to a minute early
 SAVING_SECONDS = 180
 ARRAY_OPTIONS = ("--array", "--job-name", "--wrap")  # of sbatch: the sweep sets them itself
 
-# the end of a batch script: what one task of the array does
+# the end of a batch script: one task of the array
 RUN_TASK = r"""
 TAG=${TAGS[$SLURM_ARRAY_TASK_ID]}
 THIS=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -58,13 +58,13 @@ def submit(sweep: Sweep, args):
     """Submit the runs that are neither finished nor in the queue, then the report, and say how to watch them.
 
     args: those of scripts.sweep; used here are run, out, j and sbatch. The batch scripts are written into the
-    sweep's folder. InputError where there is no Slurm, or it refuses.
+    sweep's folder. InputError if there is no Slurm, or if it refuses.
     """
     check_cluster(args.sbatch)
     check_log_folder(log_folder(sweep))
     create_folder(log_folder(sweep))
     with common.claimed(lock_path(sweep.name, "slurm"), f"--launcher slurm: {sweep.name}"):
-        # the queue first: a run that leaves it meanwhile is then seen to be finished
+        # first the queue, then the statuses: a run that leaves the queue in between counts as finished
         jobs = jobs_in_queue(sweep)
         queued = {tag for tasks in jobs.values() for tag in tasks.values()}
         finished = {point.tag for point in sweep.points if point.status() == "finished"}
@@ -121,7 +121,7 @@ def jobs_path(sweep: Sweep) -> Path:
 def read_jobs(path: Path) -> dict[str, dict[str, str]]:
     """{id of a job array: {task: tag}} of all jobs that were submitted for a sweep.
 
-    They become words of batch scripts, so a wrong kind of value is an InputError.
+    The values become words of batch scripts, so a value of a wrong type is an InputError.
     """
     jobs = read_json(path, JOBS) if path.exists() else {}
     for job, tasks in jobs.items():
@@ -141,14 +141,14 @@ def jobs_in_queue(sweep: Sweep) -> dict[str, dict[str, str]]:
     alive = {job: {} for job in jobs}
     for line in run_slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K %j").splitlines():
         job, task, name = (*line.split(maxsplit=2), "", "", "")[:3]
-        # a cluster that was set up anew counts jobs from 1 again
+        # a cluster that was set up again counts jobs from 1
         if name.strip() == sweep.name and task in jobs.get(job, ()):
             alive[job][task] = jobs[job][task]
     return {job: tasks for job, tasks in alive.items() if tasks}
 
 
 def check_cluster(options: str):
-    """InputError where there is no Slurm, or an option of --sbatch is wrong or would replace the array."""
+    """InputError if there is no Slurm, or an option of --sbatch is wrong or would replace the array."""
     if not all(map(shutil.which, ("sbatch", "squeue"))):
         raise InputError(
             "--launcher slurm: there is no sbatch here; "
@@ -173,12 +173,12 @@ def check_cluster(options: str):
 
 
 def run_slurm(*command: str) -> str:
-    """What one of Slurm's commands prints. InputError in its own words if it fails."""
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    """What a command of Slurm prints. InputError with the command's message if it fails."""
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
         raise InputError(f"--launcher slurm: {reason}")
-    return done.stdout
+    return result.stdout
 
 
 def sbatch(path: Path, script: str) -> str:
@@ -196,7 +196,7 @@ def log_folder(sweep: Sweep) -> Path:
 
 
 def check_log_folder(folder: Path):
-    """InputError where no option of sbatch can hold the name: it drops backslashes and ends with the line."""
+    """InputError if sbatch cannot take the name: it drops backslashes, and its options end with the line."""
     if "\\" in str(folder) or not str(folder).isprintable():
         raise InputError(
             f"--launcher slurm: {folder}: Slurm takes no folder for its logs that has a "
@@ -210,7 +210,7 @@ def check_log_folder(folder: Path):
 def runs_script(sweep: Sweep, points: list[Point], args, awaited: list[str]) -> str:
     """The job array over `points`: task k runs points[k].
 
-    It starts when all `awaited` jobs have ended well; where one has not, never.
+    It starts when all `awaited` jobs have ended well; if one fails, it never starts.
     """
     defaults = {
         "job-name": sweep.name,
@@ -251,9 +251,9 @@ def log_name(sweep: Sweep, pattern: str) -> str:
 
 
 def script_head(sweep: Sweep, user_options: str, defaults: dict, fixed: dict) -> list[str]:
-    """What both scripts begin with. Of two equal options sbatch takes the later one.
+    """The first lines of both scripts. Of two equal options sbatch takes the later one.
 
-    So user_options, written as they are, win over `defaults`, and `fixed` wins over both.
+    So user_options, written unchanged, win over `defaults`, and `fixed` wins over both.
     """
     return [
         "#!/usr/bin/env bash",
@@ -270,11 +270,11 @@ def script_head(sweep: Sweep, user_options: str, defaults: dict, fixed: dict) ->
 
 
 def option_lines(options: dict) -> list[str]:
-    return [printable(f"#SBATCH --{name}={in_double_quotes(value)}") for name, value in options.items()]
+    return [printable(f"#SBATCH --{name}={double_quoted(value)}") for name, value in options.items()]
 
 
-def in_double_quotes(value: str) -> str:
-    r"""A value as sbatch reads it in a script, where \" and \\ are known and variables are not."""
+def double_quoted(value: str) -> str:
+    r"""A value for a line of sbatch options: it knows \" and \\, but no variables."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

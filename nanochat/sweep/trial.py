@@ -1,6 +1,6 @@
-"""A trial: one combination of an experiment's flags, before it is given its seeds.
+"""A trial: one combination of an experiment's flags, for several seeds.
 
-The scripts' own parsers and planners say what its flags mean: a model, a training horizon, an identity.
+The scripts' own parsers and planners turn its flags into a model and a training plan.
 """
 
 from argparse import Namespace
@@ -24,8 +24,8 @@ class Trial:
     flags: dict  # flag -> value, as in the file
     seeds: list[int]
     processes: int
-    own_flags: set[str] = field(default_factory=set)  # those that the point or the grid sets, not [flags]
-    paired_with: str = ""  # the point that has its full-rank partner; "": the partner is made from its flags
+    own_flags: set[str] = field(default_factory=set)  # set by the point or the grid, not by [flags]
+    paired_with: str = ""  # the point of its full-rank partner; "": the partner is made from the flags
     partner: "Trial | None" = None
     script: str = "base_train"
     base: "Trial | None" = None  # the trial whose finished run it starts from
@@ -52,9 +52,9 @@ def flags_for_script(flags: dict, trial: Trial) -> dict:
 
 
 def identity(trial: Trial) -> tuple:
-    """A key that two trials share if they are the same run: all flags with their defaults, and the base."""
+    """A key that is equal for trials that are the same run: all flags with their defaults, and the base."""
     flags = dict(vars(resolve_trial(trial)[0]))
-    if not (trial.base or is_low_rank(trial)):  # these mean nothing without a rank
+    if not (trial.base or is_low_rank(trial)):  # without a rank these have no effect
         del flags["rank_multiple"], flags["horizon_from"]
     hashable = [(name, tuple(value) if isinstance(value, list) else value) for name, value in flags.items()]
     base = identity(trial.base) if trial.base else ()
@@ -68,9 +68,9 @@ def is_low_rank(trial: Trial) -> bool:
 
 
 def resolve_trial(trial: Trial) -> tuple[Namespace, GPTConfig, dict]:
-    """(flags, model, training plan) as the trial's script would have them.
+    """(flags, model, training plan) of the trial's script.
 
-    InputError: the script's own message, behind the name of the point.
+    InputError: the name of the point, then the script's own message.
     """
     try:
         if not trial.base:
@@ -100,7 +100,7 @@ def resolve_adapted(
 ) -> tuple[Namespace, GPTConfig, dict]:
     """(flags, model, training plan) of a run that starts from the run of `base_argv`.
 
-    The model is that of the base under this run's layer map. Flags that both have are this run's.
+    The model is the base's with this run's layer map. If both runs have a flag, this run's value counts.
     """
     args = parse_script_flags(script, argv)
     base_args, config, _ = resolve(base_argv, processes)

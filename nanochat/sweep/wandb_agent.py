@@ -23,8 +23,8 @@ from nanochat.sweep.experiment import Point, Sweep
 def register(sweep: Sweep, args):
     """Register the runs that are not finished, and say how to start agents. InputError if W&B refuses.
 
-    With WANDB_MODE=offline only the file that `wandb sweep` registers is written. args: those of
-    scripts.sweep; used here is run, the name on W&B ('dummy': the sweep's name).
+    With WANDB_MODE=offline it only writes the file that `wandb sweep` registers. args: of scripts.sweep. Only
+    args.run is read, the name on W&B ('dummy': the sweep's name).
     """
     points = [point for point in sweep.points if point.status() != "finished"]
     if not points:
@@ -53,7 +53,7 @@ def register(sweep: Sweep, args):
 
 
 def create_sweep(config: dict, project: str) -> tuple[str, str]:
-    """(id of a new W&B sweep, ""), or ("", why there is none). Waits WANDB_INIT_TIMEOUT, as a run does."""
+    """(id of a new W&B sweep, ""), or ("", the reason why there is none). It waits for WANDB_INIT_TIMEOUT."""
     answers = []
 
     def call():
@@ -61,7 +61,7 @@ def create_sweep(config: dict, project: str) -> tuple[str, str]:
             import wandb
 
             answers.append((str(wandb.sweep(config, project=project) or ""), "W&B gave the sweep no name"))
-        except Exception as e:  # of wandb, of the libraries below it, or a setting that it refuses
+        except Exception as e:  # from wandb, from its libraries, or for a setting that it refuses
             answers.append(("", " ".join(str(e).split()).rstrip(".") or type(e).__name__))
 
     thread = threading.Thread(target=call, daemon=True)
@@ -72,7 +72,7 @@ def create_sweep(config: dict, project: str) -> tuple[str, str]:
 
 
 def check_for_agents(sweep: Sweep, run: str = ""):
-    """InputError where a run starts from another run, or W&B's agents would change a word of the command.
+    """InputError if a run starts from another run, or W&B's agents would change a word of the command.
 
     run: the name on W&B.
     """

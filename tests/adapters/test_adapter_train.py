@@ -356,7 +356,7 @@ def test_merged_it_is_a_plain_model_that_trains_on(adapt, corpus_dir, capsys):
     out = capsys.readouterr().out
     assert (
         "lora on base: inside 30 matrices" in out
-        and "first copied out, to 5 layers of their own" in out
+        and "now each of the 5 positions has a copy" in out
         and out.count("ppl") == 2
     )
     merged = metrics.load_run(metrics.runs_dir() / "merged")

@@ -151,7 +151,7 @@ def test_a_later_run_may_have_a_text_of_its_own_and_the_command_line_says_where_
     args = sweeps.build_parser().parse_args([str(sweep.file), *sweep.data_flags()])
     assert sweeps.load(args) == sweep
     with pytest.raises(
-        InputError, match="--data wikipedia=…: no text of this file is called so; it names stdlib, wiki"
+        InputError, match="--data wikipedia=…: the file has no text of this name; it names stdlib, wiki"
     ):
         read(LORA + "data = 'wiki'\n", texts={"wikipedia": "x"})
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_a_later_run_may_have_a_text_of_its_own_and_the_command_line_says_where_
         (LORA + "data = ['a', 'b']\n", "data must be one text"),
         (LORA + "layer-map = '0,5'\n", "point lora: --layer-map 0,5: there is no layer 5"),
         (LORA.replace("'d2'", "'d3'"), "point lora: base 'd3': no point of this file; there are d2, lora"),
-        (LORA.replace("'d2'", "'lora'"), "point lora: base 'lora': is itself a run of adapter_train"),
+        (LORA.replace("'d2'", "'lora'"), "point lora: base 'lora': is a run of adapter_train itself"),
         (LORA.replace("'d2'", "'many'") + "[points.many]\ndepth = [1, 2]\n", "'many': that is 2 points"),
         (LORA.replace("base = 'd2'\n", ""), "go together"),
         ("base = 'd2'\n", "go together"),
