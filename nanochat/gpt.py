@@ -139,7 +139,7 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H, T, D)
         k = k.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
         v = v.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
-        q = norm(q, *rotation)  # QK norm keeps the scores bounded
+        q = norm(q, *rotation)  # rotated by position; QK norm keeps the scores bounded
         k = norm(k, *rotation)
         if extend is not None:
             k, v = extend(k, v)

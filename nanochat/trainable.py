@@ -25,10 +25,8 @@ class Trainable:
         self.shards: list[list[ParameterShard]] = []  # by process
         self.optimizers: list[torch.optim.Optimizer] = []  # of this process's shards
 
-    def divide(self, world: World, dtype: torch.dtype):
-        """Divide the parameters among the processes, and make this process's optimizers. dtype: see
-        `optim.Muon`.
-        """
+    def make_optimizers(self, world: World, dtype: torch.dtype):
+        """Divide the parameters among the processes; make the optimizers of this one's. dtype: `optim.Muon`'s."""
         self.shards = shard_parameters(self.model, world.size)
         self.optimizers = self.build_optimizers(self.own_shards(world), dtype)
 

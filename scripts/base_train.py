@@ -147,7 +147,7 @@ def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.S
     world = run.world
     tensors, meta = checkpoint or (run.spec.weights, {})
     evaluation = Evaluation(run, trainable, core_questions(run))
-    trainable.divide(world, run.dtype)
+    trainable.make_optimizers(world, run.dtype)
     state = restore(run, trainable, tensors, meta)
     output = open_output(run, trainable, meta)
     compile_model(run, trainable.model)
