@@ -15,7 +15,7 @@ for NAME in NPROC NNODES NODE_RANK MASTER_PORT; do
   esac
 done
 
-# relative paths are those of the folder of the call; this script changes to its own. A quoted ~ means home too
+# Relative paths start at the folder of the call. This script changes to its own. A quoted ~ means home too.
 absolute() {
   case "$1" in
     ''|/*|'~'[!/]*) echo "$1" ;;
@@ -40,24 +40,25 @@ source dev/setup.sh   # makes .venv and installs what is missing
 PROCESS=
 SIGNALS=0
 INTERRUPTS=0
-TOLD=0
-tell() {   # a second Ctrl-C kills; other signals may come twice, from a closing terminal or a scheduler
-  [ "$TOLD" = 1 ] || kill -TERM "$PROCESS" 2>/dev/null || :
-  TOLD=1
+FORWARDED=0
+# a second Ctrl-C kills; other signals may come twice, from a closing terminal or a scheduler
+forward_signal() {
+  [ "$FORWARDED" = 1 ] || kill -TERM "$PROCESS" 2>/dev/null || :
+  FORWARDED=1
   [ "$INTERRUPTS" -lt 2 ] || kill -KILL "$PROCESS" 2>/dev/null || :
 }
-hear() {
+on_signal() {
   SIGNALS=$((SIGNALS + 1))
-  [ -z "$PROCESS" ] || tell
+  [ -z "$PROCESS" ] || forward_signal
 }
-trap hear TERM HUP QUIT USR1 USR2
-trap 'INTERRUPTS=$((INTERRUPTS + 1)); hear' INT
+trap on_signal TERM HUP QUIT USR1 USR2
+trap 'INTERRUPTS=$((INTERRUPTS + 1)); on_signal' INT
 run() {
   local code=75 before
   [ "$SIGNALS" = 0 ] || exit "$code"
   "$@" <&0 &
   PROCESS=$!
-  [ "$SIGNALS" = 0 ] || tell               # a signal came before the process was known
+  [ "$SIGNALS" = 0 ] || forward_signal     # a signal came before the process was known
   while :; do
     before=$SIGNALS
     code=0
@@ -77,7 +78,7 @@ export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIG
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 GPUS=$(python -m nanochat.devices)
-if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: the size of nanochat's d20, and its data
+if [ "$GPUS" -gt 0 ]; then                         # a node with GPUs: nanochat's d20 and its data
   : "${DATA:=climbmix}" "${DATA_SHARDS:=120}" "${VOCAB_SIZE:=65536}" "${TOKENIZER_CHARS:=2000000000}"
   : "${DEPTH:=20}" "${MODEL_DIM:=1280}" "${HEAD_DIM:=128}" "${MAX_SEQ_LEN:=2048}"
   : "${ATTN_RANK:=0.25}" "${MLP_RANK:=0.297}"
@@ -99,12 +100,13 @@ fi
 : "${WANDB_RUN:=dummy}"          # NAME: log to wandb, as NAME-full and NAME-lowrank
 : "${NPROC:=$((GPUS > 0 ? GPUS : 1))}"            # processes on this node
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
-                                 # several nodes: run this script on each; ports MASTER_PORT to MASTER_PORT + 3
+                                 # several nodes: run this script on each; it uses MASTER_PORT and the next 3
 : "${EVAL_TOKENS:=$((GPUS > 0 ? 10485760 : 32768))}"
 : "${SAVE_EVERY:=$((GPUS > 0 ? 1000 : 50))}"
 
 if [ "$NPROC" = 0 ] || [ "$NNODES" -le "$NODE_RANK" ]; then
-  echo "error: NPROC=$NPROC NNODES=$NNODES NODE_RANK=$NODE_RANK: give a process or more, and count nodes from 0" >&2
+  echo "error: NPROC=$NPROC NNODES=$NNODES NODE_RANK=$NODE_RANK:" \
+       "give a process or more, and count nodes from 0" >&2
   exit 2
 fi
 
@@ -133,10 +135,12 @@ wandb_name() { [ "$WANDB_RUN" = dummy ] && echo dummy || echo "$WANDB_RUN-$1"; }
 
 # the tag names the settings, so that another setting is another run
 NAME=${DATA##*/}
-OTHER='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'   # characters that a folder's name may have and a run's name may not
-NAME=${NAME//$OTHER/-}
+# characters that a folder's name may have and a run's name may not
+FORBIDDEN='[]!"#$%&*:;<>?[\\^`{|}~'"'"']'
+NAME=${NAME//$FORBIDDEN/-}
 NAME=${NAME//[[:cntrl:]]/-}
-BASE_TAG="${NAME/#[ .-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
+BASE_TAG="${NAME/#[ .-]/_}_v${VOCAB_SIZE}_d${DEPTH}_w${MODEL_DIM}_t${MAX_SEQ_LEN}_b${TOTAL_BATCH_SIZE}"
+BASE_TAG="${BASE_TAG}_n${NUM_ITERATIONS/#-1/auto}_s${SEED}"
 FULL="${BASE_TAG}_full"
 LOWRANK="${BASE_TAG}_attn${ATTN_RANK}_mlp${MLP_RANK}"
 SINGLE="${MATRIX_RANKS//=/}"
@@ -145,20 +149,26 @@ LOWRANK="${LOWRANK}${SINGLE:+_$SINGLE}"
 [ "$FACTOR_ACT" = none ] || LOWRANK="${LOWRANK}_${FACTOR_ACT}"
 [ "$MLP_RATIO" = 4 ] || LOWRANK="${LOWRANK}_ratio${MLP_RATIO}"
 [ "$RANK_SCHEDULE" = constant ] || LOWRANK="${LOWRANK}_${RANK_SCHEDULE//,/-}_end${RANK_END}"
-COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HEAD_DIM" --max-seq-len "$MAX_SEQ_LEN"
-        --device-batch-size "$DEVICE_BATCH_SIZE" --total-batch-size "$TOTAL_BATCH_SIZE" --seed "$SEED"
-        --eval-every "$EVAL_EVERY" --eval-tokens "$EVAL_TOKENS" --ppl-thresholds "$PPL_THRESHOLDS"
-        --save-every "$SAVE_EVERY" --resume auto)
+COMMON=(--data "$DATA" --depth "$DEPTH" --model-dim "$MODEL_DIM" --head-dim "$HEAD_DIM"
+        --max-seq-len "$MAX_SEQ_LEN" --device-batch-size "$DEVICE_BATCH_SIZE"
+        --total-batch-size "$TOTAL_BATCH_SIZE" --seed "$SEED" --eval-every "$EVAL_EVERY"
+        --eval-tokens "$EVAL_TOKENS" --ppl-thresholds "$PPL_THRESHOLDS" --save-every "$SAVE_EVERY"
+        --resume auto)
 
-launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run="$(wandb_name full)" --num-iterations "$NUM_ITERATIONS"
+launch scripts.base_train "${COMMON[@]}" --model-tag "$FULL" --run="$(wandb_name full)" \
+  --num-iterations "$NUM_ITERATIONS"
 # as many steps as the full-rank run, whose number may have been derived from its size
-STEPS=$(python -c 'import sys; from nanochat.metrics import load_run, runs_dir; print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
-launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run="$(wandb_name lowrank)" --num-iterations "$STEPS" \
-  --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" --factor-act "$FACTOR_ACT" --mlp-ratio "$MLP_RATIO" \
-  --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
+STEPS=$(python -c '
+import sys
+from nanochat.metrics import load_run, runs_dir
+print(load_run(runs_dir() / sys.argv[1]).config["derived"]["num_iterations"])' "$FULL")
+launch scripts.base_train "${COMMON[@]}" --model-tag "$LOWRANK" --run="$(wandb_name lowrank)" \
+  --num-iterations "$STEPS" --attn-rank "$ATTN_RANK" --mlp-rank "$MLP_RANK" --matrix-ranks "$MATRIX_RANKS" \
+  --factor-act "$FACTOR_ACT" --mlp-ratio "$MLP_RATIO" --rank-schedule "$RANK_SCHEDULE" --rank-end "$RANK_END"
 
 for TAG in "$FULL" "$LOWRANK"; do
-  launch scripts.base_eval --model-tag "$TAG" --eval-tokens "$EVAL_TOKENS" --device-batch-size "$DEVICE_BATCH_SIZE"
+  launch scripts.base_eval --model-tag "$TAG" --eval-tokens "$EVAL_TOKENS" \
+    --device-batch-size "$DEVICE_BATCH_SIZE"
 done
 OUT=$(python -c 'from nanochat.common import get_base_dir; print(get_base_dir() / "report")')
 [ "$NODE_RANK" -gt 0 ] || run python -m scripts.report "$FULL" "$LOWRANK" --out "$OUT"

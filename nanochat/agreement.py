@@ -42,7 +42,7 @@ READ_PATIENCE = 3.0  # seconds: a file that is there and cannot be read is tried
 SAME_COMMAND = "start all processes with the same command, files and environment"
 
 
-# ---- the end -----------------------------------------------------------------------------------------------
+# ---- ending together ---------------------------------------------------------------------------------------
 
 
 class Group:
@@ -87,7 +87,7 @@ class Group:
         exit_now(code)
 
     def wait_for_others(self, patience: float = 2.0):
-        """Until they have left: this process may keep the store."""
+        """Wait until they have left, because this process may keep the store."""
         deadline = time.monotonic() + patience
         while self.store.add(LEFT, 0) < self.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -110,7 +110,7 @@ class Group:
             self.store.set(ENDED, str(code))
 
     def close(self):
-        """At the end of a run that has not failed."""
+        """Leave the group, at the end of a run that has not failed."""
         self.finished.set()
         self.thread.join(5)  # Python aborts where it ends while a thread waits for the store
         with contextlib.suppress(RuntimeError):
@@ -190,9 +190,7 @@ def fail(message: str, lost: bool = False):
 
 
 def end_all(line: str, code: int):
-    """End all processes of the group, this one too, with this line. Returns if there is no group, or no
-    process 0 that prints the line.
-    """
+    """End all processes of the group with this line. Returns if no process 0 is there that prints it."""
     if not group:
         return
     if group.rank > 0:
@@ -238,7 +236,7 @@ def lost_connection(e: Exception) -> str:
 
 
 def print_now(line: str):
-    """As print, from any thread: it waits for no lock."""
+    """Print a line on standard error. Any thread may call it: it waits for no lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
@@ -251,7 +249,7 @@ def exit_now(code: int):
     os._exit(code)
 
 
-# ---- what all have in common -------------------------------------------------------------------------------
+# ---- the same in all processes -----------------------------------------------------------------------------
 
 
 def meet(world: World):
@@ -262,9 +260,9 @@ def meet(world: World):
 
 
 def from_first(world: World, function, *arguments):
-    """What function(*arguments) returns on process 0, on all processes. Only process 0 calls it.
+    """Call function(*arguments) on process 0, and return its value on all processes.
 
-    The value must be one that pickle takes.
+    pickle must be able to store the value.
     """
     values = [function(*arguments) if world.rank == 0 else None]
     if world.size > 1:
@@ -289,24 +287,24 @@ def confirm(world: World, values: dict, remedy: str = SAME_COMMAND):
         raise InputError(f"has other values than process 0: {', '.join(names[:3])}{more}; {remedy}")
 
 
-def differing(first: dict, own: dict) -> list[str]:
-    """Names of what differs in nested dicts, with both values."""
-    entries = differing_entries(first, own, lambda a, b: repr(a) == repr(b))
+def differing(first: dict, values: dict) -> list[str]:
+    """Names of what differs in nested dicts, with the value here and the first process's."""
+    entries = differing_entries(first, values, lambda a, b: repr(a) == repr(b))
     return [
-        f"{'.'.join(map(str, names))} ({shortened(repr(own_value))}, there {shortened(repr(first_value))})"
-        for names, first_value, own_value in entries
+        f"{'.'.join(map(str, names))} ({shortened(repr(value))}, there {shortened(repr(first_value))})"
+        for names, first_value, value in entries
     ]
 
 
 def load_same(world: World, load, path: Path):
-    """What load() returns in each process, (…, meta of a checkpoint): the same checkpoint in all of them."""
+    """Call load() in each process. It returns (…, meta of a checkpoint), of the same checkpoint in all."""
     loaded: tuple = load() if world.rank == 0 else ()
     meta = from_first(world, lambda: loaded[-1])
     return loaded or load_confirmed(load, path, meta)
 
 
 def load_confirmed(load, path: Path, meta: dict):
-    """What load() returns, (…, meta of a checkpoint): of the one whose meta process 0 has read.
+    """Call load() until it returns (…, meta of a checkpoint) with the meta that process 0 has read.
 
     A network directory may show it some seconds later here than there. InputError, or OSError, if it does
     not.
@@ -315,10 +313,10 @@ def load_confirmed(load, path: Path, meta: dict):
     deadline = time.monotonic() + patience
     while True:
         try:
-            *loaded, own = load()
-            names = differing(meta, own)
+            loaded = load()
+            names = differing(meta, loaded[-1])
             if not names:
-                return *loaded, own
+                return loaded
             problem: InputError | OSError = InputError(
                 f"{path}: is another checkpoint than process 0 has read: "
                 f"{', '.join(names[:3])}; let all processes see the same folder"

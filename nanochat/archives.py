@@ -111,9 +111,9 @@ def unpack(archive: Path, folder: Path):
         check_directory(archive)
         with zipfile.ZipFile(archive) as z:
             check_entries(z.infolist())
-            left = MAX_UNPACKED
+            remaining = MAX_UNPACKED
             for entry in z.infolist():
-                left -= unpack_entry(z, entry, folder, left)
+                remaining -= unpack_entry(z, entry, folder, remaining)
     except (InputError, OSError):
         raise
     except Exception as e:  # zipfile and its decompressors raise many kinds
@@ -162,8 +162,8 @@ def check_entries(entries: list[zipfile.ZipInfo]):
             raise InputError(f"the archive holds {name}, a link or a device")
 
 
-def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, left: int) -> int:
-    """Unpack one file of at most `left` bytes; returns its size. zipfile checks its checksum."""
+def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, remaining: int) -> int:
+    """Unpack one file of at most `remaining` bytes; returns its size. zipfile checks its checksum."""
     path = folder / entry.filename
     if entry.is_dir():
         create_folder(path)
@@ -173,7 +173,7 @@ def unpack_entry(z: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, left:
     with z.open(entry) as source, open_new(path) as f:
         while block := source.read(BLOCK_BYTES):
             size += f.write(block)
-            if size > left:
+            if size > remaining:
                 raise InputError(f"the archive unpacks to more than {MAX_UNPACKED:,} bytes; {LIMITS}")
         sync(f)
     return size

@@ -85,21 +85,21 @@ def whole_number(minimum: int, maximum: int = LARGEST_INTEGER, off: int | None =
     def parse(text):
         value = as_whole_number(text)
         if value is None or not (minimum <= value <= maximum or value == off):
-            wanted = f"<= {maximum}" if value is not None and value > maximum else f">= {minimum}"
-            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number {wanted}{or_off(off)}")
+            limit = f"<= {maximum}" if value is not None and value > maximum else f">= {minimum}"
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number {limit}{or_off(off)}")
         return value
 
     return parse
 
 
-def number(
+def real_number(
     low: float = 0, high: float = LARGEST_FLOAT, *, above: float | None = None, off: float | None = None
 ):
-    """argparse type: a number from `low`, or above `above`, to high; or `off`, which switches
-    off what the flag sets.
+    """argparse type: a number from `low`, or above `above`, to `high`; or `off`, which switches off what the
+    flag sets.
 
-    It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses others,
-    or takes them for 0.
+    It is finite, and either 0 or no nearer to 0 than float32 can tell: torch refuses other numbers, or takes
+    them for 0.
     """
 
     def parse(text):
@@ -112,8 +112,8 @@ def number(
         inside = low <= value <= high if above is None else above < value <= high
         if not inside or 0 < abs(value) < SMALLEST_FLOAT:
             smallest = f"from {low:g}" if above is None else f"above {above:g} and up"
-            wanted = f"{smallest} to {high:g}{or_off(off)}"
-            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {wanted}")
+            limits = f"{smallest} to {high:g}{or_off(off)}"
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number {limits}")
         return value
 
     return parse

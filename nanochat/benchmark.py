@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat import common
+from nanochat import devices
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Setting:
 
 def machine_description(device, dtype: torch.dtype) -> dict:
     return {
-        "device": common.device_name(device),
+        "device": devices.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),

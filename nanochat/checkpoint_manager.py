@@ -21,7 +21,7 @@ from nanochat.processes import print0
 from nanochat.run_files import check_owner, read_meta, remove_unfinished, saved_steps, step_folder, write_meta
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 
-OWED = "evaluation_owed"  # in meta.json: the run was stopped before this step's evaluation ended
+EVALUATION_OWED = "evaluation_owed"  # in meta.json: the run was stopped before this step's evaluation ended
 
 
 def step_or_newest(run_folder: Path, step: int, flag: str = "--model-tag") -> int:

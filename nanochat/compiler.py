@@ -27,14 +27,16 @@ NEW_ENOUGH = {"g++": 11, "clang++": 14}
 COMPILER_PATIENCE = 60
 
 
-def wanted(choice: str, device_type: str, flops: float) -> bool:
+def should_compile(choice: str, device_type: str, flops: float) -> bool:
     """choice: --compile. flops: of the whole training."""
-    return choice == "on" or (choice == "auto" and pays(device_type, flops))
+    return choice == "on" or (choice == "auto" and pays_off(device_type, flops))
 
 
-def pays(device_type: str, flops: float) -> bool:
-    """On a GPU always. On a CPU it takes a third of a minute, which 3e13 FLOPs on two cores win back
-    (dev/LOG.md), so from 4e13 FLOPs on: minutes of training.
+def pays_off(device_type: str, flops: float) -> bool:
+    """Whether compiled blocks save more time than their compilation takes.
+
+    On a GPU they always do. On a CPU a compilation takes 20 s, which 3e13 FLOPs on two cores win back
+    (dev/LOG.md). The limit is a little higher: some minutes of training.
     """
     return device_type == "cuda" or flops >= 4e13
 
@@ -45,7 +47,7 @@ def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
     If that fails in one process, the model stays uncompiled in all of them, and a line says so. InputError if
     it fails under `--compile on`.
     """
-    trouble = trouble_with(model, device, one_pass)
+    trouble = compile_error(model, device, one_pass)
     troubles = [trouble]
     if world_size > 1:
         troubles = [""] * world_size
@@ -55,17 +57,17 @@ def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
         return
     reason = next(filter(None, troubles))
     if choice == "on":
-        raise InputError(f"--compile on: cannot compile here: {reason}; mend that, or give --compile off")
+        raise InputError(f"--compile on: cannot compile here: {reason}; repair that, or give --compile off")
     make_eager(model)
     print0(f"--compile auto: trains uncompiled, since compiling fails here: {reason}")
 
 
-def trouble_with(model, device, one_pass) -> str:
+def compile_error(model, device, one_pass) -> str:
     """Compile the blocks and run one_pass(). Returns in a line why that fails, or ''.
 
     The state of the random numbers is afterwards what it was before.
     """
-    if device.type == "cpu" and (trouble := trouble_with_compiler()):
+    if device.type == "cpu" and (trouble := compiler_error()):
         return trouble
     gpus = [device] if device.type == "cuda" else []
     logging.disable(logging.CRITICAL)  # torch logs pages
@@ -83,13 +85,13 @@ def trouble_with(model, device, one_pass) -> str:
     return ""
 
 
-def trouble_with_compiler() -> str:
+def compiler_error() -> str:
     """Why the C++ compiler that torch will call does not work, in a line; '' if it does."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
     command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
     with tempfile.TemporaryFile() as errors:  # a child of the compiler could hold a pipe open
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -100,10 +102,10 @@ def trouble_with_compiler() -> str:
             return f"the C++ compiler {compiler} does not answer within {COMPILER_PATIENCE} s"
         except OSError as e:
             return f"no C++ compiler {compiler} ({e.strerror})"
-        if done.returncode == 0:
+        if result.returncode == 0:
             return ""
         errors.seek(0)
-        reason = errors.read().decode(errors="replace").strip() or f"exit code {done.returncode}"
+        reason = errors.read().decode(errors="replace").strip() or f"exit code {result.returncode}"
         return f"the C++ compiler {compiler} fails ({reason.splitlines()[0]})"
 
 
@@ -116,9 +118,9 @@ def useful_line(e: Exception) -> str:
 def compile_blocks(model, backend: str = "inductor"):
     """Compile the blocks and the loss for training; blocks of the same ranks and kind share a compilation.
 
-    Everything in which blocks differ otherwise is an argument; a window too, except where some layers have a
-    mask and others none. Without a gradient, so in evaluation and generation, blocks run as they are: the
-    batches there have other shapes.
+    Whatever else differs between blocks is passed to them as an argument. So is the window, except where some
+    layers have a mask and others none. Without a gradient, as in evaluation and generation, blocks run
+    uncompiled: the batches there have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import
     from torch._inductor import config as inductor
@@ -142,10 +144,10 @@ def run_block(block, compiled, x, x0, *inputs):
     """
     if not torch.is_grad_enabled():
         return block._call_impl(x, x0, *inputs)
-    *others, mask, extend = inputs
+    *rest, mask, extend = inputs
     if not x.is_cuda:
         mask = cpu.window_of(mask, x.size(1))
-    return compiled(x.view_as(x) if x is x0 else x, x0, *others, mask, extend)
+    return compiled(x.view_as(x) if x is x0 else x, x0, *rest, mask, extend)
 
 
 def compiled_loss(compiled, x, weight, targets):

@@ -5,7 +5,7 @@ Shapes: V vocabulary, C width, K key/value heads, D head dim, M width inside the
 
 from dataclasses import dataclass, field
 
-from nanochat.whole_ranks import resolve_rank
+from nanochat.rank import resolve_rank
 
 MATRICES = ("q", "k", "v", "o", "up", "down")  # of a block, by their names
 
@@ -49,7 +49,7 @@ class GPTConfig:
         return round(self.mlp_ratio * self.n_embd)
 
     def rank(self, matrix: str, layer: int) -> float:
-        """As it is given. matrix: q, k, v, o, up or down."""
+        """The rank as it is given, perhaps a fraction. matrix: q, k, v, o, up or down."""
         group = self.mlp_ranks if matrix in ("up", "down") else self.attn_ranks
         ranks = self.matrix_ranks.get(matrix) or group
         return ranks[layer] if ranks else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanochat.common import differing_entries
 from nanochat.errors import InputError
 from nanochat.flag_types import Role
-from nanochat.flags import DEFAULTS_BEFORE, FLAGS, flag_names
+from nanochat.flags import FLAGS, OLD_DEFAULTS, flag_names
 from nanochat.metrics import runs_dir
 from nanochat.processes import print0
 from nanochat.run_files import read_config
@@ -39,18 +39,18 @@ def flags_given(record: dict) -> set[str]:
 
 
 def inheritance(args, record: dict) -> dict:
-    """{flag: value} that a run keeps from its record: those given neither then nor now, with a new default.
+    """{flag: value} that a run keeps from its record: nobody gave them, and their default has changed since.
 
-    args: the flags of now, with `given`.
+    args: the flags of this start, with `given`.
     """
     if not record:
         return {}
-    before = {**DEFAULTS_BEFORE, **record.get("flags", {})}
+    recorded = {**OLD_DEFAULTS, **record.get("flags", {})}
     fixed = flags_given(record) | args.given | FREE | PLACES
     return {
-        name: before[name]
+        name: recorded[name]
         for name, value in vars(args).items()
-        if name in before and name not in fixed and before[name] != value
+        if name in recorded and name not in fixed and recorded[name] != value
     }
 
 
@@ -67,17 +67,17 @@ def flags_text(values: dict) -> str:
     return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
-def tag_by_default(args, tag_of) -> str:
-    """The tag that tag_of(flags) makes, or that an earlier version made of this command if it began a run."""
-    tag = tag_of(args)
-    names = vars(args).keys() & (DEFAULTS_BEFORE.keys() - args.given)
-    before = {name: DEFAULTS_BEFORE[name] for name in names}
-    if read_record(runs_dir() / tag) or before.items() <= vars(args).items():
+def tag_by_default(args, make_tag) -> str:
+    """make_tag(flags), or the tag that an earlier version made of this command, if that began a run."""
+    tag = make_tag(args)
+    names = vars(args).keys() & (OLD_DEFAULTS.keys() - args.given)
+    old_defaults = {name: OLD_DEFAULTS[name] for name in names}
+    if read_record(runs_dir() / tag) or old_defaults.items() <= vars(args).items():
         return tag
-    with contextlib.suppress(InputError):  # the flags may not fit together under the defaults of then
-        earlier = tag_of(Namespace(**vars(args) | before))
+    with contextlib.suppress(InputError):  # the flags may not fit together under the old defaults
+        earlier = make_tag(Namespace(**vars(args) | old_defaults))
         record = read_record(runs_dir() / earlier)
-        if record and tag_of(Namespace(**vars(args) | inheritance(args, record))) == earlier:
+        if record and make_tag(Namespace(**vars(args) | inheritance(args, record))) == earlier:
             return earlier
     return tag
 
@@ -94,28 +94,27 @@ def deciding(flags: dict) -> dict:
 def differences(record: dict, flags: dict, derived: dict) -> list[str]:
     """Names of what differs between a record and the run of these flags and derived values, with both values.
 
-    A flag that the record lacks counts as its default of then. The tag is the folder's name and does not
+    A flag that the record lacks counts as its old default. The tag is the folder's name and does not
     count. Text counts by its fingerprints, wherever it is. A derived value that one of the two lacks does not
     count: either it came later, or a flag differs too.
     """
     flags, derived = json.loads(json.dumps([flags, derived]))
-    derived_before = record.get("derived", {})
-    before = {name: DEFAULTS_BEFORE[name] for name in flags.keys() & DEFAULTS_BEFORE}
-    before |= record.get("flags", {})
+    recorded_derived = record.get("derived", {})
+    recorded = {name: OLD_DEFAULTS[name] for name in flags.keys() & OLD_DEFAULTS}
+    recorded |= record.get("flags", {})
     ignore = {"run_tag" if "run_tag" in flags else "model_tag", *PLACES}
     text = text_fingerprints(derived)
-    if not text or text_fingerprints(derived_before) != text:
+    if not text or text_fingerprints(recorded_derived) != text:
         ignore.remove("data")  # the user who has to choose wants to know where the other text is
-    before = {name: value for name, value in before.items() if name not in ignore}
+    recorded = {name: value for name, value in recorded.items() if name not in ignore}
     flags = {name: value for name, value in flags.items() if name not in ignore}
-    return differing_keys(before, flags, "flags.") + differing_keys(
-        *common_values(derived_before, derived), "derived."
-    )
+    recorded_derived, derived = common_values(recorded_derived, derived)
+    return differing_keys(recorded, flags, "flags.") + differing_keys(recorded_derived, derived, "derived.")
 
 
-def differing_keys(before: dict, now: dict, prefix="") -> list[str]:
+def differing_keys(recorded: dict, current: dict, prefix: str = "") -> list[str]:
     """'prefix.key (1 there, 2 now)' of each entry of nested dicts that differs, those in FREE left out."""
-    entries = sorted(differing_entries(before, now, operator.eq), key=itemgetter(0))
+    entries = sorted(differing_entries(recorded, current, operator.eq), key=itemgetter(0))
     return [
         f"{prefix}{'.'.join(names)} ({a!r} there, {b!r} now)"
         for names, a, b in entries
@@ -128,17 +127,17 @@ def text_fingerprints(derived: dict) -> dict:
     return {name: value for name, value in corpus.items() if name.endswith("_fingerprint")}
 
 
-def common_values(before: dict, now: dict) -> tuple[dict, dict]:
+def common_values(recorded: dict, current: dict) -> tuple[dict, dict]:
     """Both sets of derived values without the keys, and the keys inside them, that only one has.
 
     Of the entry of the text the fingerprints stay.
     """
-    before = {**before, "corpus": text_fingerprints(before)}
-    before, now = common_keys(before, {**now, "corpus": text_fingerprints(now)})
-    for key in before:
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
-            before[key], now[key] = common_keys(before[key], now[key])
-    return before, now
+    recorded = {**recorded, "corpus": text_fingerprints(recorded)}
+    recorded, current = common_keys(recorded, {**current, "corpus": text_fingerprints(current)})
+    for key in recorded:
+        if isinstance(recorded[key], dict) and isinstance(current[key], dict):
+            recorded[key], current[key] = common_keys(recorded[key], current[key])
+    return recorded, current
 
 
 def common_keys(a: dict, b: dict) -> tuple[dict, dict]:

@@ -108,7 +108,7 @@ class BundleFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self.digest = hashlib.sha256()  # of the content of all files read so far
-        self.left = MAX_BYTES
+        self.remaining = MAX_BYTES
 
     def read(self, name: str, limit: int = MAX_BYTES) -> str:
         """The text of one file. InputError if it is missing, too large or not UTF-8."""
@@ -118,7 +118,7 @@ class BundleFiles:
                 f"{path}: missing from the evaluation bundle; unpack it again, "
                 "or give a whole one with --core-dir"
             )
-        limit = min(limit, self.left)
+        limit = min(limit, self.remaining)
         with open(path, "rb") as f:
             data = f.read(min(limit, path.stat().st_size) + 1)
         if len(data) > limit:
@@ -126,7 +126,7 @@ class BundleFiles:
                 f"{path}: too large: core.yaml may have {MAX_INDEX:,} bytes, eval_meta_data.csv "
                 f"{MAX_TABLE:,}, and all that the tasks read {MAX_BYTES:,}"
             )
-        self.left -= len(data)
+        self.remaining -= len(data)
         self.digest.update(data)
         try:
             return data.decode("utf-8").removeprefix("\ufeff")
@@ -168,7 +168,7 @@ def read_checksum(folder: Path, name: str, digits: int) -> str | None:
         text = f.read(100).decode("utf-8", "replace").strip()
     if not re.fullmatch(f"[0-9a-f]{{{digits}}}", text):
         raise InputError(
-            f"{path}: not a sum of {digits} digits, but {quoted(text)}; "
+            f"{path}: not a checksum of {digits} digits, but {quoted(text)}; "
             "remove the bundle's folder, and it is downloaded again"
         )
     return text
@@ -239,7 +239,7 @@ def percent(text: str) -> float | None:
 
 def read_task(files: BundleFiles, entry: dict, baselines: dict[str, str]) -> Task:
     """The task of an entry of core.yaml, with its examples."""
-    where = f"{files.folder / 'core.yaml'}: task {in_words(entry.get('label', '(without a label)'))}"
+    where = f"{files.folder / 'core.yaml'}: task {one_line(entry.get('label', '(without a label)'))}"
     if missing := [key for key in REQUIRED if key not in entry]:
         raise InputError(f"{where}: {', '.join(missing)} missing")
     label = entry["label"]
@@ -250,16 +250,16 @@ def read_task(files: BundleFiles, entry: dict, baselines: dict[str, str]) -> Tas
     if not is_name(label) or len(label) > 100:
         raise InputError(f"{where}: its label is no name on one line, of at most 100 characters")
     if not isinstance(kind, str) or kind not in FIELDS:
-        raise InputError(f"{where}: unknown icl_task_type {in_words(kind, repr)}; known: {', '.join(FIELDS)}")
+        raise InputError(f"{where}: unknown icl_task_type {one_line(kind, repr)}; known: {', '.join(FIELDS)}")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
     if type(shots) is not int or not 0 <= shots <= MAX_SHOTS:
         raise InputError(
-            f"{where}: num_fewshot {in_words(shots, repr)} is not a list of one whole number "
+            f"{where}: num_fewshot {one_line(shots, repr)} is not a list of one whole number "
             f"up to {MAX_SHOTS:,}"
         )
     delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(delimiter, str) or not encodable(delimiter):
-        raise InputError(f"{where}: continuation_delimiter {in_words(delimiter, repr)} is not text")
+        raise InputError(f"{where}: continuation_delimiter {one_line(delimiter, repr)} is not text")
     baseline_text = baselines.get(label) or ""
     baseline = percent(baseline_text)
     if baseline is None:
@@ -270,9 +270,9 @@ def read_task(files: BundleFiles, entry: dict, baselines: dict[str, str]) -> Tas
         )
     name = data_file(entry["dataset_uri"], where)
     examples = []
-    for number, line in enumerate(files.read(name).split("\n"), 1):
+    for line_number, line in enumerate(files.read(name).split("\n"), 1):
         if line.strip():
-            examples.append(read_example(line, kind, f"{files.folder / name}: line {number}"))
+            examples.append(read_example(line, kind, f"{files.folder / name}: line {line_number}"))
     if len(examples) <= shots:
         raise InputError(
             f"{files.folder / name}: {len(examples)} examples, but task {label} asks about one "
@@ -289,11 +289,11 @@ def data_file(uri, where: str) -> str:
     """The path of a task's examples inside the bundle. InputError if it leads out of eval_data/."""
     path = PurePosixPath(uri) if is_name(uri) and len(uri) < 250 else None
     if path is None or path.is_absolute() or ".." in path.parts:
-        raise InputError(f"{where}: dataset_uri {in_words(uri, repr)} is no path of a file in eval_data/")
+        raise InputError(f"{where}: dataset_uri {one_line(uri, repr)} is no path of a file in eval_data/")
     return f"eval_data/{uri}"
 
 
-def in_words(value, write=str) -> str:
+def one_line(value, write=str) -> str:
     """A value from YAML, of any kind, on one line."""
     try:
         return " ".join(shortened(write(value)).split())
@@ -332,7 +332,7 @@ def check_options(name: str, options, gold, where: str):
         raise InputError(f"{where}: {name!r} has {len(options):,} texts, more than {MAX_OPTIONS:,}")
     if type(gold) is not int or not 0 <= gold < len(options):
         raise InputError(
-            f"{where}: 'gold' is {in_words(gold, repr)}, not the index of one of the {len(options)} {name}"
+            f"{where}: 'gold' is {one_line(gold, repr)}, not the index of one of the {len(options)} {name}"
         )
 
 

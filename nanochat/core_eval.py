@@ -43,12 +43,11 @@ def select_examples(task: Task, max_per_task: int) -> list[int]:
     return indices
 
 
-def few_shot_examples(task: Task, number: int) -> list[dict]:
-    """The solved examples shown before example `number`: a draw from all others, the same one every time."""
-    rng = random.Random(f"{task.label} {number}")
-    drawn = rng.sample(range(len(task.examples) - 1), task.shots)
-    others = [i if i < number else i + 1 for i in drawn]
-    return [task.examples[i] for i in others]
+def few_shot_examples(task: Task, index: int) -> list[dict]:
+    """The solved examples shown before an example: a draw from all others, the same one every time."""
+    rng = random.Random(f"{task.label} {index}")
+    draws = rng.sample(range(len(task.examples) - 1), task.shots)
+    return [task.examples[i if i < index else i + 1] for i in draws]  # all but the example itself
 
 
 def solved_text(task: Task, example: dict) -> str:
@@ -60,23 +59,23 @@ def solved_text(task: Task, example: dict) -> str:
     return example["context"].strip() + task.delimiter + example["continuation"]
 
 
-def prompts(task: Task, number: int) -> list[str]:
-    """The texts that the model reads for example `number`, each after the solved examples.
+def prompts(task: Task, index: int) -> list[str]:
+    """The texts that the model reads for the example of this index, each after the solved examples.
 
     multiple_choice: one text with each answer. schema: one with each context. language_modeling: one without
     the continuation and one with it. The one without ends in no space, because that space is the first
     character of the continuation's first token.
     """
-    example = task.examples[number]
-    before = "".join(solved_text(task, shot) + "\n\n" for shot in few_shot_examples(task, number))
+    example = task.examples[index]
+    shots_text = "".join(solved_text(task, shot) + "\n\n" for shot in few_shot_examples(task, index))
     if task.kind == "multiple_choice":
         variants = [{**example, "choices": [choice], "gold": 0} for choice in example["choices"]]
     elif task.kind == "schema":
         variants = [{**example, "gold": i} for i in range(len(example["context_options"]))]
     else:
-        without = before + solved_text(task, {**example, "continuation": ""})
-        return [without.rstrip(), before + solved_text(task, example)]
-    return [before + solved_text(task, variant) for variant in variants]
+        without = shots_text + solved_text(task, {**example, "continuation": ""})
+        return [without.rstrip(), shots_text + solved_text(task, example)]
+    return [shots_text + solved_text(task, variant) for variant in variants]
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------
@@ -86,13 +85,13 @@ def prompts(task: Task, number: int) -> list[str]:
 class Question:
     """An example as tokens: rows of a prompt and its continuations, int32."""
 
-    number: int
+    index: int
     gold: int | None  # index of the right one among all continuations; None: the only one, if it is greedy
     rows: list[tuple[np.ndarray, list[np.ndarray]]]
 
 
 def common_length(sequences: list[list[int]]) -> int:
-    """How many first tokens all sequences share."""
+    """The number of first tokens that all sequences share."""
     # All others lie between these two in lexical order, so they share what these two share.
     low = min(sequences)
     high = max(sequences)
@@ -113,25 +112,25 @@ def split_prompts(task: Task, sequences: list[list[int]]) -> list[tuple[list[int
     if task.kind == "multiple_choice":
         n = min(common_length(sequences), shortest - 1)
         return [(sequences[0][:n], [sequence[n:] for sequence in sequences])]
-    whole = sequences[1]
-    n = min(common_length(sequences), len(whole) - 1)
-    return [(whole[:n], [whole[n:]])]
+    sequence = sequences[1]  # with the continuation
+    n = min(common_length(sequences), len(sequence) - 1)
+    return [(sequence[:n], [sequence[n:]])]
 
 
-def tokenize_example(task: Task, number: int, tokenizer, context: int) -> Question:
-    """Example `number` as tokens.
+def tokenize_example(task: Task, index: int, tokenizer, context: int) -> Question:
+    """The example of this index as tokens.
 
     If a prompt and its longest continuation exceed the model's context (in tokens), the prompt loses its
     first tokens. A continuation is never cut: InputError if it does not fit into the context.
     """
-    sequences = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts(task, number))]
+    sequences = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts(task, index))]
     rows = split_prompts(task, sequences)
     if not rows[0][0]:
-        raise InputError(f"CORE task {task.label}, example {number + 1}: empty")
+        raise InputError(f"CORE task {task.label}, example {index + 1}: empty")
     longest = max(len(c) for _, continuations in rows for c in continuations)
     if longest > context:
         raise InputError(
-            f"CORE task {task.label}, example {number + 1}: a continuation of {longest} tokens, "
+            f"CORE task {task.label}, example {index + 1}: a continuation of {longest} tokens, "
             f"more than the model's context of {context}; leave the task out of core.yaml, "
             "or train with a longer --max-seq-len"
         )
@@ -140,7 +139,7 @@ def tokenize_example(task: Task, number: int, tokenizer, context: int) -> Questi
     for prompt, continuations in rows:
         parts = [np.array(c, np.int32) for c in continuations]
         arrays.append((np.array(prompt[-keep:], np.int32), parts))
-    return Question(number, task.examples[number].get("gold"), arrays)
+    return Question(index, task.examples[index].get("gold"), arrays)
 
 
 def questions(
@@ -150,7 +149,7 @@ def questions(
     shares = []
     for task in bundle.tasks:
         share = select_examples(task, max_per_task)[rank::world_size]
-        shares.append([tokenize_example(task, number, tokenizer, context) for number in share])
+        shares.append([tokenize_example(task, index, tokenizer, context) for index in share])
     return shares
 
 
@@ -202,18 +201,16 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     targets = torch.from_numpy(targets).to(logits.device)
     losses = torch.zeros(targets.shape, device=logits.device)
     greedy = torch.ones_like(targets, dtype=torch.bool)
-    losses[:, 0], greedy[:, 0] = judged(logits.repeat_interleave(each, dim=0), targets[:, 0])
+    losses[:, 0], greedy[:, 0] = token_scores(logits.repeat_interleave(each, dim=0), targets[:, 0])
     if T:
-        real = targets[:, 1:] >= 0
+        is_token = targets[:, 1:] >= 0
         inputs = targets[:, :-1].clamp(min=0)
         x, weight = model(inputs, compute_dtype=dtype, cache=cache, head=head_input)
-        x = x[real]
+        x = x[is_token]
         n = rows_at_once(x, weight.size(0))
-        parts = [
-            judged(head_logits(part, weight), target)
-            for part, target in zip(x.split(n), targets[:, 1:][real].split(n))
-        ]
-        losses[:, 1:][real], greedy[:, 1:][real] = (torch.cat(values) for values in zip(*parts))
+        pairs = zip(x.split(n), targets[:, 1:][is_token].split(n))
+        parts = [token_scores(head_logits(part, weight), target) for part, target in pairs]
+        losses[:, 1:][is_token], greedy[:, 1:][is_token] = (torch.cat(values) for values in zip(*parts))
     means = losses.double().sum(1).cpu() / torch.tensor([len(c) for c in continuations])
     return list(zip(means.tolist(), greedy.all(1).tolist()))
 
@@ -223,7 +220,7 @@ def head_input(x, weight, targets=None):
     return x, weight
 
 
-def judged(logits, targets):
+def token_scores(logits, targets):
     """logits: (n, V), targets: (n,) -> (loss in nats, whether it is the greedy choice) of each, (n,)."""
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 

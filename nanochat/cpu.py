@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from nanochat import common
+from nanochat import devices
 
 FEW_ROWS = 4  # up to so many, `linear` multiplies in another way
 SMALL_MATRIX = 2**18  # entries of a matrix whose products stay in the cache until they are summed
@@ -48,7 +48,7 @@ def multiply_by_onednn():
     torch does so only where oneDNN may round the factors to bfloat16. oneDNN makes use of that on processors
     with AMX; a product tells whether it does on this one.
     """
-    processor = common.processor()
+    processor = devices.processor()
     instructions = processor.get("flags", "").split()
     if processor.get("vendor_id") != "AuthenticAMD" or "avx512_bf16" not in instructions:
         return
@@ -107,8 +107,8 @@ class TiledReLU2(torch.autograd.Function):
     """`ops.ReLU2`, a tile of the rows at a time."""
 
     @staticmethod
-    def forward(ctx, x, up, down, kept: bool):
-        if kept:
+    def forward(ctx, x, up, down, keep_product: bool):
+        if keep_product:
             ctx.save_for_backward(x, up, down, None)
             return torch.ops.nanochat.relu2(x, up, down)
         rows = x.flatten(0, -2)  # (N, in)

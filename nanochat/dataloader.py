@@ -86,7 +86,7 @@ class Rows:
         return self.row(int(self._order[position]))
 
 
-def batch_of(rows: list[np.ndarray], device):
+def make_batch(rows: list[np.ndarray], device):
     """B rows -> (inputs, targets), each (B, T) int64 on the device."""
     batch = torch.from_numpy(np.stack(rows))
     if device.type == "cuda":
@@ -100,7 +100,7 @@ def training_batch(rows: Rows, micro_step: int, device_batch_size: int, world: W
     The rows of a micro-step go to the processes in order of rank.
     """
     start = (micro_step * world.size + world.rank) * device_batch_size
-    return batch_of([rows.training_row(start + i) for i in range(device_batch_size)], world.device)
+    return make_batch([rows.training_row(start + i) for i in range(device_batch_size)], world.device)
 
 
 def training_batches(rows: Rows, first_row: int, device_batch_size: int, world: World):

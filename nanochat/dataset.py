@@ -16,14 +16,14 @@ from typing import Any
 
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.common import get_base_dir, locked, run_script
-from nanochat.downloads import complete
+from nanochat.download_index import DownloadIndex
+from nanochat.downloads import complete_folder
 from nanochat.errors import InputError
-from nanochat.file_sums import FileSums
 from nanochat.files import create_folder
 from nanochat.fingerprints import file_hash, short_hash
 from nanochat.hub import HUB_SETS
 from nanochat.readers import read_documents, text_format
-from nanochat.splits import TEST, in_words, shortened, sort_folder
+from nanochat.splits import TEST, left_out_words, shortened, sort_folder
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Corpus:
         if len(train) == 1:
             training = f"1 training file ({train[0]})"
         line = f"text: {self.folder}: {training}, validation: {', '.join(shortened(val, 3))}{self.note}"
-        return line + (f", left out: {in_words(self.left_out)}" if self.left_out else "")
+        return line + (f", left out: {left_out_words(self.left_out)}" if self.left_out else "")
 
 
 def announced_shard(shard: Shard, first_folder: Path, own_folder: Path) -> AnnouncedShard:
@@ -226,12 +226,12 @@ def open_folder(folder: Path) -> Corpus:
             "in two files or more"
         )
     path = os.path.abspath(folder)
-    train = shards_of(text.train)
-    val = shards_of(text.val)
+    train = make_shards(text.train)
+    val = make_shards(text.val)
     return Corpus(Path(path).name, train, val, folder, text.left_out, note, path)
 
 
-def shards_of(files: list[Path]) -> tuple[Shard, ...]:
+def make_shards(files: list[Path]) -> tuple[Shard, ...]:
     """One shard for each file, and one for all .txt files: 100,000 of them must not make as many caches."""
     texts = tuple(f for f in files if text_format(f) == ".txt")
     shards = [Shard(f.name, (f,)) for f in files if text_format(f) != ".txt"]
@@ -253,12 +253,12 @@ def open_downloaded(name: str) -> Corpus:
     if not train or val not in present:
         problem = f"the validation file {val} is missing" if train else "no training file is downloaded"
         raise InputError(f"--data {name}: {problem}; {remedy}")
-    sums = FileSums(folder)
+    index = DownloadIndex(folder)
     for file in (val, *train):
-        if fault := sums.fault(folder / file):
+        if fault := index.fault(folder / file):
             raise InputError(f"--data {name}: {folder / file} {fault}; to fetch it again {remedy}")
-    train_shards = shards_of([folder / file for file in train])
-    return Corpus(name, train_shards, shards_of([folder / val]), folder)
+    train_shards = make_shards([folder / file for file in train])
+    return Corpus(name, train_shards, make_shards([folder / val]), folder)
 
 
 def parse(argv=None):
@@ -300,15 +300,15 @@ def main(argv=None):
         every = {folder / hub_set.local_name(f): f for f in hub_set.files(hub_set.train_files)}
         names = set(os.listdir(folder))
         present = {path: f for path, f in every.items() if path.name in names}
-        wanted = set(hub_set.files(hub_set.train_files if count == -1 else count))
+        requested = set(hub_set.files(hub_set.train_files if count == -1 else count))
         if args.verify and "n" not in args.given:
-            wanted = {hub_set.val_file}
-        missing = {path: f for path, f in every.items() if f in wanted and path not in present}
+            requested = {hub_set.val_file}
+        missing = {path: f for path, f in every.items() if f in requested and path not in present}
         if args.verify and not present:
             raise InputError(
                 f"--verify: nothing is downloaded; run: python -m nanochat.dataset --data {args.data}"
             )
-        failures = complete(hub_set, folder, present, missing, args.w, args.verify)
+        failures = complete_folder(hub_set, folder, present, missing, args.w, args.verify)
     for path, reason in sorted(failures.items()):
         print(f"missing {path.name}: {reason}", file=sys.stderr)
     if failures:
@@ -326,7 +326,7 @@ def main(argv=None):
 def verify_token_caches(paths: list[Path]):
     from nanochat.token_cache import remove_damaged  # here: downloading does not need numpy
 
-    count, removed = remove_damaged(shards_of(paths))
+    count, removed = remove_damaged(make_shards(paths))
     result = "all as they were built"
     if removed:
         result = f"{removed} removed: they are built again when needed"

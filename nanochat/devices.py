@@ -1,14 +1,69 @@
-"""The GPUs that torch can use on this machine. `python -m nanochat.devices` prints how many there are."""
+"""The device that computes, a GPU or the processor: its type, its name, and the dtype that suits it.
 
+`python -m nanochat.devices` prints how many GPUs there are.
+"""
+
+import contextlib
+import functools
 import glob
 import os
+import resource
 import warnings
+from pathlib import Path
 
 from nanochat.common import run_script
 from nanochat.errors import InputError, first_line
 
 NO_GPU = ("", "-1", "none", "void", "nodevfiles")  # values of CUDA_VISIBLE_DEVICES; the last is Slurm's
 ON_THE_CPU = "or train on the CPU: --device-type cpu, or CUDA_VISIBLE_DEVICES= (empty)"
+
+
+def pick_device_type(name: str) -> str:
+    """'' -> 'cuda' where there is one, else 'cpu'; other names as they are.
+
+    InputError where there is a GPU that torch cannot use.
+    """
+    return name or ("cuda" if usable_gpus() else "cpu")
+
+
+def compute_dtype(name: str, device_type: str, training: bool = False, run_dtype: str = ""):
+    """The dtype of activations and matmuls.
+
+    It is `name` or, for 'auto', $NANOCHAT_DTYPE, else run_dtype (that of the run so far), else what suits the
+    device.
+
+    On a CPU that multiplies in bfloat16 a training step takes 0.6 to 0.9 times as long as in float32
+    (dev/LOG.md). Other work on a CPU is done in float32.
+    """
+    import torch
+
+    if name == "auto":
+        name = os.environ.get("NANOCHAT_DTYPE") or "auto"
+    fast = device_type == "cuda" or (training and multiplies_bfloat16())
+    dtypes = {
+        "auto": torch.bfloat16 if fast else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
+    if name not in dtypes:
+        raise InputError(f"NANOCHAT_DTYPE={name}: use one of {', '.join(dtypes)}")
+    if name == "auto" and run_dtype:
+        name = run_dtype
+    return dtypes[name]
+
+
+def device_name(device) -> str:
+    """'NVIDIA H100 80GB HBM3', or the processor's model name."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return processor().get("model name") or platform.processor() or platform.machine()
+
+
+# ---- GPUs --------------------------------------------------------------------------------------------------
 
 
 def usable_gpus() -> int:
@@ -82,6 +137,62 @@ def take_gpu(index: int):
             f"--device-type cuda: GPU {index} cannot be used: {first_line(e)}; "
             f"choose others with CUDA_VISIBLE_DEVICES, {ON_THE_CPU}"
         ) from None
+
+
+# ---- the processor -----------------------------------------------------------------------------------------
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it, AVX512-BF16 or AMX."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor().get("flags", "").split())
+
+
+@functools.cache
+def processor() -> dict[str, str]:
+    """The entries of /proc/cpuinfo for the first processor; {} where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    entries = [line.split(":", 1) for line in lines if ":" in line]
+    return {key.strip(): value.strip() for key, value in entries}
+
+
+# ---- speed and memory --------------------------------------------------------------------------------------
+
+# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """The peak of a GPU of this name in FLOP/s; None for a CPU or an unknown GPU."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def reset_peak_memory(device):
+    """Start to measure the peak memory again, if the platform can (CUDA, Linux)."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.path.exists("/proc/self/clear_refs"):
+        # A container may forbid this. Then the peak is that since the start of the process.
+        with contextlib.suppress(OSError):
+            # sets VmHWM, the peak, to the present resident size
+            Path("/proc/self/clear_refs").write_text("5", "utf-8")
+
+
+def peak_memory_bytes(device) -> int:
+    """CUDA: the most bytes that torch allocated on its GPU. CPU: the peak resident set of the process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Completing the folder of a downloaded set: fetching files that are missing or differ from the hub's list.
+"""Completing the folder of a downloaded set: missing files, and those that differ from the hub, are fetched.
 
-If the hub cannot be reached, files are compared with the index of the last time (file_sums.py).
+If the hub cannot be reached, files are compared with the index of the last time (download_index.py).
 """
 
 import shutil
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochat.download_index import BAD, INDEX, DownloadIndex
 from nanochat.errors import InputError
-from nanochat.file_sums import BAD, INDEX, FileSums
 from nanochat.files import remove_temporary
 from nanochat.hub import ATTEMPTS, HubFile, HubSet, download, list_files
 
 
-def complete(
+def complete_folder(
     hub_set: HubSet,
     folder: Path,
     present: dict[Path, str],
@@ -31,75 +31,77 @@ def complete(
     InputError: the hub cannot be reached, and a file is missing or damaged.
     """
     remove_temporary(folder, INDEX)
-    sums = FileSums(folder)
+    index = DownloadIndex(folder)
     staging = folder / ".incoming"
-    every = present | missing
+    hub_names = present | missing
     try:
-        revision, listed = list_files(hub_set, list(every.values()), ATTEMPTS if missing else 1)
+        revision, listed = list_files(hub_set, list(hub_names.values()), ATTEMPTS if missing else 1)
     except InputError as e:
         if missing:
             raise
-        compare_offline(sums, list(present), str(e), workers, verify)
+        compare_offline(index, list(present), str(e), workers, verify)
         return {}
-    faults = compare(sums, {path: listed.get(f) for path, f in present.items()}, workers, verify)
+    faults = compare(index, {path: listed.get(f) for path, f in present.items()}, workers, verify)
     for path, fault in sorted(faults.items()):
         print(f"{path}: {fault}: fetched again", flush=True)
-    wanted = [path for path in every if path in missing or path in faults]
+    to_fetch = [path for path in hub_names if path in missing or path in faults]
     failures = {
-        path: f"{hub_set.repo} has no file {every[path]}*{hub_set.suffix}"
-        for path in wanted
-        if every[path] not in listed
+        path: f"{hub_set.repo} has no file {hub_names[path]}*{hub_set.suffix}"
+        for path in to_fetch
+        if hub_names[path] not in listed
     }
-    files = {path: listed[every[path]] for path in wanted if path not in failures}
+    files = {path: listed[hub_names[path]] for path in to_fetch if path not in failures}
 
     def when_fetched(path: Path, file):
-        sums.add(path, file.size, file.sum)
-        sums.save()
+        index.add(path, file.size, file.checksum)
+        index.save()
 
     if files:
         failures |= download(hub_set, revision, files, staging, workers, when_fetched)
     shutil.rmtree(staging, ignore_errors=True)  # of a killed download
-    if unknown := [path for path, f in every.items() if f in listed and not listed[f].sum]:
+    if unknown := [path for path, f in hub_names.items() if f in listed and not listed[f].checksum]:
         print(
             f"{len(unknown)} file(s) ({unknown[0].name}, …) are compared by size alone: "
-            "the hub tells no sum of them"
+            "the hub has no checksum of them"
         )
     return failures
 
 
-def compare(sums: FileSums, files: dict[Path, HubFile | None], workers: int, verify: bool) -> dict[Path, str]:
+def compare(
+    index: DownloadIndex, files: dict[Path, HubFile | None], workers: int, verify: bool
+) -> dict[Path, str]:
     """{path: what is wrong} of the files that differ. The index records the result.
 
     files: path -> the file as the hub lists it, or None if that is not known.
     """
 
-    def fault_of(path: Path) -> str:
-        known = files[path]
-        return sums.compare(path, known.size, known.sum, verify) if known else sums.fault(path)
+    def find_fault(path: Path) -> str:
+        file = files[path]
+        return index.compare(path, file.size, file.checksum, verify) if file else index.fault(path)
 
     pool = ThreadPoolExecutor(workers)
     try:
-        results = pool.map(fault_of, files)
+        results = pool.map(find_fault, files)
         bar = tqdm(results, total=len(files), desc="comparing", unit="file", leave=False, disable=None)
         faults = dict(zip(files, bar))
     finally:  # also after Ctrl-C, so that hundreds of GB are not read twice
         pool.shutdown(cancel_futures=True)
         if any(files.values()):
-            sums.save()
+            index.save()
     return {path: fault for path, fault in faults.items() if fault}
 
 
-def compare_offline(sums: FileSums, paths: list[Path], reason: str, workers: int, verify: bool):
+def compare_offline(index: DownloadIndex, paths: list[Path], reason: str, workers: int, verify: bool):
     """Compare files with the index, which records the hub's list of last time. InputError if one differs."""
-    known = {}
+    recorded = {}
     for path in paths:
-        record = sums.files.get(path.name)
+        record = index.files.get(path.name)
         if record and record["stamp"] != BAD:
-            known[path] = HubFile("", record["size"], record["sum"])
-    faults = compare(sums, {path: known.get(path) for path in paths}, workers, verify)
+            recorded[path] = HubFile("", record["size"], record["sum"])
+    faults = compare(index, {path: recorded.get(path) for path in paths}, workers, verify)
     if faults:
         path, fault = min(faults.items())
         raise InputError(f"{path} {fault}; {len(faults)} of {len(paths)} files are damaged and {reason}")
-    rest = len(paths) - len(known)
+    rest = len(paths) - len(recorded)
     line = f"; {rest} of {len(paths)} were never compared" if rest else ""
-    print(f"{reason}: the files are compared with the sums of their download{line}", flush=True)
+    print(f"{reason}: the files are compared with the checksums of their download{line}", flush=True)

@@ -26,7 +26,7 @@ class KVCache:
     The smear needs that embedding.
 
     padding: (B,), the first slot of each row that holds a token; None: all rows begin at slot 0.
-    For T new positions `GPT.forward` calls `before`, `mask` and, in each layer, `extend`. Then it adds T to
+    For T new positions `GPT.forward` calls `previous`, `mask` and, in each layer, `extend`. Then it adds T to
     `length`.
     """
 
@@ -52,13 +52,13 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.keys + self.values)
 
-    def before(self, x):
+    def previous(self, x):
         """x: (B, T, C), embeddings -> (B, T, C), the one before each; zeros before a row's first."""
-        before = torch.cat((self.last, x), dim=1)[:, :-1]
+        previous = torch.cat((self.last, x), dim=1)[:, :-1]
         self.last = x[:, -1:]
         if self.padding is None:
-            return before
-        return before * self.is_token(self.length - 1, x.size(1))[..., None]
+            return previous
+        return previous * self.is_token(self.length - 1, x.size(1))[..., None]
 
     def is_token(self, start: int, count: int):
         """(B, count) bool: which of `count` slots from `start` on hold a token; the others are padding."""

@@ -133,7 +133,7 @@ def home_of_user() -> str:
 
 
 def choose_temporary_folder():
-    """Where Python would use the current folder for temporary files, use the base directory."""
+    """Use the base directory for temporary files if Python would use the current folder."""
     try:
         usable = tempfile.gettempdir() != os.getcwd()
     except OSError:
@@ -150,7 +150,7 @@ def choose_temporary_folder():
 WAY_OUT = "start with torchrun, which sets all of them, or unset RANK and WORLD_SIZE for a run of one process"
 
 
-def layout_of_processes() -> tuple[int, int, int]:
+def launcher_layout() -> tuple[int, int, int]:
     """(rank, local rank, number of processes), as a launcher sets them; (0, 0, 1) without one.
 
     InputError where the variables contradict each other, or some are missing.
@@ -168,8 +168,8 @@ def launcher_integer(name: str, minimum: int, maximum: int | None = None) -> int
     """The value of a variable that a launcher sets. InputError unless it is an integer in this range."""
     value = os.environ.get(name, "").strip()
     if not value:
-        given = next(other for other in ("RANK", "WORLD_SIZE") if os.environ.get(other))
-        raise InputError(f"{name} is not set, but {given}={os.environ[given]} is; {WAY_OUT}")
+        present = next(other for other in ("RANK", "WORLD_SIZE") if os.environ.get(other))
+        raise InputError(f"{name} is not set, but {present}={os.environ[present]} is; {WAY_OUT}")
     if not value.isdecimal() or int(value) < minimum or (maximum and int(value) > maximum):
         right = f"from {minimum} to {maximum}" if maximum else f">= {minimum}"
         raise InputError(f"{name}={value}: is not a whole number {right}; {WAY_OUT}")

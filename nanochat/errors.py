@@ -34,7 +34,7 @@ def first_line(e: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def named(path: Path):
+def path_in_errors(path: Path):
     """Put the path into any OSError raised inside: a failed read of an open file does not name the file."""
     try:
         yield

@@ -70,7 +70,7 @@ def read_core(path: Path) -> dict:
 
 def check_step(path: Path, results: dict):
     step = results["settings"].get("step")
-    if step != step_of(path):
+    if step != file_step(path):
         raise InputError(f"{path}: not a {EVAL.name} (of step {shortened(repr(step))}); {DAMAGED_REMEDY}")
 
 
@@ -84,7 +84,7 @@ def check_interval(where, key: str, results: dict):
         )
 
 
-def step_of(path: Path) -> int:
+def file_step(path: Path) -> int:
     """The step in a file's name, or -1."""
     match = re.fullmatch(r"(?:core|eval)_(\d{1,18})\.json", path.name)
     return int(match[1]) if match else -1
@@ -92,7 +92,7 @@ def step_of(path: Path) -> int:
 
 def newest_core(folder: Path) -> dict:
     """CORE's result at the run's newest step that has one, or {}. A line names each damaged file."""
-    for path in sorted(folder.glob("core_*.json"), key=step_of, reverse=True):
+    for path in sorted(folder.glob("core_*.json"), key=file_step, reverse=True):
         if results := earlier_results(path, read_core):
             return results
     return {}

@@ -16,14 +16,14 @@ from nanochat.trainable import Trainable
 
 @dataclass
 class CoreQuestions:
-    """What `evaluate_core` asks of a model."""
+    """The questions that `evaluate_core` asks."""
 
     bundle: Bundle
-    own: list[list[Question]]  # this process's share
+    share: list[list[Question]]  # this process asks these
 
 
 def core_questions(run: Run) -> CoreQuestions | None:
-    """None where CORE is not measured."""
+    """The questions of CORE for this process; None where CORE is not measured."""
     args = run.args
     if args.core_metric_every < 1:
         return None
@@ -34,15 +34,10 @@ def core_questions(run: Run) -> CoreQuestions | None:
         return None
     remedy = "give all processes the same --core-dir"
     agreement.confirm(run.world, {"CORE bundle": bundle.fingerprint}, remedy)
-    own = questions(
-        bundle,
-        run.spec.tokenizer,
-        args.max_seq_len,
-        args.core_metric_max_per_task,
-        run.world.rank,
-        run.world.size,
-    )
-    return CoreQuestions(bundle, own)
+    _, rank, size = run.world
+    limit = args.core_metric_max_per_task
+    share = questions(bundle, run.spec.tokenizer, args.max_seq_len, limit, rank, size)
+    return CoreQuestions(bundle, share)
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -52,8 +47,9 @@ def is_multiple(step: int, every: int) -> bool:
 
 @dataclass
 class Evaluation:
-    """What is measured after a step, and after which steps. All processes take part; process 0 alone makes
-    samples.
+    """What is measured after a step, and after which steps.
+
+    All processes take part. Process 0 alone makes samples.
     """
 
     run: Run
@@ -70,8 +66,9 @@ class Evaluation:
         return self.core is not None and is_multiple(step, self.run.args.core_metric_every)
 
     def after_step(self, state: RunState, stop: StopRequest) -> dict:
-        """Values for the record, where something is due; sets `last`, `stopping`, `evaluation_owed` of the
-        state. A request to stop puts all of it off: then {}.
+        """Measure what is due, and set `last`, `stopping` and `evaluation_owed` of the state.
+
+        Returns values for the record; {} if nothing is due, or if a request to stop puts it off.
         """
         state.last = False
         state.evaluation_owed = False
@@ -91,8 +88,9 @@ class Evaluation:
         return reached or step == self.run.steps
 
     def measure(self, step: int, stop: StopRequest) -> dict | None:
-        """Values for the record. None if this process broke off because a process was asked to stop; what the
-        others then return is void.
+        """Values for the record. None if this process broke off because one was asked to stop.
+
+        Then the values of the other processes have no meaning.
         """
         run = self.run
         args = run.args
@@ -123,15 +121,15 @@ class Evaluation:
         batch_size = run.args.device_batch_size
         return evaluate(self.trainable.model, run.text.validation, batch_size, run.world, run.dtype, stop)
 
-    def core_metric(self, asked: CoreQuestions, stop: StopRequest) -> dict | None:
+    def core_metric(self, core: CoreQuestions, stop: StopRequest) -> dict | None:
         args = self.run.args
         tokens_at_once = args.device_batch_size * args.max_seq_len
         model = self.trainable.model
-        core = evaluate_core(model, asked.bundle, asked.own, self.run.dtype, tokens_at_once, stop)
-        if core is None:
+        results = evaluate_core(model, core.bundle, core.share, self.run.dtype, tokens_at_once, stop)
+        if results is None:
             return None
-        scores = {f"centered_results/{label}": score for label, score in core["centered_results"].items()}
-        return {"core_metric": core["core_metric"], **scores}
+        scores = {f"centered_results/{label}": score for label, score in results["centered_results"].items()}
+        return {"core_metric": results["core_metric"], **scores}
 
 
 def print_samples(values: dict):

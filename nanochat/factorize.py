@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from nanochat.accounting import on_meta
 from nanochat.config import MATRICES
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
-from nanochat.rank import on_meta
 
 
 def linear_layers(model: GPT) -> dict[str, Linear | LowRankLinear]:
@@ -109,14 +109,14 @@ def with_layer_ranks(config: GPTConfig, ranks: dict[str, int]) -> GPTConfig:
     single = {}
     layers = range(config.n_layer)
     for group, matrices in (("attn_ranks", MATRICES[:4]), ("mlp_ranks", MATRICES[4:])):
-        own = {}
+        group_ranks = {}
         for matrix in matrices:
-            own[matrix] = tuple(ranks[block_matrix(matrix, layer)] for layer in layers)
-        distinct = {rank for layer_ranks in own.values() for rank in layer_ranks}
+            group_ranks[matrix] = tuple(ranks[block_matrix(matrix, layer)] for layer in layers)
+        distinct = {rank for layer_ranks in group_ranks.values() for rank in layer_ranks}
         if len(distinct) > 1:
-            single |= own
+            single |= group_ranks
         elif any(distinct):
-            groups[group] = own[matrices[0]]
+            groups[group] = group_ranks[matrices[0]]
     return replace(
         config, **groups, matrix_ranks=single, lm_head_rank=ranks.get("lm_head", 0), factor_act="none"
     )

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.errors import InputError, named, shortened
+from nanochat.errors import InputError, path_in_errors, shortened
 
 SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without sync
 MAX_NESTING = 100  # lists and objects inside each other, in JSON
@@ -121,7 +121,7 @@ def sha256(path: Path) -> str:
 
 def digest_file(path: Path, digest, size: int = sys.maxsize):
     """Update the digest with the first `size` bytes of a file, or with all of a shorter file; return it."""
-    with named(path), open_file(path) as f:
+    with path_in_errors(path), open_file(path) as f:
         while size > 0 and (block := f.read(min(2**22, size))):
             digest.update(block)
             size -= len(block)
@@ -223,7 +223,7 @@ def parse_integer(text: str) -> int:
 
 def read_json(path: Path, schema: Schema) -> dict:
     """The object in a JSON file. InputError if it does not fit the schema, OSError if it cannot be read."""
-    with named(path), open_file(path) as f:
+    with path_in_errors(path), open_file(path) as f:
         content = f.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
         raise InputError(f"{path}: not a {schema.name} (more than {LARGEST_JSON:,} bytes); {schema.remedy}")

@@ -8,10 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from nanochat.arguments import LARGEST_INTEGER, ArgumentParser, as_whole_number, number, quoted, whole_number
+from nanochat.arguments import (
+    LARGEST_INTEGER,
+    ArgumentParser,
+    as_whole_number,
+    quoted,
+    real_number,
+    whole_number,
+)
 from nanochat.config import MATRICES
 from nanochat.errors import shortened
-from nanochat.whole_ranks import matrix_ranks_text
+from nanochat.rank import matrix_ranks_text
 
 # Larger than any model. Beyond these limits even counting takes minutes, and sizes overflow.
 DEEPEST = 4096  # layers
@@ -39,7 +46,7 @@ class Role(Enum):
     METHOD = "the method of training and its settings, which may be tuned"
 
 
-ALWAYS_THERE = object()  # Flag.before: no run was ever recorded without the flag
+NO_OLD_DEFAULT = object()  # no run was ever recorded without the flag
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Flag:
     alias: str = ""  # another name on the command line
     role: Role = Role.METHOD
     free: bool = False  # a run may be resumed with another value
-    before: object = ALWAYS_THERE  # what runs did that are older than the flag; may differ from the default
+    old_default: object = NO_OLD_DEFAULT  # what runs did that are older than the flag
     short: str | None = None  # in the names that a sweep makes: "lr" of "lr0.02"; None: the whole name
 
     @property
@@ -156,18 +163,18 @@ def rank_multiple_flag(text: str) -> int:
 def layer_map_flag(text: str) -> str:
     if not text:
         return text
-    from nanochat.layer_maps import FORM, well_formed
+    from nanochat.layer_maps import MAP_FORMAT, well_formed
 
     if text.count(",") >= DEEPEST:
         raise ArgumentTypeError(f"{quoted(text)}: more than {DEEPEST:,} positions")
     if not well_formed(text):
-        raise ArgumentTypeError(f"{quoted(text)}: {FORM}")
+        raise ArgumentTypeError(f"{quoted(text)}: {MAP_FORMAT}")
     return text
 
 
 def positive_floats(text: str) -> list[float]:
     try:
-        return [number(above=0)(part) for part in text.split(",") if part.strip()]
+        return [real_number(above=0)(part) for part in text.split(",") if part.strip()]
     except ArgumentTypeError:
         raise ArgumentTypeError(
             f"{quoted(text)} is not a list of positive numbers such as 100,50,30"

@@ -2,11 +2,11 @@
 
 A flag is declared once, as a Flag in model_flags.py or training_flags.py. To add one, say there what it
 decides (`role`), whether a resumed run may change it (`free`), and the value with which older runs, which
-lack it, go on as they began (`before`). What the flags mean together is decided in plan.py.
+lack it, go on as they began (`old_default`). What the flags mean together is decided in plan.py.
 """
 
 from nanochat.arguments import ArgumentParser
-from nanochat.flag_types import ALWAYS_THERE, Role
+from nanochat.flag_types import NO_OLD_DEFAULT, Role
 from nanochat.model_flags import RANK_GROUP, RANK_MULTIPLE, SHAPE_GROUP, SUBSPACE_GROUP
 from nanochat.training_flags import (
     CHECK_GROUP,
@@ -65,4 +65,4 @@ def flag_names(*roles: Role) -> tuple[str, ...]:
 SHAPE_FLAGS = (*SHAPE_GROUP.defaults(), *RANK_GROUP.defaults())
 
 # The record of a run lacks the flags that came later. With these values such a run goes on, and is reported.
-DEFAULTS_BEFORE = {flag.name: flag.before for flag in FLAGS if flag.before is not ALWAYS_THERE}
+OLD_DEFAULTS = {flag.name: flag.old_default for flag in FLAGS if flag.old_default is not NO_OLD_DEFAULT}

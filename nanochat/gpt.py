@@ -29,7 +29,7 @@ from nanochat import ops
 from nanochat.attention import attention
 from nanochat.config import GPTConfig
 from nanochat.ops import linear, norm, project, relu2_mlp
-from nanochat.whole_ranks import resolve_rank
+from nanochat.rank import resolve_rank
 
 SCORE_SCALE = 1.6  # scores are SCORE_SCALE · q·k / √D: normalised q and k need sharper ones than the usual 1
 
@@ -41,7 +41,7 @@ class Linear(nn.Module):
     """y = W x with W: (out, in), cast to the dtype of x."""
 
     rank = 0  # full
-    kept = recomputed = False  # see LowRankLinear
+    keep_product = recomputed = False  # see LowRankLinear
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -70,7 +70,7 @@ class LowRankLinear(nn.Module):
     """
 
     recomputed = False  # whether the backward pass computes its block again: set by recompute.py
-    kept = False  # whether that block keeps A x
+    keep_product = False  # whether that block keeps A x
 
     def __init__(self, in_features: int, out_features: int, rank: int, act: str = "none"):
         super().__init__()
@@ -83,7 +83,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x, h=None):
         """(..., in) -> (..., r) -> (..., out). h: A x, where it has been computed with other products."""
-        h = linear(x, self.A, self.kept) if h is None else h
+        h = linear(x, self.A, self.keep_product) if h is None else h
         return linear(F.silu(h) if self.act == "silu" else h, self.B)
 
     def dense_weight(self):  # (out, in)
@@ -242,8 +242,8 @@ class GPT(nn.Module):
                 masks[window] = (position[:, None] >= position) & (position[:, None] - position < window)
 
         x = self.wte(idx).to(compute_dtype)  # (B, T, C)
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.before(x)
-        x = x + self.smear.to(compute_dtype) * before  # pairs of tokens, before any attention
+        previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous(x)
+        x = x + self.smear.to(compute_dtype) * previous  # pairs of tokens, before any attention
         x = x0 = norm(x)
         scales = torch.stack((self.resid_lambdas, self.x0_lambdas), dim=1).to(compute_dtype)  # (P, 2)
         for i, layer in enumerate(self.config.layer_map or range(self.config.n_layer)):

@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from nanochat.errors import shortened
-from nanochat.files import is_kind, named, open_file, parse_json
+from nanochat.files import is_kind, open_file, parse_json, path_in_errors
 
 # x-axes: (key in the history, the same quantity's name in time_to_ppl/P/<name>)
 CLOCKS = (
@@ -128,10 +128,10 @@ class Rows:
     """
 
     def __init__(self, rows: Iterable[dict]):
-        self.tables = {}  # {keys: Table}
-        self.by_number = []  # the same tables
-        self.table_of = array("L")  # of each row, by the order of reading
-        self.place_of = array("Q")  # of each row in its table
+        self.tables = {}  # {keys: (Table, its number)}
+        self.table_list = []  # the same tables, by their numbers
+        self.table_numbers = array("L")  # the table of each row, in the order of reading
+        self.places = array("Q")  # of each row within its table
         steps = array("q")
         for row in rows:
             steps.append(row["step"])
@@ -145,28 +145,28 @@ class Rows:
     def add(self, row: dict):
         keys = tuple(row)
         if keys not in self.tables:
-            self.tables[keys] = Table(keys), len(self.by_number)
-            self.by_number.append(self.tables[keys][0])
+            self.tables[keys] = Table(keys), len(self.table_list)
+            self.table_list.append(self.tables[keys][0])
         table, number = self.tables[keys]
-        self.table_of.append(number)
-        self.place_of.append(table.size)
+        self.table_numbers.append(number)
+        self.places.append(table.size)
         table.append(row)
 
     def flush(self):
-        for table in self.by_number:
+        for table in self.table_list:
             table.flush()
 
     def merge_steps(self, steps: array) -> array:
         """The order of rows by step. Several rows of one step become one new row."""
         order = array("Q")
-        by_step = sorted(range(len(steps)), key=steps.__getitem__)  # keeps the order of rows of one step
-        for _, numbers in itertools.groupby(by_step, key=steps.__getitem__):
-            first, *others = numbers
-            if others:
+        ordered = sorted(range(len(steps)), key=steps.__getitem__)  # keeps the order of rows of one step
+        for _, indices in itertools.groupby(ordered, key=steps.__getitem__):
+            first, *repeats = indices
+            if repeats:
                 row = self.row(first)
-                for number in others:
+                for number in repeats:
                     row.update(self.row(number))
-                first = len(self.table_of)
+                first = len(self.table_numbers)
                 self.add(row)
             order.append(first)
         return order
@@ -175,17 +175,17 @@ class Rows:
         return map(self.row, self.order)
 
     def row(self, number: int) -> dict:
-        return self.by_number[self.table_of[number]].row(self.place_of[number])
+        return self.table_list[self.table_numbers[number]].row(self.places[number])
 
     def series(self, keys: tuple[str, ...]) -> Iterator[tuple]:
         """The values of these keys in each row that has them all, in order."""
-        columns_of = [columns_with(table, keys) for table in self.by_number]
-        table_of = self.table_of
-        place_of = self.place_of
+        columns_by_table = [columns_with(table, keys) for table in self.table_list]
+        table_numbers = self.table_numbers
+        places = self.places
         for number in self.order:
-            columns = columns_of[table_of[number]]
+            columns = columns_by_table[table_numbers[number]]
             if columns:
-                place = place_of[number]
+                place = places[number]
                 yield tuple([column[place] for column in columns])
 
 
@@ -275,7 +275,7 @@ def read_rows(path: Path) -> Iterator[dict]:
     damaged = []  # (number of the line, why)
     if not path.exists():
         return
-    with named(path), open_file(path) as f:
+    with path_in_errors(path), open_file(path) as f:
         for number, line in enumerate(bounded_lines(f), 1):
             row, fault = parsed(line)
             if row:

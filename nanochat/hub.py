@@ -19,8 +19,8 @@ from pathlib import Path
 
 from nanochat import signals
 from nanochat.arguments import LARGEST_INTEGER
+from nanochat.download_index import same_kind_checksum
 from nanochat.errors import InputError, first_line
-from nanochat.file_sums import sum_of
 from nanochat.files import is_kind, sync_file, sync_folder
 
 
@@ -67,7 +67,7 @@ class HubFile:
 
     path: str  # in the repository
     size: int
-    sum: str  # see file_sums.sum_of; '' if the hub tells none
+    checksum: str  # sha256:… or git-sha1:…; '' if the hub has none
 
 
 def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, dict[str, HubFile]]:
@@ -88,7 +88,7 @@ def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, d
         return revision, list(islice(tree, MAX_LISTED))
 
     try:
-        revision, entries = persistently(request, attempts)
+        revision, entries = with_retries(request, attempts)
     except InputError as e:
         raise InputError(
             f"cannot list dataset {hub_set.repo} at {constants.ENDPOINT}: {e} "
@@ -98,13 +98,13 @@ def list_files(hub_set: HubSet, names: list[str], attempts: int) -> tuple[str, d
     paths = sorted(files)
     listed = {}
     for name in names:
-        path = path_of(name, hub_set.suffix, paths)
+        path = find_path(name, hub_set.suffix, paths)
         if path is not None:
-            listed[name] = HubFile(path, files[path].size, listed_sum(files[path]))
+            listed[name] = HubFile(path, files[path].size, listed_checksum(files[path]))
     return revision, listed
 
 
-def path_of(name: str, suffix: str, paths: list[str]) -> str | None:
+def find_path(name: str, suffix: str, paths: list[str]) -> str | None:
     """The first path that begins with `name`, ends with `suffix` and has no more folders. paths: sorted."""
     rest = re.compile(rf"[\w.-]*{re.escape(suffix)}")
     for path in islice(paths, bisect_left(paths, name), None):
@@ -121,7 +121,7 @@ def is_file(entry) -> bool:
     return isinstance(entry.path, str) and is_kind(size, int) and 0 <= size <= LARGEST_INTEGER
 
 
-def listed_sum(entry) -> str:
+def listed_checksum(entry) -> str:
     """The checksum of a file's content, as the hub lists it. For a file in LFS git has only a pointer."""
     if entry.lfs:
         return f"sha256:{entry.lfs.sha256}" if is_hexadecimal(entry.lfs.sha256, 64) else ""
@@ -133,7 +133,7 @@ def is_hexadecimal(value, length: int) -> bool:
 
 
 def download(
-    hub_set: HubSet, revision: str, wanted: dict[Path, HubFile], staging: Path, workers: int, when_fetched
+    hub_set: HubSet, revision: str, files: dict[Path, HubFile], staging: Path, workers: int, when_fetched
 ) -> dict[Path, str]:
     """Download files to their paths. Returns {path: reason} of those that failed.
 
@@ -147,16 +147,16 @@ def download(
     futures = {}
     failures = {}
     try:
-        with file_size_limit(SPARE_BYTES + max(file.size for file in wanted.values())):
-            for path, file in wanted.items():
+        with file_size_limit(SPARE_BYTES + max(file.size for file in files.values())):
+            for path, file in files.items():
                 action = functools.partial(fetch, hub_set.repo, revision, file, path, staging)
-                futures[pool.submit(persistently, action)] = path
-            done = as_completed(futures)
-            for future in tqdm(done, total=len(futures), desc=hub_set.repo, unit="file", disable=None):
+                futures[pool.submit(with_retries, action)] = path
+            completed = as_completed(futures)
+            for future in tqdm(completed, total=len(futures), desc=hub_set.repo, unit="file", disable=None):
                 path = futures[future]
                 try:
                     future.result()
-                    when_fetched(path, wanted[path])
+                    when_fetched(path, files[path])
                 except InputError as e:
                     failures[path] = f"{hub_set.repo}: {e}"
             pool.shutdown()
@@ -185,7 +185,10 @@ def fetch(repo: str, revision: str, file: HubFile, target: Path, staging: Path):
     from huggingface_hub import hf_hub_download
 
     path = Path(hf_hub_download(repo, file.path, repo_type="dataset", revision=revision, local_dir=staging))
-    if path.stat().st_size != file.size or (file.sum and sum_of(path, file.sum) != file.sum):
+    is_whole = path.stat().st_size == file.size
+    if is_whole and file.checksum:
+        is_whole = same_kind_checksum(path, file.checksum) == file.checksum
+    if not is_whole:
         path.unlink()
         raise InputError(f"{file.path} arrived with another size or checksum than the hub's")
     sync_file(path)
@@ -193,7 +196,7 @@ def fetch(repo: str, revision: str, file: HubFile, target: Path, staging: Path):
     sync_folder(target.parent)
 
 
-def persistently(action, attempts: int = ATTEMPTS):
+def with_retries(action, attempts: int = ATTEMPTS):
     """action(), repeated after a failure that may be temporary. InputError with the last failure."""
     for attempt in range(attempts):
         time.sleep(attempt)

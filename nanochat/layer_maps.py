@@ -17,11 +17,11 @@ from dataclasses import asdict, replace
 import torch
 import torch.nn as nn
 
+from nanochat.accounting import on_meta
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.rank import on_meta
 
-FORM = (
+MAP_FORMAT = (
     "give the layer at each position, such as 0,0,1,1 (or A:0,B:0 of two checkpoints), "
     "or one of solar, goliath, mobilellm"
 )
@@ -59,7 +59,7 @@ def mobilellm(n: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(n) for _ in range(2))
 
 
-NAMED = {"solar": solar, "goliath": goliath, "mobilellm": mobilellm}
+NAMED_MAPS = {"solar": solar, "goliath": goliath, "mobilellm": mobilellm}
 
 
 # ---- texts -------------------------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ NAMED = {"solar": solar, "goliath": goliath, "mobilellm": mobilellm}
 def well_formed(text: str) -> bool:
     """Whether this is the text of a map, for some number of layers."""
     entry = r"([AB]:)?[0-9]{1,9}"
-    return text in NAMED or re.fullmatch(f"{entry}(,{entry})*", text) is not None
+    return text in NAMED_MAPS or re.fullmatch(f"{entry}(,{entry})*", text) is not None
 
 
-def of_two(text: str) -> bool:
+def takes_two_runs(text: str) -> bool:
     """Whether the map takes layers of two checkpoints."""
     return text == "goliath" or ":" in text
 
@@ -79,9 +79,9 @@ def of_two(text: str) -> bool:
 def parse_map(text: str, layers: int, flag: str = "--layer-map") -> tuple[int, ...]:
     """The map of a text, for models of so many layers. InputError for wrong texts and layers."""
     if not well_formed(text):
-        raise InputError(f"{flag} {text}: {FORM}")
-    if text in NAMED:
-        return NAMED[text](layers)
+        raise InputError(f"{flag} {text}: {MAP_FORMAT}")
+    if text in NAMED_MAPS:
+        return NAMED_MAPS[text](layers)
     layer_map = []
     for entry in text.split(","):
         layer = int(entry.lstrip("AB:"))
@@ -101,7 +101,7 @@ def map_text(layer_map: tuple[int, ...], layers: int) -> str:
 # ---- families ----------------------------------------------------------------------------------------------
 
 
-def monotone(layers: int, positions: int) -> list[tuple[int, ...]]:
+def monotone_maps(layers: int, positions: int) -> list[tuple[int, ...]]:
     """Every map that takes the layers in order, each at least once: (positions - 1 over layers - 1)."""
     maps = []
     for starts in itertools.combinations(range(1, positions), layers - 1):  # where the next layer begins
@@ -150,7 +150,7 @@ def with_layer_map(model: GPT, layers: tuple[int, ...]) -> GPT:
     new = deepcopy(model, shared)
     new.config = replace(model.config, layer_map=tuple(layers))
     for name in ("resid_lambdas", "x0_lambdas"):
-        setattr(new, name, scalars_of(name, [(model, position) for position in first]))
+        setattr(new, name, position_scalars(name, [(model, position) for position in first]))
     return new
 
 
@@ -168,14 +168,14 @@ def with_copied_layers(model: GPT, layers: tuple[int, ...], second: GPT | None =
             raise InputError("layer map: takes layers of a second model, and there is none")
         check_same_shape(model.config, second.config)
     origins = []
-    for number in layers:
-        source = models[number // n]
-        layer = number % n
+    for entry in layers:
+        source = models[entry // n]
+        layer = entry % n
         origins.append((source, layer, first_position(source, layer)))
     return copies(model, origins)
 
 
-def copied_out(model: GPT) -> GPT:
+def without_layer_map(model: GPT) -> GPT:
     """The model without a layer map: a layer for each position, the same function to the bit."""
     return copies(model, [(model, layer, position) for position, layer in enumerate(model.config.positions)])
 
@@ -185,34 +185,34 @@ def copies(model: GPT, origins: list[tuple[GPT, int, int]]) -> GPT:
     config = model.config
     layers = [layer for _, layer, _ in origins]
 
-    def of_layers(ranks):
+    def copied_ranks(ranks):
         return tuple(ranks[layer] for layer in layers) if ranks else ()
 
-    own = replace(
+    new_config = replace(
         config,
         n_layer=len(layers),
         layer_map=(),
         layer_kinds=(),
-        attn_ranks=of_layers(config.attn_ranks),
-        mlp_ranks=of_layers(config.mlp_ranks),
-        matrix_ranks={name: of_layers(ranks) for name, ranks in config.matrix_ranks.items()},
+        attn_ranks=copied_ranks(config.attn_ranks),
+        mlp_ranks=copied_ranks(config.mlp_ranks),
+        matrix_ranks={name: copied_ranks(ranks) for name, ranks in config.matrix_ranks.items()},
     )
     kinds = tuple(config.kind(layer) for layer in layers)
-    if kinds != tuple(own.kind(layer) for layer in range(own.n_layer)):
-        own = replace(own, layer_kinds=kinds)
+    if kinds != tuple(new_config.kind(layer) for layer in range(new_config.n_layer)):
+        new_config = replace(new_config, layer_kinds=kinds)
     new = deepcopy(model)
-    new.config = own
+    new.config = new_config
     new.blocks = nn.ModuleList(deepcopy(source.blocks[layer]) for source, layer, _ in origins)
     new.value_embeds = nn.ModuleDict()
     for i, (source, layer, _) in enumerate(origins):
-        if own.has_value_embedding(i):
+        if new_config.has_value_embedding(i):
             new.value_embeds[str(i)] = deepcopy(source.value_embeds[str(layer)])
     for name in ("resid_lambdas", "x0_lambdas"):
-        setattr(new, name, scalars_of(name, [(source, position) for source, _, position in origins]))
+        setattr(new, name, position_scalars(name, [(source, position) for source, _, position in origins]))
     return new
 
 
-def scalars_of(name: str, positions: list[tuple[GPT, int]]) -> nn.Parameter:
+def position_scalars(name: str, positions: list[tuple[GPT, int]]) -> nn.Parameter:
     """resid_lambdas or x0_lambdas with one entry for each (model, position).
 
     Entry by entry: on the meta device torch.stack and cat would load torch's compiler.
@@ -233,7 +233,7 @@ def stacked(base: GPT, second: GPT | None = None, *, layers: tuple[int, ...] = (
     positions = layers or base.config.positions
     if second is None and positions == tuple(range(base.config.n_layer)) and not base.config.layer_map:
         return base
-    model = with_copied_layers(base, layers, second) if layers else copied_out(base)
+    model = with_copied_layers(base, layers, second) if layers else without_layer_map(base)
     if tied:
         for i, layer in enumerate(positions):
             share(model.blocks[i], base.blocks[layer])

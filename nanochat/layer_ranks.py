@@ -1,4 +1,4 @@
-"""The flags of rank become one rank a layer, with every check of them. And how ranks are printed."""
+"""From the flags of rank to one rank a layer, with all checks; and how ranks are printed."""
 
 from argparse import ArgumentTypeError
 
@@ -6,8 +6,10 @@ from nanochat.config import MATRICES
 from nanochat.errors import InputError
 from nanochat.flag_types import SCHEDULES, matrix_ranks, rank_flag
 from nanochat.gpt import GPTConfig
-from nanochat.rank import GROUPS, matrices_by_field, ranks_of_field, ranks_over_depth
-from nanochat.whole_ranks import resolve_rank
+from nanochat.rank import ranks_over_depth, resolve_rank
+
+# field of GPTConfig -> its matrices
+GROUPS = {"attn_ranks": MATRICES[:4], "mlp_ranks": MATRICES[4:]}
 
 
 def is_list(schedule: str) -> bool:
@@ -17,8 +19,8 @@ def is_list(schedule: str) -> bool:
 
 def schedule_of(args, group: str) -> tuple[str, str]:
     """(flag, value) of the schedule of a group, attn or mlp: its own where given, else the one for both."""
-    own = getattr(args, f"{group}_rank_schedule")
-    return (f"--{group}-rank-schedule", own) if own else ("--rank-schedule", args.rank_schedule)
+    schedule = getattr(args, f"{group}_rank_schedule")
+    return (f"--{group}-rank-schedule", schedule) if schedule else ("--rank-schedule", args.rank_schedule)
 
 
 def layer_ranks(args, group: str, depth: int) -> tuple[float, ...]:
@@ -85,20 +87,20 @@ def changing_ranks(args, group: str, flag: str, schedule: str, depth: int) -> tu
 
 def named_ranks(text: str, depth: int) -> dict[str, tuple[float, ...]]:
     """--matrix-ranks with one rank a layer of each matrix that it names."""
-    named = {}
+    ranks_by_matrix = {}
     for name, ranks in matrix_ranks(text).items():
         if len(ranks) not in (1, depth):
             raise InputError(
                 f"--matrix-ranks {text}: gives {name} {len(ranks)} ranks; give one, or {depth}, one a layer"
             )
-        named[name] = ranks * depth if len(ranks) == 1 else ranks
-    return named
+        ranks_by_matrix[name] = ranks * depth if len(ranks) == 1 else ranks
+    return ranks_by_matrix
 
 
 def list_that_fixes_depth(args) -> str:
     """The flag and value that has one rank a layer, such as '--rank-schedule 8,4,2'; '' if there is none."""
-    given = [schedule_of(args, "attn"), schedule_of(args, "mlp")]
-    lists = [f"{flag} {value}" for flag, value in given if is_list(value)]
+    schedules = [schedule_of(args, "attn"), schedule_of(args, "mlp")]
+    lists = [f"{flag} {value}" for flag, value in schedules if is_list(value)]
     if "/" in args.matrix_ranks:
         lists.append(f"--matrix-ranks {args.matrix_ranks}")
     return lists[0] if lists else ""
@@ -122,12 +124,25 @@ def check_rank(flag: str, rank: float, shape: tuple[int, int]):
         raise InputError(f"{flag}: {e}") from None
 
 
+def matrices_by_field(config: GPTConfig, group: str) -> dict[str, tuple[str, ...]]:
+    """{field that gives ranks: its matrices} of a group: the group, and each matrix named in matrix_ranks."""
+    single = [matrix for matrix in GROUPS[group] if config.matrix_ranks.get(matrix)]
+    rest = tuple(matrix for matrix in GROUPS[group] if matrix not in single)
+    fields = {group: rest} if rest else {}
+    return fields | {matrix: (matrix,) for matrix in single}
+
+
+def ranks_of_field(config: GPTConfig, field: str) -> tuple[float, ...]:
+    """One rank a layer, as given; () = full. field: attn_ranks, mlp_ranks, or a matrix of matrix_ranks."""
+    return getattr(config, field) if field in GROUPS else config.matrix_ranks[field]
+
+
 def fields_with_ranks(config: GPTConfig) -> dict[str, tuple[str, ...]]:
     """{attn_ranks, mlp_ranks or a matrix with ranks of its own: the matrices whose ranks it gives}"""
     return matrices_by_field(config, "attn_ranks") | matrices_by_field(config, "mlp_ranks")
 
 
-# ---- printed ---------------------------------------------------------------------------------------------
+# ---- printing -------------------------------------------------------------------------------------------
 
 
 def ranks_in_short(ranks: tuple[float, ...]) -> str:

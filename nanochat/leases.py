@@ -24,7 +24,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.errors import InputError, named, printable
+from nanochat.errors import InputError, path_in_errors, printable
 from nanochat.files import TEMPORARY, open_new, parse_json
 
 HEARTBEAT = 10.0  # seconds between two signs of life
@@ -62,7 +62,7 @@ class Lease:
         """
         while True:
             try:
-                with named(self.path), open_own_file(self.path, os.O_RDONLY) as f:
+                with path_in_errors(self.path), open_own_file(self.path, os.O_RDONLY) as f:
                     identity = read_identity(f.read())
                     if identity.get("token") == self.identity["token"]:
                         os.utime(f.fileno())  # not by its name: another process may be replacing the file
@@ -94,8 +94,8 @@ class Lease:
             self.keep_alive()
         self.check()
         with self.mutex:
-            kept = {key: self.identity[key] for key in ("token", "lease")}
-            self.identity = {**this_process(), **kept, "activity": activity}
+            unchanged = {key: self.identity[key] for key in ("token", "lease")}
+            self.identity = {**this_process(), **unchanged, "activity": activity}
             replace(self.path, self.identity)
 
     def release(self):
@@ -146,7 +146,7 @@ class Entry:
 
 def read_entry(path: Path) -> Entry | None:
     try:
-        with named(path), open_own_file(path, os.O_RDONLY) as f:
+        with path_in_errors(path), open_own_file(path, os.O_RDONLY) as f:
             text = f.read()
             refreshed = os.fstat(f.fileno()).st_mtime
     except OSError as e:
@@ -279,7 +279,7 @@ def lease_seconds(entry: Entry) -> float | None:
 
 
 def this_process() -> dict:
-    """What tells this process from all others, also from a later one with the same process number."""
+    """Its identity: it differs from all other processes', also from a later one's with the same number."""
     pid_space = ""
     boot = ""
     with contextlib.suppress(OSError):  # containers on one machine may share a host name
@@ -298,9 +298,9 @@ def this_process() -> dict:
 
 def is_here(identity: dict) -> bool:
     """Whether it is, or was, a process of this machine, and of this container on it."""
-    here = this_process()
-    same = all(identity.get(key) == here[key] for key in ("host", "pid_space"))
-    return same and identity.get("boot", here["boot"]) == here["boot"]  # earlier versions wrote none
+    own = this_process()
+    same_host = all(identity.get(key) == own[key] for key in ("host", "pid_space"))
+    return same_host and identity.get("boot", own["boot"]) == own["boot"]  # earlier versions wrote none
 
 
 def is_dead(identity: dict) -> bool:

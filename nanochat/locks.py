@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from nanochat import leases
-from nanochat.errors import named, printable
+from nanochat.errors import path_in_errors, printable
 from nanochat.leases import Lease, acquire_lease, describe_process, lease_seconds, open_own_file, read_entry
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -49,7 +49,7 @@ class Lock:
         """
         if self.lease:
             self.lease.sign(activity)
-        with named(self.path):
+        with path_in_errors(self.path):
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
             self.file.flush()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.dataloader import Rows, batch_of
+from nanochat.dataloader import Rows, make_batch
 from nanochat.engine import generate
 from nanochat.errors import InputError
 from nanochat.processes import World
@@ -17,10 +17,10 @@ from nanochat.signals import NEVER, StopRequest
 class EvalSet:
     """The rows of a validation text on which a model is evaluated, always the same ones."""
 
-    def __init__(self, rows: Rows, most: int, tokenizer):
-        """The first `most` rows, or all where there are fewer."""
+    def __init__(self, rows: Rows, limit: int, tokenizer):
+        """The first `limit` rows, or all where there are fewer."""
         self.rows = rows
-        self.count = min(rows.count, most)
+        self.count = min(rows.count, limit)
         self.token_bytes = tokenizer.token_bytes()  # (vocab,) bytes of text of an id; of special tokens 0
 
     @property
@@ -32,11 +32,12 @@ class EvalSet:
 def evaluate(
     model, eval_set: EvalSet, device_batch_size: int, world: World, dtype, stop: StopRequest = NEVER
 ) -> dict | None:
-    """Loss over an EvalSet, shared out over the processes; the same rows whatever their number or the batch
-    size. None if a process was asked to stop before it was through.
+    """Loss over an EvalSet, whose rows are divided among the processes. None if one was asked to stop.
 
-    Returns val/loss: mean nats per token, BOS included; val/ppl = exp of it; val/bpb: bits per byte of text,
-    the nats of all ordinary tokens over ln 2 and their bytes, which does not depend on the vocabulary.
+    val/loss   mean nats per token, BOS included
+    val/ppl    perplexity: exp(val/loss)
+    val/bpb    bits per byte of text: the nats of all ordinary tokens, divided by ln 2 and by their bytes. It
+               does not depend on the vocabulary.
     """
     device = world.device
     own_rows = range(world.rank, eval_set.count, world.size)
@@ -48,7 +49,7 @@ def evaluate(
             sums[4] = 1
             break
         batch = own_rows[start : start + device_batch_size]
-        inputs, targets = batch_of([eval_set.rows.row(i) for i in batch], device)
+        inputs, targets = make_batch([eval_set.rows.row(i) for i in batch], device)
         nats = model.token_losses(inputs, targets, dtype).double()  # (B, T)
         n_bytes = token_bytes[targets]
         n_tokens = torch.tensor(nats.numel(), device=device, dtype=torch.float64)
@@ -69,9 +70,10 @@ def evaluate(
 def reference_losses(
     train_rows: Rows, eval_set: EvalSet, vocab_size: int, most_tokens: int = 2**22
 ) -> dict[str, float]:
-    """What models that read nothing reach on an EvalSet, in nats a token: `uniform` guesses every token
-    alike, `unigram` by how often it occurs in the training text (in its first `most_tokens`; one more of
-    each, so that none is impossible).
+    """What models that read nothing reach on an EvalSet, in nats a token.
+
+    `uniform` gives all tokens the same probability. `unigram` gives a token its share of the first
+    `most_tokens` of the training text; each is counted once more, so that none is impossible.
     """
     n_rows = min(train_rows.count, most_tokens // train_rows.T)
     train_counts = token_counts(train_rows, n_rows, vocab_size) + 1.0
@@ -87,9 +89,7 @@ def token_counts(rows: Rows, n_rows: int, vocab_size: int) -> np.ndarray:
 
 
 def sample_texts(model, tokenizer, rows: Rows, dtype, stop: StopRequest = NEVER) -> list[str] | None:
-    """48 tokens after the first 16 of each of the first two rows. None if this process was asked
-    to stop before they were all there.
-    """
+    """48 tokens after the first 16 of each of the first two rows. None if this process was asked to stop."""
     texts = []
     for i in range(min(2, rows.count)):
         prompt = rows.row(i)[:16].tolist()
@@ -109,8 +109,9 @@ def sample_texts(model, tokenizer, rows: Rows, dtype, stop: StopRequest = NEVER)
 def validation_rows(
     run, tokenizer, T: int, eval_tokens: int, data: str = "", optional: bool = False
 ) -> EvalSet:
-    """The rows that the run was evaluated on. T: tokens in a row. data: where the text is, if not where the
-    run read it. optional: the caller can do without, by --eval-tokens 0.
+    """The rows that the run was evaluated on. T: tokens in a row.
+
+    data: where the text is now, if not where the run read it. optional: --eval-tokens 0 means no evaluation.
     """
     corpus = open_run_text(run, data)
     now = corpus.fingerprint("val")

@@ -1,4 +1,4 @@
-"""The record of a run: its folder, the same values on W&B, the time to a perplexity, memory, versions.
+"""The record of a run: its folder, the same values on W&B, the time to a perplexity, versions of programs.
 
 runs/<model-tag>/config.json     written once, before the first step
                  metrics.jsonl   one JSON object a line; lines are only added
@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import platform
-import resource
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanochat.common import get_base_dir
 from nanochat.errors import InputError
 from nanochat.files import remove_temporary, write_json
 from nanochat.history import CLOCKS, History, read_history
-from nanochat.history_file import HistoryFile
+from nanochat.history_writer import HistoryWriter
 from nanochat.run_files import read_config, read_summary, remove_unfinished
 
 # the files that only the process with the run's lock writes
@@ -49,7 +48,7 @@ def load_run(folder: Path) -> Run:
     return Run(folder.name, read_config(folder), read_summary(folder), read_history(folder))
 
 
-def remove_left_overs(folder: Path):
+def remove_unfinished_files(folder: Path):
     """Remove the unfinished files of killed processes in a run folder. The caller has the run's lock."""
     remove_temporary(folder, *LOCKED_FILES)
     remove_unfinished(folder)
@@ -89,7 +88,7 @@ class RunRecord:
             if entry["step"] <= resumed_step:  # later steps are run again
                 self._remember(entry)
         write_json(folder / "config.json", config)
-        self.file = HistoryFile(folder / "metrics.jsonl")
+        self.file = HistoryWriter(folder / "metrics.jsonl")
         self.status = "running"
         self.wandb = None
         if wandb_run != "dummy":
@@ -157,8 +156,8 @@ def time_to_ppl(evals: list[dict], thresholds: list[float]) -> dict:
                 high = math.log(evals[i - 1]["val/ppl"])
                 low = math.log(evals[i]["val/ppl"])
                 share = (high - math.log(threshold)) / (high - low)
-                before = evals[i - 1][key]
-                crossing = before + share * (evals[i][key] - before)
+                previous = evals[i - 1][key]
+                crossing = previous + share * (evals[i][key] - previous)
                 times[f"time_to_ppl/{threshold:g}/{name}_interpolated"] = crossing
     return times
 
@@ -168,41 +167,7 @@ def is_complete(evaluation: dict) -> bool:
     return all(key in evaluation for key, _ in CLOCKS) and not (evaluation["val/ppl"] or 0) <= 0
 
 
-# ---- device, memory, versions ------------------------------------------------------------------------------
-
-# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The peak of a GPU of this name in FLOP/s; None for a CPU or an unknown GPU."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
-
-
-def reset_peak_memory(device):
-    """Start to measure the peak memory again, if the platform can (CUDA, Linux)."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.path.exists("/proc/self/clear_refs"):
-        # A container may forbid this. Then the peak is that since the start of the process.
-        with contextlib.suppress(OSError):
-            # sets VmHWM, the peak, to the present resident size
-            Path("/proc/self/clear_refs").write_text("5", "utf-8")
-
-
-def peak_memory_bytes(device) -> int:
-    """CUDA: the most bytes that torch allocated on its GPU. CPU: the peak resident set of the process."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):
-        for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+# ---- versions ----------------------------------------------------------------------------------------------
 
 
 def git_state(root: Path | None = None) -> dict:

@@ -1,6 +1,6 @@
 """The flags that describe the model: its shape, its ranks, and the subspace in which it may be trained."""
 
-from nanochat.arguments import number, whole_number
+from nanochat.arguments import real_number, whole_number
 from nanochat.flag_types import (
     DEEPEST,
     LONGEST,
@@ -14,7 +14,7 @@ from nanochat.flag_types import (
     rank_flag,
     rank_multiple_flag,
 )
-from nanochat.whole_ranks import AUTOMATIC
+from nanochat.rank import AUTOMATIC
 
 SUBSPACE_KINDS = ("none", "basis", "fastfood", "fft-fastfood", "lora-random")
 SUBSPACE_SCOPES = ("global", "layer", "matrix")
@@ -65,9 +65,9 @@ SHAPE_GROUP = FlagGroup(
             "--mlp-ratio",
             "width of the MLP's hidden layer / width of the model",
             default=4.0,
-            type=number(above=0),
+            type=real_number(above=0),
             role=Role.SHAPE,
-            before=4.0,
+            old_default=4.0,
             short="ratio",
         ),
         Flag(
@@ -105,7 +105,7 @@ SHAPE_GROUP = FlagGroup(
             "first quarter. '' = each layer once",
             type=layer_map_flag,
             role=Role.SHAPE,
-            before="",
+            old_default="",
             short="map",
         ),
     ),
@@ -118,7 +118,7 @@ RANK_MULTIPLE = Flag(
     default=AUTOMATIC,
     type=rank_multiple_flag,
     role=Role.RANK,
-    before=1,
+    old_default=1,
     short="multiple",
 )
 
@@ -156,7 +156,7 @@ RANK_GROUP = FlagGroup(
             "v=128,down=0.5, or one rank a layer: v=64/64/128. '' = no matrix has a rank of its own",
             type=matrix_ranks_flag,
             role=Role.RANK,
-            before="",
+            old_default="",
         ),
         RANK_MULTIPLE,
         Flag(
@@ -166,7 +166,7 @@ RANK_GROUP = FlagGroup(
             default="none",
             choices=("none", "silu"),
             role=Role.RANK,
-            before="none",
+            old_default="none",
         ),
         Flag(
             "--rank-schedule",
@@ -190,7 +190,7 @@ RANK_GROUP = FlagGroup(
             "--attn-rank-schedule",
             "--rank-schedule for attention alone; '' = as --rank-schedule says",
             role=Role.RANK,
-            before="",
+            old_default="",
             short="attn-",
         ),
         Flag(
@@ -199,14 +199,14 @@ RANK_GROUP = FlagGroup(
             default=0,
             type=rank_flag,
             role=Role.REQUEST,
-            before=0,
+            old_default=0,
             short="attn-end",
         ),
         Flag(
             "--mlp-rank-schedule",
             "--rank-schedule for the MLP alone; '' = as --rank-schedule says",
             role=Role.RANK,
-            before="",
+            old_default="",
             short="mlp-",
         ),
         Flag(
@@ -215,7 +215,7 @@ RANK_GROUP = FlagGroup(
             default=0,
             type=rank_flag,
             role=Role.REQUEST,
-            before=0,
+            old_default=0,
             short="mlp-end",
         ),
         Flag(
@@ -252,7 +252,7 @@ SUBSPACE_GROUP = FlagGroup(
             "how the matrices are made. none = they stay as --seed drew them, and only the embeddings and "
             "the head are trained; '' = no subspace",
             choices=("", *SUBSPACE_KINDS),
-            before="",
+            old_default="",
         ),
         Flag(
             "--subspace-dim",
@@ -260,7 +260,7 @@ SUBSPACE_GROUP = FlagGroup(
             "0 stands for not given",
             default=0,
             type=whole_number(1),
-            before=0,
+            old_default=0,
             short="dim",
         ),
         Flag(
@@ -268,7 +268,7 @@ SUBSPACE_GROUP = FlagGroup(
             "which matrices share these numbers: all (global), those of one layer (layer), or none (matrix). "
             "'' = global",
             choices=("", *SUBSPACE_SCOPES),
-            before="",
+            old_default="",
             short="",
         ),
         Flag(
@@ -277,29 +277,29 @@ SUBSPACE_GROUP = FlagGroup(
             "0 stands for not given",
             default=0,
             type=whole_number(1),
-            before=0,
+            old_default=0,
             short="rank",
         ),
         Flag(
             "--subspace-scales",
             "train one more number for each matrix: how much of fastfood or fft-fastfood it takes",
             default=False,
-            before=False,
+            old_default=False,
         ),
         Flag(
             "--subspace-lr",
             "learning rate of the numbers (AdamW); it is divided by the square root of --subspace-dim or "
             "--subspace-rank",
             default=0.03,
-            type=number(0),
+            type=real_number(0),
             role=Role.RATE,
-            before=0.03,
+            old_default=0.03,
         ),
         Flag(
             "--freeze-embeddings",
             "the embeddings and the head stay as --seed drew them, too",
             default=False,
-            before=False,
+            old_default=False,
         ),
     ),
 )

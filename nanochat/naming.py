@@ -17,7 +17,7 @@ from nanochat.arguments import quoted
 from nanochat.common import get_base_dir
 from nanochat.errors import InputError
 from nanochat.metrics import runs_dir
-from nanochat.whole_ranks import AUTOMATIC
+from nanochat.rank import AUTOMATIC
 
 MARKS = " ._-+=,@()"  # what a tag may hold besides letters and digits of any script
 LONGEST_TAG = 150  # bytes: file systems take 255, and names of locks are longer than the tag
@@ -70,7 +70,7 @@ def run_name(text: str) -> str:
 
 
 def part_of_tag(text: str) -> str:
-    """What a tag can hold of any text, such as the name of a file or a value."""
+    """Any text, such as a file's name or a value, with - for what a tag cannot hold."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
@@ -159,7 +159,7 @@ def scope_words(settings: dict) -> str:
     return SCOPE_WORDS.get(settings.get("subspace_scope") or "global", "")
 
 
-def with_size(settings: dict) -> str:
+def method_with_size(settings: dict) -> str:
     """'LoRA 8', 'basis 5 a layer', 'IA3'; '' for an ordinary run."""
     name = method(settings)
     subspace = settings.get("subspace")
@@ -176,7 +176,7 @@ def with_size(settings: dict) -> str:
 
 
 def line_name(settings: dict) -> str:
-    """What runs of one method share that differ in the dimension of their subspace."""
+    """The name of a line in a figure: its runs differ in the dimension of their subspace alone."""
     return " ".join(filter(None, [method(settings), scope_words(settings)]))
 
 
@@ -209,7 +209,7 @@ def default_tag(args, config) -> str:
     if args.layer_map:
         parts.append(f"map{args.layer_map.replace(',', '-')}")
     if args.subspace:
-        parts.append(with_size(vars(args)).replace(",", "").replace(" ", "-"))
+        parts.append(method_with_size(vars(args)).replace(",", "").replace(" ", "-"))
     if args.init_from:
         parts.append(f"from_{args.init_from.replace(':', '_')}")
     return "_".join(parts)

@@ -18,15 +18,15 @@ GPU_LOGITS = 2**26  # likewise: 256 MB, which fill a GPU
 # ---- products ----------------------------------------------------------------------------------------------
 
 
-def linear(x, weight, kept=False):
+def linear(x, weight, keep_product=False):
     """x Wᵀ. x: (..., in), weight: (out, in), cast to the dtype of x -> (..., out).
 
-    kept: a block that is computed again in the backward pass keeps this product (see recompute.py, which
-    defines the operator).
+    keep_product: a block that is computed again in the backward pass keeps this product (see recompute.py,
+    which defines the operator).
     """
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled():
-        return torch.ops.nanochat.bottleneck(x, weight) if kept else F.linear(x, weight)
+        return torch.ops.nanochat.bottleneck(x, weight) if keep_product else F.linear(x, weight)
     return F.linear(x, weight) if x.is_cuda else cpu.linear(x, weight)
 
 
@@ -37,7 +37,7 @@ def project(x, q, k, v):
     factors = []
     for layer in (q, k, v):
         factors.append(layer.A if layer.rank else layer.weight)
-    h = linear(x, torch.cat(factors), q.kept and k.kept and v.kept)
+    h = linear(x, torch.cat(factors), q.keep_product and k.keep_product and v.keep_product)
     hq, hk, hv = h.split(list(map(len, factors)), dim=-1)
     return q(x, hq), k(x, hk), v(x, hv)
 
@@ -48,24 +48,24 @@ def relu2_mlp(x, up, down):
     if not torch.is_grad_enabled() or (down.recomputed and torch.compiler.is_compiling()):
         return down(F.relu(up(x)).square())
     if up.rank:
-        x = linear(x, up.A, up.kept)  # (..., r)
+        x = linear(x, up.A, up.keep_product)  # (..., r)
         x = F.silu(x) if up.act == "silu" else x
     wide = up.B if up.rank else up.weight  # (M, r), or (M, C)
     narrow = down.A if down.rank else down.weight  # (r, M), or (C, M)
     function = ReLU2 if x.is_cuda else cpu.TiledReLU2
-    return down(x, function.apply(x, wide.to(x.dtype), narrow.to(x.dtype), down.kept))
+    return down(x, function.apply(x, wide.to(x.dtype), narrow.to(x.dtype), down.keep_product))
 
 
 class ReLU2(torch.autograd.Function):
     """y = relu(x Uᵀ)² Dᵀ. x: (..., in), U: (M, in), D: (out, M). On a CPU: `cpu.TiledReLU2`.
 
-    It keeps relu(x Uᵀ), and computes the square again. kept: y is kept while the rest of the block is
+    It keeps relu(x Uᵀ), and computes the square again. keep_product: y is kept while the rest of the block is
     computed again, so relu(x Uᵀ) is not kept here.
     """
 
     @staticmethod
-    def forward(ctx, x, up, down, kept: bool):
-        if kept:
+    def forward(ctx, x, up, down, keep_product: bool):
+        if keep_product:
             ctx.save_for_backward(x, up, down, None)
             return torch.ops.nanochat.relu2(x, up, down)
         relu = F.linear(x, up).relu_()  # (..., M)

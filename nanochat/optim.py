@@ -83,8 +83,9 @@ def polynomial_steps(X, G, GG, tall: bool):
 
 
 def gram_polynomial(G, GG):
-    """XXᵀ and its square, (count, m, m) -> the product Q of all steps: QX is what they make of X. Only m × m
-    matmuls.
+    """XXᵀ and its square, (count, m, m) -> the product Q of all steps: they make QX of X.
+
+    All matmuls are of m × m matrices.
     """
     product = None
     for a, b, c in POLAR_EXPRESS:
@@ -99,8 +100,10 @@ def gram_polynomial(G, GG):
 
 
 class WithoutCompiler:
-    """Optimizers are not compiled here. torch guards some of their methods against it, and the guards load
-    the compiler: in a run that is not compiled, 1.4 s of its start and 71 MB for nothing.
+    """Optimizer methods without torch's guards against compilation.
+
+    Optimizers are not compiled here. The guards would load the compiler, which costs an uncompiled run 1.4 s
+    of its start and 71 MB.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -129,9 +132,7 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
         beta2: float = 0.95,
         dtype: torch.dtype | None = None,
     ):
-        """dtype: of the orthogonalisation; None: that of the matrices. bfloat16 is enough for it, and is what
-        a GPU always takes.
-        """
+        """dtype: of the orthogonalisation; None: that of the matrices. A GPU always takes bfloat16."""
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=1.0, beta2=beta2)
         super().__init__(groups, defaults)
         self.dtype = dtype
@@ -165,11 +166,10 @@ class Muon(WithoutCompiler, torch.optim.Optimizer):
 
 
 def normalize_lines(updates, square, beta2: float):
-    """Divide, in place, each line of the updates (count, out, in) by the root of its running mean square, and
-    bring each matrix back to its norm.
+    """Divide each line of the updates (count, out, in) by the root of its running mean square, in place.
 
-    square: (count, *line_shape), the running mean squares so far. Returns the updates and the new mean
-    squares.
+    Then each matrix is brought back to its norm. square: (count, *line_shape), the running mean squares so
+    far. Returns the updates and the new mean squares.
     """
     line_dim = -2 if square.size(-2) == 1 else -1
     mean = updates.square().mean(dim=line_dim, keepdim=True)
@@ -186,15 +186,18 @@ def line_shape(p) -> tuple[int, int]:
 
 
 def muon_momentum(step: int) -> float:
-    """From 0.8 to 0.95 over the first 1000 steps: early gradients are soon out of date (as nanochat, faster,
-    from 0.85).
+    """Muon's momentum: from 0.8 to 0.95 over the first 1000 steps, as early gradients are soon out of date.
+
+    nanochat begins at 0.85, and is faster.
     """
     return 0.8 + 0.15 * min(1.0, step / 1000)
 
 
 def default_matrix_lr(steps: int) -> float:
-    """Muon's learning rate for a run of so many steps: 0.08 up to 200 steps, as tuned here (dev/LOG.md),
-    falling with the cube root of the steps to nanochat's 0.02 from 12,800 steps on.
+    """Muon's learning rate for a run of so many steps.
+
+    It is 0.08 up to 200 steps, as tuned here (dev/LOG.md). From there it falls with the cube root of the
+    number of steps, to nanochat's 0.02 at 12,800 steps and more.
     """
     return max(0.02, 0.08 * min(1.0, 200 / steps) ** (1 / 3))
 
@@ -211,13 +214,14 @@ def update_scale(role: str, out_features: int, in_features: int) -> float:
 
 # ---- which parameter goes where ----------------------------------------------------------------------------
 
-# in the names of parameters that are not a GPT's own: AdamW trains them, with settings of their own
+# parts of the names of parameters that adapters and subspaces add: AdamW trains them with other settings
 ADDED = (".adapters.", "subspace")
 
 
 def uses_muon(name: str, parameter) -> bool:
-    """Muon for the matrices, full or factored, inside the blocks; AdamW for tables, the head, the per-layer
-    scalars and what is added.
+    """Whether Muon trains a parameter: it does the matrices inside the blocks, full or factored.
+
+    AdamW trains tables, the head, the per-layer scalars, and what adapters and subspaces add.
     """
     return name.startswith("blocks.") and parameter.ndim == 2 and not any(part in name for part in ADDED)
 
@@ -265,7 +269,7 @@ def shard_parameters(model: GPT, processes: int) -> list[list[ParameterShard]]:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a GPT's own parameters. Rates of what is not trained may be left out."""
+    """Learning rates of a GPT's own parameters. Those of frozen parameters may be left out."""
 
     embedding_lr: float = 0.0
     unembedding_lr: float = 0.0  # of the head at width 768
@@ -297,27 +301,19 @@ def build_optimizers(
             local = torch.nn.Parameter(shard.entries(shard.parameter.data))  # shares the parameter's memory
             slices.append((shard, local))
         members[group_kind(model, shard, extra)][shard.name] = local
-    adamw = AdamW(
-        [
-            param_group(members[kind], settings)
-            for kind, settings in settings_by_kind(model, rates, extra).items()
-        ],
-        betas=(0.8, 0.98),
-        eps=1e-10,
-        weight_decay=0.0,
-        fused=True,
-    )
+    kinds = settings_by_kind(model, rates, extra)
+    groups = [param_group(members[kind], settings) for kind, settings in kinds.items()]
+    adamw = AdamW(groups, betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
 
     def take_gradients(*_):
         for shard, local in slices:
             local.grad = shard.entries(shard.parameter.grad)
 
     adamw.register_step_pre_hook(take_gradients)
-    matrices = [
-        param_group(named, {"scale": update_scale(*shape)})
-        for (kind, *shape), named in members.items()
-        if kind == "matrices"
-    ]
+    matrices = []
+    for (kind, *shape), params in members.items():
+        if kind == "matrices":
+            matrices.append(param_group(params, {"scale": update_scale(*shape)}))
     muon = Muon(matrices or [param_group({}, {})], rates.matrix_lr, rates.weight_decay, dtype=dtype)
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
@@ -352,14 +348,15 @@ def settings_by_kind(model: GPT, rates: Rates, extra: dict) -> dict[tuple, dict]
         # these multiply from layer to layer: smaller steps
         ("residual scales",): dict(lr=0.1 * rates.scalar_lr, eps=SCALAR_EPS),
     }
-    for part, own in extra.items():
-        settings[part, True] = own
-        settings[part, False] = own | {"weight_decay": 0.0}
+    for part, options in extra.items():
+        settings[part, True] = options
+        settings[part, False] = options | {"weight_decay": 0.0}
     return settings
 
 
-def param_group(named: dict, settings: dict) -> dict:
-    return dict(params=list(named.values()), names=list(named), **settings)
+def param_group(params: dict, settings: dict) -> dict:
+    """A group as torch takes it. params: {name: parameter}."""
+    return dict(params=list(params.values()), names=list(params), **settings)
 
 
 # ---- state by name -----------------------------------------------------------------------------------------
@@ -371,9 +368,7 @@ def optimizer_state(optimizers) -> dict:
 
 
 def load_optimizer_state(optimizers, shards: list[ParameterShard], state: dict):
-    """Take this process's part of a state of whole parameters, as `parallel.gather_state` makes it for any
-    number of processes.
-    """
+    """Take this process's part of a state of whole parameters, as `parallel.gather_state` makes it."""
     by_name = {shard.name: shard for shard in shards}
     for optimizer, name, p in named_parameters(optimizers):
         shard = by_name[name]

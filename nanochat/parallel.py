@@ -1,12 +1,11 @@
-"""Many processes: gradients averaged, updated parameters exchanged, optimizer states brought together for a
-checkpoint.
+"""Data parallelism: average gradients, exchange updated parameters, gather optimizer states for a checkpoint.
 
 Every process holds all parameters, updates its shards of them (`optim.shard_parameters`) and keeps the
 optimizer state of these alone: stage 1 of ZeRO (arXiv 1910.02054). What torch has for this does not fit.
 DistributedDataParallel regroups its buckets after the first step it sees: a resumed run would sum in another
 order than an uninterrupted one and differ in the last bits. ZeroRedundancyOptimizer deals out whole
 parameters, and half of a small model is one table. FSDP2 would cut the matrices that Muon orthogonalises
-whole. All collectives here are waited for.
+whole. Every collective here is synchronous.
 """
 
 import contextlib
@@ -42,9 +41,7 @@ def average_gradients(parameters, world: World, bucket_elements: int = 2**24):
 
 @torch.no_grad()
 def share_parameters(shards: list[list[ParameterShard]], world: World):
-    """After a step: every process sends what it updated to all others, so that all hold the same parameters
-    to the bit.
-    """
+    """After a step, every process sends its shards to the others: all have the same parameters to the bit."""
     for owner, owned in enumerate(shards):
         views = [shard.entries(shard.parameter.data) for shard in owned]
         if not views:
@@ -71,8 +68,9 @@ def differing_parameters(model, world: World) -> list[str]:
 
 
 def gather_state(optimizers, model, world: World) -> dict:
-    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}. The same
-    for any number of processes, so a run may continue on another.
+    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}.
+
+    It is the same for any number of processes, so a run may continue on another number.
     """
     own_state = optimizer_state(optimizers)
     for name, state in own_state.items():
@@ -84,23 +82,23 @@ def gather_state(optimizers, model, world: World) -> dict:
     dist.gather_object(own_state, states if world.rank == 0 else None)
     if world.rank > 0:
         return {}
-    whole = {}
+    full_state = {}
     for name, parameter in model.named_parameters():
         parts = [state[name] for state in states if name in state]
         if parts:
-            whole[name] = join_shards(parts, parameter.shape)
-    return whole
+            full_state[name] = join_shards(parts, parameter.shape)
+    return full_state
 
 
 def join_shards(parts: list[dict], shape: torch.Size) -> dict:
     """{key: tensor of the whole parameter} of the states of its shards, in the order of the processes."""
     if len(parts) == 1:
         return parts[0]
-    whole = dict(parts[0])
-    for key, value in whole.items():
+    joined = dict(parts[0])
+    for key, value in joined.items():
         if value.ndim > 0:
-            whole[key] = torch.cat([part[key] for part in parts]).view(shape)
-    return whole
+            joined[key] = torch.cat([part[key] for part in parts]).view(shape)
+    return joined
 
 
 # ---- requests to stop --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """From flags to a plan: the model that the flags of base_train describe, how long it trains, and all checks.
 
-`solve_budget` makes the model's GPTConfig, `training_plan` the batch, the steps and the learning rate. Both
-raise InputError, which names the flag at fault, before any file is touched.
+`model_config` makes the model's GPTConfig, `training_plan` the batch, the steps and the learning rate. Both
+raise InputError, which names the flag at fault, before any file is touched. Where --budget-params decides
+the depth or the ranks, `budget.choose_model` makes the config.
 """
 
 import math
@@ -9,39 +10,19 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from nanochat import metrics
-from nanochat.arguments import LARGEST_INTEGER, as_whole_number, quoted
-from nanochat.common import memory_bytes
-from nanochat.errors import InputError, first_line, shortened
-from nanochat.flag_types import DEEPEST
-from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser
+from nanochat.accounting import account, matrix_parameters, on_meta
+from nanochat.arguments import as_whole_number
+from nanochat.errors import InputError
+from nanochat.flags import OLD_DEFAULTS, SHAPE_FLAGS, build_parser
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layer_maps import of_two, parse_map
-from nanochat.layer_ranks import (
-    check_ranks,
-    layer_ranks,
-    list_that_fixes_depth,
-    named_in_short,
-    named_ranks,
-    rank_lines,
-    ranks_in_short,
-)
-from nanochat.model_flags import RANK_GROUP
-from nanochat.naming import is_tag, no_such_run, run_folder, with_size
+from nanochat.layer_maps import parse_map, takes_two_runs
+from nanochat.layer_ranks import check_ranks, layer_ranks, named_ranks, rank_lines
+from nanochat.naming import method_with_size, run_folder
 from nanochat.optim import default_matrix_lr
 from nanochat.processes import print0
-from nanochat.rank import (
-    account,
-    count_parameters,
-    matrix_parameters,
-    on_meta,
-    predict_peak,
-    solve_depth,
-    solve_rank,
-)
 from nanochat.run_files import read_config, saved_steps
 
-MOST_PARAMETERS = 10**15
+MAX_PARAMETERS = 10**15
 
 
 def parse_flags(argv=None) -> Namespace:
@@ -53,14 +34,14 @@ def parse_flags(argv=None) -> Namespace:
     if args.init_from is None:
         return args
     folder, step = starting_point(args.init_from)
-    given = [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]
-    if given:
-        pronoun = "it" if len(given) == 1 else "them"
+    refused = [f"--{name.replace('_', '-')}" for name in SHAPE_FLAGS if name in args.given]
+    if refused:
+        pronoun = "it" if len(refused) == 1 else "them"
         raise InputError(
-            f"{', '.join(given)}: not with --init-from, whose checkpoint has its shape and ranks; "
+            f"{', '.join(refused)}: not with --init-from, whose checkpoint has its shape and ranks; "
             f"leave {pronoun} out"
         )
-    flags = {**DEFAULTS_BEFORE, **read_config(folder)["flags"]}
+    flags = {**OLD_DEFAULTS, **read_config(folder)["flags"]}
     args.take({name: flags[name] for name in SHAPE_FLAGS if name in flags}, folder / "config.json")
     args.init_from = f"{folder.name}:{step}"
     return args
@@ -147,30 +128,12 @@ def check_size(config: GPTConfig):
     C = config.n_embd
     N = config.n_hidden
     entries = 2 * config.vocab_size * C + config.n_layer * (4 * C * C + 2 * C * N)  # at full rank
-    if entries > MOST_PARAMETERS:
+    if entries > MAX_PARAMETERS:
         raise InputError(
             "--depth, --aspect-ratio, --model-dim, --mlp-ratio, --vocab-size: "
             f"{config.n_layer} layers of width {C:,}, with MLPs of {N:,} and a vocabulary of "
-            f"{config.vocab_size:,}, are more than {MOST_PARAMETERS:.0e} parameters; "
+            f"{config.vocab_size:,}, are more than {MAX_PARAMETERS:.0e} parameters; "
             "give less of one of them"
-        )
-
-
-def check_memory(args, accounting: dict, device_type: str):
-    """InputError if this machine's memory can never hold the training.
-
-    Half of the activations count: compiled code keeps fewer than the accounting says.
-    """
-    needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"]
-    needed += accounting.get("mem/activations_bytes", 0) // 2
-    available = memory_bytes(device_type)
-    if needed > available:
-        flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size"
-        if args.subspace:
-            flags += ", --subspace-dim"
-        raise InputError(
-            f"{flags}: weights, gradients and activations need at least {needed / 2**30:,.1f} "
-            f"GiB, and there are {available / 2**30:,.1f} GiB; give less of one of them"
         )
 
 
@@ -178,7 +141,7 @@ def tied_map(text: str, depth: int) -> tuple[int, ...]:
     """--layer-map for a model of so many layers; () without it."""
     if not text:
         return ()
-    if of_two(text):
+    if takes_two_runs(text):
         raise InputError(
             f"--layer-map {text}: takes copies from two trained checkpoints, and here one model is trained; "
             "give the numbers of its layers, solar or mobilellm"
@@ -197,137 +160,6 @@ def full_rank(config: GPTConfig) -> GPTConfig:
     return replace(config, attn_ranks=(), mlp_ranks=(), matrix_ranks={}, lm_head_rank=0, factor_act="none")
 
 
-def recorded_model(folder: Path) -> GPTConfig:
-    """The model of a run, from its config.json."""
-    try:
-        return GPTConfig(**read_config(folder)["derived"]["model"])
-    except (TypeError, ValueError) as e:
-        message = f"{folder / 'config.json'}: derived.model is no model of this program ({first_line(e)})"
-        raise InputError(f"{message}; restore it") from None
-
-
-# ---- under a budget of parameters --------------------------------------------------------------------------
-
-
-def solve_budget(args, vocab_size: int) -> GPTConfig:
-    """The model of --init-from, or of the flags, with the depth or the ranks that --budget-params allows."""
-    if args.init_from is not None:
-        return model_of_checkpoint(args, vocab_size)
-    if not args.budget_params and not args.solve:
-        return model_config(args, vocab_size)
-    if not (args.budget_params and args.solve):
-        raise InputError(
-            "--budget-params and --solve go together: e.g. --budget-params 10_000_000 --solve rank"
-        )
-    budget = parameter_budget(args)
-    try:
-        if args.solve == "rank":
-            return solve_rank(model_config(args, vocab_size), budget)
-        check_depth_is_free(args, "--solve depth")
-        return solve_depth(lambda depth: nearest_config(args, vocab_size, depth), budget)
-    except ValueError as e:
-        raise InputError(f"--budget-params {args.budget_params}: {e}") from None
-
-
-def model_of_checkpoint(args, vocab_size: int) -> GPTConfig:
-    """The model of --init-from."""
-    folder, _ = starting_point(args.init_from)
-    config = recorded_model(folder)
-    if config.vocab_size != vocab_size:
-        raise InputError(
-            f"--init-from {args.init_from}: has a vocabulary of {config.vocab_size} tokens, "
-            f"here it is {vocab_size}; put {folder / 'tokenizer.json'} in its place"
-        )
-    return replace(config, recompute=args.recompute)
-
-
-def parameter_budget(args) -> int:
-    """--budget-params as a number; where it names a run, that run's number of parameters."""
-    budget = as_whole_number(args.budget_params)
-    if budget is not None:
-        if not 0 < budget <= LARGEST_INTEGER:
-            raise InputError(
-                f"--budget-params {quoted(args.budget_params)}: "
-                "give a number of parameters such as 10_000_000, or the tag of a run"
-            )
-        return budget
-    folder = metrics.runs_dir() / args.budget_params
-    if not is_tag(args.budget_params) or not (folder / "config.json").is_file():
-        raise InputError(
-            f"--budget-params {shortened(args.budget_params)}: neither a whole number such as "
-            f"10_000_000 nor a run's tag: {no_such_run(args.budget_params)}"
-        )
-    budget = metrics.load_run(folder).summary.get("params/total")
-    if budget is None:
-        raise InputError(
-            f"--budget-params {args.budget_params}: that run has no parameter count in its summary.json yet"
-        )
-    return budget
-
-
-def nearest_config(args, vocab_size: int, depth: int) -> GPTConfig:
-    """The model of the flags with `depth` layers, or with the nearest depth at which the flags fit together.
-
-    Where the width follows the depth, they may not fit at this one. Smaller depths are tried first, then up
-    to 128 larger ones. InputError if none will do, or if the depth is beyond DEEPEST.
-    """
-    if depth > DEEPEST:
-        raise InputError(
-            f"--budget-params {args.budget_params}: "
-            f"leaves room for more than {DEEPEST:,} layers; give less, or a larger --model-dim"
-        )
-    errors = []
-    for nearby in (*range(depth, 0, -1), *range(depth + 1, depth + 129)):
-        try:
-            return model_config(args, vocab_size, nearby)
-        except InputError as e:
-            errors.append(e)
-    raise errors[0]
-
-
-def check_depth_is_free(args, flag: str):
-    """InputError, beginning with `flag`, if another flag has one value for each layer."""
-    if args.layer_map[:1].isdigit():
-        raise InputError(
-            f"{flag}: --layer-map {args.layer_map} names the layers and so fixes the depth; "
-            "use --solve rank, or --layer-map mobilellm"
-        )
-    if given := list_that_fixes_depth(args):
-        raise InputError(
-            f"{flag}: {given} has one rank a layer and so fixes the depth; "
-            "use --solve rank, or a named schedule"
-        )
-
-
-def budget_frontier(args, vocab_size: int) -> list[GPTConfig]:
-    """The models with the largest ranks within --budget-params: one a depth, from 1 to 4 × --depth layers.
-
-    It ends before the first depth at which even rank 1 is too much.
-    """
-    if not args.budget_params or args.solve:
-        raise InputError(
-            "--plan: needs --budget-params, without --solve: it shows what --solve would find, depth by depth"
-        )
-    check_depth_is_free(args, "--plan")
-    if args.depth > 256:
-        raise InputError(
-            f"--depth {args.depth}: --plan goes through every depth up to 4 times that; give at most 256"
-        )
-    budget = parameter_budget(args)
-    configs = []
-    for depth in range(1, 4 * args.depth + 1):
-        config = nearest_config(args, vocab_size, depth)
-        if config.n_layer != depth:
-            continue  # the flags do not fit together at this depth
-        try:
-            configs.append(solve_rank(config, budget))
-        except ValueError as e:
-            if not configs:
-                raise InputError(f"--budget-params {args.budget_params}: at depth {depth} {e}") from None
-            break
-    return configs
-
-
 # ---- how long to train -------------------------------------------------------------------------------------
 
 
@@ -343,7 +175,7 @@ def batch_and_horizon(args, model: GPT, world_size: int, shape: GPTConfig | None
     """{num_iterations, total_batch_size, grad_accum_steps, device_batch_size, tokens}
 
     What is not given follows from the full-rank model of the shape (--horizon-from full), so that runs of all
-    ranks take the same batch and the same steps. --target-flops are the model's own: then the steps differ.
+    ranks take the same batch and steps. But --target-flops are the model's own: then the steps differ.
 
     shape: the model's shape, where that is not its config. InputError where the batch does not divide.
     """
@@ -391,8 +223,8 @@ def device_batch(args, total: int, world_size: int) -> int:
     """
     smallest = args.max_seq_len * world_size  # tokens of one row in each process
     if total % smallest:
-        below = total // smallest * smallest
-        near = [tokens for tokens in (below, below + smallest) if tokens]
+        lower = total // smallest * smallest
+        near = [tokens for tokens in (lower, lower + smallest) if tokens]
         raise InputError(
             f"--total-batch-size {total}: not a multiple of --max-seq-len {args.max_seq_len} × "
             f"{world_size} process(es) = {smallest}; nearest: {' or '.join(map(str, near))}"
@@ -421,7 +253,7 @@ def check_schedule(args, steps: int):
         )
 
 
-# ---- printed -----------------------------------------------------------------------------------------------
+# ---- printing ----------------------------------------------------------------------------------------------
 
 
 def print_plan(config: GPTConfig, plan: dict, accounting: dict, args):
@@ -447,7 +279,7 @@ def print_plan(config: GPTConfig, plan: dict, accounting: dict, args):
     subspace = plan.get("subspace")
     if subspace:
         flags = {f"subspace_{key}": subspace[key] for key in ("dim", "scope", "rank", "scales")}
-        print0(f"subspace: {with_size({'subspace': subspace['kind'], **flags, **subspace})}")
+        print0(f"subspace: {method_with_size({'subspace': subspace['kind'], **flags, **subspace})}")
     if accounting["params/trained"] < accounting["params/total"]:
         rest = ", the rest follows from them and a seed" if subspace else ""
         print0(f"trained: {accounting['params/trained']:,} of its numbers{rest}")
@@ -466,69 +298,18 @@ def cost_line(key: str, value: int, parameters: int) -> str:
 
 
 def horizon_words(args) -> str:
-    """What the batch and the steps follow from, as far as they are not given; '' if both are."""
-    by_flops = args.num_iterations < 1 and args.target_flops > 0
+    """Where batch and steps come from, as far as the flags do not give them; '' if they give both."""
+    from_flops = args.num_iterations < 1 and args.target_flops > 0
     derived = []
-    if args.num_iterations < 1 and not by_flops:
+    if args.num_iterations < 1 and not from_flops:
         derived.append("steps")
     if args.total_batch_size < 1:
         derived.append("tokens a step")
     words = []
-    if by_flops:
+    if from_flops:
         words.append(f"steps from --target-flops {args.target_flops:g} at this model's FLOPs")
     if derived:
         model = "the full-rank model of this shape" if args.horizon_from == "full" else "this model"
         ratio = f"{args.target_param_data_ratio:g} tokens a matrix parameter of {model}"
         words.append(f"{' and '.join(derived)} from {ratio} (--horizon-from {args.horizon_from})")
     return ", ".join(words)
-
-
-def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
-    """What --plan shows: at each depth the largest ranks within the budget, and their costs beside full rank.
-
-    The first row is the full-rank model of the flags. dtype_bytes: of one number of an activation.
-    """
-    flags_at_full_rank = Namespace(**{**vars(args), **RANK_GROUP.defaults()})
-    full = model_config(flags_at_full_rank, vocab_size)
-    configs = budget_frontier(args, vocab_size)
-    costs_of_full = frontier_costs(args, full, world_size, dtype_bytes)
-    budget = parameter_budget(args)
-    print0(
-        f"the largest ranks within {budget:,} parameters at each depth; "
-        "beside each figure its ratio to the full-rank model:"
-    )
-    print0(
-        f"{'depth':>5}{'width':>7}{'attention rank':>16}{'MLP rank':>16}"
-        f"{'parameters':>15}{'':6}{'MFLOP/token':>15}{'':6}{'peak MiB':>15}"
-    )
-    print0(frontier_row(full, costs_of_full, costs_of_full))
-    for config in configs:
-        row = frontier_row(config, frontier_costs(args, config, world_size, dtype_bytes), costs_of_full)
-        if count_parameters(full_rank(config)) <= budget:
-            row += "  full rank fits too"
-        print0(row)
-    if configs[-1].n_layer == 4 * args.depth:
-        print0(f"deeper models may fit too: shown up to 4 × --depth {args.depth}")
-
-
-def frontier_costs(args, config: GPTConfig, world_size: int, dtype_bytes: int) -> tuple[float, float, float]:
-    """(parameters, MFLOP a token, peak MiB)"""
-    plan = training_plan(args, config, world_size)
-    memory = predict_peak(config, plan["device_batch_size"], dtype_bytes, plan["grad_accum_steps"] > 1)
-    costs = account(config)
-    return (
-        costs["params/total"],
-        costs["flops/per_token"] / 1e6,
-        memory["mem/predicted_peak_bytes"] / 2**20,
-    )
-
-
-def frontier_row(config: GPTConfig, costs: tuple, costs_of_full: tuple) -> str:
-    """One depth: its ranks, and each cost beside its ratio to the full-rank model's."""
-    row = f"{config.n_layer:5}{config.n_embd:7}"
-    row += f"{ranks_in_short(config.attn_ranks):>16}{ranks_in_short(config.mlp_ranks):>16}"
-    for cost, of_full, digits in zip(costs, costs_of_full, (0, 1, 0)):
-        row += f"{cost:15,.{digits}f}{cost / of_full:6.2f}"
-    if config.matrix_ranks:
-        row += f"  ({named_in_short(config)})"
-    return row

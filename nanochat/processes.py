@@ -34,10 +34,10 @@ class World(NamedTuple):
 
 
 def process_layout() -> Layout:
-    """As torchrun sets it; (0, 0, 1) without it."""
-    from nanochat.environment import layout_of_processes
+    """The layout that a launcher such as torchrun sets; (0, 0, 1) without one."""
+    from nanochat.environment import launcher_layout
 
-    return Layout(*layout_of_processes())
+    return Layout(*launcher_layout())
 
 
 def print0(*args, **kwargs):
@@ -52,14 +52,13 @@ def print0(*args, **kwargs):
 def init_process(device_type: str, alone: bool = False) -> World:
     """Take this process's device and, under torchrun, join the process group.
 
-    device_type: see `common.pick_device_type`. alone: the script works in one process only. InputError if the
-    device or the other processes are not there.
+    device_type: see `devices.pick_device_type`. alone: the script works in one process only. InputError if
+    the device or the other processes are not there.
     """
     import torch
 
     from nanochat import cpu
-    from nanochat.common import pick_device_type
-    from nanochat.devices import take_gpu, usable_gpus
+    from nanochat.devices import pick_device_type, take_gpu, usable_gpus
 
     layout = process_layout()
     if alone and layout.size > 1:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat.errors import InputError, first_line
-from nanochat.files import named
+from nanochat.files import path_in_errors
 
 MAX_DOCUMENT_CHARS = 64 * 2**20  # tokenising takes several times this much memory, in every worker
 COMPRESSIONS = (".gz", ".zst")
@@ -55,14 +55,14 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
     InputError: a file of another format than its name tells, a row that is no document, invalid UTF-8, a
     document longer than MAX_DOCUMENT_CHARS.
     """
-    with named(path):
-        for place, text in reader_of(path):
+    with path_in_errors(path):
+        for place, text in read_format(path):
             if len(text) > MAX_DOCUMENT_CHARS:
                 raise too_long(place)
             yield place, text
 
 
-def reader_of(path: Path) -> Iterator[tuple[str, str]]:
+def read_format(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".py":  # a file of the embedded corpus
         return read_source(path)
     suffix = text_format(path)
@@ -127,10 +127,10 @@ def read_json(path: Path, is_array: bool) -> Iterator[tuple[str, str]]:
 
 def json_lines(f, path: Path) -> Iterator[tuple[str, str]]:
     """(place, text) of each object, one on a line."""
-    for number, line in enumerate(iter(lambda: f.readline(max_bytes() + 1), b""), 1):
+    for line_number, line in enumerate(iter(lambda: f.readline(max_bytes() + 1), b""), 1):
         if line.isspace():
             continue
-        place = f"{path}: line {number}"
+        place = f"{path}: line {line_number}"
         try:
             row = DECODER.decode(decode(line, place).rstrip())
         except json.JSONDecodeError as e:
@@ -208,7 +208,7 @@ class CharacterStream:
 def text_field(row, place: str) -> str:
     """The text of a row, '' for null. InputError, with the reason, if it has none."""
     if not isinstance(row, dict):
-        raise not_a_document(place, f"it is {kind_of(row)}")
+        raise not_a_document(place, f"it is {json_kind(row)}")
     if "text" not in row:
         keys = list(map(repr, row))
         if len(keys) > 8:
@@ -218,13 +218,13 @@ def text_field(row, place: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise not_a_document(place, f"its 'text' is {kind_of(text)}")
+        raise not_a_document(place, f"its 'text' is {json_kind(text)}")
     if not is_text(text):
         raise not_a_document(place, "its 'text' has half of a surrogate pair, which is no character")
     return text
 
 
-def kind_of(value) -> str:
+def json_kind(value) -> str:
     """The kind of a JSON value, in words."""
     words = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
     return words.get(type(value), "null")

@@ -8,8 +8,9 @@
     block        every block, full rank too, keeps its input alone (Chen et al., arXiv 1604.06174)
 
 The blocks are those of gpt.py, run under torch.utils.checkpoint. Under `bottleneck` the layers are marked as
-`kept`: their products r wide then go through operators of their own, and a policy tells the checkpoint to
-keep the results of these. Losses and gradients stay the same to the bit. Without a gradient nothing changes.
+`keep_product`: their r-wide products then go through operators of their own, and a policy tells the
+checkpoint to keep the results of these. Losses and gradients stay the same to the bit. Without a gradient
+nothing changes.
 """
 
 from functools import partial
@@ -52,7 +53,7 @@ def apply(model: GPT):
             for layer in layers:
                 layer.recomputed = True
             for layer in factored:
-                layer.kept = block.selective
+                layer.keep_product = block.selective
 
 
 def remove(model: GPT):
@@ -61,7 +62,7 @@ def remove(model: GPT):
         block.__class__ = Block
         for layer in block.modules():
             if isinstance(layer, (Linear, LowRankLinear)):
-                layer.recomputed = layer.kept = False
+                layer.recomputed = layer.keep_product = False
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ import contextlib
 from functools import partial
 from pathlib import Path
 
-from nanochat import agreement, common, continuation, metrics
+from nanochat import agreement, common, continuation, metrics, naming
 from nanochat.arguments import as_whole_number
 from nanochat.checkpoint_manager import load_checkpoint, load_newest, load_to_resume
 from nanochat.errors import InputError
-from nanochat.history_file import check_history
+from nanochat.history_writer import check_history
 from nanochat.processes import World
 from nanochat.run_files import (
     check_ending,
@@ -31,25 +31,27 @@ def check_resume(resume: str):
 
 @contextlib.contextmanager
 def lock_folder(run: Run):
-    """Process 0 locks the run folder for as long as this lasts. Yields, the same in all processes, None for a
-    new run, FINISHED, or (state, meta) of the checkpoint to continue from.
+    """Process 0 locks the run folder for as long as this lasts.
+
+    Yields the same in all processes: None for a new run, FINISHED, or (state, meta) of the checkpoint to
+    continue from.
     """
     spec = run.spec
     checkpoint = None
     with contextlib.ExitStack() as stack:
         if run.is_first_process:
-            path = common.get_base_dir() / "locks" / f"{spec.tag}.lock"
-            run.lock = stack.enter_context(common.claimed(path, f"{spec.flag}: {run.folder}"))
+            claim = common.claimed(naming.lock_path(spec.tag), f"{spec.flag}: {run.folder}")
+            run.lock = stack.enter_context(claim)
             # a checkpoint that an earlier process was still writing is whole by now, or gone
             checkpoint = find_start(run.folder, spec.flag, run.config, spec.args.resume)
-            metrics.remove_left_overs(run.folder)
+            metrics.remove_unfinished_files(run.folder)
         yield follow_first(run.world, run.folder, checkpoint)
 
 
 def find_start(folder: Path, flag: str, config: dict, resume: str):
-    """None for a new run, FINISHED, or (state, meta) of the checkpoint to continue from. flag: the flag that
-    names the run, with its tag. config: of this run's config.json.
+    """None for a new run, FINISHED, or (state, meta) of the checkpoint to continue from.
 
+    flag: the flag that names the run, with its tag. config: of this run's config.json.
     InputError: another config under this tag, a tag with checkpoints and no --resume, or a damaged record.
     """
     steps = saved_steps(folder)
@@ -81,8 +83,9 @@ def find_start(folder: Path, flag: str, config: dict, resume: str):
 
 
 def find_checkpoint(folder: Path, flag: str, steps: list[int], resume: str):
-    """(state, meta) of the checkpoint that --resume names; None if the run has saved none yet; FINISHED if it
-    is the last of the run.
+    """(state, meta) of the checkpoint that --resume names.
+
+    None if the run has saved none yet. FINISHED if the checkpoint is the last of the run.
     """
     checkpoint = load_newest(folder) if resume == "auto" else load_to_resume(folder, int(resume))
     if not checkpoint:
@@ -101,7 +104,7 @@ def find_checkpoint(folder: Path, flag: str, steps: list[int], resume: str):
 
 
 def follow_first(world: World, folder: Path, checkpoint):
-    """What process 0 has found, in all processes. Each reads the checkpoint by itself."""
+    """Return in all processes what process 0 has found. Each reads the checkpoint by itself."""
     meta = checkpoint[1] if isinstance(checkpoint, tuple) else checkpoint
     meta = agreement.from_first(world, lambda: meta)
     if world.rank == 0:

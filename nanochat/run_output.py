@@ -3,8 +3,8 @@
 from functools import partial
 from typing import NoReturn
 
-from nanochat import continuation, metrics, writer
-from nanochat.checkpoint_manager import OWED, amend_checkpoint, not_finite, save_checkpoint
+from nanochat import checkpoint_writer, continuation, metrics
+from nanochat.checkpoint_manager import EVALUATION_OWED, amend_checkpoint, not_finite, save_checkpoint
 from nanochat.errors import InputError
 from nanochat.optim import optimizer_state
 from nanochat.parallel import differing_parameters, gather_state, names_anywhere
@@ -16,13 +16,15 @@ from nanochat.trainable import Trainable
 
 
 class RunOutput:
-    """The record and the checkpoints of a run. Every process calls its methods: all take part in a save, and
-    only process 0 writes.
+    """The record and the checkpoints of a run.
+
+    Every process calls its methods: all take part in a save, and process 0 alone writes.
     """
 
     def __init__(self, run: Run, trainable: Trainable, meta: dict):
-        """meta: of the checkpoint that training continues from; {} for a new run. Writes config.json and
-        tokenizer.json.
+        """Write config.json and tokenizer.json.
+
+        meta: of the checkpoint that training continues from; {} for a new run.
         """
         self.run = run
         self.trainable = trainable
@@ -69,7 +71,7 @@ class RunOutput:
         )
 
     def close(self, state: RunState):
-        """The run has ended, and `summarize` has said how."""
+        """Close the record, and print how the run ended."""
         if not self.record:
             return
         self.record.close()
@@ -84,8 +86,9 @@ class RunOutput:
     # ---- checkpoints
 
     def save(self, state: RunState):
-        """Write the checkpoint of this step. InputError where a process holds what is not finite, or other
-        parameters than the rest.
+        """Write the checkpoint of this step.
+
+        InputError if a tensor of a process is not finite, or if the processes have different parameters.
         """
         run = self.run
         self.check_before_save(state.step)
@@ -104,10 +107,10 @@ class RunOutput:
             **self.record.commit(),
         }
         write = partial(save_checkpoint, run.folder, state.step, meta=meta, keep=run.args.keep)
-        if writer.under_launcher():
+        if checkpoint_writer.under_launcher():
             status = "finished" if state.last else "stopped"
-            write_copy = partial(write, writer.on_cpu(tensors))
-            writer.write_in_fork(write_copy, run.lock, partial(self.record.summarize, status))
+            write_copy = partial(write, checkpoint_writer.on_cpu(tensors))
+            checkpoint_writer.write_in_fork(write_copy, run.lock, partial(self.record.summarize, status))
         else:
             write(tensors)
 
@@ -127,14 +130,15 @@ class RunOutput:
             )
 
     def settle_evaluation(self, state: RunState):
-        """The checkpoint of this step now has the evaluation that it owed."""
+        """Note in the checkpoint of this step that its evaluation is made up for."""
         if self.record:
-            changes = {OWED: None, "last": state.last, **self.record.commit()}
+            changes = {EVALUATION_OWED: None, "last": state.last, **self.record.commit()}
             amend_checkpoint(self.run.folder, state.step, changes)
 
     def declare_last(self):
-        """The checkpoint that training continued from is the last: a run that diverged may now have more bad
-        steps.
+        """Mark the checkpoint that training continued from as the last of the run.
+
+        A run that diverged in its last step gets here if it is resumed with a larger --max-bad-steps.
         """
         if self.record and self.saved_meta.get("last") is False:
             amend_checkpoint(self.run.folder, self.saved_step, {"last": True})

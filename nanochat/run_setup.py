@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import agreement, arguments, common, continuation, metrics, processes
+from nanochat import agreement, arguments, continuation, devices, metrics, processes
 from nanochat.gpt import GPTConfig
 from nanochat.locks import Lock
 from nanochat.processes import World
@@ -75,7 +75,7 @@ class Run:
 def start_run(spec: RunSpec) -> Run:
     """Join the processes, agree on what this run is, and open its text. InputError where they differ."""
     args = spec.args
-    device_type = common.pick_device_type(args.device_type)
+    device_type = devices.pick_device_type(args.device_type)
     folder = metrics.runs_dir() / spec.tag
     world = processes.init_process(device_type)
     dtype = agreement.from_first(world, training_dtype, args, folder, device_type)
@@ -88,12 +88,12 @@ def start_run(spec: RunSpec) -> Run:
 
 def training_dtype(args, folder: Path, device_type: str) -> torch.dtype:
     """A resumed run keeps the dtype that it began with."""
-    before = metrics.dtype_so_far(folder, device_type)
-    return common.compute_dtype(args.dtype, device_type, training=True, before=before)
+    run_dtype = metrics.dtype_so_far(folder, device_type)
+    return devices.compute_dtype(args.dtype, device_type, training=True, run_dtype=run_dtype)
 
 
 def common_values(spec: RunSpec) -> dict:
-    """What each process works out by itself and all must have in common.
+    """The values that each process computes by itself, and that must be the same in all.
 
     Of files and folders that flags name, the content counts: `confirm` compares it elsewhere.
     """
@@ -138,7 +138,7 @@ def run_config(run: Run) -> dict:
         "seed": args.seed,
         "device": {
             "type": run.world.device.type,
-            "name": common.device_name(run.world.device),
+            "name": devices.device_name(run.world.device),
             "processes": run.world.size,
             "threads": torch.get_num_threads(),
             "dtype": str(run.dtype).removeprefix("torch."),

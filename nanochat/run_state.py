@@ -1,13 +1,13 @@
-"""How far a run is."""
+"""The state of a run between two steps."""
 
 from dataclasses import dataclass
 
-from nanochat.checkpoint_manager import OWED
+from nanochat.checkpoint_manager import EVALUATION_OWED
 
 
 @dataclass
 class RunState:
-    """How far a run is. Its checkpoints keep this in meta.json, from where a resumed run takes it again."""
+    """How far a run is. Checkpoints keep this in meta.json, and a resumed run takes it from there."""
 
     step: int = 0  # finished updates
     seconds: float = 0.0  # of training: without evaluations and checkpoints
@@ -25,18 +25,18 @@ class RunState:
             meta.get("total_training_time", 0.0),
             meta.get("bad_steps", 0),
             meta.get("bad_steps_in_a_row", 0),
-            OWED in meta,
+            EVALUATION_OWED in meta,
         )
 
     def to_meta(self) -> dict:
-        """For the checkpoint of this step, which adds the step itself."""
+        """The entries for this step's checkpoint, which adds the step itself."""
         meta = {
             "total_training_time": self.seconds,
             "bad_steps": self.bad_steps,
             "bad_steps_in_a_row": self.bad_steps_in_a_row,
             "last": self.last,
         }
-        return meta | ({OWED: True} if self.evaluation_owed else {})
+        return meta | ({EVALUATION_OWED: True} if self.evaluation_owed else {})
 
     def count_step(self, seconds: float, is_applied: bool):
         self.step += 1

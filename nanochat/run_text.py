@@ -11,10 +11,10 @@ def open_run_text(run: Run, data: str = "") -> Corpus:
     """The text of --data. Without it, the text that is now in the folder of the run's text."""
     if data:
         return open_corpus(data)
-    given = run.config["flags"]["data"]
-    place = run.config["derived"]["corpus"].get("path") or given  # earlier versions recorded no path
-    if not Path(place).is_dir() and Path(given).expanduser().is_dir():
-        place = given
+    data_flag = run.config["flags"]["data"]
+    place = run.config["derived"]["corpus"].get("path") or data_flag  # earlier versions recorded no path
+    if not Path(place).is_dir() and Path(data_flag).expanduser().is_dir():
+        place = data_flag
     if place not in ("stdlib", *HUB_SETS) and not Path(place).expanduser().is_dir():
         raise InputError(
             f"--data: needed, since the text of the run {run.name} is no longer in {place}; "

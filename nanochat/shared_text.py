@@ -12,7 +12,7 @@ from nanochat.files import read_json
 from nanochat.loss_eval import EvalSet
 from nanochat.processes import World, print0
 from nanochat.token_cache import META, verify_caches
-from nanochat.tokenizer import Tokenizer, other_text
+from nanochat.tokenizer import Tokenizer, note_on_tokenizer
 
 
 @dataclass
@@ -33,13 +33,13 @@ def open_rows(args, open_text: Callable, tokenizer: Tokenizer, world: World) -> 
     corpus = shared_text(world, open_text)
     args.data = args.data or corpus.place
     print0(corpus.line())
-    if line := other_text(tokenizer, corpus):
+    if line := note_on_tokenizer(tokenizer, corpus):
         print0(line)
     if args.verify:
         shards = [*corpus.train, *corpus.val]
         verify_caches(shards, tokenizer)
         agreement.meet(world)  # nobody maps a cache that another process is building again
-        print0(f"token caches: {len(shards):,} read whole and compared with their sums")
+        print0(f"token caches: {len(shards):,} read whole and compared with their checksums")
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
     val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
     for split, rows in (("training", train_rows), ("validation", val_rows)):
@@ -66,7 +66,7 @@ def shared_text(world: World, open_text: Callable) -> Corpus:
 def open_and_hash(open_text: Callable) -> Corpus:
     corpus = open_text()
     for split in ("train", "val"):
-        corpus.fingerprint(split)  # each shard keeps its own
+        corpus.fingerprint(split)  # each shard keeps its contents
     return corpus
 
 
@@ -75,9 +75,9 @@ def confirm_caches(world: World, tokenizer: Tokenizer, shards):
     if world.size == 1:
         return
     root = get_base_dir() / "token_cache" / tokenizer.hash
-    own = {shard.fingerprint: cache_content(root / shard.fingerprint) for shard in shards}
-    for fingerprint, first in agreement.from_first(world, dict, own).items():
-        cache = own[fingerprint]
+    contents = {shard.fingerprint: cache_content(root / shard.fingerprint) for shard in shards}
+    for fingerprint, first in agreement.from_first(world, dict, contents).items():
+        cache = contents[fingerprint]
         for key in ("slots", "sha256"):
             if cache[key] and first[key] and cache[key] != first[key]:
                 raise InputError(
@@ -87,6 +87,6 @@ def confirm_caches(world: World, tokenizer: Tokenizer, shards):
 
 
 def cache_content(folder) -> dict:
-    """What meta.json of a token cache says of its content; earlier versions wrote no sum."""
+    """What meta.json of a token cache says of its content; earlier versions wrote no checksum."""
     meta = read_json(folder / "meta.json", META)
     return {"slots": meta["slots"], "sha256": meta.get("sha256")}

@@ -141,7 +141,7 @@ def on_signal(number, _frame):
 
 
 def listen():
-    """From now on the signals in ENDING end this process.
+    """Let the signals in ENDING end this process from now on.
 
     Stopped is raised in the main thread, and CLEANUP_SECONDS later the process ends in any case. A signal
     that is ignored, as under nohup, stays ignored. But not under torchrun: after a signal that it passes
@@ -176,13 +176,13 @@ def default_handlers():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours = [number for number in ENDING if signal.getsignal(number) is on_signal]
-    for number in ours:
+    own_signals = [number for number in ENDING if signal.getsignal(number) is on_signal]
+    for number in own_signals:
         signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        for number in ours:
+        for number in own_signals:
             signal.signal(number, on_signal)
 
 

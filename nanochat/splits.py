@@ -57,13 +57,13 @@ class FolderText:
         self.left_out.setdefault(reason, []).append(name)
 
 
-def split_of(name: str, whole: bool) -> str | None:
-    """'train', 'val' or 'test'; None if the name tells nothing. whole: the name must have no other words.
+def find_split(name: str, single_word: bool) -> str | None:
+    """'train', 'val' or 'test'; None if the name tells nothing. single_word: it must have no other.
 
     If a name tells two splits (dev-test, train_test), the safer one counts: test before val before train.
     """
     words = [word for word in re.split(r"[-_.\s]+", name.lower()) if not NO_WORDS.fullmatch(word)]
-    if not words or (whole and len(words) > 1):
+    if not words or (single_word and len(words) > 1):
         return None
     splits = {SPLIT_WORDS.get(word.rstrip("0123456789")) for word in (words[0], words[-1])}
     return next((split for split in ("test", "val", "train") if split in splits), None)
@@ -73,14 +73,14 @@ def sort_folder(folder: Path) -> FolderText:
     """The text of a folder and of its subfolders named after splits. InputError if there is none."""
     text = FolderText()
     files, subfolders = readable_files(folder, folder, text)
-    names_tell = any(split_of(stem(file), whole=False) == "train" for file in files)
+    names_tell = any(find_split(stem(file), single_word=False) == "train" for file in files)
     for file in files:
-        whole = text_format(file) == ".txt" and not names_tell
-        add_file(file, split_of(stem(file), whole), text, folder)
+        is_document = text_format(file) == ".txt" and not names_tell
+        add_file(file, find_split(stem(file), is_document), text, folder)
     for subfolder in subfolders:
-        add_subfolder(subfolder, split_of(subfolder.name, whole=True), text, folder)
+        add_subfolder(subfolder, find_split(subfolder.name, single_word=True), text, folder)
     if not (text.train or text.val):
-        left_out = f"; left out: {in_words(text.left_out)}" if text.left_out else ""
+        left_out = f"; left out: {left_out_words(text.left_out)}" if text.left_out else ""
         raise InputError(f"--data {folder}: {NO_FILE}{left_out}")
     return text
 
@@ -129,24 +129,24 @@ def add_file(file: Path, split: str | None, text: FolderText, root: Path):
         text.train.append(file)
 
 
-def names_below(folder: Path, most: int = 10_000) -> Iterator[str]:
-    """Names of files in a folder and its subfolders, without hidden ones. Stops after about `most` files."""
+def names_below(folder: Path, limit: int = 10_000) -> Iterator[str]:
+    """Names of files in a folder and its subfolders, without hidden ones. Stops after about `limit` files."""
     for _, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (name for name in files if not name.startswith("."))
-        most -= len(files)
-        if most < 0:
+        limit -= len(files)
+        if limit < 0:
             return
 
 
-def in_words(left_out: dict[str, list[str]]) -> str:
+def left_out_words(left_out: dict[str, list[str]]) -> str:
     """'a.csv, b.csv (not read: …), test.jsonl (a test split)'"""
     return ", ".join(f"{', '.join(shortened(names))} ({reason})" for reason, names in left_out.items())
 
 
-def shortened(names, most: int = 6) -> list[str]:
-    """At most `most` names: the first ones, and the last."""
+def shortened(names, limit: int = 6) -> list[str]:
+    """At most `limit` names: the first ones, and the last."""
     names = list(names)
-    if len(names) <= most:
+    if len(names) <= limit:
         return names
-    return [*names[: most - 1], f"… {len(names) - most} more …", names[-1]]
+    return [*names[: limit - 1], f"… {len(names) - limit} more …", names[-1]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import metrics
+from nanochat import devices
 from nanochat.run_setup import Run
 from nanochat.run_state import RunState
 from nanochat.trainable import Trainable
@@ -27,7 +27,7 @@ class StepResult:
 
 
 def clocks(run: Run, state: RunState) -> dict:
-    """How far the run is, in all units."""
+    """How far the run is: in steps, tokens, seconds and FLOPs."""
     tokens = state.step * run.plan["total_batch_size"]
     return {
         "step": state.step,
@@ -50,14 +50,14 @@ def step_entry(run: Run, state: RunState, result: StepResult) -> dict:
         entry |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
     else:
         entry["train/bad_steps"] = state.bad_steps
-    if peak := metrics.peak_flops(run.config["device"]["name"]):
+    if peak := devices.peak_flops(run.config["device"]["name"]):
         flops_per_second = tokens_per_second * run.spec.accounting["flops/per_token"]
         entry["train/mfu"] = flops_per_second / (peak * run.world.size)
     return entry
 
 
 def peak_memory(run: Run) -> dict:
-    return {"mem/peak_bytes": metrics.peak_memory_bytes(run.world.device)}
+    return {"mem/peak_bytes": devices.peak_memory_bytes(run.world.device)}
 
 
 def memory_entry(trainable: Trainable) -> dict:
@@ -65,13 +65,13 @@ def memory_entry(trainable: Trainable) -> dict:
     model = trainable.model
     states = [state for optimizer in trainable.optimizers for state in optimizer.state.values()]
     return {
-        "mem/weights_bytes": bytes_of([*model.parameters(), *model.buffers()]),
-        "mem/optimizer_bytes": bytes_of([value for state in states for value in state.values()]),
+        "mem/weights_bytes": tensor_bytes([*model.parameters(), *model.buffers()]),
+        "mem/optimizer_bytes": tensor_bytes([value for state in states for value in state.values()]),
     }
 
 
-def bytes_of(values: list) -> int:
-    """Of the tensors among them."""
+def tensor_bytes(values: list) -> int:
+    """Bytes of the tensors among the values."""
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
 
 

@@ -31,7 +31,7 @@ from nanochat.files import (
     NoOrdinaryFile,
     Schema,
     create_folder,
-    named,
+    path_in_errors,
     read_json,
     remove_temporary,
     sha256,
@@ -94,11 +94,11 @@ def open_cache(folder: Path, tokenizer) -> np.ndarray:
     """The slots in a cache folder as a memory map. IncompleteCache also if it has no checksum."""
     meta = read_meta(folder, tokenizer)
     if "sha256" not in meta and folder not in verified_folders:
-        raise IncompleteCache("it has no sum")
+        raise IncompleteCache("it has no checksum")
     if meta["slots"] == 0:
         return np.zeros(0, dtype=meta["dtype"])
     path = folder / "tokens.bin"
-    with named(path):
+    with path_in_errors(path):
         return np.memmap(path, dtype=meta["dtype"], mode="r")
 
 
@@ -111,7 +111,7 @@ def read_meta(folder: Path, tokenizer=None) -> dict:
         raise IncompleteCache(f"no file {Path(e.filename).name}" if os.path.lexists(folder) else "") from None
     except InputError:
         raise IncompleteCache("its meta.json is damaged") from None
-    dtype = dtype_of(meta["vocab_size"])
+    dtype = token_dtype(meta["vocab_size"])
     expected = {"dtype": dtype.name, "tokenizer_hash": folder.parent.name, "fingerprint": folder.name}
     if tokenizer:
         expected["vocab_size"] = tokenizer.vocab_size
@@ -125,7 +125,7 @@ def read_meta(folder: Path, tokenizer=None) -> dict:
     return meta
 
 
-def dtype_of(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -176,9 +176,9 @@ def check_cache(folder: Path, tokenizer, verify: bool = False):
     meta = read_meta(folder, tokenizer)
     if "sha256" in meta:
         if verify and sha256(folder / "tokens.bin") != meta["sha256"]:
-            raise IncompleteCache("tokens.bin differs from its sum")
+            raise IncompleteCache("tokens.bin differs from its checksum")
         return
-    meta["sha256"] = examine(folder / "tokens.bin", dtype_of(meta["vocab_size"]), meta["vocab_size"])
+    meta["sha256"] = examine(folder / "tokens.bin", token_dtype(meta["vocab_size"]), meta["vocab_size"])
     try:
         remove_temporary(folder, "meta.json")
         write_json(folder / "meta.json", meta)
@@ -275,7 +275,7 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
 
     InputError if the text cannot be read or encoded, or the disk lost a part of what was written.
     """
-    dtype = dtype_of(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
     digest = hashlib.sha256()
     counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
     documents = shard.read()
@@ -306,7 +306,7 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
 
 
 def progress_bar(shard):
-    """Of tokenising a shard, on process 0 and on a terminal only."""
+    """The progress of tokenising a shard: shown by process 0, on a terminal only."""
     return tqdm(
         desc=f"tokenising {shard.name}",
         unit=" chars",

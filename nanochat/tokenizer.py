@@ -86,13 +86,13 @@ def encoding_errors(problem: str):
         raise EncodingError(f"{problem} ({type(e).__name__}: {first_line(e)})") from None
 
 
-def content_of(pattern: str, tokens: list[bytes]) -> dict:
+def hashed_content(pattern: str, tokens: list[bytes]) -> dict:
     """The entries of a tokenizer.json that decide which tokens a text has. The hash is over them."""
     encoded = [base64.b64encode(token).decode() for token in tokens]
     return {"pattern": pattern, "special_tokens": list(SPECIAL_TOKENS), "tokens": encoded}
 
 
-def hash_of(content: dict) -> str:
+def content_hash(content: dict) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -116,7 +116,7 @@ class Tokenizer:
         )
         self.vocab_size = len(tokens) + len(self.special)
         self.bos_id = self.special[BOS]
-        self.hash = hash_of(content_of(pattern, tokens))
+        self.hash = content_hash(hashed_content(pattern, tokens))
 
     def encode_batch(self, texts: list[str], threads: int = 8) -> list[list[int]]:
         """Token ids of each text, without BOS. A special token written in a text is ordinary text."""
@@ -142,13 +142,13 @@ class Tokenizer:
             "hash": self.hash,
             "vocab_size": self.vocab_size,
             "trained_on": self.trained_on,
-            **content_of(self.pattern, self.tokens),
+            **hashed_content(self.pattern, self.tokens),
         }
         write_atomic(path, json.dumps(content, indent=0) + "\n")
 
 
-def other_text(tokenizer: Tokenizer, corpus) -> str:
-    """A line that says that the tokenizer was trained on another text; '' if it was trained on this one."""
+def note_on_tokenizer(tokenizer: Tokenizer, corpus) -> str:
+    """A line for the user if the tokenizer was trained on another text; '' if it was trained on this one."""
     trained_on = tokenizer.trained_on
     if trained_on.get("fingerprint") == corpus.fingerprint("train"):
         return ""
@@ -176,21 +176,21 @@ def load_tokenizer(path: Path | None = None) -> Tokenizer:
         raise InputError(f"{path}: damaged (more than {LARGEST_FILE:,} bytes); {remedy}")
     stored = read_json(path, replace(STORED, remedy=remedy))
     try:
-        return tokenizer_of(stored)
+        return tokenizer_from(stored)
     except ValueError as e:
         raise InputError(f"{path}: damaged ({e}); {remedy}") from None
     except EncodingError as e:
         raise InputError(f"{path}: {e}; {remedy}") from None
 
 
-def tokenizer_of(stored: dict) -> Tokenizer:
+def tokenizer_from(stored: dict) -> Tokenizer:
     """The tokenizer in a tokenizer.json's content. ValueError says what is wrong with the content."""
     try:
         tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
     except (ValueError, TypeError):
         raise ValueError("a token that is no base64") from None
-    content = content_of(stored["pattern"], tokens)
-    if hash_of(content) != stored["hash"]:
+    content = hashed_content(stored["pattern"], tokens)
+    if content_hash(content) != stored["hash"]:
         raise ValueError("its content does not match its hash")
     vocab_size = len(tokens) + len(SPECIAL_TOKENS)
     if stored.get("vocab_size", vocab_size) != vocab_size:

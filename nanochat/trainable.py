@@ -10,8 +10,7 @@ from nanochat.processes import World
 
 
 class Trainable:
-    """A GPT of which every parameter that requires a gradient is trained. A checkpoint holds all of the
-    model.
+    """A GPT of which every parameter that requires a gradient is trained. A checkpoint holds the whole model.
 
     nanochat/subspace/trainable.py and nanochat/adapters/trainable.py train something else: they override the
     methods that differ.
@@ -26,7 +25,10 @@ class Trainable:
         self.optimizers: list[torch.optim.Optimizer] = []  # of this process's shards
 
     def make_optimizers(self, world: World, dtype: torch.dtype):
-        """Divide the parameters among the processes; make the optimizers of this one's. dtype: `optim.Muon`'s."""
+        """Divide the parameters among the processes, and make the optimizers of this one's.
+
+        dtype: see `optim.Muon`.
+        """
         self.shards = shard_parameters(self.model, world.size)
         self.optimizers = self.build_optimizers(self.own_shards(world), dtype)
 
@@ -55,5 +57,5 @@ class Trainable:
         self.model.load_state_dict(state["model"])
 
     def meta(self) -> dict:
-        """What `adapters.loading.load_model` needs to build the model again, as JSON."""
+        """The JSON entries from which `adapters.loading.load_model` builds the model again."""
         return {"model": asdict(self.model.config)}

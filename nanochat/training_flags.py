@@ -1,6 +1,6 @@
 """The flags that describe a training: names and machine, text, length, learning rates, evaluation, saving."""
 
-from nanochat.arguments import number, whole_number
+from nanochat.arguments import real_number, whole_number
 from nanochat.flag_types import LONGEST, Flag, FlagGroup, Role, positive_floats
 from nanochat.naming import optional_tag, run_name, tag
 
@@ -106,7 +106,7 @@ START_GROUP = FlagGroup(
             default=None,
             metavar="TAG[:STEP]",
             role=Role.CONTEXT,
-            before=None,
+            old_default=None,
         ),
     ),
 )
@@ -131,7 +131,7 @@ LENGTH_GROUP = FlagGroup(
             "--target-flops",
             "FLOPs of the whole training, forward and backward, of this model itself; -1 = not set",
             default=-1,
-            type=number(above=0, off=-1),
+            type=real_number(above=0, off=-1),
             role=Role.REQUEST,
         ),
         Flag(
@@ -139,7 +139,7 @@ LENGTH_GROUP = FlagGroup(
             "training tokens for each parameter of the matrices, head included (embedding tables do not "
             "count); -1 = not set",
             default=12,
-            type=number(above=0, high=1e9, off=-1),
+            type=real_number(above=0, high=1e9, off=-1),
             role=Role.REQUEST,
         ),
         Flag(
@@ -149,7 +149,7 @@ LENGTH_GROUP = FlagGroup(
             default="full",
             choices=("full", "own"),
             role=Role.REQUEST,
-            before="own",
+            old_default="own",
             short="horizon-",
         ),
         Flag(
@@ -180,21 +180,21 @@ RATE_GROUP = FlagGroup(
             "--embedding-lr",
             "learning rate of the embedding tables (AdamW)",
             default=0.3,
-            type=number(0),
+            type=real_number(0),
             role=Role.RATE,
         ),
         Flag(
             "--unembedding-lr",
             "learning rate of the output head (AdamW) at width 768; it is multiplied by 768 / width",
             default=0.004,
-            type=number(0),
+            type=real_number(0),
             role=Role.RATE,
         ),
         Flag(
             "--matrix-lr",
             "learning rate of the matrices in the blocks (Muon); -1 = chosen from the number of steps",
             default=-1,
-            type=number(0, off=-1),
+            type=real_number(0, off=-1),
             role=Role.RATE,
             short="lr",
         ),
@@ -202,14 +202,14 @@ RATE_GROUP = FlagGroup(
             "--scalar-lr",
             "learning rate of the single numbers per layer or per channel (AdamW)",
             default=0.1,
-            type=number(0),
+            type=real_number(0),
             role=Role.RATE,
         ),
         Flag(
             "--weight-decay",
             "weight decay of the matrices in the blocks; 0 = none",
             default=0.0,
-            type=number(0),
+            type=real_number(0),
             role=Role.RATE,
         ),
     ),
@@ -223,7 +223,7 @@ SCHEDULE_GROUP = FlagGroup(
             "--grad-clip",
             "largest norm of the gradient; a larger one is scaled down to it. -1 = no limit",
             default=-1,
-            type=number(above=0, off=-1),
+            type=real_number(above=0, off=-1),
             role=Role.RATE,
         ),
         Flag(
@@ -237,14 +237,14 @@ SCHEDULE_GROUP = FlagGroup(
             "--warmdown-ratio",
             "share of all steps, at the end, in which the learning rates fall",
             default=0.5,
-            type=number(0, 1),
+            type=real_number(0, 1),
             role=Role.CONTEXT,
         ),
         Flag(
             "--final-lr-frac",
             "learning rate at the last step / highest learning rate",
             default=0.0,
-            type=number(0, 1),
+            type=real_number(0, 1),
             role=Role.CONTEXT,
         ),
     ),
@@ -282,7 +282,7 @@ EVALUATION_GROUP = FlagGroup(
             "--stop-at-ppl",
             "end the run at the first evaluation whose perplexity is not above this; -1 = train to the end",
             default=-1,
-            type=number(1, off=-1),
+            type=real_number(1, off=-1),
             role=Role.OTHER,
             free=True,
         ),

@@ -9,7 +9,7 @@ BYTES = [(1024.0**i, u) for i, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))
 TIME = [(1, "s"), (60, "min"), (3600, "h")]
 
 
-def unit_of(value: float, ladder: list) -> tuple[float, str]:
+def choose_unit(value: float, ladder: list) -> tuple[float, str]:
     """The largest unit of the ladder that `value`, rounded to three digits, fills at least once."""
     return next((step for step in reversed(ladder) if float(f"{abs(value) / step[0]:.3g}") >= 1), ladder[0])
 
@@ -24,7 +24,7 @@ def three_digits(value: float) -> str:
 
 def human(value: float, ladder: list) -> str:
     """A number with its unit: 5.24 M, 612 MiB, 12.3 min, 1.53 PFLOP."""
-    size, unit = unit_of(value, ladder)
+    size, unit = choose_unit(value, ladder)
     is_count = size == 1 and unit in ("", "B")  # there is no half token and no half byte
     digits = f"{value:.0f}" if is_count else three_digits(value / size)
     return f"{digits} {unit}".rstrip()

@@ -205,13 +205,13 @@ class Worker:
         *lines, self.text = (self.text + data).split(b"\n")
         messages = []
         for line in (line.decode("utf-8", "replace") for line in lines):
-            before, mark, message = line.partition(MARK)
+            text, mark, message = line.partition(MARK)
             if mark:
                 messages.append(json.loads(message))
-            elif before.startswith(("wandb: WARNING", "wandb: ERROR")) and UPLOAD_FAILED.search(before):
-                messages.append({"trouble": before.split(maxsplit=2)[2].split(". ")[0]})
-            elif not before.startswith("wandb:"):
-                self.last_line = before.strip() or self.last_line  # of a traceback
+            elif text.startswith(("wandb: WARNING", "wandb: ERROR")) and UPLOAD_FAILED.search(text):
+                messages.append({"trouble": text.split(maxsplit=2)[2].split(". ")[0]})
+            elif not text.startswith("wandb:"):
+                self.last_line = text.strip() or self.last_line  # of a traceback
         if dead and not data:
             last_line = self.last_line[:200]
             raise Trouble(f"its process ended with code {self.process.returncode} {last_line}".strip())
@@ -272,11 +272,11 @@ def is_id(text: str) -> bool:
 
 def project(environment: dict) -> str:
     """WANDB_PROJECT, without characters that W&B does not allow there."""
-    given = environment.get("WANDB_PROJECT", "").strip()
-    allowed = re.sub(r"[/\\#?%:]+", "-", given)[:128] or PROJECT
-    if given and allowed != given:
+    name = environment.get("WANDB_PROJECT", "").strip()
+    allowed = re.sub(r"[/\\#?%:]+", "-", name)[:128] or PROJECT
+    if name and allowed != name:
         say(
-            f"WANDB_PROJECT {given!r}: W&B takes at most 128 characters, without / \\ # ? % and :; "
+            f"WANDB_PROJECT {name!r}: W&B takes at most 128 characters, without / \\ # ? % and :; "
             f"the project is {allowed}"
         )
     return allowed
@@ -294,16 +294,16 @@ def program() -> str:
     return f"-m {name}" if name else getattr(main, "__file__", None) or sys.argv[0]
 
 
-def worker_environment(given: dict, offline: bool) -> dict:
+def worker_environment(variables: dict, offline: bool) -> dict:
     """The environment of a worker. Values that W&B would refuse are corrected or left out.
 
     offline: keep only OFFLINE_VARIABLES of W&B's own variables.
     """
     left_out = set(OWN_VARIABLES)
-    if given.get("WANDB_SWEEP_ID"):
+    if variables.get("WANDB_SWEEP_ID"):
         left_out.remove("RUN_ID")  # the agent has set it
     environment = {}
-    for name, value in given.items():
+    for name, value in variables.items():
         is_wandbs = name.startswith("WANDB_")
         short_name = name.removeprefix("WANDB_")
         if is_wandbs and short_name in left_out:
@@ -317,7 +317,7 @@ def worker_environment(given: dict, offline: bool) -> dict:
         if value or not is_wandbs:  # W&B refuses empty values
             environment[name] = value
     root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))
     return environment
 
 

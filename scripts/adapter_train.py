@@ -1,5 +1,6 @@
-r"""Adapt a finished model: train an adapter on it (LoRA, AdaLoRA, IA3), or all of it. Its layers may be
-executed more than once.
+r"""Adapt a finished model: train an adapter on it (LoRA, AdaLoRA, IA3), or all of it.
+
+Under --layer-map the model's layers run in another order, or more than once.
 
     # LoRA of rank 8
     python -m scripts.adapter_train --model-tag d4 --run-tag d4_wiki --data wiki/ --num-iterations 200
@@ -8,32 +9,32 @@ executed more than once.
     # 12 positions with the weights of 4 layers
     python -m scripts.adapter_train --model-tag d4 --run-tag d4_12 --layer-map 0,0,0,1,1,1,2,2,2,3,3,3
 
-A run is like those of base_train, and is evaluated also before its first step. Its checkpoints hold the
-adapter alone: the base has to stay where it is. scripts.base_eval, generate and infer_bench take the run as
-it is; scripts.materialize makes a plain model of it.
+A run is like those of base_train, and is also evaluated before its first step. Its checkpoints hold the
+adapter alone, so the base has to stay where it is. scripts.base_eval, generate and infer_bench take such a
+run as it is. scripts.materialize makes a plain model of it.
 """
 
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 
 from nanochat import common, metrics, processes
+from nanochat.accounting import account, on_meta
 from nanochat.adapters.adalora import Allocator
 from nanochat.adapters.attach import AdapterConfig, adapters_of, attach
 from nanochat.adapters.loading import ADAPTER, load_bases
 from nanochat.adapters.trainable import AdaLoRATrainable, AdapterTrainable
-from nanochat.arguments import ArgumentParser, number, quoted, whole_number
+from nanochat.arguments import ArgumentParser, quoted, real_number, whole_number
 from nanochat.checkpoint_manager import fitting_together, step_or_newest
 from nanochat.continuation import inherit, read_record
 from nanochat.errors import InputError
 from nanochat.flag_types import layer_map_flag
-from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS
+from nanochat.flags import OLD_DEFAULTS, SHAPE_FLAGS
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.layer_maps import check_same_shape, of_two, parse_map, stacked, with_layer_map
+from nanochat.layer_maps import check_same_shape, parse_map, stacked, takes_two_runs, with_layer_map
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
 from nanochat.optim import Rates, default_matrix_lr
 from nanochat.plan import batch_and_horizon, check_schedule, print_plan, take_device_batch
 from nanochat.processes import print0
-from nanochat.rank import account, on_meta
 from nanochat.run_files import read_meta, step_folder
 from nanochat.run_folder import FINISHED, check_resume, lock_folder
 from nanochat.run_setup import RunSpec, start_run
@@ -62,7 +63,7 @@ LR = {"lora": 1e-2, "adalora": 3e-2, "ia3": 1e-1, "none": 0.3}
 # ---- flags -------------------------------------------------------------------------------------------------
 
 
-def by_pattern(value_of):
+def pattern_list(parse_value):
     """argparse type: 'attn=4,mlp=16' -> the same text, if each value can be read."""
 
     def parse(text):
@@ -70,38 +71,40 @@ def by_pattern(value_of):
             pattern, equals, value = part.rpartition("=")
             if not (pattern and equals):
                 raise ArgumentTypeError(f"{quoted(text)}: write PATTERN=N,… such as attn=4,mlp=16")
-            value_of(value)
+            parse_value(value)
         return text
 
     return parse
 
 
-def patterns(text: str, value_of) -> dict:
+def parse_patterns(text: str, parse_value) -> dict:
     """'attn=4,mlp=16' -> {'attn': 4, 'mlp': 16}"""
     values = {}
     for part in text.split(",") if text else ():
         pattern, _, value = part.rpartition("=")
-        values[pattern] = value_of(value)
+        values[pattern] = parse_value(value)
     return values
 
 
 def add_run_flags(parser: ArgumentParser):
-    add = parser.add_argument_group("Base and text", "What is trained, and on what.").add_argument
+    add = parser.add_argument_group(
+        "Base and text", "The run to adapt, and the text to train on."
+    ).add_argument
     add("--model-tag", type=tag, required=True, help="the base: a finished run")
-    add("--step", type=whole_number(0, off=-1), default=-1, help="its checkpoint; -1 = the newest")
+    add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint of the base; -1 = the newest")
     RUN_TAG.add_to(add)
-    add("--data", default="", help="text to train on, as of base_train; '' = what the base was trained on")
+    add("--data", default="", help="text to train on, as in base_train; '' = the base's text")
     add(
         "--seed",
         type=whole_number(0),
         default=42,
-        help="of the adapter's first numbers, dropout and the order of the data",
+        help="seed of the adapter's first values, of dropout, and of the order of the text",
     )
     WANDB_RUN.add_to(add)
 
 
 def add_adapter_flags(parser: ArgumentParser):
-    add = parser.add_argument_group("Adapter", "What is added to the model, and trained.").add_argument
+    add = parser.add_argument_group("Adapter", "What is added to the model and trained.").add_argument
     add(
         "--adapter",
         choices=["lora", "adalora", "ia3", "none"],
@@ -112,37 +115,50 @@ def add_adapter_flags(parser: ArgumentParser):
         "--targets",
         default="",
         metavar="REGEX",
-        help=r"the matrices that are adapted, such as attn\.[qv]$ or blocks\.[01]\.mlp; '' = all, and of "
-        "ia3 k, v and down",
+        help=r"which matrices are adapted: attn\.[qv]$ or blocks\.[01]\.mlp, for example; '' = all for lora "
+        "and adalora, k, v and down for ia3",
     )
-    add("--rank", type=whole_number(1), default=8, help="of lora; of adalora the mean at the end")
-    add("--alpha", type=number(), default=16.0, help="the update is scaled by alpha / rank")
-    add("--rslora", action="store_true", help="by alpha / √rank instead (arXiv 2312.03732)")
+    add("--rank", type=whole_number(1), default=8, help="rank (lora), or mean rank at the end (adalora)")
+    add("--alpha", type=real_number(), default=16.0, help="the update is scaled by alpha / rank")
+    add("--rslora", action="store_true", help="scale by alpha / √rank instead (arXiv 2312.03732)")
     add(
         "--ranks",
-        type=by_pattern(whole_number(1)),
+        type=pattern_list(whole_number(1)),
         default="",
         metavar="REGEX=N,…",
-        help="ranks of the matrices that a pattern finds, of the first that does; of the others --rank",
+        help="ranks of the matrices whose names fit a pattern (the first that fits); the others have --rank",
     )
-    add("--alphas", type=by_pattern(number()), default="", metavar="REGEX=X,…", help="likewise")
-    add("--dropout", type=number(0, 1), default=0.0, help="of the adapter's input, in training")
-    add("--adalora-initial", type=number(), default=1.5, help="ranks at the start, over those at the end")
-    add("--adalora-warmup", type=number(0, 1), default=0.1, help="share of the steps before the budget falls")
+    add(
+        "--alphas",
+        type=pattern_list(real_number()),
+        default="",
+        metavar="REGEX=X,…",
+        help="the same for --alpha",
+    )
+    add("--dropout", type=real_number(0, 1), default=0.0, help="dropout of the adapter's input, in training")
+    add("--adalora-initial", type=real_number(), default=1.5, help="mean rank at the start / at the end")
+    add(
+        "--adalora-warmup",
+        type=real_number(0, 1),
+        default=0.1,
+        help="share of the steps before the ranks fall",
+    )
     add(
         "--adalora-final",
-        type=number(0, 1),
+        type=real_number(0, 1),
         default=0.3,
-        help="share of the steps at the end, in which the choice is fixed",
+        help="share of the steps, at the end, in which the ranks stay as they are",
     )
-    add("--adalora-every", type=whole_number(1), default=10, help="steps from one choice to the next")
+    add("--adalora-every", type=whole_number(1), default=10, help="steps between two choices of the ranks")
     add(
         "--adalora-orthogonality",
-        type=number(0),
+        type=real_number(0),
         default=0.1,
         help="weight of ‖PᵀP-I‖² + ‖QQᵀ-I‖² in the loss",
     )
-    add("--adalora-per-parameter", action="store_true", help="the budget counts parameters, not triplets")
+    add(
+        "--adalora-per-parameter", action="store_true", help="count the budget in parameters, not in triplets"
+    )
 
 
 def add_layer_flags(parser: ArgumentParser):
@@ -173,15 +189,20 @@ def add_layer_flags(parser: ArgumentParser):
 
 
 def add_rate_flags(parser: ArgumentParser):
-    add = parser.add_argument_group("Learning rate", "Of the adapter, or of the model.").add_argument
+    add = parser.add_argument_group("Learning rate", "For the adapter, or for the whole model.").add_argument
     add(
         "--lr",
-        type=number(0, off=-1),
+        type=real_number(0, off=-1),
         default=-1,
-        help="AdamW's; of none a factor on all learning rates of base_train; -1 = "
+        help="learning rate (AdamW); with --adapter none a factor on all learning rates of base_train; -1 = "
         + ", ".join(f"{lr:g} for {kind}" for kind, lr in LR.items()),
     )
-    add("--weight-decay", type=number(0), default=0.0, help="of matrices; scales do not decay")
+    add(
+        "--weight-decay",
+        type=real_number(0),
+        default=0.0,
+        help="weight decay of matrices; scales do not decay",
+    )
 
 
 def parse(argv=None):
@@ -213,7 +234,7 @@ def check_flags(args):
             f"--adalora-warmup {args.adalora_warmup:g}, --adalora-final {args.adalora_final:g}: together "
             "have to be below 1, so that the budget can fall in between"
         )
-    takes_two = of_two(args.layer_map)
+    takes_two = takes_two_runs(args.layer_map)
     if takes_two and not args.second_tag:
         raise InputError(
             f"--layer-map {args.layer_map}: takes layers of a second run; name it with --second-tag"
@@ -235,8 +256,8 @@ def adapter_config(args) -> AdapterConfig:
         args.alpha,
         args.dropout,
         args.rslora,
-        patterns(args.ranks, int),
-        patterns(args.alphas, float),
+        parse_patterns(args.ranks, int),
+        parse_patterns(args.alphas, float),
         args.adalora_initial,
         args.seed,
     )
@@ -313,7 +334,7 @@ def layers_of_map(args, depth: int) -> tuple[int, ...]:
     return layers
 
 
-def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
+def adapt(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
     """The model under the map, with the adapter at its start; with --adapter none all of it is trained."""
     if args.adapter == "none" and args.tied:
         return with_layer_map(bases[0], layers) if layers else bases[0]
@@ -324,7 +345,7 @@ def put_together(args, layers: tuple[int, ...], *bases: GPT) -> GPT:
 
 
 def allocator_for(args, model: GPT, steps: int) -> Allocator:
-    """AdaLoRA's, over so many steps."""
+    """AdaLoRA's allocator of ranks, for so many steps."""
     return Allocator(
         adapters_of(model, ADAPTER),
         steps,
@@ -337,10 +358,9 @@ def allocator_for(args, model: GPT, steps: int) -> Allocator:
 
 def rates(args, steps: int) -> Rates:
     """Learning rates of --adapter none: base_train's own, times --lr."""
-    usual = RATE_GROUP.defaults() | {"matrix_lr": default_matrix_lr(steps)}
-    return Rates(
-        **{name: args.lr * rate for name, rate in usual.items()} | {"weight_decay": args.weight_decay}
-    )
+    defaults = RATE_GROUP.defaults() | {"matrix_lr": default_matrix_lr(steps)}
+    scaled = {name: args.lr * rate for name, rate in defaults.items()}
+    return Rates(**scaled | {"weight_decay": args.weight_decay})
 
 
 def build_trainable(args, model: GPT, origin: dict, steps: int) -> Trainable:
@@ -377,20 +397,17 @@ def main(argv=None):
             print0(f"{spec.tag}: already finished, see {run.folder}")
             return
         bases = load_bases(metrics.runs_dir(), origin["bases"], run.world.device, recompute=args.recompute)
-        model = put_together(args, layers, *bases)
+        model = adapt(args, layers, *bases)
         trainable = build_trainable(args, model, origin, run.steps)
         stop = train(run, trainable, checkpoint)
     end_run(stop)
 
 
 def plan_run(args, base: Base, layers: tuple[int, ...]) -> RunSpec | None:
-    """What the flags decide: everything that can be wrong is found here, before anything is touched. None
-    with --dry-run: then it is printed.
-    """
+    """What the flags decide, with all checks, before anything is touched. --dry-run prints it: then None."""
     tokenizer = load_tokenizer(metrics.runs_dir() / args.model_tag / "tokenizer.json")
     config = replace(base.config, recompute=args.recompute)
-    # a model without its weights
-    shape = put_together(args, layers, *(on_meta(config) for _ in base.origins))
+    shape = adapt(args, layers, *(on_meta(config) for _ in base.origins))  # a model without its weights
     args.step = base.origins[0]["step"]
     args.given.add("step")  # -1 now means this checkpoint, and another later
     take_shape_flags(args, base, shape)
@@ -429,7 +446,7 @@ def plan_run(args, base: Base, layers: tuple[int, ...]) -> RunSpec | None:
 
 def take_shape_flags(args, base: Base, shape: GPT):
     """The flags of shape as the base has them: the plan and config.json need them too."""
-    flags = {**DEFAULTS_BEFORE, **base.run.config["flags"]}
+    flags = {**OLD_DEFAULTS, **base.run.config["flags"]}
     values = {name: flags[name] for name in SHAPE_FLAGS if name in flags and name != "layer_map"}
     vars(args).update(values, depth=shape.config.n_layer, max_seq_len=base.config.sequence_len)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanochat import arguments, common, metrics, processes
+from nanochat import arguments, common, devices, metrics, processes
 from nanochat.adapters.loading import load_model
 from nanochat.agreement import confirm, from_first, load_same
 from nanochat.arguments import quoted, whole_number
@@ -52,15 +52,15 @@ def parse(argv=None):
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
     add("--eval", type=eval_parts, default="bpb,sample", help="one or more of core,bpb,sample")
     add("--data", default="", help="text to evaluate on, or the new place of the run's text; '' = the run's")
-    add("--eval-tokens", type=whole_number(1), default=2**19, help="tokens of each split")
+    add("--eval-tokens", type=whole_number(1), default=2**19, help="number of tokens of each split")
     add("--core-dir", default="", help="folder of CORE's evaluation bundle; '' = downloaded once")
     add(
         "--max-per-task",
         type=whole_number(1, off=-1),
         default=-1,
-        help="examples asked in each task of CORE; -1 = all",
+        help="number of questions of each task of CORE; -1 = all",
     )
-    add("--device-batch-size", type=whole_number(1), default=32)
+    add("--device-batch-size", type=whole_number(1), default=32, help="sequences that are computed together")
     arguments.device_flags(add, "of the computation; weights are float32")
     return parser.parse_args(argv)
 
@@ -85,7 +85,7 @@ def main(argv=None):
     core_missing = bundle is not None and RESULT_KEYS["core"] not in core_results
     unwritten = []
     if missing or core_missing:
-        dtype = from_first(world, dtype_of, args, folder, world.device.type)
+        dtype = from_first(world, pick_dtype, args, folder, world.device.type)
         load = partial(load_model, folder, step, world.device)
         model, tokenizer, _ = load_same(world, load, step_folder(folder, step))
         context = model.config.sequence_len
@@ -112,7 +112,7 @@ def main(argv=None):
         raise InputError("; ".join(unwritten))
 
 
-# ---- what there is -----------------------------------------------------------------------------------------
+# ---- earlier results ---------------------------------------------------------------------------------------
 
 
 def open_run(args) -> tuple[metrics.Run, int]:
@@ -121,8 +121,8 @@ def open_run(args) -> tuple[metrics.Run, int]:
     return replace(metrics.load_run(folder), history=[]), step_or_newest(folder, args.step)
 
 
-def dtype_of(args, folder: Path, device_type: str):
-    return common.compute_dtype(args.dtype, device_type, before=metrics.dtype_so_far(folder, device_type))
+def pick_dtype(args, folder: Path, device_type: str):
+    return devices.compute_dtype(args.dtype, device_type, run_dtype=metrics.dtype_so_far(folder, device_type))
 
 
 def missing_parts(args, results: dict) -> list[str]:
@@ -182,7 +182,7 @@ def evaluate_on_text(missing: list[str], model, tokenizer, corpus, args, world, 
 
 
 def store(path: Path, results: dict, rank: int) -> list[str]:
-    """Write the results, on process 0. Returns the error, if there is one: the results are shown first."""
+    """Write the results, on process 0. An error is returned, so that the results are shown before it."""
     if rank > 0:
         return []
     try:

@@ -20,6 +20,7 @@ from nanochat import (
     agreement,
     common,
     compiler,
+    devices,
     metrics,
     naming,
     parallel,
@@ -28,6 +29,8 @@ from nanochat import (
     signals,
     step_metrics,
 )
+from nanochat.accounting import account
+from nanochat.budget import choose_model, print_frontier
 from nanochat.checkpoint_manager import fitting_together
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.dataloader import training_batch, training_batches
@@ -36,18 +39,10 @@ from nanochat.errors import InputError
 from nanochat.evaluation import Evaluation, core_questions, is_multiple, print_samples
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
+from nanochat.memory import check_memory, predict_peak
 from nanochat.optim import Rates, load_optimizer_state, muon_momentum
-from nanochat.plan import (
-    check_memory,
-    parse_flags,
-    print_frontier,
-    print_plan,
-    solve_budget,
-    take_device_batch,
-    training_plan,
-)
+from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
 from nanochat.processes import World, print0
-from nanochat.rank import account, predict_peak
 from nanochat.run_files import step_folder
 from nanochat.run_folder import FINISHED, check_resume, lock_folder
 from nanochat.run_inputs import first_weights, vocabulary
@@ -82,20 +77,20 @@ def main(argv=None):
 
 
 def plan_run(args) -> RunSpec | None:
-    """What the flags decide. None if they ask to see it only: then it is printed."""
+    """What the flags decide. --plan and --dry-run only print it: then None."""
     check_resume(args.resume)
     world_size = processes.process_layout().size
     tokenizer, vocab_size = vocabulary(args)
-    device_type = common.pick_device_type(args.device_type)
-    dtype = common.compute_dtype(args.dtype, device_type, training=True)
+    device_type = devices.pick_device_type(args.device_type)
+    dtype = devices.compute_dtype(args.dtype, device_type, training=True)
     if args.plan:
         print_frontier(args, vocab_size, world_size, dtype.itemsize)
         return None
     tag = args.model_tag
     if not tag:
-        tag = tag_by_default(args, lambda flags: naming.default_tag(flags, solve_budget(flags, vocab_size)))
+        tag = tag_by_default(args, lambda flags: naming.default_tag(flags, choose_model(flags, vocab_size)))
     inherit(args, read_record(metrics.runs_dir() / tag), tag)
-    config = solve_budget(args, vocab_size)
+    config = choose_model(args, vocab_size)
     subspace_config = subspace.from_flags(args, config)
     weights, derived = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
@@ -141,8 +136,9 @@ def build_trainable(model: GPT, args, matrix_lr: float) -> Trainable:
 
 
 def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.StopRequest | None:
-    """From the checkpoint, (state, meta), or from step 0, to the last step. Returns the request to stop that
-    ended it earlier, with its state saved; else None.
+    """Train from the checkpoint, (state, meta), or from step 0, to the last step.
+
+    Returns None, or the request to stop that ended the training earlier. Then the state is saved.
     """
     world = run.world
     tensors, meta = checkpoint or (run.spec.weights, {})
@@ -151,7 +147,7 @@ def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.S
     state = restore(run, trainable, tensors, meta)
     output = open_output(run, trainable, meta)
     compile_model(run, trainable.model)
-    metrics.reset_peak_memory(world.device)
+    devices.reset_peak_memory(world.device)
     if world.size > 1:
         dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
     with signals.stop_signals() as stop, parallel.share_requests(stop):
@@ -222,9 +218,10 @@ def train_steps(
 def forward_backward(
     model: GPT, batches, micro_steps: int, world: World, dtype: torch.dtype, stop: signals.StopRequest
 ) -> tuple[float | None, bool]:
-    """Gradients, averaged over all micro-steps and processes, of one step's rows. Returns (mean loss over all
-    of them, whether a process was asked to stop). The loss is None if a process broke the step off for that:
-    the gradients are then of no use.
+    """Gradients of one step's rows, averaged over all micro-steps and processes.
+
+    Returns (mean loss of all rows, whether a process was asked to stop). The loss is None if a process broke
+    the step off because of that. Then the gradients are of no use.
     """
     total = torch.zeros(3, device=world.device)  # loss, requests to stop, processes that broke off
     started = time.perf_counter()
@@ -247,7 +244,7 @@ def forward_backward(
 
 
 def gradient_norm(model: GPT, clip: float) -> float:
-    """The norm before clipping; clip <= 0: none."""
+    """Clip the gradients, and return their norm before that. clip <= 0: do not clip."""
     if clip > 0:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
@@ -264,9 +261,7 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
 
 
 def update(trainable: Trainable, world: World, step: int, lrm: float):
-    """Update number `step` (from 0) from the gradients: each process its own shards, which are then
-    exchanged.
-    """
+    """Update number `step` (from 0): each process updates its own shards, and then all exchange them."""
     for optimizer in trainable.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
@@ -281,8 +276,9 @@ def update(trainable: Trainable, world: World, step: int, lrm: float):
 
 
 def restore(run: Run, trainable: Trainable, tensors: dict | None, meta: dict) -> RunState:
-    """Take over a checkpoint, meta {} for first weights alone. InputError where it does not fit, or where the
-    processes have different ones.
+    """Take over a checkpoint. meta: {} for first weights alone.
+
+    InputError where it does not fit, or where the processes have different ones.
     """
     state = RunState.from_meta(meta)
     state.last = state.step == run.steps
@@ -320,11 +316,11 @@ def open_output(run: Run, trainable: Trainable, meta: dict) -> RunOutput:
 
 
 def compile_model(run: Run, model: GPT):
-    """Compile where --compile asks for it, with a batch of the shapes to come."""
+    """Compile the blocks if --compile says so. The first training batch shows the compiler the shapes."""
     choice = run.args.compile
     device, _, size = run.world
     flops = run.plan["tokens"] * run.spec.accounting["flops/per_token"]
-    if compiler.wanted(choice, device.type, flops):
+    if compiler.should_compile(choice, device.type, flops):
         x, y = training_batch(run.text.train_rows, 0, run.args.device_batch_size, run.world)
         compiler.compile_if_possible(model, choice, device, size, lambda: model(x, y, run.dtype).backward())
 

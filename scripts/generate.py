@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat import arguments, common, metrics, processes
+from nanochat import arguments, common, devices, metrics, processes
 from nanochat.adapters.loading import load_model
-from nanochat.arguments import number, whole_number
+from nanochat.arguments import real_number, whole_number
 from nanochat.checkpoint_manager import step_or_newest
 from nanochat.engine import Sampling, crop_to_context, generate
 from nanochat.errors import InputError
@@ -76,7 +76,7 @@ class Text:
 
 
 def continue_prompt(model, tokenizer, prompt: str, args, dtype):
-    """Print the prompt and its continuation: the first sample at once, the others when all have ended."""
+    """Print the prompt and its continuations: the first one as it grows, the others when all have ended."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     context = model.config.sequence_len
     cropped = crop_to_context(tokens, context)
@@ -118,22 +118,24 @@ def parse(argv=None):
     )
     add("--model-tag", type=optional_tag, default="", help="the run; '' = the newest finished one")
     add("--step", type=whole_number(0, off=-1), default=-1, help="checkpoint; -1 = the newest")
-    add("--num-samples", type=whole_number(1, 2**16), default=1, help="continuations of a prompt")
+    add(
+        "--num-samples", type=whole_number(1, 2**16), default=1, help="number of continuations of each prompt"
+    )
     add(
         "--max-tokens",
         type=whole_number(1),
         default=256,
         help="the longest continuation; beyond the context the model rereads the last half of it",
     )
-    add("--temperature", type=number(0), default=0.8, help="0 = always the likeliest token")
+    add("--temperature", type=real_number(0), default=0.8, help="0 = always the likeliest token")
     add("--top-k", type=whole_number(0), default=0, help="draw from the k likeliest tokens; 0 = from all")
     add(
         "--top-p",
-        type=number(0, 1),
+        type=real_number(0, 1),
         default=1.0,
         help="draw from the likeliest tokens that together have this probability",
     )
-    add("--seed", type=whole_number(0), default=0)
+    add("--seed", type=whole_number(0), default=0, help="seed of the draws")
     arguments.device_flags(add, "of the computation; weights are float32")
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
@@ -159,7 +161,7 @@ def main(argv=None):
     args = parse(argv)
     tag = args.model_tag or newest_finished_run()
     device = processes.init_process(args.device_type, alone=True).device
-    dtype = common.compute_dtype(args.dtype, device.type)
+    dtype = devices.compute_dtype(args.dtype, device.type)
     model, tokenizer, step = open_model(tag, args.step, device)
     model.to(dtype)  # once, and not at every token
     print_note(f"{tag}, step {step}{'' if args.model_tag else ' (the newest finished run)'}")

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat import arguments, common, plan, processes
+from nanochat import arguments, common, devices, plan, processes
 from nanochat.adapters.attach import plain_model
-from nanochat.arguments import ArgumentParser, number, whole_number
+from nanochat.arguments import ArgumentParser, real_number, whole_number
 from nanochat.benchmark import Setting, flags_as_json, machine_description, machine_text, spread, take_turns
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.errors import InputError
@@ -38,11 +38,11 @@ from nanochat.flags import build_parser
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.naming import optional_tag
 from nanochat.plan import full_rank
+from nanochat.rank import AUTOMATIC
 from nanochat.report.bench_page import write_result
 from nanochat.report.infer_bench_page import draw_inference, infer_tables
 from nanochat.report.page import to_markdown
-from nanochat.step_metrics import bytes_of
-from nanochat.whole_ranks import AUTOMATIC
+from nanochat.step_metrics import tensor_bytes
 from scripts.generate import open_model
 
 SAMPLE_SECONDS = 0.05  # a sample is as many calls as take this long
@@ -70,7 +70,7 @@ def main(argv=None):
     # InputError for wrong flags comes before anything is loaded
     config = None if args.model_tag else model_config(args)
     device = processes.init_process(args.device_type, alone=True).device
-    setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
+    setting = Setting(device, devices.compute_dtype(args.dtype, device.type), args.repeats)
     if config:
         model = random_model(config, device)
         origin = "random weights"
@@ -150,7 +150,7 @@ def shape_flags(add):
     add_shape("--vocab-size", whole_number(2, LONGEST), "{} without a run")
     heads = "key/value heads, a divisor of the heads; -1 = as many as heads"
     add_shape("--n-kv-head", whole_number(1, off=-1), heads)
-    add_shape("--mlp-ratio", number(above=0), "hidden width of the MLP / width; {:g} without a run")
+    add_shape("--mlp-ratio", real_number(above=0), "hidden width of the MLP / width; {:g} without a run")
     add_shape("--window-pattern", str, "as of scripts.base_train; {} without a run")
     for flag in ("--attn-rank", "--mlp-rank", "--lm-head-rank"):
         add_shape(flag, rank_flag, "as of scripts.base_train; {} without a run")
@@ -216,8 +216,8 @@ def sizes(forms: dict[str, GPT], dtype) -> dict:
         config = form.config
         entries[name] = {
             "parameters": sum(p.numel() for p in form.parameters()),
-            "weights_bytes": bytes_of(form.parameters()),
-            "blocks_bytes": bytes_of(form.blocks.parameters()),
+            "weights_bytes": tensor_bytes(form.parameters()),
+            "blocks_bytes": tensor_bytes(form.blocks.parameters()),
             "cache_bytes_of_a_full_context": cache_bytes(config, 1, config.sequence_len, dtype),
         }
     return entries
@@ -294,7 +294,7 @@ def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Sett
             "tokens/s / dense": spread(dense["step"] / times["step"]),
             "forward / step": spread(times["forward"] / times["step"]),
             "cache_bytes": cache_bytes(form.config, batch, prompt_tokens + 1, dtype),
-            "peak_bytes": bytes_of(form.parameters()) + peak_bytes(once, setting.device),
+            "peak_bytes": tensor_bytes(form.parameters()) + peak_bytes(once, setting.device),
             "seconds by repeat": seconds[name],
         }
     return case

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat import arguments, common, processes
+from nanochat import arguments, common, devices, processes
+from nanochat.accounting import on_meta
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.benchmark import Setting, flags_as_json, machine_description, machine_text, spread, take_turns
 from nanochat.errors import InputError
@@ -33,12 +34,11 @@ from nanochat.flag_types import LONGEST, WIDEST, comma_separated, rank_flag
 from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPTConfig, make_linear
 from nanochat.ops import rows_at_once
-from nanochat.rank import on_meta
+from nanochat.rank import resolve_rank
 from nanochat.report.bench_page import write_result
 from nanochat.report.layer_bench_page import case_title, draw_layers, layer_tables
 from nanochat.report.page import to_markdown
-from nanochat.step_metrics import bytes_of
-from nanochat.whole_ranks import resolve_rank
+from nanochat.step_metrics import tensor_bytes
 
 # a sample is as many calls as take this long; a clock's tick and a kernel's launch are far shorter
 SAMPLE_SECONDS = 0.005
@@ -63,7 +63,7 @@ def main(argv=None):
     if args.out:
         check_out("--out", args.out)
     device = processes.init_process(args.device_type, alone=True).device
-    setting = Setting(device, common.compute_dtype(args.dtype, device.type), args.repeats)
+    setting = Setting(device, devices.compute_dtype(args.dtype, device.type), args.repeats)
     machine = machine_description(device, setting.dtype)
     shape = f"width {args.model_dim}, vocabulary {args.vocab_size}"
     description = f"{machine_text(machine)}; {shape}; {args.repeats} repeats"
@@ -228,7 +228,7 @@ def decoding(in_features: int, out_features: int, rank: int, setting: Setting) -
     device = setting.device
     layer = make_layer(in_features, out_features, rank, device).requires_grad_(False)
     layers = [layer]
-    copies = min(MOST_COPIES, math.ceil(COLD_BYTES / bytes_of(layer.parameters())))
+    copies = min(MOST_COPIES, math.ceil(COLD_BYTES / tensor_bytes(layer.parameters())))
     while len(layers) < copies:
         layers.append(make_layer(in_features, out_features, rank, device).requires_grad_(False))
     x = torch.randn(1, in_features, device=device).to(setting.dtype)
@@ -315,7 +315,7 @@ def summary(subjects: dict, seconds: dict, flops_per_weight: int) -> list[dict]:
             {
                 "rank": rank,
                 "parameters": parameters[rank],
-                "weights_bytes": bytes_of(subject["layer"].parameters()),
+                "weights_bytes": tensor_bytes(subject["layer"].parameters()),
                 "kept_bytes": subject["kept_bytes"],
                 "flops": flops_per_weight * parameters[rank],
                 "seconds": {name: spread(values) for name, values in totals[rank].items()},

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
-from nanochat import arguments, common, layer_maps, metrics, processes
+from nanochat import arguments, common, devices, layer_maps, metrics, processes
 from nanochat.adapters.loading import load_model
 from nanochat.arguments import whole_number
 from nanochat.checkpoint_manager import step_or_newest
@@ -41,7 +41,7 @@ def main(argv=None):
     run = metrics.load_run(folder)
     world = processes.init_process(args.device_type, alone=True)
     device = world.device
-    dtype = common.compute_dtype(args.dtype, device.type)
+    dtype = devices.compute_dtype(args.dtype, device.type)
     model, tokenizer, _ = load_model(folder, step_or_newest(folder, args.step), device)
     second = second_model(args.second_tag, model, tokenizer, device) if args.second_tag else None
     maps = maps_to_try(args, model)
@@ -54,7 +54,7 @@ def main(argv=None):
     if second:
         second_map = tuple(layers + layer for layer in second.config.positions)
         candidates.append((second_map, f"{args.second_tag} as it is", second))
-    names = {make_map(layers): name for name, make_map in layer_maps.NAMED.items()}
+    names = {make_map(layers): name for name, make_map in layer_maps.NAMED_MAPS.items()}
     candidates += [(layer_map, names.get(layer_map, ""), None) for layer_map in maps if layer_map != original]
 
     results = []
@@ -96,7 +96,7 @@ def flag_parser():
         help="a run of the same shape and tokenizer, whose newest checkpoint is B in maps such as "
         "A:0,A:1,B:1",
     )
-    names = ", ".join(layer_maps.NAMED)
+    names = ", ".join(layer_maps.NAMED_MAPS)
     add(
         "--maps",
         default="",
@@ -139,7 +139,7 @@ def check_flags(args):
     """InputError if the flags do not fit together."""
     if not (args.maps.strip() or args.all_monotone or args.random):
         raise InputError("--maps, --all-monotone, --random: give at least one of them")
-    two_run_maps = [text for text in args.maps.split() if layer_maps.of_two(text)]
+    two_run_maps = [text for text in args.maps.split() if layer_maps.takes_two_runs(text)]
     if two_run_maps and not args.second_tag:
         raise InputError(
             f"--maps {two_run_maps[0]}: takes layers of a second checkpoint; name its run with --second-tag"
@@ -168,7 +168,7 @@ def maps_to_try(args, model: GPT) -> list[tuple[int, ...]]:
                 f"--all-monotone {args.all_monotone}: {layers} layers have more than {LARGEST_FAMILY:,} "
                 "such maps; give fewer positions"
             )
-        maps += layer_maps.monotone(layers, args.all_monotone)
+        maps += layer_maps.monotone_maps(layers, args.all_monotone)
     positions = args.positions or len(model.config.positions)
     maps += layer_maps.random_maps(layers, positions, args.random, args.seed)
     return list(dict.fromkeys(maps))

@@ -23,10 +23,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from nanochat import arguments, common, factorize, metrics, processes
+from nanochat import arguments, common, devices, factorize, metrics, processes
+from nanochat.accounting import account
 from nanochat.adapters.attach import plain_model
 from nanochat.adapters.loading import load_model
-from nanochat.arguments import number, whole_number
+from nanochat.arguments import real_number, whole_number
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint, step_or_newest
 from nanochat.config import MATRICES
 from nanochat.continuation import deciding, differing_keys
@@ -34,15 +35,14 @@ from nanochat.errors import InputError
 from nanochat.factorize import linear_layers, rank_of
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import matrix_ranks_flag, rank_flag
-from nanochat.flags import DEFAULTS_BEFORE, add_rank_multiple, build_parser
+from nanochat.flags import OLD_DEFAULTS, add_rank_multiple, build_parser
 from nanochat.gpt import GPT, SCORE_SCALE, GPTConfig
 from nanochat.layer_ranks import check_ranks, named_ranks
 from nanochat.loss_eval import evaluate, validation_rows
 from nanochat.naming import optional_tag, run_folder, tag
 from nanochat.ops import SOFTCAP
-from nanochat.rank import account
+from nanochat.rank import AUTOMATIC, resolve_rank, shortest_ranks_text
 from nanochat.run_files import complete_summary
-from nanochat.whole_ranks import AUTOMATIC, resolve_rank, shortest_ranks_text
 
 TRUNCATION_FLAGS = ("attn_rank", "mlp_rank", "matrix_ranks", "lm_head_rank", "energy")
 
@@ -61,7 +61,7 @@ def main(argv=None):
         out = metrics.runs_dir() / args.out_tag
         lock = common.get_base_dir() / "locks" / f"{args.out_tag}.lock"
         with common.claimed(lock, f"--out-tag {args.out_tag}: {out}"):
-            metrics.remove_left_overs(out)
+            metrics.remove_unfinished_files(out)
             make_run(args, run, folder, step, out)
         folder = out
     if args.safetensors:
@@ -108,7 +108,7 @@ def flag_parser():
     add_rank_multiple(add)
     add(
         "--energy",
-        type=number(0, 1),
+        type=real_number(0, 1),
         default=None,
         help="truncate each matrix of the blocks to the smallest rank that keeps this share of its squared "
         "singular values",
@@ -163,7 +163,7 @@ def make_run(args, run: metrics.Run, folder: Path, step: int, out: Path):
     """Write the run folder `out` from a checkpoint; its summary, which says finished, comes last."""
     world = processes.init_process(args.device_type, alone=True)
     device = world.device
-    dtype = common.compute_dtype(args.dtype, device.type)
+    dtype = devices.compute_dtype(args.dtype, device.type)
     model, tokenizer, meta = load_model(folder, step, device)
     eval_tokens = args.eval_tokens if args.eval_tokens >= 0 else run.config["flags"]["eval_tokens"]
     truncation = {flag: getattr(args, flag) for flag in (*TRUNCATION_FLAGS, "rank_multiple")}
@@ -359,7 +359,7 @@ def pretraining_flags(flags: dict) -> dict:
     """
     if "adapter" not in flags:
         return flags
-    defaults = vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
+    defaults = vars(build_parser().parse_args([])) | OLD_DEFAULTS
     new_flags = {name: flags.get(name, default) for name, default in defaults.items()}
     if flags["adapter"] != "none":
         new_flags["layer_map"] = ""

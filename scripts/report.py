@@ -108,31 +108,31 @@ def parse(argv):
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the report (created if needed)")
     add(
         "--margin-time",
-        type=arguments.number(),
+        type=arguments.real_number(),
         default=0.0,
         help="H1: the share by which time per step must be below full rank's",
     )
     add(
         "--margin-memory",
-        type=arguments.number(),
+        type=arguments.real_number(),
         default=0.0,
         help="H1: the share by which memory must be below full rank's",
     )
     add(
         "--margin-ppl",
-        type=arguments.number(),
+        type=arguments.real_number(),
         default=0.05,
         help="H2: the share of perplexity that counts as little",
     )
     add(
         "--equal-params",
-        type=arguments.number(),
+        type=arguments.real_number(),
         default=0.02,
         help="H3: the share by which equal numbers of parameters may differ",
     )
     add(
         "--confidence",
-        type=arguments.number(),
+        type=arguments.real_number(),
         default=0.95,
         help="of all intervals of a hypothesis together",
     )

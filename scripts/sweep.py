@@ -36,9 +36,9 @@ from nanochat.sweep.display import last_lines, log_path
 from nanochat.sweep.existing import check_existing, inherited_flags, without_inherited
 from nanochat.sweep.experiment import NAMED_TEXT, Point, Sweep, read_experiment
 from nanochat.sweep.local import claim_path, places, run_all
+from nanochat.sweep.workers import run_workers
 from nanochat.token_cache import cached_tokens
-from nanochat.tokenizer import load_tokenizer, other_text, tokenizer_path
-from nanochat.workers import run_workers
+from nanochat.tokenizer import load_tokenizer, note_on_tokenizer, tokenizer_path
 
 
 def build_parser():
@@ -176,7 +176,7 @@ def prepare(sweep: Sweep):
     tokenizer = prepare_tokenizer(sweep)
     texts = dict.fromkeys(point.args.data for point in sweep.points)
     corpora = {text: open_corpus(text) for text in texts}
-    note = other_text(tokenizer, corpora[sweep.data])
+    note = note_on_tokenizer(tokenizer, corpora[sweep.data])
     if note:
         print(note)
     check_existing(sweep, tokenizer, corpora)

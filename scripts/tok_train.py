@@ -17,12 +17,12 @@ from nanochat.tokenizer import EncodingError, load_tokenizer, tokenizer_path, tr
 
 def cut_documents(documents, doc_cap: int, max_chars: int):
     """The documents, each cut to doc_cap characters, until they have max_chars characters together."""
-    left = max_chars
+    remaining = max_chars
     for text in documents:
-        if left <= 0:
+        if remaining <= 0:
             return
-        text = text[: min(doc_cap, left)]
-        left -= len(text)
+        text = text[: min(doc_cap, remaining)]
+        remaining -= len(text)
         yield text
 
 

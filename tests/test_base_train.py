@@ -17,7 +17,7 @@ from conftest import TINY, Killed, losses
 from processes import Launched
 from test_core_eval import write_bundle
 
-from nanochat import common, metrics
+from nanochat import devices, metrics
 from nanochat.adapters.loading import load_model
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
 from nanochat.errors import InputError
@@ -149,7 +149,7 @@ def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_
     train, kill_after, monkeypatch
 ):
     monkeypatch.delenv("NANOCHAT_DTYPE")
-    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
     half = train(tag="half")
     single = train("--dtype", "float32", tag="single")
     assert [run.config["device"]["dtype"] for run in (half, single)] == ["bfloat16", "float32"]
@@ -160,7 +160,7 @@ def test_on_a_processor_with_bfloat16_a_run_trains_in_it_and_goes_on_in_what_it_
     with pytest.raises(Killed):
         train("--save-every", 2, tag="resumed")
     kill_after(None)
-    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: False)  # as on the next machine
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: False)  # as on the next machine
     assert losses(train("--save-every", 2, "--resume", "auto", tag="resumed")) == losses(half)
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     assert losses(train(tag="asked")) == losses(single)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from nanochat.accounting import account
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
-from nanochat.rank import account
 
 BENCH = ROOT / "dev/bench"
 TINY = shlex.split(

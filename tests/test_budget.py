@@ -7,23 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat.accounting import account, count_parameters
+from nanochat.budget import budget_frontier, choose_model, rank_levels, solve_depth, solve_rank, with_ranks
 from nanochat.config import MATRICES
 from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.gpt import GPTConfig
-from nanochat.layer_ranks import ranks_in_short
-from nanochat.plan import budget_frontier, full_rank, model_config, solve_budget
-from nanochat.rank import (
-    GROUPS,
-    account,
-    count_parameters,
-    rank_levels,
-    ranks_over_depth,
-    solve_depth,
-    solve_rank,
-    with_ranks,
-)
-from nanochat.whole_ranks import rank_step, resolve_rank
+from nanochat.layer_ranks import GROUPS, ranks_in_short
+from nanochat.plan import full_rank, model_config
+from nanochat.rank import rank_step, ranks_over_depth, resolve_rank
 from scripts import base_train
 
 
@@ -229,6 +221,60 @@ def test_deepest_model_of_every_schedule(schedule):
         assert solve_depth(at, budget).n_layer == deepest
 
 
+SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
+
+
+@pytest.mark.parametrize(
+    "attn,mlp", [((), ()), ((16,) * 4, ()), ((32, 20, 10, 4), (8,) * 4), ((0.5, 0.4, 0.3, 0.2), (0.25,) * 4)]
+)
+@pytest.mark.parametrize("more", [0, 5_000, 17_123, 60_000, 10**9])
+def test_solved_rank_comes_nearest_to_the_budget_from_below(attn, mlp, more):
+    smallest = replace(SHAPE, attn_ranks=(1,) * 4, mlp_ranks=() if attn and not mlp else (1,) * 4)
+    budget = count_parameters(smallest) + more
+    config = solve_rank(replace(SHAPE, attn_ranks=attn, mlp_ranks=mlp), budget)
+    ranks = [r for group in (config.attn_ranks, config.mlp_ranks) for r in group]
+    assert count_parameters(config) <= budget and all(1 <= r <= 64 for r in ranks)
+    if attn and not mlp:
+        assert config.mlp_ranks == ()  # a full-rank group stays so
+    if min(ranks) < 64 and (not attn or len(set(attn)) == 1):  # one step more in every rank is too much
+        attn_ranks = tuple(min(64, rank + 1) for rank in config.attn_ranks)
+        mlp_ranks = tuple(min(64, rank + 1) for rank in config.mlp_ranks)
+        larger = replace(config, attn_ranks=attn_ranks, mlp_ranks=mlp_ranks)
+        assert larger == config or count_parameters(larger) > budget
+
+
+def test_solved_depth_is_the_deepest_within_the_budget():
+    def at(depth):
+        return replace(SHAPE, n_layer=depth, attn_ranks=(8,) * depth, mlp_ranks=(8,) * depth)
+
+    for depth in (1, 2, 7, 30):
+        budget = count_parameters(at(depth))
+        assert solve_depth(at, budget).n_layer == depth
+        assert solve_depth(at, budget + 1).n_layer == depth
+
+
+def test_solved_depth_is_the_deepest_where_a_wider_model_has_smaller_ranks_too():
+    """Here the width passes 256 between 24 and 25 layers, where a rank of 11 becomes one of 8."""
+
+    def at(depth):
+        ranks = (0.045,) * depth
+        return GPTConfig(
+            16, 50, depth, 1, 1, 2 * round(5.3 * depth), attn_ranks=ranks, mlp_ranks=ranks, rank_multiple=-1
+        )
+
+    counts = {depth: count_parameters(at(depth)) for depth in range(1, 36)}
+    assert at(24).n_embd < 256 < at(25).n_embd and counts[25] < counts[24]
+    for budget in (counts[25], counts[24] - 1, counts[24], counts[22], counts[27]):
+        assert solve_depth(at, budget).n_layer == max(depth for depth, n in counts.items() if n <= budget)
+
+
+def test_impossible_budgets_say_what_the_least_is():
+    with pytest.raises(ValueError, match="even rank 1"):
+        solve_rank(SHAPE, 1000)
+    with pytest.raises(ValueError, match=r"even 1 layer\(s\) have"):
+        solve_depth(lambda depth: replace(SHAPE, n_layer=depth), 1000)
+
+
 # ---- flags
 
 SMALL = [
@@ -254,11 +300,11 @@ def test_depths_at_which_the_flags_do_not_fit_together_are_passed_over():
         counts[depth] = count_parameters(model_config(at(1, "--depth", depth), 300))
     for budget in (200_000, 400_000, 10**6):
         deepest = max(depth for depth, count in counts.items() if count <= budget)
-        assert solve_budget(at(budget, "--solve", "depth"), 300).n_layer == deepest
+        assert choose_model(at(budget, "--solve", "depth"), 300).n_layer == deepest
     frontier = budget_frontier(at(400_000), 300)
     assert len(frontier) > 1 and [config.n_layer for config in frontier] == [4, 6, 8, 10, 12][: len(frontier)]
     with pytest.raises(InputError, match=r"--budget-params 10000: even 4 layer\(s\) have"):
-        solve_budget(at(10_000, "--solve", "depth"), 300)
+        choose_model(at(10_000, "--solve", "depth"), 300)
 
 
 RECIPE = ("--attn-rank", 0.25, "--mlp-rank", 0.297, "--matrix-ranks", "v=0,o=0")  # what speedrun.sh trains
@@ -266,16 +312,16 @@ WIDE = ("--model-dim", 256, "--head-dim", 64)
 
 
 def test_the_recipe_fills_the_budget_of_full_rank_in_twice_the_layers():
-    full = solve_budget(flags(*WIDE, "--depth", 2), 300)
+    full = choose_model(flags(*WIDE, "--depth", 2), 300)
     budget = count_parameters(full)
     asked = (*WIDE, "--depth", 4, "--budget-params", budget, "--solve", "rank")
-    deep = solve_budget(flags(*asked, *RECIPE), 300)
+    deep = choose_model(flags(*asked, *RECIPE), 300)
     assert 0.98 * budget < count_parameters(deep) <= budget and full_rank(deep) == replace(full, n_layer=4)
     assert deep.matrix_ranks == {"v": (0,) * 4, "o": (0,) * 4}
     (q,) = set(deep.attn_ranks)
     (up,) = set(deep.mlp_ranks)
     assert q % 8 == up % 8 == 0 and up / q == pytest.approx(0.297 / 0.25, rel=0.2)
-    own = solve_budget(flags(*asked, "--attn-rank", 16, "--mlp-rank", 48, "--matrix-ranks", "v=32,o=0"), 300)
+    own = choose_model(flags(*asked, "--attn-rank", 16, "--mlp-rank", 48, "--matrix-ranks", "v=32,o=0"), 300)
     assert own.rank("v", 0) == pytest.approx(2 * own.rank("q", 0), abs=2) and own.rank("o", 3) == 0
 
 
@@ -302,13 +348,13 @@ def test_a_wide_model_is_solved_in_eights():
 def test_ranks_of_single_layers_are_scaled_and_full_ones_stay():
     budget = count_parameters(model_config(flags("--matrix-ranks", "down=12/24/0"), 300))
     asked = ("--solve", "rank", "--budget-params")
-    config = solve_budget(flags("--matrix-ranks", "down=4/8/0,q=0", *asked, budget), 300)
+    config = choose_model(flags("--matrix-ranks", "down=4/8/0,q=0", *asked, budget), 300)
     assert config.matrix_ranks == {"down": (12, 24, 0), "q": (0, 0, 0)}
     assert not (config.mlp_ranks or config.attn_ranks)
-    unnamed = solve_budget(flags("--matrix-ranks", "v=0", *asked, 30_000), 300)
+    unnamed = choose_model(flags("--matrix-ranks", "v=0", *asked, 30_000), 300)
     assert unnamed.rank("q", 0) > 0 and unnamed.rank("up", 0) > 0 and unnamed.rank("v", 0) == 0
     with pytest.raises(InputError, match="--budget-params 30000: no matrix is left whose rank could be"):
-        solve_budget(flags("--matrix-ranks", "q=0,k=0,v=0,o=0,up=0,down=0", *asked, 30_000), 300)
+        choose_model(flags("--matrix-ranks", "q=0,k=0,v=0,o=0,up=0,down=0", *asked, 30_000), 300)
 
 
 def test_plan_says_which_matrices_have_ranks_of_their_own(capsys):
@@ -317,7 +363,7 @@ def test_plan_says_which_matrices_have_ranks_of_their_own(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r" *\d", line)][1:]
     assert len(rows) > 1
     for row in rows:
-        config = solve_budget(flags("--depth", row.split()[0], *asked, "--solve", "rank"), 300)
+        config = choose_model(flags("--depth", row.split()[0], *asked, "--solve", "rank"), 300)
         assert f"(q {config.rank('q', 0)}, v full)" in row and row.split()[2] == str(config.attn_ranks[0])
 
 
@@ -326,14 +372,14 @@ def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch
     more = ("--attn-rank", 0.5, "--mlp-rank", 0.25, "--budget-params", 40_000)
     base_train.main([*SMALL, *map(str, more), "--plan"])
     lines = capsys.readouterr().out.splitlines()
-    full = account(solve_budget(flags(), 300))
+    full = account(choose_model(flags(), 300))
     assert not (tmp_path / "nothing").exists()
     assert lines[2].split()[:6] == ["3", "32", "full", "full", f"{full['params/total']:,}", "1.00"]
     rows = [line.split() for line in lines[3:] if re.match(r" *\d", line)]
     assert [int(row[0]) for row in rows] == list(range(1, 13))
     assert lines[-1].startswith("deeper models may fit too")
     for row in rows:
-        config = solve_budget(flags("--depth", row[0], *more, "--solve", "rank"), 300)
+        config = choose_model(flags("--depth", row[0], *more, "--solve", "rank"), 300)
         cost = account(config)
         assert row[2:4] == [str(config.attn_ranks[0]), str(config.mlp_ranks[0])]
         assert row[4:6] == [f"{cost['params/total']:,}", f"{cost['params/total'] / full['params/total']:.2f}"]
@@ -341,7 +387,7 @@ def test_plan_lists_the_largest_rank_at_each_depth(capsys, tmp_path, monkeypatch
             f"{cost['flops/per_token'] / 1e6:,.1f}",
             f"{cost['flops/per_token'] / full['flops/per_token']:.2f}",
         ]
-        dense = count_parameters(solve_budget(flags("--depth", row[0]), 300))
+        dense = count_parameters(choose_model(flags("--depth", row[0]), 300))
         assert (row[-1] == "too") == (dense <= 40_000)
 
 
@@ -361,7 +407,7 @@ def test_plan_stops_where_rank_1_no_longer_fits():
     last = budget_frontier(args, 300)[-1].n_layer
     assert last < 12
     with pytest.raises(InputError, match="even rank 1"):
-        solve_budget(flags("--depth", last + 1, "--budget-params", 24_000, "--solve", "rank"), 300)
+        choose_model(flags("--depth", last + 1, "--budget-params", 24_000, "--solve", "rank"), 300)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +449,7 @@ def test_impossible_plans_are_one_line(more, message, tmp_path, monkeypatch):
 def test_a_list_of_ranks_leaves_no_depth_to_solve_for():
     args = flags("--budget-params", 40_000, "--solve", "depth", "--rank-schedule", "8,4,2")
     with pytest.raises(InputError, match=r"--solve depth: --rank-schedule 8,4,2 .* use --solve rank"):
-        solve_budget(args, 300)
+        choose_model(args, 300)
 
 
 def test_ranks_in_short():

@@ -13,7 +13,7 @@ from nanochat import checkpoint_manager as cm
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
 from nanochat.errors import InputError
-from nanochat.history_file import HistoryFile
+from nanochat.history_writer import HistoryWriter
 from nanochat.run_files import read_meta, read_summary, step_folder, write_meta
 from scripts import adapter_train, base_train
 
@@ -113,18 +113,18 @@ def test_a_record_that_lost_lines_is_refused_and_one_that_lost_half_a_line_is_cu
 
 def test_lines_survive_once_committed_and_their_sum_goes_on_after_a_restart(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = HistoryFile(path)
+    file = HistoryWriter(path)
     file.append({"step": 1})
     first = file.commit()
     file.close()
     with open(path, "ab") as f:
         f.write(b"x" * (3 * 2**20))  # half a line, longer than what is read at once
-    file = HistoryFile(path)
+    file = HistoryWriter(path)
     assert path.read_bytes() == b'{"step": 1}\n' and file.commit() == first
     file.append({"step": 2})
     second = file.commit()
     file.close()
-    assert HistoryFile(path).commit() == second and second["bytes"] == os.path.getsize(path)
+    assert HistoryWriter(path).commit() == second and second["bytes"] == os.path.getsize(path)
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

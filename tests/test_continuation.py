@@ -10,12 +10,13 @@ import pytest
 from conftest import TINY, Killed, losses, tiny_experiment
 
 from nanochat import metrics, plan
+from nanochat.budget import choose_model
 from nanochat.checkpoint_manager import saved_steps, step_folder
 from nanochat.continuation import FREE, PLACES, differences
 from nanochat.errors import InputError
-from nanochat.flags import DEFAULTS_BEFORE, build_parser
+from nanochat.flags import OLD_DEFAULTS, build_parser
 from nanochat.gpt import GPTConfig
-from nanochat.plan import solve_budget, training_plan
+from nanochat.plan import training_plan
 from nanochat.report.configurations import settings
 from scripts import adapter_train, base_eval, base_train, layer_map_eval, materialize
 from scripts import sweep as sweeps
@@ -91,7 +92,7 @@ def interrupted(train, kill_after):
 @pytest.fixture
 def narrow_before(monkeypatch):
     """As if the program of then, which had no flag --mlp-ratio, had made MLPs of twice the width."""
-    monkeypatch.setitem(DEFAULTS_BEFORE, "mlp_ratio", 2.0)
+    monkeypatch.setitem(OLD_DEFAULTS, "mlp_ratio", 2.0)
 
 
 # ---- flags that came later, and other defaults -------------------------------------------------------------
@@ -100,14 +101,14 @@ def narrow_before(monkeypatch):
 def test_every_later_flag_has_a_value_with_which_the_flags_of_then_mean_what_they_meant():
     args = build_parser().parse_args([])
     later = vars(args).keys() - OF_THEN["flags"].keys()
-    assert not later - DEFAULTS_BEFORE.keys() - FREE - PLACES, "a Flag that came later needs `before`"
-    vars(args).update({**DEFAULTS_BEFORE, **OF_THEN["flags"]})
-    config = solve_budget(args, 300)
+    assert not later - OLD_DEFAULTS.keys() - FREE - PLACES, "a Flag that came later needs `old_default`"
+    vars(args).update({**OLD_DEFAULTS, **OF_THEN["flags"]})
+    config = choose_model(args, 300)
     assert json.dumps(asdict(config)) == json.dumps(asdict(GPTConfig(**MODEL_OF_THEN)))
     training = training_plan(args, config, 1)
     for name in ("num_iterations", "total_batch_size", "grad_accum_steps", "tokens", "matrix_lr"):
         assert training[name] == OF_THEN["derived"][name], name
-    assert settings(metrics.Run("old", OF_THEN, {}, []), DEFAULTS_BEFORE)["mlp_ratio"] == 4.0
+    assert settings(metrics.Run("old", OF_THEN, {}, []), OLD_DEFAULTS)["mlp_ratio"] == 4.0
 
 
 def test_what_a_record_lacks_does_not_make_it_another_run_and_what_it_says_does():

@@ -220,7 +220,7 @@ def test_what_a_killed_download_left_is_removed_and_a_changed_bundle_is_named(tm
     (folder / "fingerprint").unlink()  # as an earlier version left it
     assert open_bundle() == bundle
     (folder / "sha256").write_text("x\n")
-    with pytest.raises(InputError, match="sha256: not a sum of 64 digits, but 'x'"):
+    with pytest.raises(InputError, match="sha256: not a checksum of 64 digits, but 'x'"):
         open_bundle()
 
 

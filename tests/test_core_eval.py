@@ -190,9 +190,9 @@ def test_fewer_questions_are_the_same_questions(bundle):
     five = select_examples(task, 5)
     assert len(set(five)) == 5 and five == select_examples(task, 9)[:5]
     some, every = (questions(bundle, Letters(), 99, n)[0] for n in (3, -1))
-    assert [q.number for q in some] == select_examples(task, 3)
+    assert [q.index for q in some] == select_examples(task, 3)
     for q in some:  # after the same solved examples, drawn from all examples of the task
-        np.testing.assert_array_equal(q.rows[0][0], every[q.number].rows[0][0])
+        np.testing.assert_array_equal(q.rows[0][0], every[q.index].rows[0][0])
 
 
 def text(ids):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import (
-    common,
     cpu,
+    devices,
     recompute,  # noqa: F401  its operators
 )
 from nanochat.attention import attention, window_mask
@@ -46,7 +46,7 @@ def test_onednn_multiplies_float32_on_amd_only_and_only_where_it_does_not_round(
     vendor, flags, exact, chosen, float32_products, monkeypatch
 ):
     float32_products.fp32_precision = "none"
-    monkeypatch.setattr(common, "processor", lambda: {"vendor_id": vendor, "flags": flags})
+    monkeypatch.setattr(devices, "processor", lambda: {"vendor_id": vendor, "flags": flags})
     if not exact:  # a library that rounds the factors
         eye = torch.eye
         monkeypatch.setattr(torch, "eye", lambda n: eye(n).mul_(1 - 2**-12))

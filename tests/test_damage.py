@@ -17,7 +17,7 @@ from nanochat.continuation import inherit
 from nanochat.dataset import Shard
 from nanochat.errors import InputError
 from nanochat.files import NoOrdinaryFile, Schema, digest_file, read_json, sha256
-from nanochat.fingerprints import KEPT_FROM, file_hash
+from nanochat.fingerprints import RECORDED_FROM, file_hash
 from nanochat.flags import build_parser
 from nanochat.history import read_history
 from nanochat.token_cache import cache_folder, cached_tokens
@@ -55,7 +55,7 @@ def test_a_pipe_in_place_of_a_file_is_an_error_and_no_process_waits_for_it(tmp_p
         with pytest.raises(NoOrdinaryFile):
             read()
     text = tmp_path / "text.parquet"
-    text.write_bytes(b"x" * KEPT_FROM)
+    text.write_bytes(b"x" * RECORDED_FROM)
     os.utime(text)
     monkeypatch.setattr("nanochat.fingerprints.SETTLED_AFTER", -1.0)
     digest = file_hash(text)

@@ -411,7 +411,7 @@ def test_import_is_light():
 def kept(tmp_path, monkeypatch):
     """Every fingerprint is kept; hashed(path) -> (fingerprint, whether the file was read for it)."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(fingerprints, "KEPT_FROM", 0)
+    monkeypatch.setattr(fingerprints, "RECORDED_FROM", 0)
     monkeypatch.setattr(fingerprints, "SETTLED_AFTER", -1)
     reads = []
     read = fingerprints.content_hash

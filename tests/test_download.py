@@ -24,7 +24,7 @@ from nanochat import dataset
 from nanochat import hub as hub_files
 from nanochat.dataset import open_corpus
 from nanochat.errors import InputError
-from nanochat.fingerprints import stamp_of
+from nanochat.fingerprints import file_stamp
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 VAL = "shard_06542.parquet"
@@ -376,7 +376,7 @@ def test_a_full_disk_ends_the_download_at_once():
 
     attempts = []
     with pytest.raises(OSError, match="No space left"):
-        hub_files.persistently(full)
+        hub_files.with_retries(full)
     assert len(attempts) == 1
 
 
@@ -455,8 +455,8 @@ def test_every_call_compares_the_files_that_are_there(hub, call, folder):
         open_corpus("climbmix")
     code, lines = call("-n", "1")
     assert code == 0 and sorted(hub.fetched()) == [NAMES[0], NAMES[1], NAMES[3]]
-    notes = [line for line in lines if line.endswith(": has another sum: fetched again")]
-    assert notes == [f"{folder / name}: has another sum: fetched again" for name in (NAMES[1], NAMES[3])]
+    notes = [line for line in lines if line.endswith(": has another checksum: fetched again")]
+    assert notes == [f"{folder / name}: has another checksum: fetched again" for name in (NAMES[1], NAMES[3])]
     assert folder_of("climbmix").items() <= hub.files.items() and len(open_corpus("climbmix").train) == 4
 
     # a copy of the folder, or one of an earlier version: read once, and not fetched
@@ -470,7 +470,7 @@ def test_every_call_compares_the_files_that_are_there(hub, call, folder):
 def test_verify_finds_damage_that_the_times_of_a_file_do_not_tell(hub, call, folder):
     changed(folder / NAMES[2], 50, b"?")
     index = json.loads((folder / ".index.json").read_text())
-    index["files"][NAMES[2]]["stamp"] = stamp_of((folder / NAMES[2]).stat())
+    index["files"][NAMES[2]]["stamp"] = file_stamp((folder / NAMES[2]).stat())
     (folder / ".index.json").write_text(json.dumps(index))
     assert call("-n", "4")[0] == 0 and hub.fetched() == []
     hub.faults["GET", NAMES[2]] = ["corrupt"] * 3
@@ -502,10 +502,10 @@ def test_without_the_hub_files_are_compared_with_the_index(hub, call, folder):
     hub.shutdown()
     hub.server_close()
     code, lines = call("-n", "4")
-    assert code == 0 and "refused" in lines[0] and "compared with the sums of their download" in lines[0]
+    assert code == 0 and "refused" in lines[0] and "compared with the checksums of their download" in lines[0]
     changed(folder / NAMES[1], 50, b"?")
     code, lines = call("-n", "4")
-    assert code == 2 and len(lines) == 1 and f"{NAMES[1]} has another sum; 1 of 5 files" in lines[0]
+    assert code == 2 and len(lines) == 1 and f"{NAMES[1]} has another checksum; 1 of 5 files" in lines[0]
 
 
 def test_files_that_are_not_in_lfs_or_have_no_sum_or_no_end(hub, call):
@@ -517,7 +517,7 @@ def test_files_that_are_not_in_lfs_or_have_no_sum_or_no_end(hub, call):
     assert folder_of("climbmix") == {
         name: hub.files[name] for name in ("shard_00000.parquet", "shard_00001.parquet", VAL)
     }
-    assert "1 file(s) (shard_00001.parquet, …) are compared by size alone: the hub tells no" in "".join(lines)
+    assert "1 file(s) (shard_00001.parquet, …) are compared by size alone: the hub has no" in "".join(lines)
     assert "1 of 4 files missing" in lines[-1]
     file = {"type": "file", "oid": 7}
     hub.strange = [

@@ -18,8 +18,8 @@ from processes import Launched, environment, free_port
 
 from nanochat import common, locks, loss_eval, metrics, processes, signals
 from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.checkpoint_writer import write_in_fork
 from nanochat.errors import InputError
-from nanochat.writer import write_in_fork
 from scripts import adapter_train, base_train
 
 FLAGS = [*TINY, "--device-batch-size", "2"]
@@ -96,13 +96,13 @@ def train_and_save_slowly(flags):
 
 
 def train_and_evaluate_slowly(flags):
-    batch_of = loss_eval.batch_of
+    make_batch = loss_eval.make_batch
 
     def slow(rows, device):
         time.sleep(2)
-        return batch_of(rows, device)
+        return make_batch(rows, device)
 
-    loss_eval.batch_of = slow
+    loss_eval.make_batch = slow
     base_train.main(flags)
 
 

@@ -265,7 +265,7 @@ def test_gpus_that_torch_cannot_use_are_said(cuda, command):
     assert command("scripts/base_train.py", "--dry-run", "--device-type", "cpu")[0] == 0
     cuda(0, AssertionError("Torch not compiled with CUDA enabled"), ["/dev/nvidia0"])
     with pytest.raises(InputError, match=r"has 1 GPU\(s\), .* Torch not compiled with CUDA enabled; install"):
-        common.pick_device_type("")
+        devices.pick_device_type("")
     with pytest.raises(InputError, match="Torch not compiled"):
         processes.init_process("cuda")
 
@@ -274,12 +274,12 @@ def test_gpus_that_torch_cannot_use_are_said(cuda, command):
 def test_hidden_gpus_mean_the_cpu(given, cuda, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     cuda()
-    assert common.pick_device_type("") == "cpu"
+    assert devices.pick_device_type("") == "cpu"
 
 
 def test_no_gpus_mean_the_cpu(cuda):
     cuda(0)
-    assert common.pick_device_type("") == "cpu"
+    assert devices.pick_device_type("") == "cpu"
 
 
 def test_a_gpu_that_does_not_compute_is_said(monkeypatch):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nanochat.flag_types import ALWAYS_THERE, Flag, FlagGroup, Role
-from nanochat.flags import DEFAULTS_BEFORE, FLAG_GROUPS, FLAGS, SHAPE_FLAGS, build_parser, flag_names
+from nanochat.flag_types import NO_OLD_DEFAULT, Flag, FlagGroup, Role
+from nanochat.flags import FLAG_GROUPS, FLAGS, OLD_DEFAULTS, SHAPE_FLAGS, build_parser, flag_names
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=[flag.name for flag in FLAGS])
@@ -33,7 +33,9 @@ def test_a_declaration_becomes_a_flag_of_the_parser():
 
 def test_a_new_flag_is_added_by_its_declaration_alone():
     """The default of False makes a switch; a group is a group of --help."""
-    group = FlagGroup("Trial", "What is tried.", (Flag("--try-it", "try it", default=False, before=True),))
+    group = FlagGroup(
+        "Trial", "What is tried.", (Flag("--try-it", "try it", default=False, old_default=True),)
+    )
     parser = build_parser()
     group.add_to(parser)
     assert parser.parse_args(["--try-it"]).try_it is True and parser.parse_args([]).try_it is False
@@ -43,8 +45,8 @@ def test_a_new_flag_is_added_by_its_declaration_alone():
 def test_tables_follow_from_the_declarations():
     assert SHAPE_FLAGS[0] == "depth" and {"attn_rank", "solve", "plan"} <= set(SHAPE_FLAGS)
     assert flag_names(Role.NAME) == ("model_tag", "run_tag")
-    assert DEFAULTS_BEFORE["horizon_from"] == "own" and DEFAULTS_BEFORE["init_from"] is None
-    assert "depth" not in DEFAULTS_BEFORE and ALWAYS_THERE not in DEFAULTS_BEFORE.values()
+    assert OLD_DEFAULTS["horizon_from"] == "own" and OLD_DEFAULTS["init_from"] is None
+    assert "depth" not in OLD_DEFAULTS and NO_OLD_DEFAULT not in OLD_DEFAULTS.values()
 
 
 def test_reading_the_flags_loads_no_torch():

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import recompute
+from nanochat.accounting import account
 from nanochat.attention import window_mask
 from nanochat.compiler import chunk_loss
 from nanochat.gpt import (
@@ -23,7 +24,6 @@ from nanochat.gpt import (
     resolve_rank,
 )
 from nanochat.ops import SOFTCAP, CrossEntropy, logits, norm, project, relu2_mlp
-from nanochat.rank import account
 
 
 def tiny(**changes) -> GPT:
@@ -243,7 +243,7 @@ def test_relu2_mlp_has_the_gradients_of_its_formula(up_rank, down_rank, kept):
     down = make_linear(12, 8, down_rank).double()
     up.init()
     down.init()
-    down.kept = kept and down_rank > 0
+    down.keep_product = kept and down_rank > 0
     parameters = [*up.parameters(), *down.parameters()]
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 5, 8, dtype=torch.float64)

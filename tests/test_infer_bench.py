@@ -7,10 +7,10 @@ import statistics
 import pytest
 import torch
 
+from nanochat.accounting import count_parameters
 from nanochat.engine import next_logits, prefill
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
-from nanochat.rank import count_parameters
 from nanochat.report.infer_bench_page import verdict, verdicts
 from scripts import infer_bench
 from scripts.infer_bench import make_forms, make_passes, peak_bytes, random_model

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
+from nanochat.accounting import matrix_parameters, on_meta
 from nanochat.benchmark import spread, take_turns
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig, make_linear
-from nanochat.rank import matrix_parameters, on_meta
 from nanochat.report.layer_bench_page import rank_text
 from scripts import layer_bench
 from scripts.layer_bench import break_even, kept_bytes, layer_shapes, summary

@@ -7,24 +7,24 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from nanochat.accounting import account
 from nanochat.adapters import attach
 from nanochat.adapters.attach import AdapterConfig
 from nanochat.engine import GREEDY, generate, next_logits, prefill
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import (
-    copied_out,
     goliath,
     map_text,
     mobilellm,
-    monotone,
+    monotone_maps,
     parse_map,
     random_maps,
     solar,
     with_copied_layers,
     with_layer_map,
+    without_layer_map,
 )
-from nanochat.rank import account
 
 MAP = (0, 2, 2, 1, 0)
 LOW = dict(attn_ranks=(4, 8, 0), mlp_ranks=(0.25, 0.5, 0.75), matrix_ranks={"v": (0, 3, 5)}, lm_head_rank=8)
@@ -126,7 +126,7 @@ def test_texts_of_maps():
     "layers,positions,count", [(4, 8, 35), (4, 12, 165), (4, 4, 1), (1, 3, 1), (2, 5, 4)]
 )
 def test_monotone_maps_are_all_that_keep_the_order(layers, positions, count):
-    maps = monotone(layers, positions)
+    maps = monotone_maps(layers, positions)
     everything = itertools.product(range(layers), repeat=positions) if layers**positions < 10**5 else maps
     assert len(maps) == count and sorted(maps) == sorted(
         m for m in everything if list(m) == sorted(m) and set(m) == set(range(layers))
@@ -251,7 +251,7 @@ def test_a_tied_model_copied_out_keeps_the_scalars_of_its_positions():
     model = tiny(layer_map=MAP, value_embeddings=True, **LOW)
     idx = tokens(2, 16)
     assert len(set(model.x0_lambdas.tolist())) == 5, "trained by position"
-    each = copied_out(model)
+    each = without_layer_map(model)
     assert torch.equal(each(idx), model(idx)) and each.config.n_layer == 5 and not each.config.layer_map
     assert torch.equal(each.x0_lambdas, model.x0_lambdas)
     reordered = with_copied_layers(model, (1, 2, 0))

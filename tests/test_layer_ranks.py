@@ -136,7 +136,9 @@ def test_every_script_takes_the_same_multiple():
     wide = ("--model-dim", "1280", "--head-dim", "128")
     for multiple, rank in ((-1, 384), (1, 380), (96, 384), (50, 400)):
         flags = ("--rank-multiple", str(multiple))
-        args = materialize.parse(["--model-tag", "a", "--out-tag", "b", "--mlp-rank", "0.297", *flags])
+        args = materialize.flag_parser().parse_args(
+            ["--model-tag", "a", "--out-tag", "b", "--mlp-rank", "0.297", *flags]
+        )
         choose = materialize.ranks_to_choose(args, GPTConfig(n_layer=1, n_head=10, n_kv_head=10, n_embd=1280))
         assert choose["blocks.0.mlp.up"](torch.ones(1280)) == rank
         bench = layer_bench.flag_parser().parse_args([*wide, "--ranks", "0.297", *flags])

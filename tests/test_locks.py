@@ -11,9 +11,9 @@ import pytest
 from processes import Launched, wait_for
 
 from nanochat import leases, locks
+from nanochat.checkpoint_writer import write_in_fork
 from nanochat.common import claimed, locked
 from nanochat.errors import InputError
-from nanochat.writer import write_in_fork
 
 WITHOUT_FLOCK = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from nanochat import arguments, plan
+from nanochat import arguments, budget
 from nanochat.errors import InputError
 from nanochat.flags import build_parser
 from nanochat.sweep.experiment import read_experiment
@@ -202,7 +202,7 @@ def test_what_has_no_meaning_or_no_place_is_refused_before_anything_is_written(
 
 
 def test_a_budget_without_end_is_refused(train, monkeypatch):
-    monkeypatch.setattr(plan, "DEEPEST", 40)
+    monkeypatch.setattr(budget, "DEEPEST", 40)
     with pytest.raises(InputError, match="--budget-params 9223.*: leaves room for more than 40 layers"):
         train("--budget-params", 2**63 - 1, "--solve", "depth")
 

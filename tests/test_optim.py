@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanochat import optim
+from nanochat.accounting import account
 from nanochat.adapters.attach import AdapterConfig, attach
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import (
@@ -15,7 +16,6 @@ from nanochat.optim import (
     update_scale,
     uses_muon,
 )
-from nanochat.rank import account
 
 LRS = Rates(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02, scalar_lr=0.01, weight_decay=0.1)
 

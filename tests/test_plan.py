@@ -3,10 +3,11 @@
 import pytest
 from conftest import TINY
 
+from nanochat.accounting import account
+from nanochat.budget import choose_model
 from nanochat.errors import InputError
 from nanochat.flags import build_parser
-from nanochat.plan import model_config, solve_budget, take_device_batch, training_plan
-from nanochat.rank import account
+from nanochat.plan import model_config, take_device_batch, training_plan
 from scripts import base_train
 
 
@@ -84,7 +85,7 @@ def test_of_a_solved_depth_the_horizon_is_that_of_the_solved_shape():
     free = ["--num-iterations", "-1", "--target-param-data-ratio", "2000", "--total-batch-size", "-1"]
     budget = ["--mlp-rank", "4", "--budget-params", "60_000", "--solve", "depth"]
     args = build_parser().parse_args([*TINY, *free, *budget])
-    config = solve_budget(args, 300)
+    config = choose_model(args, 300)
     assert config.n_layer > 2
     assert training_plan(args, config, 1) == plan_of(*free, "--depth", config.n_layer)[1]
 

@@ -60,10 +60,10 @@ def test_which_blocks_recompute_and_what_they_keep():
     assert [kinds["full", mode] for mode in recompute.MODES] == [no, no, yes]
     assert [kinds["last", mode] for mode in recompute.MODES] == [no, [False, False, True], yes]
     model = tiny(**LOW, recompute="bottleneck")
-    assert all(block.attn.q.kept and block.mlp.down.kept for block in model.blocks)
+    assert all(block.attn.q.keep_product and block.mlp.down.keep_product for block in model.blocks)
     model.config = replace(model.config, recompute="block")
     recompute.apply(model)
-    assert not any(block.attn.q.kept or block.mlp.down.kept for block in model.blocks)
+    assert not any(block.attn.q.keep_product or block.mlp.down.keep_product for block in model.blocks)
     recompute.remove(model)
     assert all(type(block) is Block for block in model.blocks)
 

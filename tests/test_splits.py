@@ -7,7 +7,7 @@ from conftest import losses, story
 
 from nanochat.dataset import open_corpus
 from nanochat.errors import InputError
-from nanochat.splits import split_of
+from nanochat.splits import find_split
 
 
 def fill(folder, *names):
@@ -58,13 +58,16 @@ def splits_of(folder):
     ],
 )
 def test_words_tell_the_split(name, split):
-    assert split_of(name, whole=False) == split
-    assert split_of(name.upper(), whole=False) == split
+    assert find_split(name, single_word=False) == split
+    assert find_split(name.upper(), single_word=False) == split
 
 
 def test_in_whole_names_no_other_word_counts():
-    assert split_of("the-test", whole=True) is None and split_of("val-kilmer", whole=True) is None
-    assert split_of("test", whole=True) == split_of("test_3-of-4", whole=True) == "test"
+    assert (
+        find_split("the-test", single_word=True) is None
+        and find_split("val-kilmer", single_word=True) is None
+    )
+    assert find_split("test", single_word=True) == find_split("test_3-of-4", single_word=True) == "test"
 
 
 # (names, training, validation, left out)

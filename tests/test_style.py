@@ -19,7 +19,7 @@ FOLDERS = ("nanochat", "scripts", "dev", "tests")
 WINGS = ("adapters", "subspace", "sweep", "report")
 LAUNCHERS = ("nanochat/sweep/", "scripts/sweep.py")  # on a cluster's login node: no matplotlib
 MOST_LINES = 60
-MOST_PARAMETERS = 7
+MAX_PARAMETERS = 7
 
 # (rule, "path" or "path::function"): why it stands
 EXEMPT: dict[tuple[str, str], str] = {}
@@ -201,10 +201,10 @@ def parameter_count(module: Module):
         a = node.args
         parameters = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
         count = sum(p.arg not in ("self", "cls", "ctx") for p in parameters)
-        if count > MOST_PARAMETERS:
+        if count > MAX_PARAMETERS:
             yield (
                 node,
-                f"{node.name} has {count} parameters; at most {MOST_PARAMETERS}: group what belongs together",
+                f"{node.name} has {count} parameters; at most {MAX_PARAMETERS}: group what belongs together",
             )
 
 

@@ -183,7 +183,7 @@ def test_verify_reads_every_cache_and_builds_the_damaged_again(train, base_dir, 
     capsys.readouterr()
     mended = train("--verify", tag="mended")
     output = capsys.readouterr().out
-    assert output.count("was not whole (tokens.bin differs from its sum) and is built again") == 2
+    assert output.count("was not whole (tokens.bin differs from its checksum) and is built again") == 2
     assert "token caches: 3 read whole" in output
     assert losses(mended) == losses(whole) and mended.summary["val/ppl"] == whole.summary["val/ppl"]
     assert train(tag="mended").summary == mended.summary, "the flag is free at a resume"

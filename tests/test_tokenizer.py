@@ -72,7 +72,7 @@ def with_hash(stored: dict, **changes) -> dict:
     """Another content, as whoever writes such a file would give it its hash."""
     stored = stored | changes
     tokens = [base64.b64decode(token) for token in stored["tokens"]]
-    return stored | {"hash": tokenizers.hash_of(tokenizers.content_of(stored["pattern"], tokens))}
+    return stored | {"hash": tokenizers.content_hash(tokenizers.hashed_content(stored["pattern"], tokens))}
 
 
 def test_no_content_of_a_tokenizer_file_is_more_than_one_line(base_dir):

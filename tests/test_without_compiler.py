@@ -14,9 +14,9 @@ FALSE = "the C++ compiler /bin/false fails (exit code 1)"
 
 
 def train_compiled(flags, environment):
-    """base_train where compiling pays."""
+    """base_train where compiling pays off."""
     os.environ.update(environment)
-    compiler.pays = lambda *_: True
+    compiler.pays_off = lambda *_: True
     base_train.main(flags)
 
 
@@ -65,7 +65,7 @@ def test_what_was_asked_to_be_compiled_and_cannot_be_is_refused_in_a_line(base_d
     output = tmp_path / "output"
     assert Launched(1, output, train_compiled, flags, {"CXX": "/bin/false"}).codes() == [2]
     assert before_the_first_step(output) == [
-        f"error: --compile on: cannot compile here: {FALSE}; mend that, or give --compile off"
+        f"error: --compile on: cannot compile here: {FALSE}; repair that, or give --compile off"
     ]
 
 
@@ -96,4 +96,4 @@ def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
         (missing, f"no C++ compiler {missing} (No such file or directory)"),
     ):
         monkeypatch.setenv("CXX", str(path))
-        assert compiler.trouble_with_compiler() == reason
+        assert compiler.compiler_error() == reason

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanochat import common, processes
+from nanochat import common, devices, processes
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.core_eval import score
 from nanochat.errors import InputError
@@ -91,9 +91,10 @@ def main(argv=None):
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05)
     print(
-        f"{common.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; {args.depth} layers, "
-        f"width {args.model_dim}, vocabulary {args.vocab_size}; {args.questions} questions, prompts of up to "
-        f"{args.prompt_tokens} tokens\n\n| kind | one by one / together |\n|---|---:|"
+        f"{devices.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads; "
+        f"{args.depth} layers, width {args.model_dim}, vocabulary {args.vocab_size}; "
+        f"{args.questions} questions, prompts of up to {args.prompt_tokens} tokens\n\n"
+        f"| kind | one by one / together |\n|---|---:|"
     )
     for kind in KINDS:
         rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import train_step
 from loss_memory import measure as measure_loss
 from train_step import RATES, compare, make_subject, noise_rows, shown  # before nanochat: it sets the path
 
-from nanochat import common, metrics, processes
+from nanochat import common, devices, processes
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.benchmark import machine_description
 from nanochat.files import check_out, write_atomic
@@ -377,7 +377,7 @@ def main(argv=None):
     machine = machine_description(device, setting.dtype) | {"compiled": setting.compiled}
     report.entries = {
         "machine": machine,
-        "peak flops": metrics.peak_flops(common.device_name(device)),  # for MFU
+        "peak flops": devices.peak_flops(devices.device_name(device)),  # for MFU
         "smoke": [],
         "loss": [],
         "sizes": {},

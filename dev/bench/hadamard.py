@@ -16,7 +16,7 @@ import numpy as np
 import scipy.fft
 import torch
 
-from nanochat import common, processes
+from nanochat import common, devices, processes
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.benchmark import synchronize
 from nanochat.subspace.hadamard import cosine, walsh_hadamard
@@ -57,7 +57,7 @@ def main(argv=None):
     }
     seconds = time_ways(ways, args.repeats, device)
     print(
-        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); "
+        f"{devices.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s); "
         f"2^{args.bits} numbers in float32\n\n"
         "| | ms | ratio to scipy | target | |\n|---|---:|---:|---:|---|"
     )

@@ -23,7 +23,7 @@ from nanochat.benchmark import machine_description, spread, synchronize
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST
 from nanochat.ops import SOFTCAP, CrossEntropy
-from nanochat.step_metrics import bytes_of
+from nanochat.step_metrics import tensor_bytes
 
 MEMORY_TARGET = 0.4
 TIME_TARGET = 1.10
@@ -50,7 +50,7 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
     x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), device=device)
-    inputs = bytes_of((x, weight, targets))
+    inputs = tensor_bytes((x, weight, targets))
 
     def run(way, boundary):
         boundary("loss")

@@ -12,7 +12,7 @@ import torch
 import train_step
 from train_step import RATES, Subject, allocated, noise_rows  # before nanochat: it sets the path
 
-from nanochat import common, processes
+from nanochat import common, devices, processes
 from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.dataloader import training_batches
 from nanochat.errors import InputError
@@ -105,7 +105,7 @@ def main(argv=None):
     subjects = [make(name, subspace) for name, subspace in subspaces.items()]
     seconds = measure_steps(subjects, args.repeats, device)
     print(
-        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{devices.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
         f"{args.dtype}; {args.depth} layers, width {args.model_dim}, vocabulary {args.vocab_size}, batch "
         f"{args.device_batch_size} x {args.max_seq_len}, {args.repeats} rounds\n\n"
         "| | step, ms | ratio | peak, MiB | target | |\n|---|---:|---:|---:|---|---|"

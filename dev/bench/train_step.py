@@ -41,8 +41,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import numpy as np
 import torch
 
-from nanochat import common, cpu, metrics, processes, recompute
-from nanochat.arguments import ArgumentParser, number, whole_number
+from nanochat import common, cpu, devices, processes, recompute
+from nanochat.accounting import account
+from nanochat.arguments import ArgumentParser, real_number, whole_number
 from nanochat.benchmark import flags_as_json, machine_description, spread, synchronize
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import Rows, training_batches
@@ -52,11 +53,11 @@ from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, ran
 from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
+from nanochat.memory import predict_peak
 from nanochat.optim import Rates, build_optimizers
 from nanochat.plan import check_size
 from nanochat.processes import World
-from nanochat.rank import account, predict_peak
-from nanochat.step_metrics import bytes_of
+from nanochat.step_metrics import tensor_bytes
 
 PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
@@ -257,14 +258,14 @@ def measure_memory(subject: Subject, device) -> dict:
     parameters = list(subject.model.parameters())
     states = [state for optimizer in subject.optimizers for state in optimizer.state.values()]
     memory = {
-        "weights": bytes_of(parameters),
-        "optimizer state": sum(bytes_of(state.values()) for state in states),
+        "weights": tensor_bytes(parameters),
+        "optimizer state": sum(tensor_bytes(state.values()) for state in states),
     }
 
     def run(boundary):
         def with_gradients(part):
             if part == "optimizer":
-                memory["gradients"] = bytes_of(p.grad for p in parameters)
+                memory["gradients"] = tensor_bytes(p.grad for p in parameters)
             boundary(part)
 
         subject.step(with_gradients)
@@ -286,11 +287,11 @@ def train_a_little(config: GPTConfig, batch_size: int, dtype_name: str, compiled
     cpu.keep_freed_memory()  # as in training
     device = torch.device("cpu")
     rows = noise_rows(config.vocab_size, config.sequence_len)
-    base_peak = metrics.peak_memory_bytes(device)  # Python, torch and the data
+    base_peak = devices.peak_memory_bytes(device)  # Python, torch and the data
     subject = make_subject("", config, rows, batch_size, device, getattr(torch, dtype_name), compiled)
     for _ in range(5):
         subject.step(lambda part: None)
-    return {"peak": metrics.peak_memory_bytes(device), "before the model": base_peak}
+    return {"peak": devices.peak_memory_bytes(device), "before the model": base_peak}
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -564,7 +565,7 @@ def build_parser():
     add("--factor-act", choices=["none", "silu"], default="none", help="between the factors")
     add(
         "--mlp-ratio",
-        type=number(above=0),
+        type=real_number(above=0),
         default=4.0,
         help="of the low-rank model: hidden width of the MLP / width",
     )

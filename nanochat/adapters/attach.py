@@ -23,11 +23,11 @@ import torch
 import torch.nn as nn
 
 from nanochat import recompute
+from nanochat.accounting import on_meta
 from nanochat.adapters.layers import IA3, AdaptedLinear, AdaptedMLP, LoRA, Triplets
 from nanochat.config import MATRICES
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.rank import on_meta
 
 # the matrices that each kind adapts by default
 TARGETS = {

@@ -191,8 +191,8 @@ class AdaptedLinear(nn.Module):
         return self.base.A
 
     @property
-    def kept(self):
-        return self.base.kept
+    def keep_product(self):
+        return self.base.keep_product
 
     def forward(self, x, h=None):
         """(..., in) -> (..., out). h: the layer's first factor times x, if it was computed with others."""

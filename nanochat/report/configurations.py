@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import median
 
 from nanochat.flag_types import Role
-from nanochat.flags import DEFAULTS_BEFORE, SHAPE_FLAGS, build_parser, flag_names
+from nanochat.flags import OLD_DEFAULTS, SHAPE_FLAGS, build_parser, flag_names
 from nanochat.history import series
 from nanochat.metrics import Run
-from nanochat.naming import base_name, method, with_size
+from nanochat.naming import base_name, method, method_with_size
+from nanochat.rank import resolve_rank, shortest_ranks_text
 from nanochat.units import is_finite
-from nanochat.whole_ranks import resolve_rank, shortest_ranks_text
 
 # flags that change neither the model, nor its training, nor its cost
 IGNORED = set(flag_names(Role.NAME, Role.NEUTRAL))
@@ -182,7 +182,7 @@ def effective_multiple(model: dict) -> int:
 
 @functools.cache
 def flag_defaults() -> dict:
-    return vars(build_parser().parse_args([])) | DEFAULTS_BEFORE
+    return vars(build_parser().parse_args([])) | OLD_DEFAULTS
 
 
 # ---- many runs ---------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def rank_name(settings: dict) -> str:
     rank, MLP × 1.5". Another method is named with its size: "LoRA 8".
     """
     if method(settings):
-        return with_size(settings)
+        return method_with_size(settings)
     parts = []
     for key, label in zip(RANKS, ("attn", "mlp", "head")):
         if rank := settings.get(key):
@@ -352,7 +352,7 @@ def base_train_words(run: Run, flags: dict) -> str:
     defaults = vars(build_parser().parse_args([]))
     words = []
     # today's default may differ from the one that an older run was made with
-    for key, value in (DEFAULTS_BEFORE | flags).items():
+    for key, value in (OLD_DEFAULTS | flags).items():
         if key in ("run", "model_tag", "seed", "resume", "dry_run") or value is None:
             continue
         if key in defaults and value == defaults[key]:

@@ -18,7 +18,7 @@ from nanochat.report.summaries import (
     run_points,
     same_machine,
 )
-from nanochat.units import COUNT, unit_of
+from nanochat.units import COUNT, choose_unit
 
 
 def draw_frontier(configs: list[Configuration], measure: str):
@@ -35,7 +35,7 @@ def draw_frontier(configs: list[Configuration], measure: str):
     labels = []
     for panel, (x_key, words, ladder) in zip(panels.flat, costs):
         shown = [c for c in configs if run_points(c, x_key, y_key)]
-        size, unit = unit_of(max((c.mean(x_key) for c in shown), default=0), ladder)
+        size, unit = choose_unit(max((c.mean(x_key) for c in shown), default=0), ladder)
         panel.set_xlabel(plotting.with_unit(words, unit))
         plotting.tidy(panel)
         plotting.draw_band(panel, base.values(y_key) if base else [])
@@ -90,7 +90,7 @@ def draw_loss_parameters(configs: list[Configuration], measure: str):
         return None
     styles = plotting.configuration_styles(shown)
     base = baseline(shown, y_key)
-    size, unit = unit_of(max(c.mean("params/total") for c in shown), COUNT)
+    size, unit = choose_unit(max(c.mean("params/total") for c in shown), COUNT)
     fig = plotting.new_figure(9.5, 6.4)
     panel = fig.subplots()
     points = []

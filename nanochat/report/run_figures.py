@@ -10,7 +10,7 @@ from nanochat.history import series, thin_history
 from nanochat.report import plotting
 from nanochat.report.configurations import Configuration, finished, rank_name, run_value
 from nanochat.report.summaries import LOSS_LABELS, MEASURES, rank_words
-from nanochat.units import BYTES, COUNT, FLOP, TIME, human, is_finite, unit_of
+from nanochat.units import BYTES, COUNT, FLOP, TIME, choose_unit, human, is_finite
 
 TRAIN_LOSS_UP_TO = 4  # runs; the noisy training losses of more runs would hide the curves that matter
 LONGEST_LABEL = 40  # characters of a run's label in words; instead of a longer one the tag is shown
@@ -119,7 +119,7 @@ def draw_curves(panel, runs: list, keys: list[str], x_axis: tuple) -> list:
     x_key, quantity, ladder = x_axis
     curves = {(i, key): curve(run, x_key, key) for i, run in enumerate(runs) for key in keys}
     largest = max((xs[-1] for xs, _ in curves.values() if xs), default=0)
-    size, unit = unit_of(largest, ladder)
+    size, unit = choose_unit(largest, ladder)
     thick = len(runs) <= TRAIN_LOSS_UP_TO
     handles = []
     for i, run in enumerate(runs):
@@ -192,7 +192,7 @@ def draw_bars(runs: list, parts: list, quantity: str, ladder: list, peak_key: st
         totals = [total + (run_value(run, key) or 0) for total, run in zip(totals, runs)]
     peaks = [run_value(run, peak_key) for run in runs]
     longest = max([*totals, *(peak for peak in peaks if peak is not None)])
-    size, unit = unit_of(longest, ladder)
+    size, unit = choose_unit(longest, ladder)
 
     starts = [0.0] * len(runs)
     handles = []
@@ -245,7 +245,7 @@ def draw_quality(runs: list, measure: str) -> Figure:
     sizes = [run_value(run, "params/total") for run in runs]
     qualities = [run_value(run, y_key) for run in runs]
     shown = [i for i in range(len(runs)) if sizes[i] is not None and qualities[i] is not None]
-    size, unit = unit_of(max((sizes[i] for i in shown), default=0), COUNT)
+    size, unit = choose_unit(max((sizes[i] for i in shown), default=0), COUNT)
     points = []
     for i in shown:
         x = sizes[i] / size

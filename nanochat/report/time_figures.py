@@ -25,7 +25,7 @@ from nanochat.report.summaries import (
     same_machine,
     times_to_perplexity,
 )
-from nanochat.units import TIME, human, is_finite, three_digits, unit_of
+from nanochat.units import TIME, choose_unit, human, is_finite, three_digits
 
 COLOURED_CURVES = 6  # the others are faint
 
@@ -54,7 +54,7 @@ def draw_thresholds(configs: list[Configuration], measure: str):
     low_depths = {depth(c) for c in low}
     references = {layers: config for layers, config in full.items() if layers in low_depths}
     times = [times_to_perplexity(c, threshold) for c in shapes.values() for threshold in thresholds]
-    size, unit = unit_of(max(map(fmean, filter(None, times))), TIME)
+    size, unit = choose_unit(max(map(fmean, filter(None, times))), TIME)
 
     fig = plotting.new_figure(max(6, 4 * len(thresholds)), 4.7)
     panels = fig.subplots(1, len(thresholds), squeeze=False)[0]
@@ -169,7 +169,7 @@ def draw_loss_time(configs: list[Configuration], measure: str):
     candidates = [base, fastest, *reversed(front), *configs[:COLOURED_CURVES]]
     coloured = list({c.name: c for c in candidates if c}.values())[:COLOURED_CURVES]
     longest = max(curves[c.name][-1][0] for c in coloured)
-    size, unit = unit_of(longest, TIME)
+    size, unit = choose_unit(longest, TIME)
     curves = {c.name: plotting.scaled(curves[c.name], size) for c in configs}
     labels = {c.name: c.name.replace(rank_name(c.settings), rank_words(c)) for c in configs}
 

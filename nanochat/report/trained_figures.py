@@ -8,7 +8,7 @@ from nanochat.naming import method
 from nanochat.report import plotting
 from nanochat.report.configurations import Configuration, run_value
 from nanochat.report.summaries import LOSS_LABELS, hover_text, layer_map, mean_over_runs, outcome, rank_words
-from nanochat.units import COUNT, human, is_finite, unit_of
+from nanochat.units import COUNT, choose_unit, human, is_finite
 
 BITS = [(1, "bit"), (1e3, "kbit"), (1e6, "Mbit"), (1e9, "Gbit")]
 
@@ -118,7 +118,7 @@ def draw_loss_against(panel, configs: list[Configuration], quantity: tuple, colo
 
 
 def tick_text(number: float, ladder: list) -> str:
-    size, unit = unit_of(number, ladder)
+    size, unit = choose_unit(number, ladder)
     return f"{number / size:g} {unit}".rstrip()
 
 

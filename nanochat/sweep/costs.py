@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from nanochat import common
+from nanochat import devices
+from nanochat.accounting import account
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.rank import account, predict_peak
+from nanochat.memory import predict_peak
 from nanochat.run_files import read_summary
 from nanochat.sweep.experiment import Point, Sweep
 from nanochat.sweep.local import places
@@ -25,8 +26,8 @@ CPU_PASS_FLOPS = 3e10
 def print_costs(sweep: Sweep, most: int | None):
     """A line for each run, then sums and notes. most: how many runs at once (-j), see `places`."""
     first = sweep.points[0].args
-    device_type = common.pick_device_type(first.device_type)
-    itemsize = common.compute_dtype(first.dtype, device_type, training=True).itemsize
+    device_type = devices.pick_device_type(first.device_type)
+    itemsize = devices.compute_dtype(first.dtype, device_type, training=True).itemsize
     rate, source = finished_rate(sweep) or measured_rate(sweep.points[0], device_type)
     if device_type == "cuda":
         rate *= sweep.processes
@@ -133,7 +134,7 @@ def measured_rate(point: Point, device_type: str) -> tuple[float, str]:
         tokens = max(128, int(CPU_PASS_FLOPS / flops_per_token))
         rows = max(1, min(rows, tokens // T))
         T = min(T, tokens)
-    dtype = common.compute_dtype(point.args.dtype, device_type, training=True)
+    dtype = devices.compute_dtype(point.args.dtype, device_type, training=True)
     with torch.device(device_type):
         model = GPT(config)
         model.init_weights()

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from nanochat.accounting import account
 from nanochat.errors import printable
-from nanochat.rank import account
 from nanochat.run_files import read_summary
 from nanochat.sweep.experiment import Point, Sweep
 from nanochat.units import TIME, human

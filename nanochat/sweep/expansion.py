@@ -5,11 +5,11 @@
 
 import itertools
 
+from nanochat.accounting import count_parameters
 from nanochat.errors import InputError
 from nanochat.flags import FLAGS
 from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import part_of_tag
-from nanochat.rank import count_parameters
 from nanochat.sweep.schema import check_whole_numbers, without_point_keys
 from nanochat.sweep.trial import Trial, identity, is_low_rank, resolve_trial
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import common, locks, signals
+from nanochat import devices, locks, signals
 from nanochat.errors import InputError
 from nanochat.files import create_folder
 from nanochat.naming import lock_path
@@ -213,7 +213,7 @@ def places(sweep: Sweep, most: int | None) -> list[dict]:
     most: the largest number of places; None: as many as the GPUs allow, or one on a CPU. InputError if there
     are fewer GPUs than one run needs.
     """
-    if common.pick_device_type(sweep.points[0].args.device_type) == "cuda":
+    if devices.pick_device_type(sweep.points[0].args.device_type) == "cuda":
         gpus = visible_gpus()
         starts = range(0, len(gpus) - sweep.processes + 1, sweep.processes)
         groups = [tuple(gpus[start : start + sweep.processes]) for start in starts]

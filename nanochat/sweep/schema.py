@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from nanochat.arguments import LARGEST_INTEGER
-from nanochat.errors import InputError, first_line, named
+from nanochat.errors import InputError, first_line, path_in_errors
 from nanochat.flags import build_parser
 from nanochat.naming import check_tag
 from nanochat.plan import parse_flags
@@ -60,7 +60,7 @@ REQUIRED_BY_ADAPTERS = ("--model-tag", "base", "--run-tag", "new", "--adapter", 
 def load_toml(path: Path) -> dict:
     """The file's content, with the names and kinds of its top-level keys checked. InputError in one line."""
     try:
-        with named(path):
+        with path_in_errors(path):
             content = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such experiment file") from None

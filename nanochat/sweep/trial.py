@@ -7,11 +7,12 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from nanochat.budget import choose_model
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import parse_map
 from nanochat.naming import option
-from nanochat.plan import solve_budget, training_plan
+from nanochat.plan import training_plan
 from nanochat.sweep.schema import flag_names, parse_script_flags
 
 
@@ -90,7 +91,7 @@ def resolve(argv: tuple[str, ...], processes: int) -> tuple[Namespace, GPTConfig
         raise InputError(
             f"--vocab-size {args.vocab_size}: give the number of tokens of the vocabulary, at least 258"
         )
-    config = solve_budget(args, args.vocab_size)
+    config = choose_model(args, args.vocab_size)
     return args, config, training_plan(args, config, processes)
 
 

@@ -10,6 +10,7 @@ from conftest import TINY, Killed
 from test_base_train import final_state, same
 
 from nanochat import metrics
+from nanochat.accounting import account, on_meta
 from nanochat.adapters.adalora import orthogonality
 from nanochat.adapters.attach import adapters_of
 from nanochat.adapters.loading import ADAPTER, load_model
@@ -19,7 +20,6 @@ from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 from nanochat.layer_maps import stacked, with_layer_map
 from nanochat.optim import default_matrix_lr
-from nanochat.rank import account, on_meta
 from nanochat.run_files import write_meta
 from nanochat.sweep.trial import resolve_adapted
 from scripts import adapter_train, base_eval, base_train, generate, layer_map_eval, materialize, tok_train
@@ -317,7 +317,7 @@ def test_flops_are_those_of_what_is_passed_back_and_trained():
     config = GPTConfig(
         sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"
     )
-    costs = account(adapter_train.put_together(args, (), on_meta(config)))
+    costs = account(adapter_train.adapt(args, (), on_meta(config)))
     whole = account(config)
     matrices = 12 * 32 * 32
     scores = 32 * 16

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from processes import Launched
 from test_gpt import tiny, tokens
 
+from nanochat.accounting import account, on_meta
 from nanochat.adapters.attach import (
     AdapterConfig,
     adapter_state,
@@ -29,7 +30,6 @@ from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig, Linear, LowRankLinear
 from nanochat.layer_maps import stacked, with_layer_map
 from nanochat.optim import Rates, build_optimizers
-from nanochat.rank import account, on_meta
 from nanochat.recompute import RecomputedBlock
 
 BASES = {

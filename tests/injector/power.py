@@ -185,15 +185,15 @@ class Disk:
         write_folder(self.top.names, to, lambda thing: thing.names, lambda file: bytes(file.content))
 
 
-def write_folder(names: dict, to: Path, names_of, content_of):
+def write_folder(names: dict, to: Path, names_of, hashed_content):
     for name, thing in names.items():
         if isinstance(thing, Folder):
             (to / name).mkdir()
-            write_folder(names_of(thing), to / name, names_of, content_of)
+            write_folder(names_of(thing), to / name, names_of, hashed_content)
         elif isinstance(thing, Link):
             os.symlink(thing.target, to / name)
         else:
-            (to / name).write_bytes(content_of(thing))
+            (to / name).write_bytes(hashed_content(thing))
 
 
 def read_log(path: Path) -> list[dict]:

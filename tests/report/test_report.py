@@ -17,7 +17,7 @@ from nanochat.report import comparable, run_tables
 from nanochat.report.configurations import configurations
 from nanochat.report.page import CSS
 from nanochat.report.run_figures import draw_run_figures, labels_in_words, loss_limits
-from nanochat.units import BYTES, COUNT, FLOP, TIME, human, three_digits, unit_of
+from nanochat.units import BYTES, COUNT, FLOP, TIME, choose_unit, human, three_digits
 from scripts import report
 
 FIGURES = ("loss.png", "parameters.png", "memory.png", "perplexity.png")
@@ -464,7 +464,7 @@ def test_loss_axis_is_not_stretched_by_the_start_or_by_a_diverged_run(base):
     low, high = loss_limits([full], ["val/loss"])
     assert 2.5 < low < 3.01 and 3.9 < high < 4.2  # from the second evaluation, 3.94, on; it started at 8
     assert loss_limits([full, diverged], ["val/loss"])[1] < 10
-    assert unit_of(0, TIME) == (1, "s")
+    assert choose_unit(0, TIME) == (1, "s")
 
 
 # ---- a sweep -----------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import torch
 from conftest import Killed, losses
 
 from nanochat import metrics
+from nanochat.accounting import account
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.core_eval import head_input
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Rates, build_optimizers
-from nanochat.rank import account
 from nanochat.subspace import costs, noise, operators
 from nanochat.subspace.config import PROJECTED, SubspaceConfig, matrices
 from nanochat.subspace.model import attach, restore

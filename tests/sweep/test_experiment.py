@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.accounting import count_parameters
 from nanochat.errors import InputError
 from nanochat.flags import build_parser
-from nanochat.rank import count_parameters
 from nanochat.sweep.experiment import read_experiment
 
 FLAGS = """

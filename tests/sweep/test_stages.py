@@ -10,9 +10,9 @@ import pytest
 from conftest import tiny_experiment
 
 from nanochat import metrics
+from nanochat.accounting import count_parameters
 from nanochat.arguments import ArgumentParser
 from nanochat.errors import InputError
-from nanochat.rank import count_parameters
 from nanochat.sweep import costs, display, local, slurm, wandb_agent
 from nanochat.sweep.experiment import read_experiment
 from scripts import sweep as sweeps

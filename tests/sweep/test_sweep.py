@@ -145,7 +145,7 @@ def test_where_runs_go(stand_in, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert local.places(stand_in.sweep, None) == [{"gpus": (), "threads": 8}]
     assert local.places(stand_in.sweep, 4)[3]["threads"] == 2
-    monkeypatch.setattr("nanochat.common.pick_device_type", lambda _: "cuda")
+    monkeypatch.setattr("nanochat.devices.pick_device_type", lambda _: "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
     assert [p["gpus"] for p in local.places(stand_in.sweep, None)] == [("2",), ("3",), ("5",)]
     assert len(local.places(stand_in.sweep, 2)) == 2

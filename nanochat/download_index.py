@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat.errors import InputError
 from nanochat.files import Schema, digest_file, read_json, write_json
-from nanochat.fingerprints import stamp_of
+from nanochat.fingerprints import file_stamp
 
 INDEX = ".index.json"
 INDEX_SCHEMA = Schema("index of downloaded files", {"files": dict})
@@ -20,16 +20,16 @@ FILE_RECORD = Schema("record of a downloaded file", {"size": int, "sum": str, "s
 BAD = ""  # the stamp of a file that differs from its checksum
 
 
-def sum_of(path: Path, like: str) -> str:
-    """The checksum of a file's content, of the same kind as the checksum `like`."""
-    kind = like.partition(":")[0]
+def same_kind_checksum(path: Path, example: str) -> str:
+    """The checksum of a file's content, of the same kind as the example."""
+    kind = example.partition(":")[0]
     digest = hashlib.sha256()
     if kind == "git-sha1":
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     return f"{kind}:{digest_file(path, digest).hexdigest()}"
 
 
-class FileSums:
+class DownloadIndex:
     """The index of one folder."""
 
     def __init__(self, folder: Path):
@@ -55,7 +55,7 @@ class FileSums:
             return f"has {state.st_size:,} bytes instead of {record['size']:,}"
         return "differs from the hub's" if record["stamp"] == BAD else ""
 
-    def compare(self, path: Path, size: int, sum: str, read: bool) -> str:
+    def compare(self, path: Path, size: int, checksum: str, read: bool) -> str:
         """Compare a file with its size and checksum ('': unknown). Returns what is wrong; '' if nothing.
 
         read: read the file even if its stamp has not changed since the last comparison.
@@ -65,23 +65,23 @@ class FileSums:
         fault = ""
         try:
             state = os.stat(path)
-            stamp = stamp_of(state)
+            stamp = file_stamp(state)
             if state.st_size != size:
                 fault = f"has {state.st_size:,} bytes instead of {size:,}"
-            elif record == {"size": size, "sum": sum, "stamp": stamp} and not read:
+            elif record == {"size": size, "sum": checksum, "stamp": stamp} and not read:
                 return ""
-            elif sum and sum_of(path, sum) != sum:
-                fault = "has another sum"
+            elif checksum and same_kind_checksum(path, checksum) != checksum:
+                fault = "has another checksum"
         except OSError as e:
             fault = f"cannot be read ({e.strerror})"
-        outdated = record.get("stamp") == stamp != BAD and (record["size"], record["sum"]) != (size, sum)
+        outdated = record.get("stamp") == stamp != BAD and (record["size"], record["sum"]) != (size, checksum)
         if not (fault and outdated):  # the hub has a new version: use the old file until the new one is here
-            self.files[path.name] = {"size": size, "sum": sum, "stamp": BAD if fault else stamp}
+            self.files[path.name] = {"size": size, "sum": checksum, "stamp": BAD if fault else stamp}
         return fault
 
-    def add(self, path: Path, size: int, sum: str):
+    def add(self, path: Path, size: int, checksum: str):
         """Record a file that was compared before it was moved here."""
-        self.files[path.name] = {"size": size, "sum": sum, "stamp": stamp_of(os.stat(path))}
+        self.files[path.name] = {"size": size, "sum": checksum, "stamp": file_stamp(os.stat(path))}
 
 
 def looks_whole(path: Path, size: int) -> bool:

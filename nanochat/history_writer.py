@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 
 from nanochat.errors import InputError
-from nanochat.files import digest_file, named, open_file, sync_folder
+from nanochat.files import digest_file, open_file, path_in_errors, sync_folder
 
 READ_SIZE = 2**20  # bytes
 
 
-class HistoryFile:
+class HistoryWriter:
     """Appends lines. `commit` makes them survive a power cut, and returns their checksum for a checkpoint."""
 
     def __init__(self, path: Path):
         """Open it, or create it. Half a line at its end, which a killed process left, is cut off."""
         self.path = path
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for as long as the run)
-        with named(path):
+        with path_in_errors(path):
             self.file.truncate(end_of_lines(path))
         self.digest = digest_file(path, hashlib.sha256())
         self.size = os.path.getsize(path)
@@ -27,7 +27,7 @@ class HistoryFile:
     def append(self, entry: dict):
         line = (json.dumps(entry) + "\n").encode()
         written = 0
-        with named(self.path):  # the disk may be full
+        with path_in_errors(self.path):  # the disk may be full
             while written < len(line):
                 written += self.file.write(line[written:])
         self.digest.update(line)
@@ -35,7 +35,7 @@ class HistoryFile:
 
     def commit(self) -> dict:
         """Wait until all lines are on the disk. Returns their {"bytes", "sha256"}."""
-        with named(self.path):
+        with path_in_errors(self.path):
             os.fsync(self.file.fileno())
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
@@ -45,7 +45,7 @@ class HistoryFile:
 
 def end_of_lines(path: Path) -> int:
     """Bytes up to the end of the last whole line."""
-    with named(path), open_file(path) as f:
+    with path_in_errors(path), open_file(path) as f:
         end = f.seek(0, os.SEEK_END)
         while end > 0:
             begin = max(0, end - READ_SIZE)
