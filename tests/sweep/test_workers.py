@@ -40,7 +40,8 @@ run_script(main)
 """
 LAUNCHER = """
 import sys
-from nanochat import signals, workers
+from nanochat import signals
+from nanochat.sweep import workers
 workers.SECONDS_TO_FOLLOW = 1
 with signals.stop_signals() as stop:
     code = workers.run_workers([sys.executable, *sys.argv[1:]], 2, stop)
