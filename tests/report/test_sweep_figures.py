@@ -21,7 +21,7 @@ from nanochat.report.summaries import (
     times_to_perplexity,
 )
 from nanochat.report.sweep_figures import draw_sweep_figures, figure_caption
-from nanochat.report.time_figures import fastest_low_rank, mean_curve
+from nanochat.report.time_figures import draw_thresholds, fastest_low_rank, mean_curve
 
 RUN = {
     "depth": 4,
@@ -184,9 +184,9 @@ def test_time_to_a_threshold_needs_every_seed():
 @pytest.mark.parametrize("flag", [{"matrix_ranks": "q=8"}, {"factor_act": "silu"}])
 def test_time_against_rank_leaves_out_what_has_no_one_rank_or_is_not_linear(flag):
     runs = [run("full"), run("a", attn=8, reach=20), run("b", attn=16, reach=25)]
-    assert "threshold_rank.png" in draw_sweep_figures(configurations(runs), "loss")
+    assert draw_thresholds(configurations(runs), "loss")
     runs[2] = run("b", attn=16, reach=25, **flag)
-    assert "threshold_rank.png" not in draw_sweep_figures(configurations(runs), "loss")
+    assert draw_thresholds(configurations(runs), "loss") is None
 
 
 def test_mean_curve_is_over_seeds_at_the_evaluations_of_all():
