@@ -16,25 +16,14 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat import (
-    agreement,
-    common,
-    compiler,
-    devices,
-    metrics,
-    naming,
-    parallel,
-    processes,
-    recompute,
-    signals,
-    step_metrics,
-)
+from nanochat import agreement, common, compiler, metrics, naming, parallel, recompute, signals, step_metrics
 from nanochat.accounting import account
 from nanochat.budget import choose_model, print_frontier
 from nanochat.checkpoint_manager import fitting_together
 from nanochat.continuation import inherit, read_record, tag_by_default
 from nanochat.dataloader import training_batch, training_batches
 from nanochat.dataset import open_corpus
+from nanochat.devices import compute_dtype, pick_device_type, reset_peak_memory
 from nanochat.errors import InputError
 from nanochat.evaluation import Evaluation, core_questions, is_multiple, print_samples
 from nanochat.gpt import GPT, GPTConfig
@@ -42,7 +31,7 @@ from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, predict_peak
 from nanochat.optim import Rates, load_optimizer_state, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
-from nanochat.processes import World, print0
+from nanochat.processes import World, end_process, print0, process_layout
 from nanochat.run_files import step_folder
 from nanochat.run_folder import FINISHED, check_resume, lock_folder
 from nanochat.run_inputs import first_weights, vocabulary
@@ -79,10 +68,10 @@ def main(argv=None):
 def plan_run(args) -> RunSpec | None:
     """What the flags decide. --plan and --dry-run only print it: then None."""
     check_resume(args.resume)
-    world_size = processes.process_layout().size
+    world_size = process_layout().size
     tokenizer, vocab_size = vocabulary(args)
-    device_type = devices.pick_device_type(args.device_type)
-    dtype = devices.compute_dtype(args.dtype, device_type, training=True)
+    device_type = pick_device_type(args.device_type)
+    dtype = compute_dtype(args.dtype, device_type, training=True)
     if args.plan:
         print_frontier(args, vocab_size, world_size, dtype.itemsize)
         return None
@@ -147,7 +136,7 @@ def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.S
     state = restore(run, trainable, tensors, meta)
     output = open_output(run, trainable, meta)
     compile_model(run, trainable.model)
-    devices.reset_peak_memory(world.device)
+    reset_peak_memory(world.device)
     if world.size > 1:
         dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
     with signals.stop_signals() as stop, parallel.share_requests(stop):
@@ -349,7 +338,7 @@ def before_training(run: Run, evaluation: Evaluation, output: RunOutput, state: 
 def end_run(stop: signals.StopRequest | None):
     """Exit with `signals.exit_code` if a process was asked to stop before the last step."""
     if stop:
-        processes.end_process()
+        end_process()
         sys.exit(signals.exit_code(stop.number))
 
 
