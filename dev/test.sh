@@ -14,6 +14,6 @@ if [ $# -eq 0 ]; then
   mypy
 fi
 export OMP_NUM_THREADS=1
-# one worker more than cores: many tests wait for processes that they started
-WORKERS=$(python -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))")
+# two workers more than cores: many tests wait for processes that they started
+WORKERS=$(python -c "import os; print(min(8, 2 + (os.cpu_count() or 1)))")
 python -m pytest -n "$WORKERS" --dist worksteal "$@"
