@@ -20,11 +20,11 @@ def run_script(main, result_is_printed: bool = False):
     processes all end, with that one line.
     result_is_printed: the script has nothing left to do once nobody reads standard output.
     """
-    console.protect(result_is_printed)
-    signals.listen()
     from nanochat import agreement
 
+    console.protect(result_is_printed)
     try:
+        signals.listen()
         message, is_lost = call_main(main)
         signals.main_ended()
     except KeyboardInterrupt as e:  # it may also come while an error is being reported
@@ -57,6 +57,8 @@ def call_main(main) -> tuple[str, bool]:
             raise
         return f"{e.filename or 'file system'}: {e.strerror}{remedy(e)}", False
     except (MemoryError, RuntimeError) as e:
+        if isinstance(e.__cause__, KeyboardInterrupt):  # Python 3.11 hides it so while it makes a class
+            raise e.__cause__ from None
         if out_of_memory(e):
             reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
             return f"out of memory ({reason}); give a smaller model, batch or context", False

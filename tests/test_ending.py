@@ -188,6 +188,27 @@ def script(body, before="", **options):
     return done.returncode, done.stdout, done.stderr
 
 
+IMPORTING = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "nanochat.agreement":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+"""
+MAKING_A_CLASS = """
+class Name:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+class Named:
+    name = Name()
+"""
+
+
+def test_a_signal_during_an_import_ends_the_script_without_a_traceback():
+    assert script("print('begins')", IMPORTING) == (-signal.SIGTERM, "", "")
+    assert script(MAKING_A_CLASS) == (75, "", "stopped by SIGTERM\n")
+
+
 def test_under_nohup_a_closed_terminal_is_no_signal_except_from_torchrun():
     body = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"
     before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
@@ -424,6 +445,7 @@ def torchrun(log, *program, **variables):
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment(**variables))
 
 
+@pytest.mark.long
 def test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience(
     launch, corpus_dir, tmp_path, base_dir
 ):
