@@ -46,24 +46,12 @@ def story(seed: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) + "."
 
 
-# tests of several seconds, each with many processes
-LONGEST = (
-    "test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
-    "test_every_command_runs_in_the_order_of_the_readme",
-    "test_the_experiment_of_the_readme",
-    "test_gpu_bench_on_the_cpu",
-    "test_killed_or_asked_torchrun_loses_nothing_also_where_a_save_outlasts_its_patience",
-    "test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved",
-    "test_a_killed_sweep_leaves_no_process_of_a_run_of_two_behind",
-)
-
-
 def pytest_collection_modifyitems(config, items):
-    """The longest tests come first, so that none is alone at the end. Workers of pytest-xdist begin with
+    """Long tests come first, so that none is alone at the end. Workers of pytest-xdist begin with
     parts of equal length: each part gets its share of them.
     """
-    longest = [item for item in items if item.name in LONGEST]
-    others = [item for item in items if item.name not in LONGEST]
+    longest = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
     parts = getattr(config, "workerinput", {}).get("workercount", 1)
     size = len(items) // parts
     items.clear()

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 from conftest import ROOT, losses
 from processes import free_port
@@ -89,7 +88,7 @@ ELSEWHERE = {  # commands that another test runs, or that no test can
     "dev/bench/": "test_bench",
     "dev/experiments/low_rank_substitution.toml": "test_the_experiment_of_the_guide",
     "source .venv/bin/activate": "speedrun.sh does it too",
-    "srun": "test_speedrun_with_variables_and_again_on_two_nodes_under_slurm",
+    "srun": "test_speedrun_with_variables_on_two_nodes_under_slurm",
     "DATA=": "the same",
 }
 
@@ -118,6 +117,7 @@ def smaller(words: list[str]) -> list[str]:
     return SMALLER.get(f"{script} --init-from" if "--init-from" in words else script, [])
 
 
+@pytest.mark.long
 def test_every_command_runs_in_the_order_of_the_pages(base_dir, corpus_dir, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
@@ -156,6 +156,7 @@ def test_every_command_runs_in_the_order_of_the_pages(base_dir, corpus_dir, tmp_
         assert (tmp_path / picture).stat().st_size > 500, picture
 
 
+@pytest.mark.long
 def test_the_experiment_of_the_guide(tmp_path, corpus_dir, monkeypatch, command):
     """The file in the guide under the commands beside it; the model and the text are made small."""
     (text,) = blocks("dev/EXPERIMENTS.md", "toml")
@@ -197,30 +198,6 @@ def test_the_experiment_of_the_readme_is_planned(tmp_path, corpus_dir, monkeypat
     assert code == 0 and "9 runs" in stdout, stdout[-2000:] + stderr[-2000:]
 
 
-def readme_speedrun(command: str, folder, corpus_dir, **variables):
-    """The exit code and what is printed of a command of the README that calls speedrun.sh."""
-    for name in re.findall(r"([A-Z_]+)=", command):
-        variables.pop(name, None)
-    home = folder / "home"
-    shutil.copytree(corpus_dir, home / "my_texts", dirs_exist_ok=True)
-    small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
-    env = {
-        **os.environ,
-        **small,
-        **variables,
-        "HOME": str(home),
-        "NANOCHAT_BASE_DIR": "~/../base",
-        "WANDB_MODE": "offline",
-    }
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-needs_environment = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
-
-
 SRUN = """#!/usr/bin/env bash
 # the command on two "nodes" of this machine
 while [[ "$1" == --* ]]; do shift; done
@@ -232,54 +209,43 @@ wait "$second" && exit "$code"
 """
 
 
-@needs_environment
-def test_speedrun_with_variables_and_again_on_two_nodes_under_slurm(tmp_path, corpus_dir):
-    """The line that sets them, with its wandb name. Then, with an srun that starts two nodes on this machine,
-    it does what is missing. (Two processes of one node: test_speedrun.py.)
+@pytest.mark.long
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="made by dev/test.sh")
+def test_speedrun_with_variables_on_two_nodes_under_slurm(tmp_path, corpus_dir):
+    """The line that sets variables, with its wandb name, by an srun that starts two nodes on this machine.
+    (A second call and two processes of one node: test_speedrun.py.)
     """
-    command = next(line for line in commands() if line.startswith("DATA=")).replace(
-        "NUM_ITERATIONS=500", "NUM_ITERATIONS=6"
-    )
-    code, output = readme_speedrun(command, tmp_path, corpus_dir, NPROC="1")
-    assert code == 0, output[-3000:]
-    assert "validation perplexity" in output
-    full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
-    assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
-    for run in (full, low):
-        assert list(run.glob("wandb/offline-run-*"))
-        assert metrics.load_run(run).config["device"]["processes"] == 1
-    check_report(tmp_path / "base/report")
-    written = (full / "metrics.jsonl").stat().st_mtime_ns
-    before = losses(metrics.load_run(low))
-    shutil.rmtree(low)
-    shutil.rmtree(tmp_path / "base/report")
-
+    settings = next(line for line in commands() if line.startswith("DATA=")).removesuffix("bash speedrun.sh")
+    srun = next(line for line in commands() if line.startswith("srun"))
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    variables = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
-    command = next(line for line in commands() if line.startswith("srun"))
-    code, output = readme_speedrun(
-        command,
-        tmp_path,
-        corpus_dir,
-        **variables,
-        NPROC="1",
-        MASTER_PORT=str(free_port()),
-        PATH=f"{programs}:{os.environ['PATH']}",
+    command = f"export {settings.replace('NUM_ITERATIONS=500', 'NUM_ITERATIONS=6')}\n{srun}"
+    shutil.copytree(corpus_dir, tmp_path / "home/my_texts")
+    small = {name: value for name, value in SMALL.items() if f"{name}=" not in command}
+    environment = {
+        **os.environ,
+        **small,
+        "MASTER_PORT": str(free_port()),
+        "HOME": str(tmp_path / "home"),
+        "NANOCHAT_BASE_DIR": "~/../base",
+        "WANDB_MODE": "offline",
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
     )
-    assert code == 0 and output.count("already finished") == 1 and "already trained" in output, output[-3000:]
-    assert (full / "metrics.jsonl").stat().st_mtime_ns == written
-    assert sorted((tmp_path / "base/runs").iterdir()) == sorted((full, low))
-    run = metrics.load_run(low)
-    assert run.config["device"]["processes"] == 2
-    assert len(before) == 6 and np.abs(np.subtract(losses(run), before)).max() < 1e-4
-    check_report(tmp_path / "base/report")
-
-
-def check_report(folder):
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    assert "already trained" in output and "validation perplexity" in output
+    full, low = sorted((tmp_path / "base/runs").iterdir(), key=lambda run: "full" not in run.name)
+    assert full.name.startswith("my_texts_v300_d6") and low.name.endswith("_attn0.25_mlp0.25")
+    for folder in (full, low):
+        run = metrics.load_run(folder)
+        assert run.config["device"]["processes"] == 2 and len(losses(run)) == 6
+        assert list(folder.glob("wandb/offline-run-*"))
     for name in (
         "report.md",
         "report.html",
@@ -289,4 +255,4 @@ def check_report(folder):
         "memory.png",
         "perplexity.png",
     ):
-        assert (folder / name).stat().st_size > 500, name
+        assert (tmp_path / "base/report" / name).stat().st_size > 500, name

@@ -87,6 +87,7 @@ def test_another_shell_is_told_to_be_bash(script):
     assert done.stderr == f"error: {script} is written for bash: bash {script}\n"
 
 
+@pytest.mark.long
 def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(folder):
     process = start(
         folder,
@@ -120,8 +121,12 @@ def test_a_signal_to_speedrun_alone_stops_all_processes_with_their_state_saved(f
 
 @pytest.mark.faults
 def test_two_processes_and_two_nodes_give_the_losses_of_one(folder):
-    """Their steps are the same up to rounding; what is made once is made once, whichever node comes first."""
+    """Their steps are the same up to rounding; what is made once is made once, whichever node comes first.
+    A second call trains nothing again.
+    """
     assert speedrun(folder, DATA="my stories #1")[0] == 0
+    code, output, _ = speedrun(folder, DATA="my stories #1")
+    assert code == 0 and output.count("already finished") == 2 and "already trained" in output, output
     places = {"DATA": "my stories #1", "WANDB_RUN": "try", "WANDB_MODE": "offline"}
     code, _, stderr = speedrun(folder, **places, NPROC="2", NANOCHAT_BASE_DIR="two")
     assert code == 0, stderr[-3000:]

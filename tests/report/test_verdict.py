@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 from test_configurations import a_run
 
 from nanochat.errors import InputError
@@ -69,11 +69,11 @@ def test_the_interval_is_that_of_a_paired_t_test():
     (e,) = h2.cases[0].estimates
     low = np.log(np.multiply(FULL, ratios))
     high = np.log(FULL)
-    expected = stats.ttest_rel(low, high).confidence_interval(0.9)
+    expected = scipy.stats.ttest_rel(low, high).confidence_interval(0.9)
     assert e.ratio == pytest.approx(np.prod(ratios) ** 0.25)
     assert (e.low, e.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
     time, memory = h1.cases[0].estimates[:2]
-    expected = stats.ttest_rel(
+    expected = scipy.stats.ttest_rel(
         np.log(np.multiply(FULL_DT, (0.70, 0.71, 0.69, 0.70))), np.log(FULL_DT)
     ).confidence_interval(0.9)
     assert (time.low, time.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
@@ -97,7 +97,7 @@ def test_more_seeds_settle_it():
     n = seeds_to_settle(values, math.log(1.06), 0.95)
     sd = np.std(values, ddof=1)
     distance = math.log(1.06) - np.mean(values)
-    half = {m: stats.t.ppf(0.975, m - 1) * sd / math.sqrt(m) for m in (n - 1, n)}
+    half = {m: scipy.stats.t.ppf(0.975, m - 1) * sd / math.sqrt(m) for m in (n - 1, n)}
     assert half[n] < distance <= half[n - 1] and n > 3
     assert half_width(sd, n, 0.95) == pytest.approx(half[n])
     assert seeds_to_settle([0.03], 0.05, 0.95) == 2

@@ -171,6 +171,7 @@ def test_plan_lists_every_run_and_its_cost_and_starts_nothing(experiment, capsys
     assert not metrics.runs_dir().exists()
 
 
+@pytest.mark.long
 def test_a_killed_sweep_leaves_no_run_behind_and_the_same_command_goes_on_to_the_report(
     experiment, tmp_path, capsys
 ):
