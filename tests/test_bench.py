@@ -32,9 +32,10 @@ def bench_modules():
     sys.path.insert(0, str(BENCH))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield SimpleNamespace(
-        **{name: import_module(name) for name in ("train_step", "gpu", "loss_memory", "core_speed")}
-    )
+    modules = {name: import_module(name) for name in ("train_step", "gpu", "loss_memory", "core_speed")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(modules["train_step"].MATMUL_WIDTHS, "cpu", 64)
+        yield SimpleNamespace(**modules)
     torch.set_num_threads(threads)
     sys.path.remove(str(BENCH))
 

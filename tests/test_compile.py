@@ -46,8 +46,8 @@ def counters():
 @pytest.mark.parametrize(
     "changes,graphs",
     [
-        (dict(value_embeddings=True), 2),  # without and with a table; the window is an argument
-        (dict(attn_ranks=(4,) * 4, mlp_ranks=(4,) * 4), 1),
+        (dict(n_layer=2, value_embeddings=True), 2),  # without and with a table; the window is an argument
+        (dict(n_layer=2, attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2), 1),
         (
             dict(
                 n_layer=2, window_pattern="L", attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2, recompute="bottleneck"
@@ -64,14 +64,14 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
     compile_blocks(compiled, backend="aot_eager")
     idx = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
     losses = []
-    for step in range(3):
+    for step in range(2):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             for model in (eager, compiled):
                 loss = model(idx, idx)
                 loss.backward()
                 losses.append(loss.item())
                 torch.optim.SGD(model.parameters(), 0.1).step()
-                if step < 2:
+                if step == 0:
                     model.zero_grad()
             compiled.token_losses(idx[:2], idx[:2])  # evaluation and sampling, in other shapes, in between
             list(generate(compiled, [[1, 2, 3]], 2))

@@ -63,6 +63,7 @@ PARTS = ("data", "forward", "backward", "optimizer")
 MEMORY = ("weights", "gradients", "optimizer state", "activations + temporaries", "peak")
 # learning rates do not change the time
 RATES = Rates(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.0)
+MATMUL_WIDTHS = {"cuda": 8192, "cpu": 1536}  # of the square matrices whose product's rate is the ceiling
 WARMUP = 3  # steps of each model before the first round: compilation, optimizer state, allocator
 # published for this task, compiled, on a 2-core Zen 4. factor: the target over the published rate
 NANOCHAT = {
@@ -180,7 +181,7 @@ def timed_step(subject: Subject, device) -> dict:
 
 def matmul_rate(device, dtype) -> float:
     """FLOP/s of a square matrix product of random numbers: the best of a few."""
-    n = 8192 if device.type == "cuda" else 1536
+    n = MATMUL_WIDTHS[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(4):  # the first product may still choose its kernel
