@@ -8,7 +8,7 @@ from nanochat.core_eval import Question, evaluate_core, questions
 from nanochat.loss_eval import evaluate, sample_texts
 from nanochat.parallel import any_process
 from nanochat.processes import print0
-from nanochat.run_setup import Run
+from nanochat.run_setup import TrainingRun
 from nanochat.run_state import RunState
 from nanochat.signals import StopRequest
 from nanochat.trainable import Trainable
@@ -22,7 +22,7 @@ class CoreQuestions:
     share: list[list[Question]]  # this process asks these
 
 
-def core_questions(run: Run) -> CoreQuestions | None:
+def core_questions(run: TrainingRun) -> CoreQuestions | None:
     """The questions of CORE for this process; None where CORE is not measured."""
     args = run.args
     if args.core_metric_every < 1:
@@ -52,7 +52,7 @@ class Evaluation:
     All processes take part. Process 0 alone makes samples.
     """
 
-    run: Run
+    run: TrainingRun
     trainable: Trainable
     core: CoreQuestions | None
 

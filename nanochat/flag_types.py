@@ -5,7 +5,7 @@ This loads no torch, so that a report and --help start at once.
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from nanochat.arguments import (
@@ -55,13 +55,13 @@ class Flag:
 
     option: str  # "--model-dim"
     help: str
+    role: Role = field(kw_only=True)
     default: object = ""
     type: Callable | None = None  # as in argparse, like choices, metavar and required
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     required: bool = False
     alias: str = ""  # another name on the command line
-    role: Role = Role.METHOD
     free: bool = False  # a run may be resumed with another value
     old_default: object = NO_OLD_DEFAULT  # what runs did that are older than the flag
     short: str | None = None  # in the names that a sweep makes: "lr" of "lr0.02"; None: the whole name

@@ -121,7 +121,7 @@ def compact(values: tuple) -> array | list:
     return list(values)
 
 
-class Rows:
+class HistoryRows:
     """Rows in the order of their steps.
 
     A resumed run repeats the steps after its checkpoint: the last values count.
@@ -204,8 +204,8 @@ class History(Sequence):
         self.source = rows
 
     @cached_property
-    def rows(self) -> Rows:
-        rows = Rows(self.source)
+    def rows(self) -> HistoryRows:
+        rows = HistoryRows(self.source)
         self.source = ()
         return rows
 

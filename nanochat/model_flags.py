@@ -252,6 +252,7 @@ SUBSPACE_GROUP = FlagGroup(
             "how the matrices are made. none = they stay as --seed drew them, and only the embeddings and "
             "the head are trained; '' = no subspace",
             choices=("", *SUBSPACE_KINDS),
+            role=Role.METHOD,
             old_default="",
         ),
         Flag(
@@ -260,6 +261,7 @@ SUBSPACE_GROUP = FlagGroup(
             "0 stands for not given",
             default=0,
             type=whole_number(1),
+            role=Role.METHOD,
             old_default=0,
             short="dim",
         ),
@@ -268,6 +270,7 @@ SUBSPACE_GROUP = FlagGroup(
             "which matrices share these numbers: all (global), those of one layer (layer), or none (matrix). "
             "'' = global",
             choices=("", *SUBSPACE_SCOPES),
+            role=Role.METHOD,
             old_default="",
             short="",
         ),
@@ -277,6 +280,7 @@ SUBSPACE_GROUP = FlagGroup(
             "0 stands for not given",
             default=0,
             type=whole_number(1),
+            role=Role.METHOD,
             old_default=0,
             short="rank",
         ),
@@ -284,6 +288,7 @@ SUBSPACE_GROUP = FlagGroup(
             "--subspace-scales",
             "train one more number for each matrix: how much of fastfood or fft-fastfood it takes",
             default=False,
+            role=Role.METHOD,
             old_default=False,
         ),
         Flag(
@@ -299,6 +304,7 @@ SUBSPACE_GROUP = FlagGroup(
             "--freeze-embeddings",
             "the embeddings and the head stay as --seed drew them, too",
             default=False,
+            role=Role.METHOD,
             old_default=False,
         ),
     ),

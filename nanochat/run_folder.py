@@ -18,7 +18,7 @@ from nanochat.run_files import (
     step_folder,
     summary_says_finished,
 )
-from nanochat.run_setup import Run
+from nanochat.run_setup import TrainingRun
 
 FINISHED = "finished"
 NO_RESUME = "-1"  # --resume
@@ -30,7 +30,7 @@ def check_resume(resume: str):
 
 
 @contextlib.contextmanager
-def lock_folder(run: Run):
+def lock_folder(run: TrainingRun):
     """Process 0 locks the run folder for as long as this lasts.
 
     Yields the same in all processes: None for a new run, FINISHED, or (state, meta) of the checkpoint to

@@ -10,7 +10,7 @@ from nanochat.optim import optimizer_state
 from nanochat.parallel import differing_parameters, gather_state, names_anywhere
 from nanochat.processes import print0
 from nanochat.run_files import saved_steps
-from nanochat.run_setup import Run
+from nanochat.run_setup import TrainingRun
 from nanochat.run_state import RunState
 from nanochat.trainable import Trainable
 
@@ -21,7 +21,7 @@ class RunOutput:
     Every process calls its methods: all take part in a save, and process 0 alone writes.
     """
 
-    def __init__(self, run: Run, trainable: Trainable, meta: dict):
+    def __init__(self, run: TrainingRun, trainable: Trainable, meta: dict):
         """Write config.json and tokenizer.json.
 
         meta: of the checkpoint that training continues from; {} for a new run.

@@ -1,6 +1,6 @@
 """A run before its first step: what its flags decide, and what its processes agree on.
 
-`start_run` makes a `Run` of a `RunSpec`: the processes meet, agree, and open the text.
+`start_run` makes a `TrainingRun` of a `RunSpec`: the processes meet, agree, and open the text.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class RunSpec:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run that its processes have agreed on."""
 
     spec: RunSpec
@@ -72,7 +72,7 @@ class Run:
         return self.world.rank == 0
 
 
-def start_run(spec: RunSpec) -> Run:
+def start_run(spec: RunSpec) -> TrainingRun:
     """Join the processes, agree on what this run is, and open its text. InputError where they differ."""
     args = spec.args
     device_type = devices.pick_device_type(args.device_type)
@@ -81,7 +81,7 @@ def start_run(spec: RunSpec) -> Run:
     dtype = agreement.from_first(world, training_dtype, args, folder, device_type)
     agreement.confirm(world, common_values(spec))
     text = open_rows(args, spec.open_text, spec.tokenizer, world)
-    run = Run(spec, world, dtype, text, {}, folder)
+    run = TrainingRun(spec, world, dtype, text, {}, folder)
     run.config = agreement.from_first(world, run_config, run)
     return run
 
@@ -111,7 +111,7 @@ def common_values(spec: RunSpec) -> dict:
     }
 
 
-def run_config(run: Run) -> dict:
+def run_config(run: TrainingRun) -> dict:
     """What config.json holds."""
     spec = run.spec
     args = spec.args

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat import devices
-from nanochat.run_setup import Run
+from nanochat.run_setup import TrainingRun
 from nanochat.run_state import RunState
 from nanochat.trainable import Trainable
 
@@ -26,7 +26,7 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def clocks(run: Run, state: RunState) -> dict:
+def clocks(run: TrainingRun, state: RunState) -> dict:
     """How far the run is: in steps, tokens, seconds and FLOPs."""
     tokens = state.step * run.plan["total_batch_size"]
     return {
@@ -37,7 +37,7 @@ def clocks(run: Run, state: RunState) -> dict:
     }
 
 
-def step_entry(run: Run, state: RunState, result: StepResult) -> dict:
+def step_entry(run: TrainingRun, state: RunState, result: StepResult) -> dict:
     """The entry of a step in metrics.jsonl, before any evaluation."""
     tokens_per_second = run.plan["total_batch_size"] / result.seconds
     entry = clocks(run, state) | {
@@ -56,7 +56,7 @@ def step_entry(run: Run, state: RunState, result: StepResult) -> dict:
     return entry
 
 
-def peak_memory(run: Run) -> dict:
+def peak_memory(run: TrainingRun) -> dict:
     return {"mem/peak_bytes": devices.peak_memory_bytes(run.world.device)}
 
 
@@ -75,7 +75,7 @@ def tensor_bytes(values: list) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
 
 
-def step_line(run: Run, state: RunState, result: StepResult) -> str:
+def step_line(run: TrainingRun, state: RunState, result: StepResult) -> str:
     tokens_per_second = run.plan["total_batch_size"] / result.seconds
     minutes = (run.steps - state.step) * state.seconds / state.step / 60
     line = (

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nanochat.errors import InputError
 from nanochat.files import Schema, read_json, write_atomic
-from nanochat.history import CLOCKS, Rows, parsed
+from nanochat.history import CLOCKS, HistoryRows, parsed
 from nanochat.run_files import SUMMARY, read_config
 from nanochat.signals import ENDING, REQUEUE
 
@@ -181,7 +181,7 @@ class Record:
 
     def new_rows(self) -> Iterator[dict]:
         """The rows of complete lines since the last call. The first call has those of earlier starts too."""
-        earlier = Rows(self._earlier_rows())
+        earlier = HistoryRows(self._earlier_rows())
         rows = []
         while line := self.file.readline():
             if not line.endswith(b"\n"):  # still being written

@@ -36,7 +36,7 @@ from nanochat.run_files import step_folder
 from nanochat.run_folder import FINISHED, check_resume, lock_folder
 from nanochat.run_inputs import first_weights, vocabulary
 from nanochat.run_output import RunOutput
-from nanochat.run_setup import Run, RunSpec, start_run
+from nanochat.run_setup import RunSpec, TrainingRun, start_run
 from nanochat.run_state import RunState
 from nanochat.subspace import config as subspace
 from nanochat.subspace import costs as subspace_costs
@@ -124,7 +124,7 @@ def build_trainable(model: GPT, args, matrix_lr: float) -> Trainable:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.StopRequest | None:
+def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> signals.StopRequest | None:
     """Train from the checkpoint, (state, meta), or from step 0, to the last step.
 
     Returns None, or the request to stop that ended the training earlier. Then the state is saved.
@@ -153,7 +153,7 @@ def train(run: Run, trainable: Trainable, checkpoint: tuple | None) -> signals.S
 
 
 def train_steps(
-    run: Run, trainable: Trainable, evaluation: Evaluation, output: RunOutput, state: RunState, stop
+    run: TrainingRun, trainable: Trainable, evaluation: Evaluation, output: RunOutput, state: RunState, stop
 ):
     """The training loop. `state.step` counts finished updates."""
     args = run.args
@@ -264,7 +264,7 @@ def update(trainable: Trainable, world: World, step: int, lrm: float):
 # ---- before the first step ---------------------------------------------------------------------------------
 
 
-def restore(run: Run, trainable: Trainable, tensors: dict | None, meta: dict) -> RunState:
+def restore(run: TrainingRun, trainable: Trainable, tensors: dict | None, meta: dict) -> RunState:
     """Take over a checkpoint. meta: {} for first weights alone.
 
     InputError where it does not fit, or where the processes have different ones.
@@ -289,7 +289,7 @@ def restore(run: Run, trainable: Trainable, tensors: dict | None, meta: dict) ->
     return state
 
 
-def open_output(run: Run, trainable: Trainable, meta: dict) -> RunOutput:
+def open_output(run: TrainingRun, trainable: Trainable, meta: dict) -> RunOutput:
     """Open the record, and print what is trained."""
     if run.is_first_process:
         validation = run.text.validation
@@ -304,7 +304,7 @@ def open_output(run: Run, trainable: Trainable, meta: dict) -> RunOutput:
     return output
 
 
-def compile_model(run: Run, model: GPT):
+def compile_model(run: TrainingRun, model: GPT):
     """Compile the blocks if --compile says so. The first training batch shows the compiler the shapes."""
     choice = run.args.compile
     device, _, size = run.world
@@ -314,7 +314,7 @@ def compile_model(run: Run, model: GPT):
         compiler.compile_if_possible(model, choice, device, size, lambda: model(x, y, run.dtype).backward())
 
 
-def before_training(run: Run, evaluation: Evaluation, output: RunOutput, state: RunState, stop):
+def before_training(run: TrainingRun, evaluation: Evaluation, output: RunOutput, state: RunState, stop):
     """Evaluate a model that was trained before, and finish what an earlier process left undone."""
     if state.last and state.bad_steps_in_a_row > run.args.max_bad_steps:
         output.end_diverged(state)

@@ -32,10 +32,11 @@ def test_a_declaration_becomes_a_flag_of_the_parser():
 
 
 def test_a_new_flag_is_added_by_its_declaration_alone():
-    """The default of False makes a switch; a group is a group of --help."""
-    group = FlagGroup(
-        "Trial", "What is tried.", (Flag("--try-it", "try it", default=False, old_default=True),)
-    )
+    """The default of False makes a switch; a group is a group of --help. A role has to be given."""
+    flag = Flag("--try-it", "try it", role=Role.COST, default=False, old_default=True)
+    group = FlagGroup("Trial", "What is tried.", (flag,))
+    with pytest.raises(TypeError, match="role"):
+        Flag("--try-it", "try it")
     parser = build_parser()
     group.add_to(parser)
     assert parser.parse_args(["--try-it"]).try_it is True and parser.parse_args([]).try_it is False
