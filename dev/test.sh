@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment as speedrun.sh does; then check format, lint and types, and run the whole test suite.
+# Set up the environment as speedrun.sh does; then check format, lint and types, and run the tests.
 # With arguments, only pytest runs and gets them: bash dev/test.sh -k resume
 [ -n "${BASH_VERSION:-}" ] || { echo "error: dev/test.sh is written for bash: bash dev/test.sh" >&2; exit 2; }
 set -euo pipefail

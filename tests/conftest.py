@@ -46,22 +46,6 @@ def story(seed: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) + "."
 
 
-def pytest_collection_modifyitems(config, items):
-    """Long tests come first, so that none is alone at the end. Workers of pytest-xdist begin with
-    parts of equal length: each part gets its share of them.
-    """
-    longest = [item for item in items if item.get_closest_marker("long")]
-    others = [item for item in items if not item.get_closest_marker("long")]
-    parts = getattr(config, "workerinput", {}).get("workercount", 1)
-    size = len(items) // parts
-    items.clear()
-    for part in range(parts):
-        begin = longest[part::parts]
-        count = size - len(begin) if part < parts - 1 else len(others)
-        items += begin + others[: max(0, count)]
-        others = others[max(0, count) :]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def float32():
     """On every processor: what the tests compare is to be compared to many digits."""

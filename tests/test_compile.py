@@ -16,6 +16,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.subspace.config import SubspaceConfig
 from nanochat.subspace.model import attach as attach_subspace
 
+pytestmark = pytest.mark.long
 SHAPE = GPTConfig(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=16)
 
 

@@ -207,7 +207,6 @@ ODD = {
 }
 
 
-@pytest.mark.long
 def test_scripts_in_an_environment_where_all_is_odd(base_dir, corpus_dir, tmp_path):
     flags = [*TINY, "--data", str(corpus_dir), "--model-tag", "odd", "--num-iterations", "1"]
     report = ["odd", "--out", str(tmp_path / "report")]

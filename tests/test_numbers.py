@@ -136,7 +136,6 @@ def test_minus_one_switches_off_and_nothing_else_below_one_step_does(text):
             build_parser().parse_args([flag, text])
 
 
-@pytest.mark.long
 def test_every_number_that_base_train_takes_can_be_counted_with(base_dir, capsys):
     """--dry-run of one tiny layer with each flag at each odd value that its type allows."""
     from scripts import base_train

@@ -130,6 +130,7 @@ def test_blocks_of_a_subspace_recompute(kind):
     assert isinstance(model.blocks[0], RecomputedBlock) and all(map(torch.equal, *results))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape, mode", [("full", "block"), ("mixed", "bottleneck"), ("silu", "bottleneck")])
 def test_compiled_blocks_recompute(shape, mode):
     torch._dynamo.reset()
