@@ -15,6 +15,6 @@ if [ $# -eq 0 ]; then
 fi
 export OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE   # the many processes of the tests would each compile the same sources
-# two workers more than cores: many tests wait for processes that they started
-WORKERS=$(python -c "import os; print(min(8, 2 + (os.cpu_count() or 1)))")
+# a worker more than cores: many tests wait for processes that they started
+WORKERS=$(python -c "import os; print(min(8, 1 + (os.cpu_count() or 1)))")
 python -m pytest -n "$WORKERS" --dist worksteal "$@"
