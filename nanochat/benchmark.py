@@ -1,5 +1,6 @@
 """Parts that the benches share: functions that take turns on one clock, quartiles, and what is recorded."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from nanochat import devices
+from nanochat.common import out_of_memory
+from nanochat.errors import InputError
 
 
 @dataclass
@@ -19,6 +22,17 @@ class Setting:
     device: torch.device
     dtype: torch.dtype  # of the activations
     repeats: int
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(message: str):
+    """In this block too little memory, on a GPU or a CPU, is an InputError with this message."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        raise InputError(message) from None
 
 
 def machine_description(device, dtype: torch.dtype) -> dict:

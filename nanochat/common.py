@@ -57,7 +57,7 @@ def call_main(main) -> tuple[str, bool]:
             raise
         return f"{e.filename or 'file system'}: {e.strerror}{remedy(e)}", False
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e.__cause__, KeyboardInterrupt):  # Python 3.11 hides it so while it makes a class
+        if isinstance(e.__cause__, KeyboardInterrupt):  # until Python 3.11: a signal while a class is made
             raise e.__cause__ from None
         if out_of_memory(e):
             reason = first_line(e).split("DefaultCPUAllocator: ")[-1]

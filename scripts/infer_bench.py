@@ -28,7 +28,15 @@ import torch
 from nanochat import arguments, common, devices, plan, processes
 from nanochat.adapters.attach import plain_model
 from nanochat.arguments import ArgumentParser, real_number, whole_number
-from nanochat.benchmark import Setting, flags_as_json, machine_description, machine_text, spread, take_turns
+from nanochat.benchmark import (
+    Setting,
+    explain_out_of_memory,
+    flags_as_json,
+    machine_description,
+    machine_text,
+    spread,
+    take_turns,
+)
 from nanochat.engine import next_logits, prefill, sample
 from nanochat.errors import InputError
 from nanochat.factorize import merge
@@ -93,7 +101,9 @@ def main(argv=None):
     forms = make_forms(model, setting.dtype)
     cases = []
     for batch in args.batch_sizes:
-        cases.append(measure_or_explain(forms, batch, args.prompt_tokens, setting))
+        remedy = "give smaller batches, or fewer --prompt-tokens"
+        with explain_out_of_memory(f"--batch-sizes {batch}: does not fit into memory; {remedy}"):
+            cases.append(measure(forms, batch, args.prompt_tokens, setting))
         print(f"measured batch size {batch}", flush=True)
 
     result = {
@@ -276,6 +286,7 @@ def read_and_decode(model: GPT, batch: int, prompt_tokens: int, dtype):
     next_logits(model, sample(logits, 0, 0, 1, None)[:, None], dtype, cache)
 
 
+@torch.inference_mode()
 def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Setting) -> dict:
     """The result for one batch size: {"batch", "forms": {form: times, ratios to dense, bytes}}."""
     dtype = setting.dtype
@@ -298,19 +309,6 @@ def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Sett
             "seconds by repeat": seconds[name],
         }
     return case
-
-
-@torch.inference_mode()
-def measure_or_explain(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Setting) -> dict:
-    """`measure`; InputError if there is too little memory."""
-    try:
-        return measure(forms, batch, prompt_tokens, setting)
-    except RuntimeError as e:  # torch's error for the memory of a GPU and of a CPU
-        if "memory" not in str(e):
-            raise
-        raise InputError(
-            f"--batch-sizes {batch}: does not fit into memory; give smaller batches, or fewer --prompt-tokens"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,15 @@ import torch
 from nanochat import arguments, common, devices, processes
 from nanochat.accounting import on_meta
 from nanochat.arguments import ArgumentParser, whole_number
-from nanochat.benchmark import Setting, flags_as_json, machine_description, machine_text, spread, take_turns
+from nanochat.benchmark import (
+    Setting,
+    explain_out_of_memory,
+    flags_as_json,
+    machine_description,
+    machine_text,
+    spread,
+    take_turns,
+)
 from nanochat.errors import InputError
 from nanochat.files import check_out
 from nanochat.flag_types import LONGEST, WIDEST, comma_separated, rank_flag
@@ -268,15 +276,10 @@ def measure(layers: Layers, rows: int, mode: str, setting: Setting) -> dict:
 
 def measure_or_explain(layers: Layers, tokens: int, rows: int, mode: str, setting: Setting) -> dict:
     """`measure`; InputError if there is too little memory."""
-    try:
+    shape = f"{layers.names} ({layers.in_features} → {layers.out_features})"
+    remedy = "give fewer tokens, or smaller layers"
+    with explain_out_of_memory(f"--tokens {tokens}: {shape} does not fit into memory; {remedy}"):
         return measure(layers, rows, mode, setting)
-    except RuntimeError as e:  # torch's error for the memory of a GPU and of a CPU
-        if "memory" not in str(e):
-            raise
-        raise InputError(
-            f"--tokens {tokens}: {layers.names} ({layers.in_features} → {layers.out_features}) "
-            "does not fit into memory; give fewer tokens, or smaller layers"
-        ) from None
 
 
 # ---- ratios to dense ---------------------------------------------------------------------------------------
