@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanochat import signals
@@ -44,6 +45,16 @@ def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if process_layout().rank == 0:
         print(*args, **kwargs, flush=True)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which a scheduler or a container may limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or one without a limit, which reads "max"
+        return cores
 
 
 # ---- joining and leaving -----------------------------------------------------------------------------------

@@ -62,6 +62,26 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
             yield place, text
 
 
+def text_bytes(path: Path) -> int:
+    """About how many bytes of text a file has, without reading it."""
+    size = path.stat().st_size
+    if path.suffix.lower() in COMPRESSIONS:
+        return 3 * size
+    if text_format(path) != ".parquet":
+        return size
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # who reads the file reports the fault
+        metadata = pq.read_metadata(path)
+        column = metadata.schema.names.index("text")
+        return sum(
+            metadata.row_group(i).column(column).total_uncompressed_size
+            for i in range(metadata.num_row_groups)
+        )
+    return size
+
+
 def read_format(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".py":  # a file of the embedded corpus
         return read_source(path)

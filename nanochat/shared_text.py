@@ -12,6 +12,7 @@ from nanochat.files import read_json
 from nanochat.loss_eval import EvalSet
 from nanochat.processes import World, print0
 from nanochat.token_cache import META, verify_caches
+from nanochat.token_workers import build_caches
 from nanochat.tokenizer import Tokenizer, note_on_tokenizer
 
 
@@ -40,6 +41,7 @@ def open_rows(args, open_text: Callable, tokenizer: Tokenizer, world: World) -> 
         verify_caches(shards, tokenizer)
         agreement.meet(world)  # nobody maps a cache that another process is building again
         print0(f"token caches: {len(shards):,} read whole and compared with their checksums")
+    build_caches(corpus.train + corpus.val, tokenizer)
     train_rows = Rows(corpus.train, tokenizer, args.max_seq_len, args.seed)
     val_rows = Rows(corpus.val, tokenizer, args.max_seq_len)
     for split, rows in (("training", train_rows), ("validation", val_rows)):

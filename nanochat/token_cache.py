@@ -17,6 +17,9 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -39,7 +42,7 @@ from nanochat.files import (
     sync_folder,
     write_json,
 )
-from nanochat.processes import process_layout
+from nanochat.processes import process_layout, usable_cores
 from nanochat.tokenizer import EncodingError
 
 DOCUMENT_BATCH = 512  # documents tokenised together
@@ -66,6 +69,15 @@ verified_folders: set[Path] = set()
 
 class IncompleteCache(Exception):
     """A cache that must be built again. The message says what is wrong; '' if there is no cache."""
+
+
+@dataclass
+class Work:
+    """How a shard is tokenised."""
+
+    threads: int
+    wait: bool = True  # for another process that is tokenising the shard; else leave it to that one
+    report: Callable | None = None  # called with the bytes of text of each batch; None: a progress bar
 
 
 def cached_tokens(shard, tokenizer):
@@ -208,16 +220,20 @@ def examine(path: Path, dtype: np.dtype, vocab_size: int) -> str:
 # ---- building ----------------------------------------------------------------------------------------------
 
 
-def make_whole(shard, tokenizer, folder: Path, verify: bool = False):
-    """Build a cache unless it is complete. verify: see check_cache."""
+def make_whole(shard, tokenizer, folder: Path, verify: bool = False, work: Work | None = None):
+    """Build a cache unless it is complete. verify: see check_cache. work: by default, on all cores."""
+    work = work or Work(usable_cores())
     root = folder.parent
+    lock = None
     try:
         create_folder(root)
-        with locked(lock_path(folder)):
-            try:
-                check_cache(folder, tokenizer, verify)
-            except IncompleteCache as fault:
-                build_cache(shard, tokenizer, folder, str(fault))
+        lock = locks.acquire(lock_path(folder), work.wait)
+        if not lock:
+            return
+        try:
+            check_cache(folder, tokenizer, verify)
+        except IncompleteCache as fault:
+            build_cache(shard, tokenizer, folder, str(fault), work)
     except OSError as e:
         e.filename = e.filename or str(folder)  # an error of reading or writing names no file
         if not str(e.filename).startswith(str(root)) or e.errno not in READ_ONLY:
@@ -229,20 +245,23 @@ def make_whole(shard, tokenizer, folder: Path, verify: bool = False):
             message = f"{e.filename}: {e.strerror}: the tokens of {shard.name} cannot be kept there{reason}"
             remedy = f"make {root} writable, or let NANOCHAT_BASE_DIR name a folder of your own"
             raise InputError(f"{message}; {remedy}") from None
+    finally:
+        if lock:
+            lock.close()
 
 
 def lock_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def build_cache(shard, tokenizer, folder: Path, fault: str):
+def build_cache(shard, tokenizer, folder: Path, fault: str, work: Work):
     """Tokenise a shard into `folder`. The caller has its lock. fault: what is wrong with the cache there."""
     remove_unfinished_caches(folder)
     building = None
     try:
         # a new name each time: an unfinished folder of another user cannot be removed
         building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building.", dir=folder.parent))
-        meta = write_tokens(shard, tokenizer, building / "tokens.bin")
+        meta = write_tokens(shard, tokenizer, building / "tokens.bin", work)
         write_json(building / "meta.json", meta)
         building.chmod(folder.parent.stat().st_mode & 0o777)  # mkdtemp's 0700 would lock colleagues out
         replace_folder(folder, building, fault)
@@ -270,28 +289,34 @@ def remove_unfinished_caches(folder: Path):
                 lock.close()
 
 
-def write_tokens(shard, tokenizer, path: Path) -> dict:
+def write_tokens(shard, tokenizer, path: Path, work: Work) -> dict:
     """Write the slots of a shard; returns the content of meta.json.
 
     InputError if the text cannot be read or encoded, or the disk lost a part of what was written.
     """
     dtype = token_dtype(tokenizer.vocab_size)
+    bos = np.array([tokenizer.bos_id], dtype=dtype)
     digest = hashlib.sha256()
     counts = {"slots": 0, "documents": 0, "characters": 0, "empty": 0}
     documents = shard.read()
-    with open(path, "wb") as f, progress_bar(shard) as bar:
+    with open(path, "wb") as f, progress_bar(shard, work) as bar, ThreadPoolExecutor(work.threads) as threads:
+        encode = map if work.threads == 1 else threads.map
         while batch := list(islice(documents, DOCUMENT_BATCH)):
             nonempty = [(place, text) for place, text in batch if text]
-            for ids in encode_documents(tokenizer, nonempty):
-                slots = np.array(ids + [tokenizer.bos_id], dtype=dtype).tobytes()
-                f.write(slots)  # ndarray.tofile loses the error of a full disk
-                digest.update(slots)
-                counts["slots"] += len(ids) + 1
-            characters = sum(len(text) for _, text in nonempty)
+            parts = [bos[:0]]
+            for ids in encode_documents(tokenizer, nonempty, encode):
+                parts += [ids.astype(dtype), bos]
+            slots = np.concatenate(parts)
+            f.write(slots.tobytes())  # ndarray.tofile loses the error of a full disk
+            digest.update(slots)
+            counts["slots"] += len(slots)
             counts["documents"] += len(nonempty)
-            counts["characters"] += characters
+            counts["characters"] += sum(len(text) for _, text in nonempty)
             counts["empty"] += len(batch) - len(nonempty)
-            bar.update(characters)
+            size = sum(len(text.encode()) for _, text in nonempty)
+            bar.update(size)
+            if work.report:
+                work.report(size)
         sync(f)
     check_written(path, counts["slots"] * dtype.itemsize, digest.hexdigest())
     return {
@@ -305,14 +330,15 @@ def write_tokens(shard, tokenizer, path: Path) -> dict:
     }
 
 
-def progress_bar(shard):
+def progress_bar(shard, work: Work):
     """The progress of tokenising a shard: shown by process 0, on a terminal only."""
+    is_hidden = work.report is not None or process_layout().rank > 0
     return tqdm(
         desc=f"tokenising {shard.name}",
-        unit=" chars",
+        unit="B",
         unit_scale=True,
         leave=False,
-        disable=True if process_layout()[0] else None,
+        disable=True if is_hidden else None,
     )
 
 
@@ -328,17 +354,17 @@ def check_written(path: Path, size: int, digest: str):
         raise InputError(f"{path}: the disk gives back other bytes than were written; {remedy}")
 
 
-def encode_documents(tokenizer, documents: list[tuple[str, str]]) -> list[list[int]]:
-    """Token ids of (place, text) pairs, in parallel threads (tiktoken releases the GIL).
+def encode_documents(tokenizer, documents: list[tuple[str, str]], encode: Callable) -> list[np.ndarray]:
+    """Token ids of (place, text) pairs. encode: `map`, or that of threads (tiktoken releases the GIL).
 
     InputError names the place of a text that the tokenizer cannot encode.
     """
     try:
-        return tokenizer.encode_batch([text for _, text in documents], threads=os.cpu_count() or 1)
+        return list(encode(tokenizer.encode_to_array, [text for _, text in documents]))
     except EncodingError as failure:
         for place, text in documents:
             try:
-                tokenizer.encode_batch([text], threads=1)
+                tokenizer.encode_to_array(text)
             except EncodingError as e:
                 raise InputError(f"{place}: {e}") from None
         first = documents[0][0]

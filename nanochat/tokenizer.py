@@ -129,6 +129,12 @@ class Tokenizer:
         with encoding_errors("the text cannot be encoded"):
             return list(chain(*map(self.encoding.encode_ordinary, pieces(text))))
 
+    def encode_to_array(self, text: str) -> np.ndarray:
+        """The same tokens as an array of uint32, in less time. The text must be valid: no half surrogates."""
+        with encoding_errors("the text cannot be encoded"):
+            parts = [self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
 

@@ -38,6 +38,7 @@ from nanochat.sweep.experiment import NAMED_TEXT, Point, Sweep, read_experiment
 from nanochat.sweep.local import claim_path, places, run_all
 from nanochat.sweep.workers import run_workers
 from nanochat.token_cache import cached_tokens
+from nanochat.token_workers import build_caches
 from nanochat.tokenizer import load_tokenizer, note_on_tokenizer, tokenizer_path
 
 
@@ -181,7 +182,9 @@ def prepare(sweep: Sweep):
         print(note)
     check_existing(sweep, tokenizer, corpora)
     for corpus in corpora.values():
-        for shard in (*corpus.train, *corpus.val):
+        shards = (*corpus.train, *corpus.val)
+        build_caches(shards, tokenizer)
+        for shard in shards:
             cached_tokens(shard, tokenizer)
 
 

@@ -59,8 +59,12 @@ class LosesAWrite:
 
     def write(self, data):
         begin = self.file.tell()
-        lost = max(4096, begin) < min(8192, begin + len(data))
-        return self.file.seek(len(data), os.SEEK_CUR) if lost else self.file.write(data)
+        for start in range(0, len(data), 2):  # a slot
+            if 4096 <= begin + start < 8192:
+                self.file.seek(2, os.SEEK_CUR)
+            else:
+                self.file.write(data[start : start + 2])
+        return len(data)
 
     def __getattr__(self, name):
         return getattr(self.file, name)

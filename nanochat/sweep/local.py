@@ -20,6 +20,7 @@ from nanochat import devices, locks, signals
 from nanochat.errors import InputError
 from nanochat.files import create_folder
 from nanochat.naming import lock_path
+from nanochat.processes import usable_cores
 from nanochat.signals import ENDING
 from nanochat.sweep.display import Display, last_lines, log_path
 from nanochat.sweep.experiment import Point, Sweep
@@ -223,9 +224,8 @@ def places(sweep: Sweep, most: int | None) -> list[dict]:
                 "set processes, or use --launcher slurm"
             )
         return [{"gpus": group, "threads": None} for group in groups[:most]]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = most or 1
-    return [{"gpus": (), "threads": max(1, cores // (count * sweep.processes))}] * count
+    return [{"gpus": (), "threads": max(1, usable_cores() // (count * sweep.processes))}] * count
 
 
 def visible_gpus() -> list[str]:
