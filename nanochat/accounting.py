@@ -14,6 +14,7 @@ def account(model: GPT | GPTConfig) -> dict:
     params/trained   those that require a gradient
     params/stored_bits   of a checkpoint's weights
     flops/per_token  FLOPs of training, forward and backward: see `flops_per_token`
+    flops/executed_per_token   those that the hardware executes: see `executed_flops_per_token`
     mem/weights_bytes    float32 master weights
     mem/grads_bytes      float32 gradients of what is trained
     mem/optimizer_bytes  of what is trained: Muon's momentum and a number for each line of the longer side, or
@@ -36,6 +37,7 @@ def account(model: GPT | GPTConfig) -> dict:
         "params/trained": trained,
         "params/stored_bits": 32 * total,
         "flops/per_token": flops_per_token(model),
+        "flops/executed_per_token": executed_flops_per_token(model),
         "mem/weights_bytes": 4 * total,
         "mem/grads_bytes": 4 * trained,
         "mem/optimizer_bytes": 4 * moments,
@@ -95,14 +97,68 @@ def flops_per_token(model: GPT) -> int:
     """
     config = model.config
     flops = 0
-    # whether the backward pass reaches this layer
-    backward = model.wte.weight.requires_grad or model.smear.requires_grad
-    for layer in config.positions:
-        block = model.blocks[layer]
-        backward = backward or any(p.requires_grad for p in block.parameters())
-        flops += matrix_flops(block, backward)
+    backward = False
+    for layer, backward in positions_and_backward(model):
+        flops += matrix_flops(model.blocks[layer], backward)
         flops += (12 if backward else 4) * config.n_embd * config.window(layer)  # H·D = n_embd
     return flops + matrix_flops(output_head(model), backward)
+
+
+def executed_flops_per_token(model: GPT) -> int:
+    """Training FLOPs a token as a GPU executes them, compiled: the numerator of the HFU (PaLM, appendix B).
+
+    Two things differ from `flops_per_token`. Attention counts the keys that a query sees, and 14·H·D a key: 4
+    forward and 10 backward, since fused kernels compute the scores again there. And the products count that
+    the backward pass makes again, as --recompute asks for. The optimizer does not count in either.
+    """
+    config = model.config
+    flops = 0.0
+    backward = False
+    for layer, backward in positions_and_backward(model):
+        block = model.blocks[layer]
+        scores = 4 * config.n_embd * mean_keys(config.sequence_len, config.window(layer))
+        flops += matrix_flops(block, backward) + scores
+        if backward:
+            flops += 2.5 * scores
+        if backward and is_recomputed(block, config):
+            flops += 2 * recomputed_entries(block, config) + scores
+    return round(flops + matrix_flops(output_head(model), backward))
+
+
+def positions_and_backward(model: GPT):
+    """For each position of the stack: (its layer, whether the backward pass reaches it)."""
+    backward = model.wte.weight.requires_grad or model.smear.requires_grad
+    for layer in model.config.positions:
+        backward = backward or any(p.requires_grad for p in model.blocks[layer].parameters())
+        yield layer, backward
+
+
+def mean_keys(T: int, window: int) -> float:
+    """Keys that a query sees, the mean over a sequence: query i (from 0) sees min(i + 1, window)."""
+    window = min(window, T)
+    return (window * (window + 1) / 2 + (T - window) * window) / T
+
+
+def is_recomputed(block, config: GPTConfig) -> bool:
+    """Whether the backward pass computes a block again (see recompute.py)."""
+    factored = any(getattr(layer, "rank", 0) for layer in block.modules())
+    return config.recompute == "block" or (config.recompute == "bottleneck" and factored)
+
+
+def recomputed_entries(block, config: GPTConfig) -> int:
+    """Entries of the matrices with which a block that is computed again multiplies twice.
+
+    All but the last, whose product nothing asks for, and those whose r-wide products are kept. (Uncompiled,
+    the full-rank `down` multiplies twice as well.) Another way to compute again adds its matrices here.
+    """
+    down = block.mlp.down
+    entries = matrix_entries(block) - down.out_features * (down.rank or down.in_features)
+    if config.recompute == "bottleneck":
+        joint = (block.attn.q, block.attn.k, block.attn.v)  # one product
+        for layers in (joint, (block.attn.o,), (block.mlp.up,), (down,)):
+            if all(layer.rank for layer in layers):
+                entries -= sum(layer.A.numel() for layer in layers)
+    return entries
 
 
 def matrix_flops(module, backward: bool) -> int:

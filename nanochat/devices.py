@@ -7,6 +7,7 @@ import contextlib
 import functools
 import glob
 import os
+import re
 import resource
 import warnings
 from pathlib import Path
@@ -160,13 +161,50 @@ def processor() -> dict[str, str]:
 
 # ---- speed and memory --------------------------------------------------------------------------------------
 
-# bfloat16 peak of one device in FLOP/s, without sparsity, from the makers' data sheets; for train/mfu
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# bfloat16 peak of one GPU in FLOP/s, of dense matrices, summed in float32, from the makers' data sheets; for
+# train/mfu and train/hfu. Words of the name that CUDA reports: the longest entry that it holds counts.
+PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,  # SXM
+    "H200 NVL": 835e12,
+    "H100": 989e12,  # SXM: "NVIDIA H100 80GB HBM3"
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364.2e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
+    "MI355X": 2500e12,
+}
+OTHER_CARDS = {"MIG", "Laptop", "Ti", "D"}  # words of a slice of a GPU, or of another GPU of nearly that name
 
 
 def peak_flops(gpu: str) -> float | None:
     """The peak of a GPU of this name in FLOP/s; None for a CPU or an unknown GPU."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    words = re.split(r"[ -]", gpu)
+    if not OTHER_CARDS.isdisjoint(words):
+        return None
+    padded = f" {' '.join(words)} "
+    known = [name for name in PEAK_FLOPS if f" {name} " in padded]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def reset_peak_memory(device):

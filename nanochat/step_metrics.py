@@ -51,8 +51,10 @@ def step_entry(run: TrainingRun, state: RunState, result: StepResult) -> dict:
     else:
         entry["train/bad_steps"] = state.bad_steps
     if peak := devices.peak_flops(run.config["device"]["name"]):
-        flops_per_second = tokens_per_second * run.spec.accounting["flops/per_token"]
-        entry["train/mfu"] = flops_per_second / (peak * run.world.size)
+        costs = run.spec.accounting
+        peak_of_all = peak * run.world.size
+        entry["train/mfu"] = tokens_per_second * costs["flops/per_token"] / peak_of_all
+        entry["train/hfu"] = tokens_per_second * costs["flops/executed_per_token"] / peak_of_all
     return entry
 
 

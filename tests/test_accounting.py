@@ -1,12 +1,16 @@
 """What a model costs: parameters, FLOPs, and the bytes of a training step."""
 
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 from test_gpt import live_bytes, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import recompute
-from nanochat.accounting import account, count_parameters
+from nanochat import devices, gpt, recompute
+from nanochat.accounting import account, count_parameters, mean_keys
+from nanochat.attention import window_mask
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import predict_peak
 from nanochat.optim import Rates, build_optimizers
@@ -92,3 +96,135 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes)
     measured = live_bytes(lambda: two_steps(config, rows, passes))[0]
     predicted = predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"]
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+# ---- FLOPs as executed
+
+
+class AttentionByQuery(torch.autograd.Function):
+    """Attention that multiplies with no key that a query does not see. As fused kernels do, its backward pass
+    computes the scores again. q, k, v: (N, T, D); mask: (T, T).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        rows = []
+        for i in range(q.size(1)):
+            seen = mask[i]
+            weights = (q[:, i : i + 1] @ k[:, seen].mT * scale).softmax(-1)
+            rows.append(weights @ v[:, seen])
+        return torch.cat(rows, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.zeros_like(t) for t in (q, k, v))
+        for i in range(q.size(1)):
+            seen = mask[i]
+            query = q[:, i : i + 1]
+            row = grad[:, i : i + 1]
+            weights = (query @ k[:, seen].mT * ctx.scale).softmax(-1)
+            grad_v[:, seen] += weights.mT @ row
+            grad_weights = row @ v[:, seen].mT
+            grad_scores = (
+                weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * ctx.scale
+            )
+            grad_q[:, i : i + 1] = grad_scores @ k[:, seen]
+            grad_k[:, seen] += grad_scores.mT @ query
+        return grad_q, grad_k, grad_v, None, None
+
+
+def attention_by_query(q, k, v, scale, mask=None):
+    """In place of `attention.attention`."""
+    B, H, T, D = q.shape
+    groups = H // k.size(1)
+    k, v = (t.repeat_interleave(groups, dim=1).flatten(0, 1) for t in (k, v))
+    mask = window_mask(T, T, q.device) if mask is None else mask
+    y = AttentionByQuery.apply(q.flatten(0, 1), k, v, mask, scale)
+    return y.view(B, H, T, D).transpose(1, 2).flatten(2)
+
+
+def counted_flops(model, idx, monkeypatch) -> float:
+    """FLOPs a token of a training pass, as torch counts the shapes of its products."""
+    monkeypatch.setattr(gpt, "attention", attention_by_query)
+    # as in compiled code, where the last product of a block that is computed again falls away
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    own = torch.ops.nanochat
+
+    def one_product(x, weight, out_shape=None, **_):  # all are shapes
+        return 2 * math.prod(x) * weight[0]
+
+    def two_products(x, up, down, out_shape=None, **_):
+        return 2 * math.prod(x) * up[0] + 2 * math.prod(x[:-1]) * up[0] * down[0]
+
+    formulas = {own.bottleneck: one_product, own.relu2: two_products}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(idx, idx).backward()
+    return counter.get_total_flops() / idx.numel()
+
+
+EXECUTED = {
+    "full": {},
+    "windows": dict(window_pattern="SL", n_layer=3),
+    "grouped queries, low-rank head": dict(n_kv_head=1, lm_head_rank=4),
+    "tied": dict(layer_map=(0, 1, 1, 0), tie_embeddings=True),
+    "low": dict(attn_ranks=(4, 8), mlp_ranks=(4, 8)),
+    "silu": dict(attn_ranks=(4, 8), mlp_ranks=(4, 8), factor_act="silu"),
+    "up and q": dict(matrix_ranks={"up": (8, 4), "q": (8, 4)}),
+    "down, o and v": dict(matrix_ranks={"down": (8, 0), "v": (0, 4), "o": (0, 4)}),
+}
+
+
+@pytest.mark.parametrize("mode", recompute.MODES)
+@pytest.mark.parametrize("name", EXECUTED)
+def test_executed_flops_are_those_that_torch_counts(name, mode, monkeypatch):
+    shape = dict(
+        sequence_len=12, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"
+    )
+    model = GPT(GPTConfig(**shape | EXECUTED[name], recompute=mode))
+    model.init_weights()
+    recompute.apply(model)
+    costs = account(model)
+    assert counted_flops(model, tokens(2, 12, vocab=40), monkeypatch) == costs["flops/executed_per_token"]
+    if mode == "none":  # only attention differs: 12 for each key of the window, 14 for each key that is seen
+        attention = 0.0
+        for layer in model.config.positions:
+            window = model.config.window(layer)
+            attention += 32 * (12 * window - 14 * window_mask(12, window, "cpu").sum().item() / 12)
+        assert costs["flops/per_token"] - costs["flops/executed_per_token"] == pytest.approx(attention, abs=1)
+
+
+@pytest.mark.parametrize("T, window", [(1, 1), (8, 8), (8, 3), (8, 1), (7, 20)])
+def test_the_keys_that_a_query_sees(T, window):
+    assert mean_keys(T, window) == pytest.approx(window_mask(T, window, "cpu").sum().item() / T)
+
+
+def test_a_card_is_known_by_its_whole_name():
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA A100 80GB PCIe": 312e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": 181e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA GeForce RTX 4090": 165.2e12,
+        "AMD Instinct MI300X": 1307e12,
+        # a part of a card, cards of nearly the same name, a card without bfloat16, no card
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 3090 Ti": None,
+        "NVIDIA A10G": None,
+        "Tesla V100-SXM2-16GB": None,
+        "AMD EPYC 9654 96-Core Processor": None,
+    }
+    assert {name: devices.peak_flops(name) for name in peaks} == peaks
