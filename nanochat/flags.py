@@ -12,6 +12,7 @@ from nanochat.training_flags import (
     CHECK_GROUP,
     CORE_GROUP,
     EVALUATION_GROUP,
+    FLOAT8_GROUP,
     LENGTH_GROUP,
     MACHINE_GROUP,
     RATE_GROUP,
@@ -25,6 +26,7 @@ from nanochat.training_flags import (
 FLAG_GROUPS = (
     RUN_GROUP,
     MACHINE_GROUP,
+    FLOAT8_GROUP,
     START_GROUP,
     SHAPE_GROUP,
     RANK_GROUP,

@@ -42,6 +42,7 @@ class Linear(nn.Module):
 
     rank = 0  # full
     keep_product = recomputed = False  # see LowRankLinear
+    product = staticmethod(linear)  # in training, fp8.py may put another in its place
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -51,7 +52,9 @@ class Linear(nn.Module):
 
     def forward(self, x, h=None):
         """(..., in) -> (..., out). h: W x, where it has been computed with other products."""
-        return linear(x, self.weight) if h is None else h.contiguous()  # a copy of its part, to free the rest
+        if h is not None:
+            return h.contiguous()  # a copy of its part, to free the rest
+        return self.product(x, self.weight)
 
     def dense_weight(self):  # (out, in)
         return self.weight
@@ -71,6 +74,7 @@ class LowRankLinear(nn.Module):
 
     recomputed = False  # whether the backward pass computes its block again: set by recompute.py
     keep_product = False  # whether that block keeps A x
+    product = staticmethod(linear)  # see Linear
 
     def __init__(self, in_features: int, out_features: int, rank: int, act: str = "none"):
         super().__init__()
@@ -83,8 +87,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x, h=None):
         """(..., in) -> (..., r) -> (..., out). h: A x, where it has been computed with other products."""
-        h = linear(x, self.A, self.keep_product) if h is None else h
-        return linear(F.silu(h) if self.act == "silu" else h, self.B)
+        h = self.product(x, self.A, self.keep_product) if h is None else h
+        return self.product(F.silu(h) if self.act == "silu" else h, self.B)
 
     def dense_weight(self):  # (out, in)
         if self.act != "none":

@@ -37,7 +37,8 @@ def project(x, q, k, v):
     factors = []
     for layer in (q, k, v):
         factors.append(layer.A if layer.rank else layer.weight)
-    h = linear(x, torch.cat(factors), q.keep_product and k.keep_product and v.keep_product)
+    product = q.product if q.product == k.product == v.product else linear
+    h = product(x, torch.cat(factors), q.keep_product and k.keep_product and v.keep_product)
     hq, hk, hv = h.split(list(map(len, factors)), dim=-1)
     return q(x, hq), k(x, hk), v(x, hv)
 
@@ -45,7 +46,8 @@ def project(x, q, k, v):
 def relu2_mlp(x, up, down):
     """down(relu(up(x))²), two layers. x: (..., C) -> (..., C)."""
     # the compiler recomputes the parts of a formula, but nothing inside an autograd function
-    if not torch.is_grad_enabled() or (down.recomputed and torch.compiler.is_compiling()):
+    by_formula = down.recomputed and torch.compiler.is_compiling()
+    if by_formula or not (torch.is_grad_enabled() and up.product == down.product == linear):
         return down(F.relu(up(x)).square())
     if up.rank:
         x = linear(x, up.A, up.keep_product)  # (..., r)

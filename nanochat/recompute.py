@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nanochat import cpu
+from nanochat import cpu, fp8
 from nanochat.gpt import GPT, Block, Linear, LowRankLinear
 
 MODES = ("none", "bottleneck", "block")
@@ -94,14 +94,20 @@ def bottleneck_backward(ctx, grad):
 # Not by torch.library.custom_op, which would load torch's compiler in a run that is not compiled.
 library = torch.library.Library("nanochat", "FRAGMENT")
 library.define("bottleneck(Tensor x, Tensor weight) -> Tensor")
+library.define(
+    "float8_bottleneck(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, ScalarType type) -> Tensor"
+)
 library.define("relu2(Tensor x, Tensor up, Tensor down) -> Tensor")
 library.impl("bottleneck", bottleneck, "CompositeExplicitAutograd")
+library.impl("float8_bottleneck", fp8.scaled_product, "CompositeExplicitAutograd")
 library.impl("relu2", relu2, "CompositeExplicitAutograd")
 torch.library.register_fake("nanochat::bottleneck", bottleneck, lib=library)
 torch.library.register_autograd(
     "nanochat::bottleneck", bottleneck_backward, setup_context=save_inputs, lib=library
 )
-KEPT = (torch.ops.nanochat.bottleneck.default, torch.ops.nanochat.relu2.default)
+torch.library.register_fake("nanochat::float8_bottleneck", fp8.scaled_product, lib=library)
+operators = torch.ops.nanochat
+KEPT = (operators.bottleneck.default, operators.float8_bottleneck.default, operators.relu2.default)
 
 
 def policy(ctx, operator, *args, **kwargs):

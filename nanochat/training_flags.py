@@ -66,6 +66,22 @@ MACHINE_GROUP = FlagGroup(
     ),
 )
 
+FLOAT8_GROUP = FlagGroup(
+    "Float8",
+    "Products of 8-bit numbers, for new GPUs.",
+    (
+        Flag(
+            "--fp8",
+            "in training, multiply by the matrices of the blocks in float8; for NVIDIA GPUs such as L4, "
+            "RTX 4090, H100 and newer. A matrix with a side or a rank below 128, or no multiple of 16, stays "
+            "as it is",
+            default=False,
+            role=Role.CONTEXT,
+            old_default=False,
+        ),
+    ),
+)
+
 START_GROUP = FlagGroup(
     "Text and start",
     "What the model reads, and the weights it begins with.",

@@ -26,6 +26,7 @@ from nanochat.dataset import open_corpus
 from nanochat.devices import compute_dtype, pick_device_type, reset_peak_memory
 from nanochat.errors import InputError
 from nanochat.evaluation import Evaluation, core_questions, is_multiple, print_samples
+from nanochat.fp8 import check_float8, train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, predict_peak
@@ -57,6 +58,8 @@ def main(argv=None):
             print0(f"{spec.tag}: already finished, see {run.folder}")
             return
         model = build_model(spec.config, args.seed, run.world.device)
+        if args.fp8:
+            train_in_float8(model)
         trainable = build_trainable(model, args, spec.plan["matrix_lr"])
         stop = train(run, trainable, checkpoint)
     end_run(stop)
@@ -96,6 +99,7 @@ def plan_run(args) -> RunSpec | None:
     if not args.model_tag:
         naming.check_tag("--model-tag is missing, and", tag)
     check_memory(args, accounting, device_type)
+    check_float8(args, config, device_type)
     open_text = partial(open_corpus, args.data)
     return RunSpec(
         args, tag, config, plan, accounting, tokenizer, open_text, weights=weights, derived=derived

@@ -194,6 +194,10 @@ class AdaptedLinear(nn.Module):
     def keep_product(self):
         return self.base.keep_product
 
+    @property
+    def product(self):
+        return self.base.product
+
     def forward(self, x, h=None):
         """(..., in) -> (..., out). h: the layer's first factor times x, if it was computed with others."""
         if self.adapter is None:
