@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat.errors import InputError
 from nanochat.metrics import RunRecord, load_run, read_history, time_to_ppl
+from nanochat.step_metrics import StepResult, step_entry
 
 
 def evaluation(step, ppl):
@@ -75,3 +77,24 @@ def test_folders_that_are_no_runs_are_refused_in_a_line(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not a run's config.json"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 PCIe", 756e12), ("AMD EPYC 9654", None)])
+def test_a_step_says_how_well_it_uses_the_gpus(name, peak):
+    costs = {"flops/per_token": 3e9, "flops/executed_per_token": 4e9}
+    run = SimpleNamespace(
+        config={"device": {"name": name}},
+        plan={"total_batch_size": 500_000},
+        rows_per_step=1,
+        spec=SimpleNamespace(accounting=costs),
+        text=SimpleNamespace(train_rows=SimpleNamespace(count=1)),
+        world=SimpleNamespace(size=2),
+    )
+    state = SimpleNamespace(step=1, seconds=2.0)
+    entry = step_entry(run, state, StepResult(loss=1.0, grad_norm=1.0, lrm=1.0, seconds=2.0))
+    if peak is None:
+        assert "train/mfu" not in entry and "train/hfu" not in entry
+    else:
+        assert entry["train/mfu"] == pytest.approx(250_000 * 3e9 / (2 * peak))
+        assert entry["train/hfu"] == pytest.approx(250_000 * 4e9 / (2 * peak))
+    assert entry["total_training_flops"] == 500_000 * 3e9
