@@ -5,8 +5,8 @@
 For y = x Wᵀ a training step multiplies three times: for y, for the gradient of x and for that of W. Here all
 three multiply 8-bit numbers, which a GPU does at twice the speed of bfloat16 (formats: arXiv 2209.05433). A
 tensor has one scale, its largest entry / the largest number of the format, which is made anew for every
-product (tensor-wise dynamic scaling, as nanochat's --fp8). Weights, their gradients and the optimizer's state
-stay as they are. The head and the embeddings are no matrices of blocks: their products stay in bfloat16.
+product (tensor-wise dynamic scaling, as nanochat's --fp8); q, k and v, which are multiplied together, share
+one. Weights, their gradients and the optimizer's state stay as they are, and so do the products of the head.
 Without a gradient, as in evaluation and generation, all products are the usual ones.
 """
 

@@ -342,6 +342,7 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
         (["--vocab-size", 4096], r"--vocab-size 4096: .*tokenizer.json has 300"),
         (["--data", "nonesuch"], r"--data nonesuch: .*stdlib.*climbmix"),
         (["--device-type", "cuda"], r"--device-type cuda: no CUDA device"),
+        (["--fp8", "--device-type", "cpu"], r"^--fp8: a processor does not multiply float8; train on an L4"),
         (
             ["--max-seq-len", 100_000, "--device-batch-size", 1, "--total-batch-size", 100_000],
             r"too little training text for one row of 100000",
