@@ -95,10 +95,9 @@ def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated
 def head_bytes(config: GPTConfig, width: int, tokens: int, dtype_bytes: int) -> int:
     """Bytes in the head at once: its inputs, their gradients, a few tensors as large as a chunk of logits."""
     V = config.vocab_size
-    chunk = rows_at_once(torch.empty(0), V)
-    logits = 3 * chunk if chunk < tokens else 2 * tokens  # float32, one of them left from the chunk before
-    weight_copy = V * width * dtype_bytes if dtype_bytes < 4 else 0
-    return tokens * dtype_bytes * (2 * config.n_embd + width) + 4 * V * logits + weight_copy
+    chunk = min(rows_at_once(torch.empty(0), V), tokens)
+    copies = V * (chunk + width) * dtype_bytes if dtype_bytes < 4 else 0  # of logits and weight
+    return tokens * dtype_bytes * (2 * config.n_embd + width) + 2 * 4 * V * chunk + copies
 
 
 def largest_muon_group(model: GPT) -> int:

@@ -5,6 +5,8 @@ backward pass, and make fewer passes over memory, than autograd's rules for thei
 Shapes: B batch, T time, N = B·T rows, C width, V vocabulary, r rank, D head dim, M width inside the MLP.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,8 @@ from nanochat import cpu
 SOFTCAP = 15.0  # logits are SOFTCAP · tanh(z / SOFTCAP), so they stay in (-15, 15)
 CPU_LOGITS = 2**21  # numbers in a chunk of logits: 8 MB of float32, which a CPU's cache holds
 GPU_LOGITS = 2**26  # likewise: 256 MB, which fill a GPU
+# whether a product of bfloat16 can be added to float32 within the product: with CUDA, in newer torch
+ADDS_TO_FLOAT32 = torch.version.cuda is not None and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 # ---- products ----------------------------------------------------------------------------------------------
@@ -141,54 +145,73 @@ def token_losses(x, weight, targets):
     return torch.cat(losses).view(targets.shape)
 
 
-def rows_at_once(x, V: int) -> int:
-    """Rows of logits to compute together, at least 512 for an efficient product."""
-    return max(512, (GPU_LOGITS if x.is_cuda else CPU_LOGITS) // V)
+def rows_at_once(x, V: int, compiled: bool = False) -> int:
+    """Rows of logits to compute together, at least 512 for an efficient product.
+
+    compiled: for the loss with its gradients in compiled code, which holds n rows of logits in the dtype of x
+    and nothing else of that size. Each chunk reads and writes the gradient of the head once more, 8·V·C bytes
+    in float32. With n = 4·C its products take several times as long as that.
+    """
+    n = max(512, (GPU_LOGITS if x.is_cuda else CPU_LOGITS) // V)
+    if compiled and x.is_cuda:
+        n = max(n, 2 ** int(math.log2(4 * x.size(-1))))  # a power of two, as most numbers of rows are
+    return n
 
 
 class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy in nats of softcapped logits, without ever holding all of them.
 
     The rows are taken in chunks. The forward pass turns the logits of a chunk at once into their part of the
-    loss and of the gradients of x and weight, so that only (n, V) float32 numbers exist at a time, n rows of
-    N. With logits l = s·tanh(z/s):  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
-    chunk_loss: computes the same from (z, target, 1/N) of a chunk (see compiler.py).
+    loss and of the gradients of x and weight, so that only (n, V) numbers exist at a time, n rows of N. With
+    logits l = s·tanh(z/s):  ∂loss/∂z = (softmax(l) - onehot(target)) / N · (1 - (l/s)²).
+    chunk_loss: computes the same from (z, target, 1/N) of a chunk (see compiler.py), and takes `chunk_rows`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_loss=None):
+    def forward(ctx, x, weight, targets, chunk_loss=None, chunk_rows=None):
         rows = x.flatten(0, -2)  # (N, C)
         targets = targets.flatten()[:, None]  # (N, 1)
         wide = torch.promote_types(x.dtype, torch.float32)
         share = torch.full(targets.shape, 1 / len(rows), device=x.device, dtype=wide)
         loss = 0
-        grad_weight = None
         grad_x = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        n = max(512, (GPU_LOGITS if x.is_cuda else CPU_LOGITS) // len(weight))  # as `rows_at_once`
+        # without chunk_rows as `rows_at_once`
+        n = chunk_rows or max(512, (GPU_LOGITS if x.is_cuda else CPU_LOGITS) // len(weight))
+        grad_weight = None  # (V, C)
+        adds_to_float32 = ADDS_TO_FLOAT32 and x.is_cuda and x.dtype != wide and n < len(rows)
+        if adds_to_float32 and ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight, dtype=wide)
         for i in range(0, len(rows), n):
             chunk = rows[i : i + n]
             target = targets[i : i + n]
             part = share[i : i + n]
-            z = F.linear(chunk, weight)  # (n, V)
+            z = None  # before the next one
+            z = F.linear(chunk, weight)  # (n, V), and then its gradient
             if chunk_loss is not None:
-                chunk_mean, grad = chunk_loss(z, target, part)
+                chunk_mean, z = chunk_loss(z, target, part)
             else:
-                tanh = z.to(wide).div_(SOFTCAP).tanh_()  # in the place of z
-                grad = (SOFTCAP * tanh).exp_()  # at most e^15: no maximum need be taken off first
-                sums = grad.sum(dim=-1, keepdim=True)
+                tanh = z.to(wide).div_(SOFTCAP).tanh_()
+                p = (SOFTCAP * tanh).exp_()  # at most e^15: no maximum need be taken off first
+                sums = p.sum(dim=-1, keepdim=True)
                 chunk_mean = (part * (sums.log() - SOFTCAP * tanh.gather(1, target))).sum()
-                grad = grad.div_(sums)  # softmax
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
-                grad = grad.mul_(tanh.square_().neg_().add_(1)).mul_(part).to(z.dtype)
+                p = p.div_(sums)  # softmax
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+                z.copy_(tanh.square_().neg_().add_(1).mul_(p).mul_(part))  # float32: no copy, z is tanh
+                tanh = p = None
             loss = loss + chunk_mean
             if grad_x is not None:
-                torch.mm(grad, weight, out=grad_x[i : i + n])
-            if ctx.needs_input_grad[1] and grad_weight is None:
-                grad_weight = grad.T @ chunk  # (V, C)
-            elif ctx.needs_input_grad[1] and grad.dtype == wide:
-                grad_weight.addmm_(grad.T, chunk)
-            elif ctx.needs_input_grad[1]:
-                grad_weight = grad_weight.float().add_(grad.T @ chunk)
+                torch.mm(z, weight, out=grad_x[i : i + n])
+            if not ctx.needs_input_grad[1]:
+                continue
+            if adds_to_float32:
+                beta = 1 if i else 0
+                torch.addmm(grad_weight, z.T, chunk, beta=beta, out_dtype=wide, out=grad_weight)
+            elif grad_weight is None:
+                grad_weight = z.T @ chunk
+            elif z.dtype == wide:
+                grad_weight.addmm_(z.T, chunk)
+            else:
+                grad_weight = grad_weight.float().add_(z.T @ chunk)
         ctx.save_for_backward(None if grad_x is None else grad_x.view_as(x), grad_weight)
         ctx.dtype = weight.dtype
         return loss
@@ -199,5 +222,6 @@ class CrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x * grad_loss.to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.dtype)
-        return grad_x, grad_weight, None, None
+            product = torch.empty_like(grad_weight, dtype=ctx.dtype)
+            grad_weight = torch.mul(grad_weight, grad_loss, out=product)
+        return grad_x, grad_weight, None, None, None

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 from nanochat.accounting import account
+from nanochat.compiler import chunk_loss
 from nanochat.errors import InputError
 from nanochat.gpt import GPTConfig
 
@@ -171,6 +172,14 @@ def test_loss_memory(bench_modules, tmp_path):
         result["peak ratio"] == result["peak bytes"]["chunked"] / result["peak bytes"]["plain"]
         and result["time ratio"]["median"] > 0
     )
+
+
+def test_sizes_of_loss_chunks_are_compared(bench_modules):
+    loss_memory = bench_modules.loss_memory
+    inputs = loss_memory.make_inputs(1500, 16, 512, torch.device("cpu"), torch.float32)
+    results = loss_memory.measure_chunks(inputs, [100, 1500], chunk_loss, repeats=1)
+    assert results[1500]["peak bytes"] - results[100]["peak bytes"] > 1400 * 512 * 4  # logits in float32
+    assert all(result["seconds"]["median"] > 0 and not result["chosen"] for result in results.values())
 
 
 def test_core_speed_finds_equal_losses_and_says_how_much_faster(bench_modules, capsys):

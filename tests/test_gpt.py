@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from nanochat.gpt import (
     make_linear,
     resolve_rank,
 )
-from nanochat.ops import SOFTCAP, CrossEntropy, logits, norm, project, relu2_mlp
+from nanochat.ops import SOFTCAP, CrossEntropy, logits, norm, project, relu2_mlp, rows_at_once
 
 
 def tiny(**changes) -> GPT:
@@ -279,7 +280,19 @@ def test_head_loss_and_gradients_equal_the_plain_formula(monkeypatch, N, chunk_l
     loss = CrossEntropy.apply(x, weight, target, chunk_loss)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(2.5 * loss, (x, weight)), expected)
+    torch.testing.assert_close(CrossEntropy.apply(x, weight, target, chunk_loss, 7), plain)
     torch.testing.assert_close(F.cross_entropy(logits(x, weight), target), plain)
+
+
+def test_compiled_code_on_a_gpu_takes_more_rows_of_logits_at_once_for_a_wider_head():
+    def rows(width, V, compiled, is_cuda=True):
+        x = SimpleNamespace(is_cuda=is_cuda, size=lambda dim: width)
+        return rows_at_once(x, V, compiled)
+
+    assert rows(1280, 65536, False) == 1024
+    assert [rows(width, 65536, True) for width in (64, 320, 1280, 2048)] == [1024, 1024, 4096, 8192]
+    assert rows(1280, 2**20, True) == 4096 and rows(64, 4096, True) == 2**14
+    assert rows(1280, 65536, True, is_cuda=False) == rows(1280, 65536, False, is_cuda=False) == 512
 
 
 @pytest.mark.parametrize("changes", [{}, {"lm_head_rank": 5}, {"tie_embeddings": True}])

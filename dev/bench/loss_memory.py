@@ -22,7 +22,7 @@ from nanochat.arguments import ArgumentParser, whole_number
 from nanochat.benchmark import machine_description, spread, synchronize
 from nanochat.files import check_out, write_atomic
 from nanochat.flag_types import LONGEST, WIDEST
-from nanochat.ops import SOFTCAP, CrossEntropy
+from nanochat.ops import SOFTCAP, CrossEntropy, rows_at_once
 from nanochat.step_metrics import tensor_bytes
 
 MEMORY_TARGET = 0.4
@@ -45,11 +45,16 @@ def loss_and_gradients(way, x, weight, targets):
     return loss.detach(), *torch.autograd.grad(loss, (x, weight))
 
 
-def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
+def make_inputs(N: int, C: int, V: int, device, dtype) -> tuple:
+    """(x, weight, targets): (N, C), (V, C), (N,)"""
     torch.manual_seed(0)
     x = torch.randn(N, C, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
-    targets = torch.randint(V, (N,), device=device)
+    return x, weight, torch.randint(V, (N,), device=device)
+
+
+def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
+    x, weight, targets = make_inputs(N, C, V, device, dtype)
     inputs = tensor_bytes((x, weight, targets))
 
     def run(way, boundary):
@@ -79,6 +84,36 @@ def measure(N: int, C: int, V: int, device, dtype, repeats: int) -> dict:
         "time ratio": spread(np.array(seconds["chunked"]) / seconds["plain"]),
         "peak ratio": peak["chunked"] / peak["plain"],
     }
+
+
+def measure_chunks(inputs: tuple, rows: list[int], chunk_loss, repeats: int) -> dict:
+    """{rows of a chunk: seconds, peak bytes, and whether compiled training takes it} of loss and gradients.
+
+    inputs: of `make_inputs`. chunk_loss: `compiler.chunk_loss`, compiled or not.
+    """
+    x, weight, targets = inputs
+    chosen = rows_at_once(x, len(weight), compiled=True)
+    seconds = {n: [] for n in rows}
+
+    def run(n, boundary):
+        boundary("loss")
+        loss = CrossEntropy.apply(*inputs, chunk_loss, n)
+        torch.autograd.grad(loss, (x, weight))
+        boundary("end")
+
+    for turn in range(repeats + 1):
+        for n in rows:
+            synchronize(x.device)
+            started = time.perf_counter()
+            run(n, lambda part: None)
+            synchronize(x.device)
+            if turn:  # the first one compiles
+                seconds[n].append(time.perf_counter() - started)
+    results = {}
+    for n in rows:
+        peak = tensor_bytes(inputs) + allocated(partial(run, n), x.device)["loss"]
+        results[n] = {"seconds": spread(seconds[n]), "peak bytes": peak, "chosen": n == chosen}
+    return results
 
 
 def main(argv=None):
