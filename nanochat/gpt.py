@@ -151,13 +151,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    fused = False  # by the kernels of fused_mlp.py: set by mlp_kernel.py
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.up = block_linear(config, "up", layer)
         self.down = block_linear(config, "down", layer)
 
     def forward(self, x):  # (B, T, C) -> (B, T, M) -> (B, T, C)
-        return relu2_mlp(norm(x), self.up, self.down)
+        return relu2_mlp(norm(x), self.up, self.down, self.fused)
 
 
 class Block(nn.Module):

@@ -47,19 +47,21 @@ def project(x, q, k, v):
     return q(x, hq), k(x, hk), v(x, hv)
 
 
-def relu2_mlp(x, up, down):
-    """down(relu(up(x))²), two layers. x: (..., C) -> (..., C)."""
+def relu2_mlp(x, up, down, fused=False):
+    """down(relu(up(x))²), two layers. x: (..., C) -> (..., C). fused: with the operator of fused_mlp.py."""
     # the compiler recomputes the parts of a formula, but nothing inside an autograd function
-    by_formula = down.recomputed and torch.compiler.is_compiling()
+    by_formula = down.recomputed and torch.compiler.is_compiling() and not fused
     if by_formula or not (torch.is_grad_enabled() and up.product == down.product == linear):
         return down(F.relu(up(x)).square())
     if up.rank:
         x = linear(x, up.A, up.keep_product)  # (..., r)
         x = F.silu(x) if up.act == "silu" else x
-    wide = up.B if up.rank else up.weight  # (M, r), or (M, C)
-    narrow = down.A if down.rank else down.weight  # (r, M), or (C, M)
+    wide = (up.B if up.rank else up.weight).to(x.dtype)  # (M, r), or (M, C)
+    narrow = (down.A if down.rank else down.weight).to(x.dtype)  # (r, M), or (C, M)
+    if fused:
+        return down(x, torch.ops.nanochat.fused_relu2(x, wide, narrow))
     function = ReLU2 if x.is_cuda else cpu.TiledReLU2
-    return down(x, function.apply(x, wide.to(x.dtype), narrow.to(x.dtype), down.keep_product))
+    return down(x, function.apply(x, wide, narrow, down.keep_product))
 
 
 class ReLU2(torch.autograd.Function):

@@ -36,7 +36,9 @@ class RecomputedBlock(Block):
             return self.compute(*inputs)
         # without a policy the compiler keeps more than the block's input
         by_policy = self.selective or torch.compiler.is_compiling()
-        options = {"context_fn": keep_bottlenecks} if by_policy else {}
+        options = {}
+        if by_policy:
+            options["context_fn"] = keep_bottlenecks if self.selective else keep_nothing
         return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
@@ -107,11 +109,17 @@ torch.library.register_autograd(
 )
 torch.library.register_fake("nanochat::float8_bottleneck", fp8.scaled_product, lib=library)
 operators = torch.ops.nanochat
-KEPT = (operators.bottleneck.default, operators.float8_bottleneck.default, operators.relu2.default)
+# fused_mlp.py adds its own
+KEPT = {operators.bottleneck.default, operators.float8_bottleneck.default, operators.relu2.default}
 
 
 def policy(ctx, operator, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def recompute_all(ctx, operator, *args, **kwargs):
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 keep_bottlenecks = partial(create_selective_checkpoint_contexts, policy)
+keep_nothing = partial(create_selective_checkpoint_contexts, recompute_all)

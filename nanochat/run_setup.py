@@ -12,6 +12,7 @@ import torch
 from nanochat import agreement, arguments, continuation, devices, metrics, processes
 from nanochat.gpt import GPTConfig
 from nanochat.locks import Lock
+from nanochat.mlp_kernel import check_mlp_kernel
 from nanochat.processes import World
 from nanochat.shared_text import TrainingText, open_rows
 from nanochat.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ def start_run(spec: RunSpec) -> TrainingRun:
     folder = metrics.runs_dir() / spec.tag
     world = processes.init_process(device_type)
     dtype = agreement.from_first(world, training_dtype, args, folder, device_type)
+    check_mlp_kernel(args.mlp_kernel, device_type, dtype)
     agreement.confirm(world, common_values(spec))
     text = open_rows(args, spec.open_text, spec.tokenizer, world)
     run = TrainingRun(spec, world, dtype, text, {}, folder)

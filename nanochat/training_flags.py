@@ -63,6 +63,15 @@ MACHINE_GROUP = FlagGroup(
             role=Role.COST,
             free=True,
         ),
+        Flag(
+            "--mlp-kernel",
+            "what computes low-rank MLPs on a GPU. library = a product at a time; fused = kernels that never "
+            "keep the hidden layer, for ranks that are multiples of 16 up to 512; auto = library",
+            default="auto",
+            choices=("auto", "library", "fused"),
+            role=Role.COST,
+            free=True,
+        ),
     ),
 )
 

@@ -30,6 +30,7 @@ from nanochat.fp8 import check_float8, train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, predict_peak
+from nanochat.mlp_kernel import use_mlp_kernel
 from nanochat.optim import Rates, load_optimizer_state, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
 from nanochat.processes import World, end_process, print0, process_layout
@@ -139,6 +140,7 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     trainable.make_optimizers(world, run.dtype)
     state = restore(run, trainable, tensors, meta)
     output = open_output(run, trainable, meta)
+    use_mlp_kernel(trainable.model, run.args.mlp_kernel)
     compile_model(run, trainable.model)
     reset_peak_memory(world.device)
     if world.size > 1:
@@ -156,9 +158,7 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     return None if state.last else stop
 
 
-def train_steps(
-    run: TrainingRun, trainable: Trainable, evaluation: Evaluation, output: RunOutput, state: RunState, stop
-):
+def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunOutput, state: RunState, stop):
     """The training loop. `state.step` counts finished updates."""
     args = run.args
     world = run.world

@@ -1,0 +1,56 @@
+"""Which kernel computes the low-rank MLPs on a GPU (--mlp-kernel): the library's, or those of fused_mlp.py.
+
+    use_mlp_kernel(model, "fused")    # before compiler.compile_blocks
+
+A fused MLP keeps x and its two bottlenecks for the backward pass, and nothing as wide as its hidden layer. So
+`--recompute bottleneck` computes nothing of it again but that layer. Without a gradient, as in evaluation and
+generation, the library computes all MLPs.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+from nanochat.errors import InputError
+from nanochat.gpt import GPT, MLP
+from nanochat.ops import linear
+from nanochat.processes import print0
+
+LARGEST_RANK = 512  # of which the sums of a tile of rows fit on the chip
+
+
+def check_mlp_kernel(choice: str, device_type: str, dtype: torch.dtype):
+    """InputError where --mlp-kernel cannot be had."""
+    if choice != "fused":
+        return
+    instead = "give --mlp-kernel auto"
+    if device_type != "cuda":
+        raise InputError(f"--mlp-kernel fused: needs a GPU, and this run is on {device_type}; {instead}")
+    if find_spec("triton") is None:
+        raise InputError(f"--mlp-kernel fused: needs Triton, which is not installed here; {instead}")
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"--mlp-kernel fused: computes in bfloat16, not {name}; {instead} or --dtype bfloat16"
+        )
+
+
+def use_mlp_kernel(model: GPT, choice: str):
+    """Compute the MLPs as --mlp-kernel says. Under `fused`, those that do not fit stay with the library."""
+    for block in model.blocks:
+        block.mlp.fused = choice == "fused" and fits(block.mlp)
+    if choice == "fused":
+        import nanochat.fused_mlp  # noqa: F401  defines the operators
+
+        fused = sum(block.mlp.fused for block in model.blocks)
+        print0(f"--mlp-kernel fused: fits the MLP of {fused} of {len(model.blocks)} layers")
+
+
+def fits(mlp: MLP) -> bool:
+    """Whether both matrices have low ranks that the kernels take. With adapters or in float8 they do not."""
+    if type(mlp) is not MLP or mlp.up.out_features % 64:
+        return False
+    for layer in (mlp.up, mlp.down):
+        if layer.product != linear or not 0 < layer.rank <= LARGEST_RANK or layer.rank % 16:
+            return False
+    return True
