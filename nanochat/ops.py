@@ -109,7 +109,9 @@ class RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (length.square() / x.size(-1) + torch.finfo(wide).eps).rsqrt()  # 1 / rms(x): (..., 1)
-        y = (x * scale).to(x.dtype)
+        y = x * scale
+        if y.dtype != x.dtype:  # torch 2.11 compiles a cast that changes nothing to a gradient of zero
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, scale, cos, sin)
         return y
 
