@@ -14,6 +14,7 @@ says which layers use it.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,6 +47,27 @@ BACKWARD_TILES = {
 # larger than the rank, the rest of the second part is 0. M is a multiple of COLUMNS.
 
 
+class Sizes(NamedTuple):
+    M: int
+    R1: int
+    R1a: int
+    R1b: int
+    R2: int
+    R2a: int
+    R2b: int
+
+
+def sizes_of(up, down) -> Sizes:
+    return Sizes(len(up), up.size(1), *two_powers(up.size(1)), len(down), *two_powers(len(down)))
+
+
+def two_powers(r: int) -> tuple[int, int]:
+    """Two powers of two with a sum of at least r: 320 -> (256, 64), 448 -> (256, 256), 64 -> (64, 0)."""
+    first = 2 ** int(math.log2(r))
+    rest = r - first
+    return first, 2 ** math.ceil(math.log2(rest)) if rest else 0
+
+
 @triton.jit
 def at(matrix, rows, columns, width):
     """Pointers to a tile of a matrix. rows: (n,), columns: (c,) -> (n, c)"""
@@ -53,12 +75,15 @@ def at(matrix, rows, columns, width):
 
 
 @triton.jit
-def forward_kernel(
-    x, up, down, y, N, M: tl.constexpr,
-    R1: tl.constexpr, R1a: tl.constexpr, R1b: tl.constexpr,
-    R2: tl.constexpr, R2a: tl.constexpr, R2b: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def forward_kernel(tensors, N, sizes: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    x, up, down, y = tensors
+    M: tl.constexpr = sizes.M
+    R1: tl.constexpr = sizes.R1
+    R1a: tl.constexpr = sizes.R1a
+    R1b: tl.constexpr = sizes.R1b
+    R2: tl.constexpr = sizes.R2
+    R2a: tl.constexpr = sizes.R2a
+    R2b: tl.constexpr = sizes.R2b
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = (rows < N)[:, None]
     in_a = tl.arange(0, R1a)
@@ -91,12 +116,15 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    grad, x, up, down, grad_x, g, h, N, M: tl.constexpr,
-    R1: tl.constexpr, R1a: tl.constexpr, R1b: tl.constexpr,
-    R2: tl.constexpr, R2a: tl.constexpr, R2b: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def backward_kernel(tensors, N, sizes: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    grad, x, up, down, grad_x, g, h = tensors
+    M: tl.constexpr = sizes.M
+    R1: tl.constexpr = sizes.R1
+    R1a: tl.constexpr = sizes.R1a
+    R1b: tl.constexpr = sizes.R1b
+    R2: tl.constexpr = sizes.R2
+    R2a: tl.constexpr = sizes.R2a
+    R2b: tl.constexpr = sizes.R2b
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = (rows < N)[:, None]
     in_a = tl.arange(0, R1a)
@@ -135,20 +163,10 @@ def backward_kernel(
         tl.store(at(grad_x, rows, in_b, R1), sum_b.to(x.dtype.element_ty), mask=exists & (in_b < R1)[None, :])
 
 
-def launch(kernel, tiles: dict, N: int, R1: int, R2: int, *arguments):
-    """Run a kernel over N rows. arguments: its own up to M."""
-    rows, columns, warps, stages = tiles[min(size for size in tiles if size >= max(R1, R2))]
-    kernel[(triton.cdiv(N, rows),)](
-        *arguments, R1, *two_powers(R1), R2, *two_powers(R2), rows, columns,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-
-def two_powers(r: int) -> tuple[int, int]:
-    """Two powers of two with a sum of at least r: 320 -> (256, 64), 448 -> (256, 256), 64 -> (64, 0)."""
-    first = 2 ** int(math.log2(r))
-    rest = r - first
-    return first, 2 ** math.ceil(math.log2(rest)) if rest else 0
+def launch(kernel, tiles: dict, tensors: tuple, N: int, sizes: Sizes):
+    """Run a kernel over N rows."""
+    rows, columns, warps, stages = tiles[min(size for size in tiles if size >= max(sizes.R1, sizes.R2))]
+    kernel[(triton.cdiv(N, rows),)](tensors, N, sizes, rows, columns, num_warps=warps, num_stages=stages)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------
@@ -156,35 +174,28 @@ def two_powers(r: int) -> tuple[int, int]:
 
 def fused_relu2(x, up, down):
     """relu(x Uᵀ)² Dᵀ. x: (..., R1), up: (M, R1), down: (R2, M) -> (..., R2)."""
-    M, R1 = up.shape
-    R2 = len(down)
-    rows = x.reshape(-1, R1).contiguous()
-    y = rows.new_empty(len(rows), R2)
-    launch(
-        forward_kernel, FORWARD_TILES, len(rows), R1, R2,
-        rows, up.contiguous(), down.contiguous(), y, len(rows), M,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], R2)
+    rows = x.reshape(-1, x.size(-1)).contiguous()
+    y = rows.new_empty(len(rows), len(down))
+    tensors = (rows, up.contiguous(), down.contiguous(), y)
+    launch(forward_kernel, FORWARD_TILES, tensors, len(rows), sizes_of(up, down))
+    return y.view(*x.shape[:-1], len(down))
 
 
 def fused_relu2_backward(grad, x, up, down):
     """The gradients of x, up and down, each in its dtype. grad: (..., R2)."""
-    M, R1 = up.shape
-    R2 = len(down)
-    n = 2 ** int(math.log2(BACKWARD_NUMBERS / (2 * M)))
-    rows = x.reshape(-1, R1).contiguous()
-    grad = grad.reshape(-1, R2).contiguous()
+    n = 2 ** int(math.log2(BACKWARD_NUMBERS / (2 * len(up))))
+    rows = x.reshape(-1, x.size(-1)).contiguous()
+    grad = grad.reshape(-1, len(down)).contiguous()
+    matrices = (up.contiguous(), down.contiguous())
     grad_x = torch.empty_like(rows)
     grad_up = torch.zeros_like(up, dtype=torch.float32)
     grad_down = torch.zeros_like(down, dtype=torch.float32)
-    g, h = rows.new_empty(2, min(n, len(rows)), M)
+    g, h = rows.new_empty(2, min(n, len(rows)), len(up))
     for part, grad_part, grad_x_part in zip(rows.split(n), grad.split(n), grad_x.split(n)):
         g = g[: len(part)]
         h = h[: len(part)]
-        launch(
-            backward_kernel, BACKWARD_TILES, len(part), R1, R2,
-            grad_part, part, up.contiguous(), down.contiguous(), grad_x_part, g, h, len(part), M,
-        )  # fmt: skip
+        tensors = (grad_part, part, *matrices, grad_x_part, g, h)
+        launch(backward_kernel, BACKWARD_TILES, tensors, len(part), sizes_of(up, down))
         add_product(grad_up, g.T, part)
         add_product(grad_down, grad_part.T, h)
     return grad_x.view(x.shape), grad_up.to(up.dtype), grad_down.to(down.dtype)
