@@ -17,6 +17,7 @@ from nanochat.ops import linear
 from nanochat.processes import print0
 
 LARGEST_RANK = 512  # of which the sums of a tile of rows fit on the chip
+SHARED_MEMORY = 227 * 2**10  # bytes of a multiprocessor that the kernels may use, those of an H100
 
 
 def check_mlp_kernel(choice: str, device_type: str, dtype: torch.dtype):
@@ -28,6 +29,14 @@ def check_mlp_kernel(choice: str, device_type: str, dtype: torch.dtype):
         raise InputError(f"--mlp-kernel fused: needs a GPU, and this run is on {device_type}; {instead}")
     if find_spec("triton") is None:
         raise InputError(f"--mlp-kernel fused: needs Triton, which is not installed here; {instead}")
+    if torch.cuda.is_available():  # else `init_process` has explained that
+        gpu = torch.cuda.get_device_properties(0)
+        if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
+            kilobytes = gpu.shared_memory_per_block_optin // 2**10
+            raise InputError(
+                f"--mlp-kernel fused: needs 227 KB of shared memory, as an H100 has, and a block of "
+                f"{gpu.name} has {kilobytes}; {instead}"
+            )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise InputError(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import null_gpu
 import pytest
@@ -34,7 +35,19 @@ def test_fused_is_an_error_where_the_kernels_cannot_run(monkeypatch, device_type
         check_mlp_kernel("fused", device_type, dtype)
     for choice in ("auto", "library"):
         check_mlp_kernel(choice, device_type, dtype)
-    check_mlp_kernel("fused", "cuda", torch.bfloat16) if has_triton else None
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_fused_needs_the_shared_memory_of_an_h100(monkeypatch, kilobytes):
+    gpu = SimpleNamespace(name="a card", shared_memory_per_block_optin=kilobytes * 2**10)
+    monkeypatch.setattr(mlp_kernel, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    if kilobytes == 227:
+        check_mlp_kernel("fused", "cuda", torch.bfloat16)
+    else:
+        with pytest.raises(InputError, match=f"needs 227 KB .* a card has {kilobytes}; give"):
+            check_mlp_kernel("fused", "cuda", torch.bfloat16)
 
 
 def test_a_resumed_run_may_change_it():
