@@ -5,14 +5,17 @@ end in the same slot. Rotary scores depend on distances only, so a row may begin
 the ones it would have alone, up to rounding. Shapes as in gpt.py; S: slots of the cache.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.attention import window_mask
 from nanochat.cpu import few_rows_by_mkl
+from nanochat.decode_graph import Decoder, can_pack
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops import logits as head_logits
@@ -25,20 +28,22 @@ class KVCache:
 
     The smear needs that embedding.
 
-    padding: (B,), the first slot of each row that holds a token; None: all rows begin at slot 0.
-    For T new positions `GPT.forward` calls `previous`, `mask` and, in each layer, `extend`. Then it adds T to
-    `length`.
+    slots: at least so many. padding: (B,), the first slot of each row that holds a token; None: all rows
+    begin at slot 0. For T new positions `GPT.forward` calls `previous`, `mask` and, in each layer, `extend`.
+    Then it adds T to `length`.
     """
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype, device, padding=None):
+        slots = -(-slots // 8) * 8  # matrix units want multiples of 16 bytes
         shape = (rows, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.config = config
         self.device = device
         self.length = 0
         self.padding = padding
         # a tensor (B, K, S, D) for each position in the stack of layers
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in config.positions]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in config.positions]
+        # zeros: a masked slot counts nothing, but only if it holds a number
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.positions]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.positions]
         self.last = torch.zeros(rows, 1, config.n_embd, dtype=dtype, device=device)
 
     def repeat(self, times: int):
@@ -49,13 +54,22 @@ class KVCache:
         if self.padding is not None:
             self.padding = self.padding.repeat_interleave(times)
 
+    def restart(self, padding=None):
+        """Forget all positions. The tensors stay where they are: a `Decoder` reads them."""
+        self.length = 0
+        self.last.zero_()
+        if padding is not None and self.padding is not None:
+            self.padding.copy_(padding)
+        else:
+            self.padding = padding
+
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.keys + self.values)
 
     def previous(self, x):
         """x: (B, T, C), embeddings -> (B, T, C), the one before each; zeros before a row's first."""
         previous = torch.cat((self.last, x), dim=1)[:, :-1]
-        self.last = x[:, -1:]
+        self.last.copy_(x[:, -1:])
         if self.padding is None:
             return previous
         return previous * self.is_token(self.length - 1, x.size(1))[..., None]
@@ -103,12 +117,19 @@ class KVCache:
 # ---- generation --------------------------------------------------------------------------------------------
 
 
+def kernels_of_any_length(device):
+    """In this block a GPU's attention makes no plan for each new length, as cuDNN's would."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def next_logits(model: GPT, idx, dtype, cache: KVCache):
     """idx: (B, T), tokens that follow those in the cache -> float32 logits (B, V) of the token after them.
 
     Their keys and values are added to the cache.
     """
-    with few_rows_by_mkl(idx.numel()):
+    with few_rows_by_mkl(idx.numel()), kernels_of_any_length(idx.device):
         return model(idx, compute_dtype=dtype, cache=cache, head=last_logits)
 
 
@@ -117,18 +138,32 @@ def last_logits(x, weight, targets=None):
     return head_logits(x[:, -1], weight)
 
 
-def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float32):
+def prefill(model: GPT, prompts: list[list[int]], slots: int, dtype=torch.float32, cache=None):
     """Read prompts of at most `slots` tokens in one pass.
 
-    Returns the logits (B, V) of the token after each prompt, and the cache, which has so many slots.
+    Returns the logits (B, V) of the token after each prompt, and the cache, which has so many slots. cache:
+    one of as many rows and slots, to be written over.
     """
     device = model.wte.weight.device
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
     idx = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts)], device=device)
     padding = torch.tensor(pads, device=device) if any(pads) else None
-    cache = KVCache(model.config, len(prompts), slots, dtype, device, padding)
+    if cache is None:
+        cache = KVCache(model.config, len(prompts), slots, dtype, device, padding)
+    else:
+        cache.restart(padding)
     return next_logits(model, idx, dtype, cache), cache
+
+
+def token_decoder(model: GPT, cache: KVCache, dtype, graphs: bool = True):
+    """A function: one new token for each row, (B,) -> the logits (B, V) of the next ones.
+
+    It is a `Decoder` or, where one cannot serve, `GPT.forward`.
+    """
+    if can_pack(model, dtype):
+        return Decoder(model, cache, dtype, graphs)
+    return lambda tokens: next_logits(model, tokens[:, None], dtype, cache)
 
 
 def sample(logits, temperature: float, top_k: int, top_p: float, rng):
@@ -204,6 +239,7 @@ def generate(
         rows = [list(row) for row in rows for _ in range(samples)]
         logits = logits.repeat_interleave(samples, dim=0)
         cache.repeat(samples)
+    decode = None
     rng = torch.Generator(logits.device).manual_seed(sampling.seed)
     ended = [False] * len(rows)
     for count in range(1, max_tokens + 1):
@@ -217,7 +253,8 @@ def generate(
         if count == max_tokens:
             return
         if cache.length < context:
-            logits = next_logits(model, tokens[:, None], dtype, cache)
+            decode = decode or token_decoder(model, cache, dtype)
+            logits = decode(tokens)
         else:
             rows = [crop_to_context(row, context) for row in rows]
-            logits, cache = prefill(model, rows, context, dtype)
+            logits, cache = prefill(model, rows, slots, dtype, cache)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import engine
+from nanochat.decode_graph import Decoder
 from nanochat.engine import GREEDY, Sampling, crop_to_context, generate, next_logits, prefill, sample
 from nanochat.gpt import GPT, GPTConfig
 
@@ -157,9 +158,15 @@ def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):
         shapes.append(tuple(idx.shape))
         return next_logits(model, idx, *rest)
 
+    class RecordingDecoder(Decoder):
+        def __call__(self, tokens):
+            shapes.append(tuple(tokens.shape))
+            return super().__call__(tokens)
+
     monkeypatch.setattr(engine, "next_logits", record_shape)
+    monkeypatch.setattr(engine, "Decoder", RecordingDecoder)
     steps = list(generate(tiny(), PROMPTS[:2], 4, samples=3, dtype=torch.float64))
-    assert shapes == [(2, 11), (6, 1), (6, 1), (6, 1)]
+    assert shapes == [(2, 11), (6,), (6,), (6,)]
     assert len({tuple(row) for row in zip(*steps)}) == 6
     greedy = list(zip(*generate(tiny(), PROMPTS[:2], 4, GREEDY, samples=3, dtype=torch.float64)))
     assert greedy[0] == greedy[1] == greedy[2] != greedy[3] == greedy[4] == greedy[5]
