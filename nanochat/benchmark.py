@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from nanochat import devices
 from nanochat.common import out_of_memory
+from nanochat.engine import KVCache, sample, token_decoder
 from nanochat.errors import InputError
+from nanochat.gpt import GPT
 
 
 @dataclass
@@ -90,6 +93,39 @@ def take_turns(runs: dict, repeats: int, device, sample_seconds: float) -> dict:
             for name, run in runs[variant].items():
                 seconds[variant][name].append(seconds_per_call(run, calls[variant, name], device))
     return seconds
+
+
+@torch.inference_mode()
+def growing_seconds(forms: dict[str, GPT], batch: int, lengths: list[int], dtype) -> dict[str, dict]:
+    """Seconds of one step for `batch` rows after each of these numbers of tokens, which ascend.
+
+    {form: {"lengths", "first", "later"}}, on a GPU of "FORM, eager" too. The forms take turns in rounds.
+    first: a form's first round, in which a GPU makes a graph for each part of the cache. later: the faster of
+    two more rounds. The caches hold zeros: values do not change the time.
+    """
+    steps = {}
+    device = next(iter(forms.values())).wte.weight.device
+    tokens = torch.zeros(batch, dtype=torch.long, device=device)
+    for name, form in forms.items():
+        cache = KVCache(form.config, batch, lengths[-1] + 1, dtype, device)
+        steps[name] = partial(step_after, cache, token_decoder(form, cache, dtype), tokens)
+        if device.type == "cuda":
+            eager = token_decoder(form, cache, dtype, graphs=False)
+            steps[f"{name}, eager"] = partial(step_after, cache, eager, tokens)
+    rounds = {name: [] for name in steps}
+    for _ in range(3):
+        for name, step in steps.items():
+            rounds[name].append([seconds_per_call(partial(step, n), 1, device) for n in lengths])
+    result = {}
+    for name, (first, *later) in rounds.items():
+        result[name] = {"lengths": lengths, "first": first, "later": np.min(later, axis=0).tolist()}
+    return result
+
+
+def step_after(cache: KVCache, decode, tokens, length: int) -> list[int]:
+    """The likeliest tokens after these, (B,), that come after the first `length` of the cache."""
+    cache.length = length
+    return sample(decode(tokens), 0, 0, 1, None).tolist()
 
 
 def spread(values) -> dict:

@@ -9,6 +9,8 @@ these two is noise.
 
 Prefill reads a batch of prompts. A step decodes one token for each row at the end of the prompt, greedily.
 Forward is the model's forward pass over the prompts with all logits: the price of a token without a cache.
+Steps are also taken at lengths from the prompt's to the context's: on a GPU as CUDA graphs and, "eager",
+kernel by kernel.
 Peak: the weights, and the most bytes of tensors that prefill and a step hold at one time, the cache included.
 
 In each repeat every form takes its turn, and each is first in turn. Ratios to dense are taken within a
@@ -32,12 +34,14 @@ from nanochat.benchmark import (
     Setting,
     explain_out_of_memory,
     flags_as_json,
+    growing_seconds,
     machine_description,
     machine_text,
     spread,
+    step_after,
     take_turns,
 )
-from nanochat.engine import next_logits, prefill, sample
+from nanochat.engine import prefill, sample, token_decoder
 from nanochat.errors import InputError
 from nanochat.factorize import merge
 from nanochat.files import check_out
@@ -54,6 +58,7 @@ from nanochat.step_metrics import tensor_bytes
 from scripts.generate import open_model
 
 SAMPLE_SECONDS = 0.05  # a sample is as many calls as take this long
+LENGTHS = 64  # at most, at which a step is taken as the cache grows
 # defaults of the model with random weights
 SHAPE = {
     "depth": 8,
@@ -217,7 +222,7 @@ def make_forms(model: GPT, dtype) -> dict[str, GPT]:
     forms = {"dense": random_model(full_rank(model.config), model.wte.weight.device), "factored": model}
     if model.config.factor_act == "none":
         forms["materialised"] = merge(plain_model(model))
-    return {name: form.to(dtype) for name, form in forms.items()}
+    return {name: form.to(dtype).requires_grad_(False) for name, form in forms.items()}
 
 
 def sizes(forms: dict[str, GPT], dtype) -> dict:
@@ -241,22 +246,22 @@ def make_passes(model: GPT, batch: int, prompt_tokens: int, dtype) -> dict:
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, model.config.vocab_size, (batch, prompt_tokens), generator=rng).tolist()
     logits, cache = read(model, prompts, dtype)
-    first = sample(logits, 0, 0, 1, None)[:, None]
-
-    def step():
-        cache.length = prompt_tokens  # the same step each time
-        return sample(next_logits(model, first, dtype, cache), 0, 0, 1, None).tolist()
-
+    first = sample(logits, 0, 0, 1, None)
     idx = torch.tensor(prompts, device=first.device)
     return {
         "prefill": lambda: read(model, prompts, dtype)[0],
-        "step": step,
+        "step": partial(step_after, cache, token_decoder(model, cache, dtype), first, prompt_tokens),
         "forward": lambda: model(idx, compute_dtype=dtype),
     }
 
 
 def read(model: GPT, prompts, dtype):
     return prefill(model, prompts, len(prompts[0]) + 1, dtype)
+
+
+def spread_lengths(first: int, last: int) -> list[int]:
+    """Up to LENGTHS lengths from `first` to `last`, evenly spread."""
+    return np.unique(np.linspace(first, last, LENGTHS).astype(int)).tolist()
 
 
 def peak_bytes(function, device) -> int:
@@ -283,7 +288,7 @@ def cache_bytes(config: GPTConfig, rows: int, positions: int, dtype) -> int:
 def read_and_decode(model: GPT, batch: int, prompt_tokens: int, dtype):
     """A prompt of zeros, and one step after it."""
     logits, cache = read(model, [[0] * prompt_tokens] * batch, dtype)
-    next_logits(model, sample(logits, 0, 0, 1, None)[:, None], dtype, cache)
+    token_decoder(model, cache, dtype)(sample(logits, 0, 0, 1, None))
 
 
 @torch.inference_mode()
@@ -293,7 +298,8 @@ def measure(forms: dict[str, GPT], batch: int, prompt_tokens: int, setting: Sett
     passes = {name: make_passes(form, batch, prompt_tokens, dtype) for name, form in forms.items()}
     seconds = take_turns(passes, setting.repeats, setting.device, SAMPLE_SECONDS)
     dense = {key: np.array(values) for key, values in seconds["dense"].items()}
-    case = {"batch": batch, "forms": {}}
+    lengths = spread_lengths(prompt_tokens, forms["dense"].config.sequence_len - 1)
+    case = {"batch": batch, "forms": {}, "growing": growing_seconds(forms, batch, lengths, dtype)}
     for name, form in forms.items():
         times = {key: np.array(values) for key, values in seconds[name].items()}
         once = partial(read_and_decode, form, batch, prompt_tokens, dtype)

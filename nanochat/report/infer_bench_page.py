@@ -9,6 +9,10 @@ from nanochat.report.bench_page import digits, draw_spreads, mib, with_quartiles
 FORWARD_OVER_STEP = (
     "Forward over step: how many times as long a token takes if what was computed for the prompt is not kept."
 )
+GROWING = (
+    "One step after so many tokens. In the first round a GPU makes a CUDA graph for each part of the cache; "
+    "eager means without graphs."
+)
 
 
 def inverse(ratio: dict) -> dict:
@@ -49,6 +53,9 @@ def infer_tables(result: dict) -> list[tuple]:
         ("subheading", "Time and memory"),
         ("paragraph", FORWARD_OVER_STEP),
         time_table(result["cases"]),
+        ("subheading", "As the cache grows"),
+        ("paragraph", GROWING),
+        growing_table(result["cases"]),
     ]
 
 
@@ -86,6 +93,25 @@ def time_table(cases: list[dict]) -> tuple:
                 "forward / step (quartiles)": with_quartiles(form["forward / step"]),
                 "cache, MiB": mib(form["cache_bytes"]),
                 "peak, MiB": mib(form["peak_bytes"]),
+            }
+            rows.append(list(columns.values()))
+    return ("table", list(columns), rows, "numbers")
+
+
+def growing_table(cases: list[dict]) -> tuple:
+    rows = []
+    for case in cases:
+        for name, steps in case["growing"].items():
+            lengths = steps["lengths"]
+            later = steps["later"]
+            columns = {
+                "batch": str(case["batch"]),
+                "form": name,
+                f"after {lengths[0]:,}, ms": digits(1e3 * later[0]),
+                f"after {lengths[-1]:,}, ms": digits(1e3 * later[-1]),
+                f"all {len(lengths)} lengths: tokens/s": digits(case["batch"] * len(later) / sum(later)),
+                "s": digits(sum(later)),
+                "first round, s": digits(sum(steps["first"])),
             }
             rows.append(list(columns.values()))
     return ("table", list(columns), rows, "numbers")
