@@ -140,11 +140,10 @@ class Attention(nn.Module):
         D = self.head_dim
         q, k, v = project(norm(x), self.q, self.k, self.v)  # (B, T, H·D), (B, T, K·D), (B, T, K·D)
         v = v if value_embedding is None else v + value_embedding
-        q = q.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, H, T, D)
-        k = k.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
+        # rotated by position; QK norm keeps the scores bounded
+        q = norm(q.unflatten(-1, (-1, D)), *rotation).transpose(1, 2)  # (B, H, T, D)
+        k = norm(k.unflatten(-1, (-1, D)), *rotation).transpose(1, 2)  # (B, K, T, D)
         v = v.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
-        q = norm(q, *rotation)  # rotated by position; QK norm keeps the scores bounded
-        k = norm(k, *rotation)
         if extend is not None:
             k, v = extend(k, v)
         return self.o(attention(q, k, v, SCORE_SCALE / math.sqrt(D), mask))
@@ -238,7 +237,8 @@ class GPT(nn.Module):
         # rotary embeddings (arXiv 2104.09864); the slowest pair of channels turns once in 2π · 4 contexts
         pair = torch.arange(0, D, 2, device=idx.device, dtype=torch.float32)
         frequency = (4.0 * self.config.sequence_len) ** (-pair / D)  # (D/2,)
-        angle = position[:, None].float() * torch.cat((frequency, -frequency))  # (T, D), see `ops.RMSNorm`
+        # (T, 1, D), the same for all heads; see `ops.RMSNorm`
+        angle = position[:, None, None].float() * torch.cat((frequency, -frequency))
         rotation = angle.cos().to(compute_dtype), angle.sin().to(compute_dtype)
         masks = {}  # window -> (T, T), whether a query sees a key; None: all keys that are not later
         for window in {block.window for block in self.blocks}:

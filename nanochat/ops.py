@@ -96,8 +96,8 @@ class ReLU2(torch.autograd.Function):
 class RMSNorm(torch.autograd.Function):
     """y = x / rms(x) over the last dimension, of x rotated by its position first where cos and sin are given.
 
-    It keeps y, which the next product keeps anyway, and not x. x: (..., C), or (..., T, D) with cos, sin:
-    (T, D). The pair of channels i and i + D/2 turns by one angle, so the second halves of cos and sin are
+    It keeps y, which the next product keeps anyway, and not x. x: (..., C), or (B, T, H, D) with cos, sin:
+    (T, 1, D). The pair of channels i and i + D/2 turns by one angle, so the second halves of cos and sin are
     those of the negative angles.
     """
 

@@ -163,7 +163,8 @@ def test_attention_equals_explicit_computation(pattern, kv_heads, ranks):
     cos, sin = rotary(16, 8)
     expected = explicit_attention(attn, norm(x), cos, sin, window={"L": 16, "S": 8}[pattern])
     mask = window_mask(16, 8, x.device) if pattern == "S" else None
-    torch.testing.assert_close(attn(x, None, (cos, sin), mask), expected, atol=1e-6, rtol=1e-6)
+    rotation = (cos[:, None], sin[:, None])  # for (B, T, H, D)
+    torch.testing.assert_close(attn(x, None, rotation, mask), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [6, 0.3])  # as a fraction, q has a larger rank than k and v of two heads
