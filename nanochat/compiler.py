@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat import cpu
+from nanochat.attention import compiled_window
 from nanochat.errors import InputError, first_line
 from nanochat.ops import SOFTCAP, CrossEntropy, rows_at_once
 from nanochat.processes import print0
@@ -118,9 +118,9 @@ def useful_line(e: Exception) -> str:
 def compile_blocks(model, backend: str = "inductor"):
     """Compile the blocks and the loss for training; blocks of the same ranks and kind share a compilation.
 
-    Whatever else differs between blocks is passed to them as an argument. So is the window, except where some
-    layers have a mask and others none. Without a gradient, as in evaluation and generation, blocks run
-    uncompiled: the batches there have other shapes.
+    Whatever else differs between blocks is passed to them as an argument. So is the window: on a GPU each
+    has a compilation of its own, on a CPU all share one. Without a gradient, as in evaluation and generation,
+    blocks run uncompiled: the batches there have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import
     from torch._inductor import config as inductor
@@ -139,15 +139,13 @@ def compile_blocks(model, backend: str = "inductor"):
 def run_block(block, compiled, x, x0, *inputs):
     """Block.forward, compiled where a gradient is taken.
 
-    One compilation serves the first block too if x and x0 are two objects there, and on a CPU all windows if
-    each comes as a 0-d tensor.
+    One compilation serves the first block too if x and x0 are two objects there.
     """
     if not torch.is_grad_enabled():
         return block._call_impl(x, x0, *inputs)
-    *rest, mask, extend = inputs
-    if not x.is_cuda:
-        mask = cpu.window_of(mask, x.size(1))
-    return compiled(x.view_as(x) if x is x0 else x, x0, *rest, mask, extend)
+    *rest, window, extend = inputs
+    window = compiled_window(window, x)
+    return compiled(x.view_as(x) if x is x0 else x, x0, *rest, window, extend)
 
 
 def compiled_loss(compiled, x, weight, targets):

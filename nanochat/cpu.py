@@ -164,21 +164,12 @@ def add_product(total, a, b):
 # ---- attention by blocks of queries ------------------------------------------------------------------------
 
 
-def window_of(mask, T: int):
-    """The window, a 0-d tensor, for `BlockAttention` over T tokens; None where torch's kernel is as fast.
+def by_blocks(T: int, window) -> bool:
+    """Whether training goes block by block: where torch's kernel computes much that no query sees.
 
-    mask: (T, T) bool; None: a window of T; or the window itself, which compiled code gets (see compiler.py).
+    window: compiled code gets it as a 0-d tensor where the answer is yes.
     """
-    if mask is None:
-        return torch.tensor(T) if T <= SHORT else None
-    if mask.ndim > 2:  # of padded rows
-        return None
-    return mask[-1].sum() if mask.ndim == 2 else mask
-
-
-def by_blocks(T: int, window: int) -> bool:
-    """Whether training goes block by block: where torch's kernel computes much that no query sees."""
-    return window < T or T <= SHORT
+    return T <= SHORT or isinstance(window, torch.Tensor) or window < T
 
 
 class BlockAttention(torch.autograd.Function):
@@ -244,10 +235,11 @@ def block_attention_backward(grad, q, k, v, window, scale: float):
             torch.baddbmm(part_q, grad_scores, part_k, beta=0, alpha=scale, out=grad_q[i, heads])
             grad_k[heads].narrow(1, start, c).baddbmm_(grad_scores.mT, part_q, alpha=scale)
             grad_v[heads].narrow(1, start, c).baddbmm_(p.mT, grads[i])
-    grad_q = grad_q.unflatten(2, (-1, n)).unflatten(1, (B, K)).permute(1, 2, 3, 0, 4, 5)
-    # now (B, K, G, blocks, n, D)
-    grad_q = grad_q.flatten(3, 4).flatten(1, 2)[:, :, :T].contiguous()
-    return grad_q, grad_k[:, :T].reshape(k.shape), grad_v[:, :T].reshape(k.shape)
+    grad_q = grad_q.unflatten(2, (-1, n)).unflatten(1, (B, K)).permute(1, 0, 4, 2, 3, 5)
+    # now (B, blocks, n, K, G, D); in memory as (B, T, H, D), the order in which q and k were made
+    grad_q = grad_q.flatten(1, 2).flatten(2, 3)[:, :T].contiguous().transpose(1, 2)
+    grad_k = grad_k[:, :T].unflatten(0, (B, K)).transpose(1, 2).contiguous().transpose(1, 2)
+    return grad_q, grad_k, grad_v[:, :T].reshape(v.shape)
 
 
 @lru_cache(maxsize=16)
@@ -306,4 +298,6 @@ def block_attention_shape(q, k, v, window, scale):
 
 @torch.library.register_fake("nanochat::block_attention_backward", lib=library)
 def block_attention_backward_shapes(grad, q, k, v, window, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_q = q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+    grad_k = k.new_empty(k.transpose(1, 2).shape).transpose(1, 2)
+    return grad_q, grad_k, v.new_empty(v.shape)

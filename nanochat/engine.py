@@ -99,13 +99,14 @@ class KVCache:
     def mask(self, window: int, T: int):
         """Which of the n keys from `extend` each of T new queries sees: (T, n) or (B, 1, T, n) bool.
 
-        None: a query sees all of them, or all that are not later than itself.
+        The window alone where it says that, None where one query sees all keys: neither needs a mask.
         """
         start = self.first_visible(window)
         n = self.length + T - start
         if self.padding is None:
-            needs_no_mask = T == 1 or (self.length == 0 and window >= T)
-            return None if needs_no_mask else window_mask(n, window, self.device)[-T:]
+            if self.length == 0:
+                return window
+            return None if T == 1 else window_mask(n, window, self.device)[-T:]
         tokens = self.is_token(start, n)[:, None, None]  # (B, 1, 1, n)
         if T == 1:
             return tokens

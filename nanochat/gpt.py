@@ -132,10 +132,11 @@ class Attention(nn.Module):
         self.v = block_linear(config, "v", layer)
         self.o = block_linear(config, "o", layer)
 
-    def forward(self, x, value_embedding, rotation, mask, extend=None):
-        """(B, T, C) -> (B, T, C). extend: in generation, `engine.KVCache.extend` for this position.
+    def forward(self, x, value_embedding, rotation, window, extend=None):
+        """(B, T, C) -> (B, T, C). window: as `attention` takes it.
 
-        It takes the keys and values of x, both (B, K, T, D), and returns them with those of earlier tokens.
+        extend: in generation, `engine.KVCache.extend` for this position. It takes the keys and values of x,
+        both (B, K, T, D), and returns them with those of earlier tokens.
         """
         D = self.head_dim
         q, k, v = project(norm(x), self.q, self.k, self.v)  # (B, T, H·D), (B, T, K·D), (B, T, K·D)
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
         if extend is not None:
             k, v = extend(k, v)
-        return self.o(attention(q, k, v, SCORE_SCALE / math.sqrt(D), mask))
+        return self.o(attention(q, k, v, SCORE_SCALE / math.sqrt(D), window))
 
 
 class MLP(nn.Module):
@@ -168,10 +169,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x, x0, scales, value_embedding, rotation, mask, extend=None):
+    def forward(self, x, x0, scales, value_embedding, rotation, window, extend=None):
         """x: (B, T, C), the residual stream; x0: the same where it began; scales: (2,), the share of each."""
         x = scales[0] * x + scales[1] * x0
-        x = x + self.attn(x, value_embedding, rotation, mask, extend)
+        x = x + self.attn(x, value_embedding, rotation, window, extend)
         return x + self.mlp(x)
 
 
@@ -240,12 +241,9 @@ class GPT(nn.Module):
         # (T, 1, D), the same for all heads; see `ops.RMSNorm`
         angle = position[:, None, None].float() * torch.cat((frequency, -frequency))
         rotation = angle.cos().to(compute_dtype), angle.sin().to(compute_dtype)
-        masks = {}  # window -> (T, T), whether a query sees a key; None: all keys that are not later
-        for window in {block.window for block in self.blocks}:
-            if cache is not None:
-                masks[window] = cache.mask(window, T)
-            elif window < T:
-                masks[window] = (position[:, None] >= position) & (position[:, None] - position < window)
+        windows = {block.window: block.window for block in self.blocks}
+        if cache is not None:  # which of the keys that it holds a query sees
+            windows = {window: cache.mask(window, T) for window in windows}
 
         x = self.wte(idx).to(compute_dtype)  # (B, T, C)
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1] if cache is None else cache.previous(x)
@@ -258,7 +256,7 @@ class GPT(nn.Module):
             if str(layer) in self.value_embeds:
                 values = self.value_embeds[str(layer)](idx).to(compute_dtype)  # (B, T, K·D)
             extend = None if cache is None else partial(cache.extend, i)
-            x = block(x, x0, scales[i], values, rotation, masks.get(block.window), extend)
+            x = block(x, x0, scales[i], values, rotation, windows[block.window], extend)
         if cache is not None:
             cache.length += T
 

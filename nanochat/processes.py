@@ -68,7 +68,7 @@ def init_process(device_type: str, alone: bool = False) -> World:
     """
     import torch
 
-    from nanochat import cpu
+    from nanochat import attention, cpu
     from nanochat.devices import pick_device_type, take_gpu, usable_gpus
 
     layout = process_layout()
@@ -82,6 +82,7 @@ def init_process(device_type: str, alone: bool = False) -> World:
         take_gpu(layout.local_rank)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
         device = torch.device("cuda", layout.local_rank)
+        attention.choose_kernels(device)
     else:
         cpu.keep_freed_memory()
         cpu.multiply_by_onednn()

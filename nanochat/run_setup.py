@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import agreement, arguments, continuation, devices, metrics, processes
+from nanochat import agreement, arguments, attention, continuation, devices, metrics, processes
 from nanochat.gpt import GPTConfig
 from nanochat.locks import Lock
 from nanochat.mlp_kernel import check_mlp_kernel
@@ -81,6 +81,7 @@ def start_run(spec: RunSpec) -> TrainingRun:
     world = processes.init_process(device_type)
     dtype = agreement.from_first(world, training_dtype, args, folder, device_type)
     check_mlp_kernel(args.mlp_kernel, device_type, dtype)
+    attention.choose_kernels(world.device, args.attn_kernel, dtype)
     agreement.confirm(world, common_values(spec))
     text = open_rows(args, spec.open_text, spec.tokenizer, world)
     run = TrainingRun(spec, world, dtype, text, {}, folder)

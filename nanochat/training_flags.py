@@ -54,6 +54,15 @@ MACHINE_GROUP = FlagGroup(
             free=True,
         ),
         Flag(
+            "--attn-kernel",
+            "kernel of attention on a GPU, for the layers that it can serve (dev/SCALE.md says which); the "
+            "others take that of auto. auto = by published figures the fastest that the GPU and torch have",
+            default="auto",
+            choices=("auto", "mask", "flash", "cudnn", "flex", "varlen"),
+            role=Role.COST,
+            free=True,
+        ),
+        Flag(
             "--recompute",
             "save memory: compute activations again in the backward pass. none = keep them all; "
             "bottleneck = of each block with low-rank matrices keep its input and what is r wide; "

@@ -136,12 +136,12 @@ class AttentionByQuery(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def attention_by_query(q, k, v, scale, mask=None):
+def attention_by_query(q, k, v, scale, window):
     """In place of `attention.attention`."""
     B, H, T, D = q.shape
     groups = H // k.size(1)
     k, v = (t.repeat_interleave(groups, dim=1).flatten(0, 1) for t in (k, v))
-    mask = window_mask(T, T, q.device) if mask is None else mask
+    mask = window_mask(T, window, q.device)
     y = AttentionByQuery.apply(q.flatten(0, 1), k, v, mask, scale)
     return y.view(B, H, T, D).transpose(1, 2).flatten(2)
 

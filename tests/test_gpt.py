@@ -162,9 +162,9 @@ def test_attention_equals_explicit_computation(pattern, kv_heads, ranks):
     x = torch.randn(2, 16, 32, dtype=torch.float64)
     cos, sin = rotary(16, 8)
     expected = explicit_attention(attn, norm(x), cos, sin, window={"L": 16, "S": 8}[pattern])
-    mask = window_mask(16, 8, x.device) if pattern == "S" else None
     rotation = (cos[:, None], sin[:, None])  # for (B, T, H, D)
-    torch.testing.assert_close(attn(x, None, rotation, mask), expected, atol=1e-6, rtol=1e-6)
+    for window in (16, None) if pattern == "L" else (8, window_mask(16, 8, x.device)):
+        torch.testing.assert_close(attn(x, None, rotation, window), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [6, 0.3])  # as a fraction, q has a larger rank than k and v of two heads
