@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.gpt import GPT
+from nanochat.shards import ParameterShard, shard_parameters, uses_muon
 
 # Coefficients (a, b, c) of polynomial steps X <- aX + b(XXᵀ)X + c(XXᵀ)²X that drive the singular values to 1.
 # Each minimises the largest |1 - p(σ)| over the interval that the steps before it leave of [0.03, 1]: the
@@ -214,58 +215,6 @@ def update_scale(role: str, out_features: int, in_features: int) -> float:
 
 # ---- which parameter goes where ----------------------------------------------------------------------------
 
-# parts of the names of parameters that adapters and subspaces add: AdamW trains them with other settings
-ADDED = (".adapters.", "subspace")
-
-
-def uses_muon(name: str, parameter) -> bool:
-    """Whether Muon trains a parameter: it does the matrices inside the blocks, full or factored.
-
-    AdamW trains tables, the head, the per-layer scalars, and what adapters and subspaces add.
-    """
-    return name.startswith("blocks.") and parameter.ndim == 2 and not any(part in name for part in ADDED)
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterShard:
-    """Entries start to end of a flattened parameter, which one process updates and keeps the state of."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    start: int
-    end: int
-
-    @property
-    def is_whole(self) -> bool:
-        return self.end - self.start == self.parameter.numel()
-
-    def entries(self, tensor):
-        """These entries of a tensor of the parameter's shape: (end - start,), sharing its memory."""
-        return tensor.view(-1)[self.start : self.end]
-
-
-def shard_parameters(model: GPT, processes: int) -> list[list[ParameterShard]]:
-    """The shards of each process: together every parameter that requires a gradient, each entry exactly once.
-
-    Muon needs matrices whole: each goes to the process that has least so far, the largest first. AdamW works
-    entry by entry: its parameters are cut into equal slices.
-    """
-    shards = [[] for _ in range(processes)]
-    load = [0] * processes
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in trained if uses_muon(name, p)]
-    for name, p in sorted(matrices, key=lambda item: -item[1].numel()):
-        least = load.index(min(load))
-        shards[least].append(ParameterShard(name, p, 0, p.numel()))
-        load[least] += p.numel()
-    for name, p in trained:
-        if not uses_muon(name, p):
-            size = -(-p.numel() // processes)
-            for i in range(-(-p.numel() // size)):
-                end = min((i + 1) * size, p.numel())
-                shards[i].append(ParameterShard(name, p, i * size, end))
-    return shards
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -289,27 +238,16 @@ def build_optimizers(
 
     Every group keeps its `initial_lr`, which the schedule multiplies, and the `names` of its parameters.
     extra: {a part of a name, as in ADDED: AdamW's settings (lr, betas, eps, weight_decay) of the parameters
-    that have it}; there weight decay acts on matrices only. dtype: see `Muon`.
+    that have it}; there weight decay acts on matrices only. dtype: see `Muon`. The gradients are those of the
+    shards' masters.
     """
     extra = extra or {}
-    # kind of group: {name: parameter, or this process's slice of it}
-    members: dict[tuple, dict] = defaultdict(dict)
-    slices = []
+    members: dict[tuple, dict] = defaultdict(dict)  # kind of group: {name: what is updated}
     for shard in shard_parameters(model, 1)[0] if shards is None else shards:
-        local = shard.parameter
-        if not shard.is_whole:
-            local = torch.nn.Parameter(shard.entries(shard.parameter.data))  # shares the parameter's memory
-            slices.append((shard, local))
-        members[group_kind(model, shard, extra)][shard.name] = local
+        members[group_kind(model, shard, extra)][shard.name] = shard.master
     kinds = settings_by_kind(model, rates, extra)
     groups = [param_group(members[kind], settings) for kind, settings in kinds.items()]
     adamw = AdamW(groups, betas=(0.8, 0.98), eps=1e-10, weight_decay=0.0, fused=True)
-
-    def take_gradients(*_):
-        for shard, local in slices:
-            local.grad = shard.entries(shard.parameter.grad)
-
-    adamw.register_step_pre_hook(take_gradients)
     matrices = []
     for (kind, *shape), params in members.items():
         if kind == "matrices":

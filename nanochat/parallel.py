@@ -1,11 +1,6 @@
-"""Data parallelism: average gradients, exchange updated parameters, gather optimizer states for a checkpoint.
+"""What processes do together outside of a step's exchange: compare, gather for a checkpoint, agree to stop.
 
-Every process holds all parameters, updates its shards of them (`optim.shard_parameters`) and keeps the
-optimizer state of these alone: stage 1 of ZeRO (arXiv 1910.02054). What torch has for this does not fit.
-DistributedDataParallel regroups its buckets after the first step it sees: a resumed run would sum in another
-order than an uninterrupted one and differ in the last bits. ZeroRedundancyOptimizer deals out whole
-parameters, and half of a small model is one table. FSDP2 would cut the matrices that Muon orthogonalises
-whole. Every collective here is synchronous.
+The exchange of gradients and parameters is in exchange.py. Every collective here is synchronous.
 """
 
 import contextlib
@@ -22,7 +17,10 @@ from nanochat.signals import StopRequest
 
 @torch.no_grad()
 def average_gradients(parameters, world: World, bucket_elements: int = 2**24):
-    """Replace every gradient by its mean over the processes, in buckets of about 64 MB, once a step."""
+    """Replace every gradient by its mean over the processes, in buckets of about 64 MB.
+
+    For the few parameters of what needs whole gradients; `exchange.Exchange` is for all else.
+    """
     bucket = []
     size = 0
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -40,25 +38,13 @@ def average_gradients(parameters, world: World, bucket_elements: int = 2**24):
 
 
 @torch.no_grad()
-def share_parameters(shards: list[list[ParameterShard]], world: World):
-    """After a step, every process sends its shards to the others: all have the same parameters to the bit."""
-    for owner, owned in enumerate(shards):
-        views = [shard.entries(shard.parameter.data) for shard in owned]
-        if not views:
-            continue
-        sizes = [view.numel() for view in views]
-        flat = torch.cat(views) if owner == world.rank else views[0].new_empty(sum(sizes))
-        dist.broadcast(flat, src=owner)
-        if owner != world.rank:
-            torch._foreach_copy_(views, flat.split(sizes))
-
-
-@torch.no_grad()
 def differing_parameters(model, world: World) -> list[str]:
     """Names of the parameters that differ between processes in any bit, by their sums as integers."""
     if world.size == 1:
         return []
-    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])
+    integers = {2: torch.int16, 4: torch.int32}  # by the bytes of a number
+    bits = [p.detach().view(integers[p.element_size()]) for p in model.parameters()]
+    sums = torch.stack([values.sum(dtype=torch.int64) for values in bits])
     lowest = sums.clone()
     highest = sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -72,22 +58,35 @@ def gather_state(optimizers, model, world: World) -> dict:
 
     It is the same for any number of processes, so a run may continue on another number.
     """
-    own_state = optimizer_state(optimizers)
-    for name, state in own_state.items():
-        own_state[name] = {key: value.cpu() for key, value in state.items()}
+    return gather_shards(optimizer_state(optimizers), model, world)
+
+
+def gather_masters(shards: list[ParameterShard], model, world: World) -> dict:
+    """On rank 0: {name: its whole float32 values} of the parameters with separate masters; elsewhere {}."""
+    separate = [shard for shard in shards if shard.master.dtype != shard.parameter.dtype]
+    values = gather_shards({shard.name: {"values": shard.master.data} for shard in separate}, model, world)
+    return {name: value["values"] for name, value in values.items()}
+
+
+def gather_shards(own: dict[str, dict], model, world: World) -> dict:
+    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}.
+
+    own: the same of the shards of this process.
+    """
+    own = {name: {key: value.cpu() for key, value in tensors.items()} for name, tensors in own.items()}
     if world.size == 1:
-        return own_state
-    states: list[dict] = [{}] * world.size
+        return own
+    shards: list[dict] = [{}] * world.size
     # CPU tensors: over gloo, also where the gradients go over NCCL
-    dist.gather_object(own_state, states if world.rank == 0 else None)
+    dist.gather_object(own, shards if world.rank == 0 else None)
     if world.rank > 0:
         return {}
-    full_state = {}
+    whole = {}
     for name, parameter in model.named_parameters():
-        parts = [state[name] for state in states if name in state]
+        parts = [tensors[name] for tensors in shards if name in tensors]
         if parts:
-            full_state[name] = join_shards(parts, parameter.shape)
-    return full_state
+            whole[name] = join_shards(parts, parameter.shape)
+    return whole
 
 
 def join_shards(parts: list[dict], shape: torch.Size) -> dict:

@@ -4,9 +4,11 @@ from dataclasses import asdict
 
 import torch
 
+from nanochat.exchange import Exchange
 from nanochat.gpt import GPT
-from nanochat.optim import ParameterShard, Rates, build_optimizers, shard_parameters
+from nanochat.optim import ParameterShard, Rates, build_optimizers
 from nanochat.processes import World
+from nanochat.shards import make_buckets
 
 
 class Trainable:
@@ -17,11 +19,12 @@ class Trainable:
     """
 
     has_dropout = False  # a forward pass draws random numbers
+    needs_whole_gradients = False  # `before_update` reads or changes them: each process gets all
 
     def __init__(self, model: GPT, rates: Rates):
         self.model = model
         self.rates = rates
-        self.shards: list[list[ParameterShard]] = []  # by process
+        self.exchange: Exchange  # between the processes, from `make_optimizers` on
         self.optimizers: list[torch.optim.Optimizer] = []  # of this process's shards
 
     def make_optimizers(self, world: World, dtype: torch.dtype):
@@ -29,17 +32,22 @@ class Trainable:
 
         dtype: see `optim.Muon`.
         """
-        self.shards = shard_parameters(self.model, world.size)
-        self.optimizers = self.build_optimizers(self.own_shards(world), dtype)
+        buckets = make_buckets(self.model, world.size)
+        self.exchange = Exchange(self.model, buckets, world, self.needs_whole_gradients)
+        self.optimizers = self.build_optimizers(self.shards, dtype)
 
-    def own_shards(self, world: World) -> list[ParameterShard]:
-        return self.shards[world.rank]
+    @property
+    def shards(self) -> list[ParameterShard]:
+        """What this process updates."""
+        return self.exchange.own
 
     def build_optimizers(self, shards: list[ParameterShard], dtype: torch.dtype):
         return build_optimizers(self.model, self.rates, shards=shards, dtype=dtype)
 
     def before_update(self):
-        """Called with the step's gradients, the same in all processes, which it must change alike."""
+        """Called with the step's gradients: of the own shards' masters or, with `needs_whole_gradients`, of
+        all parameters, the same in all processes, which it must change alike.
+        """
 
     def after_update(self):
         """Called once every process has the new parameters of the step."""

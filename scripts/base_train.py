@@ -31,7 +31,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, predict_peak
 from nanochat.mlp_kernel import use_mlp_kernel
-from nanochat.optim import Rates, load_optimizer_state, muon_momentum
+from nanochat.optim import Muon, Rates, load_optimizer_state, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
 from nanochat.processes import World, end_process, print0, process_layout
 from nanochat.run_files import step_folder
@@ -162,7 +162,6 @@ def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunO
     """The training loop. `state.step` counts finished updates."""
     args = run.args
     world = run.world
-    model = trainable.model
     first = state.step + 1
     first_row = state.step * run.rows_per_step
     batches = training_batches(run.text.train_rows, first_row, args.device_batch_size, world)
@@ -173,16 +172,16 @@ def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunO
         if trainable.has_dropout:
             torch.manual_seed(hash((args.seed, step, world.rank)))  # a resumed run drops the same
         micro_steps = run.plan["grad_accum_steps"]
-        loss, state.stopping = forward_backward(model, batches, micro_steps, world, run.dtype, stop)
+        loss, state.stopping = forward_backward(trainable, batches, micro_steps, world, run.dtype, stop)
         if loss is None:  # broken off: the model is still that of the step before
             break
         lrm = lr_multiplier(step - 1, run.steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
-        result = step_metrics.StepResult(loss, gradient_norm(model, args.grad_clip), lrm)
+        result = step_metrics.StepResult(loss, gradient_norm(trainable, args.grad_clip), lrm)
         if result.is_finite:  # on all processes or on none
             trainable.before_update()
-            update(trainable, world, step - 1, lrm)
+            update(trainable, step - 1, lrm)
             trainable.after_update()
-        model.zero_grad()
+        trainable.exchange.clear()
         if evaluation.is_due(step) and world.device.type == "cuda":
             torch.cuda.synchronize()  # so that the evaluation does not wait for the update on its own clock
         result.seconds = time.perf_counter() - started
@@ -209,9 +208,14 @@ def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunO
 
 
 def forward_backward(
-    model: GPT, batches, micro_steps: int, world: World, dtype: torch.dtype, stop: signals.StopRequest
+    trainable: Trainable,
+    batches,
+    micro_steps: int,
+    world: World,
+    dtype: torch.dtype,
+    stop: signals.StopRequest,
 ) -> tuple[float | None, bool]:
-    """Gradients of one step's rows, averaged over all micro-steps and processes.
+    """Gradients of one step's rows, averaged over all micro-steps and processes: see exchange.py.
 
     Returns (mean loss of all rows, whether a process was asked to stop). The loss is None if a process broke
     the step off because of that. Then the gradients are of no use.
@@ -225,22 +229,26 @@ def forward_backward(
                 total[2] = 1
                 break
         x, y = next(batches)  # (device batch, sequence length) each
-        loss = model(x, y, dtype) / micro_steps
+        loss = trainable.model(x, y, dtype) / micro_steps
+        if micro_step == micro_steps - 1:
+            trainable.exchange.start()  # gradients leave while the backward pass goes on
         loss.backward()
         total[0] += loss.detach()
     total[1] = stop.is_set()
+    trainable.exchange.finish()
     if world.size > 1:
-        parallel.average_gradients(model.parameters(), world)
         dist.all_reduce(total)
     loss, stops, broken_off = total.tolist()
     return None if broken_off else loss / world.size, stops > 0
 
 
-def gradient_norm(model: GPT, clip: float) -> float:
-    """Clip the gradients, and return their norm before that. clip <= 0: do not clip."""
-    if clip > 0:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+def gradient_norm(trainable: Trainable, clip: float) -> float:
+    """Clip the gradients by their norm over all processes, and return it. clip <= 0: do not clip."""
+    gradients = trainable.exchange.gradients()
+    norm = trainable.exchange.total_norm(torch.nn.utils.get_total_norm(gradients))
+    if clip > 0 and gradients:
+        torch._foreach_mul_(gradients, torch.clamp(clip / (norm + 1e-6), max=1.0))
+    return norm.item()
 
 
 def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
@@ -253,16 +261,16 @@ def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, fin
     return final + (1 - final) * (steps - step) / warmdown
 
 
-def update(trainable: Trainable, world: World, step: int, lrm: float):
-    """Update number `step` (from 0): each process updates its own shards, and then all exchange them."""
+def update(trainable: Trainable, step: int, lrm: float):
+    """Update number `step` (from 0): each process updates its own shards, and all get the new values."""
     for optimizer in trainable.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lrm
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step)
         optimizer.step()
-    if world.size > 1:
-        parallel.share_parameters(trainable.shards, world)
+        trainable.exchange.share(by_muon=isinstance(optimizer, Muon))
+    trainable.exchange.wait()
 
 
 # ---- before the first step ---------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def restore(run: TrainingRun, trainable: Trainable, tensors: dict | None, meta: 
         if tensors:
             trainable.load(tensors)
         if meta:
-            load_optimizer_state(trainable.optimizers, trainable.own_shards(run.world), tensors["optimizer"])
+            load_optimizer_state(trainable.optimizers, trainable.shards, tensors["optimizer"])
     if names := parallel.differing_parameters(trainable.model, run.world):
         raise InputError(
             f"{run.folder}: the processes begin with different values of {', '.join(names[:3])} and "

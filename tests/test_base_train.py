@@ -408,11 +408,11 @@ def spoiled(monkeypatch, bad_calls, spoil):
     original = base_train.gradient_norm
     calls = [0]
 
-    def gradient_norm(model, clip):
+    def gradient_norm(trainable, clip):
         calls[0] += 1
         if calls[0] in bad_calls:
-            spoil(model)
-        return original(model, clip)
+            spoil(trainable.model)
+        return original(trainable, clip)
 
     monkeypatch.setattr(base_train, "gradient_norm", gradient_norm)
 
@@ -490,11 +490,11 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_goes_on_to_the_same_weight
     original = base_train.gradient_norm
     steps = []
 
-    def signalled(model, clip):
+    def signalled(trainable, clip):
         steps.append(1)
         if len(steps) == in_step:
             signal.raise_signal(signal.SIGUSR1)
-        return original(model, clip)
+        return original(trainable, clip)
 
     monkeypatch.setattr(base_train, "gradient_norm", signalled)
     folder = metrics.runs_dir() / "stopped"

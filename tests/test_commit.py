@@ -272,7 +272,7 @@ def test_a_run_folder_without_its_config_is_refused(train, interrupted):
 
 
 def test_a_diverged_run_says_so_and_does_not_become_finished(train, monkeypatch):
-    monkeypatch.setattr(base_train, "gradient_norm", lambda model, clip: math.nan)
+    monkeypatch.setattr(base_train, "gradient_norm", lambda trainable, clip: math.nan)
     flags = ("--max-bad-steps", 2, "--resume", "auto")
     for done in (3, 4):  # resumed, it has one more chance a time
         with pytest.raises(

@@ -228,10 +228,13 @@ def test_the_shares_together_make_the_step_of_one_process():
     shared = small_model(mlp_ranks=(4, 8))
     idx = torch.randint(0, 64, (2, 16))
     whole = build_optimizers(one, LRS)
-    shares = [build_optimizers(shared, LRS, shards=shards) for shards in optim.shard_parameters(shared, 3)]
+    shards = optim.shard_parameters(shared, 3)
+    shares = [build_optimizers(shared, LRS, shards=own) for own in shards]
     for _ in range(3):
         for model, optimizers in ((one, whole), (shared, sum(shares, []))):
             model(idx, idx).backward()
+            for shard in sum(shards, []):
+                shard.take_gradient()
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()
@@ -273,6 +276,8 @@ def test_extra_groups_of_adamw_take_what_is_added_to_a_model_in_any_number_of_pr
     for _ in range(3):
         for a, b in zip(trained[0].values(), trained[1].values()):
             a.grad = b.grad = torch.randn(a.shape, generator=generator)
+        for shard in sum(shares, []):
+            shard.take_gradient()
         for optimizer in (*ours, theirs):
             optimizer.step()
     for name in trained[0]:

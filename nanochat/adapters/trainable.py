@@ -38,6 +38,8 @@ class AdapterTrainable(Trainable):
 class AdaLoRATrainable(AdapterTrainable):
     """An adapter of AdaLoRA: the allocator lowers its budget, and the loss keeps its factors orthogonal."""
 
+    needs_whole_gradients = True  # the allocator reads them
+
     def __init__(self, *args, allocator: Allocator, orthogonality_weight: float):
         """args: of AdapterTrainable. orthogonality_weight: the weight of `orthogonality` in the loss."""
         super().__init__(*args)
