@@ -25,11 +25,9 @@ import torch.distributed as dist
 from nanochat.gpt import GPT
 from nanochat.parallel import average_gradients
 from nanochat.processes import World
-from nanochat.shards import Bucket, shards_by_owner
+from nanochat.shards import Bucket, ParameterShard
 
-LEAVING = (
-    2  # buckets of gradients on their way at a time: a pass that is faster waits, and frees their memory
-)
+LEAVING = 2  # buckets of gradients that travel at a time; then the pass waits, and their memory is freed
 
 # their names since torch 2.13, and before
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
@@ -39,13 +37,17 @@ all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_i
 class Exchange:
     """One process's part in it. Alone, or where all need whole gradients, it overlaps with nothing."""
 
-    def __init__(self, model: GPT, buckets: list[Bucket], world: World, whole_gradients: bool = False):
-        """whole_gradients: every process gets the mean of every gradient, in `parameter.grad`."""
+    def __init__(
+        self, model: GPT, buckets: list[Bucket], shards: list[ParameterShard], world: World, whole: bool
+    ):
+        """shards: of this process, in the order of the model's parameters. whole: every process gets the mean
+        of every gradient, in `parameter.grad`.
+        """
         self.buckets = buckets
         self.world = world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.own = shards_by_owner(model, buckets)[world.rank]
-        self.is_sharded = world.size > 1 and not whole_gradients
+        self.own = shards
+        self.is_sharded = world.size > 1 and not whole
         self.is_last_pass = False
         self.missing = [len(bucket.parameters) for bucket in buckets]  # gradients that a bucket waits for
         self.sent = 0  # buckets of this step: all processes send them in one order
@@ -163,9 +165,5 @@ class Exchange:
             entries += [shard.entries(shard.parameter.data) for shard in bucket.all_shards()]
             for owner, line in enumerate(flat):
                 values += bucket.split(line, owner)
-        for shard in self.own if self.world.size == 1 else ():
-            if shard.master.dtype != shard.parameter.dtype:
-                entries.append(shard.entries(shard.parameter.data))
-                values.append(shard.values)
         if entries:
             torch._foreach_copy_(entries, values)

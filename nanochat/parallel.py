@@ -63,7 +63,7 @@ def gather_state(optimizers, model, world: World) -> dict:
 
 def gather_masters(shards: list[ParameterShard], model, world: World) -> dict:
     """On rank 0: {name: its whole float32 values} of the parameters with separate masters; elsewhere {}."""
-    separate = [shard for shard in shards if shard.master.dtype != shard.parameter.dtype]
+    separate = [shard for shard in shards if shard.has_separate_master]
     values = gather_shards({shard.name: {"values": shard.master.data} for shard in separate}, model, world)
     return {name: value["values"] for name, value in values.items()}
 

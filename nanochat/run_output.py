@@ -7,7 +7,7 @@ from nanochat import checkpoint_writer, continuation, metrics
 from nanochat.checkpoint_manager import EVALUATION_OWED, amend_checkpoint, not_finite, save_checkpoint
 from nanochat.errors import InputError
 from nanochat.optim import optimizer_state
-from nanochat.parallel import differing_parameters, gather_state, names_anywhere
+from nanochat.parallel import differing_parameters, gather_masters, gather_state, names_anywhere
 from nanochat.processes import print0
 from nanochat.run_files import saved_steps
 from nanochat.run_setup import TrainingRun
@@ -93,12 +93,15 @@ class RunOutput:
         run = self.run
         self.check_before_save(state.step)
         optimizers = gather_state(self.trainable.optimizers, self.trainable.model, run.world)
+        masters = gather_masters(self.trainable.shards, self.trainable.model, run.world)
         self.saved_step = state.step
         if not self.record:
             return
         assert run.lock is not None  # as on every process with a record
         run.lock.check()
         tensors = {**self.trainable.state(), "optimizer": optimizers}
+        if masters:  # the model has working weights
+            tensors["model"] |= masters
         meta = {
             **state.to_meta(),
             "tokenizer_hash": run.spec.tokenizer.hash,

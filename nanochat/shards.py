@@ -55,6 +55,10 @@ class ParameterShard:
         data = self.parameter.data
         self.master = torch.nn.Parameter(data if self.is_whole else self.entries(data).clone())
 
+    @property
+    def has_separate_master(self) -> bool:
+        return self.master.dtype != self.parameter.dtype
+
     def take_gradient(self):
         """Give the master the gradient of these entries, where that is not its own."""
         gradient = self.parameter.grad
@@ -135,7 +139,7 @@ def backward_order(model: GPT) -> list[tuple[str, torch.nn.Parameter]]:
         part, _, rest = item[0].partition(".")
         if part in ("blocks", "value_embeds"):
             return int(rest.partition(".")[0])
-        return math.inf if part == "lm_head" else -1
+        return {"lm_head": math.inf, "wte": -math.inf}.get(part, -1)
 
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return sorted(trained, key=place)[::-1]

@@ -65,9 +65,10 @@ def peak_memory(run: TrainingRun) -> dict:
 def memory_entry(trainable: Trainable) -> dict:
     """Bytes of this process's weights and optimizer state, once a step has made all of them."""
     model = trainable.model
+    masters = [shard.master for shard in trainable.shards if shard.has_separate_master]
     states = [state for optimizer in trainable.optimizers for state in optimizer.state.values()]
     return {
-        "mem/weights_bytes": tensor_bytes([*model.parameters(), *model.buffers()]),
+        "mem/weights_bytes": tensor_bytes([*model.parameters(), *model.buffers(), *masters]),
         "mem/optimizer_bytes": tensor_bytes([value for state in states for value in state.values()]),
     }
 

@@ -4,11 +4,12 @@ from dataclasses import asdict
 
 import torch
 
+from nanochat import working_weights
 from nanochat.exchange import Exchange
 from nanochat.gpt import GPT
 from nanochat.optim import ParameterShard, Rates, build_optimizers
 from nanochat.processes import World
-from nanochat.shards import make_buckets
+from nanochat.shards import make_buckets, shards_by_owner
 
 
 class Trainable:
@@ -19,27 +20,30 @@ class Trainable:
     """
 
     has_dropout = False  # a forward pass draws random numbers
+    may_have_working_weights = (
+        True  # nothing but the forward pass reads the parameters: see working_weights.py
+    )
     needs_whole_gradients = False  # `before_update` reads or changes them: each process gets all
 
     def __init__(self, model: GPT, rates: Rates):
         self.model = model
         self.rates = rates
-        self.exchange: Exchange  # between the processes, from `make_optimizers` on
-        self.optimizers: list[torch.optim.Optimizer] = []  # of this process's shards
+        # from `make_optimizers` on:
+        self.shards: list[ParameterShard] = []  # what this process updates
+        self.exchange: Exchange
+        self.optimizers: list[torch.optim.Optimizer] = []  # of the shards
 
     def make_optimizers(self, world: World, dtype: torch.dtype):
-        """Divide the parameters among the processes, and make the optimizers of this one's.
+        """Divide the parameters, with their first values, among the processes; make this one's optimizers.
 
-        dtype: see `optim.Muon`.
+        dtype: of the products; see `working_weights` and `optim.Muon`.
         """
         buckets = make_buckets(self.model, world.size)
-        self.exchange = Exchange(self.model, buckets, world, self.needs_whole_gradients)
+        self.shards = shards_by_owner(self.model, buckets)[world.rank]
+        if self.may_have_working_weights and working_weights.serve(dtype, world.size):
+            working_weights.make(self.model, self.shards)
+        self.exchange = Exchange(self.model, buckets, self.shards, world, self.needs_whole_gradients)
         self.optimizers = self.build_optimizers(self.shards, dtype)
-
-    @property
-    def shards(self) -> list[ParameterShard]:
-        """What this process updates."""
-        return self.exchange.own
 
     def build_optimizers(self, shards: list[ParameterShard], dtype: torch.dtype):
         return build_optimizers(self.model, self.rates, shards=shards, dtype=dtype)

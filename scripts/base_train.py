@@ -137,7 +137,6 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     world = run.world
     tensors, meta = checkpoint or (run.spec.weights, {})
     evaluation = Evaluation(run, trainable, core_questions(run))
-    trainable.make_optimizers(world, run.dtype)
     state = restore(run, trainable, tensors, meta)
     output = open_output(run, trainable, meta)
     use_mlp_kernel(trainable.model, run.args.mlp_kernel)
@@ -277,7 +276,7 @@ def update(trainable: Trainable, step: int, lrm: float):
 
 
 def restore(run: TrainingRun, trainable: Trainable, tensors: dict | None, meta: dict) -> RunState:
-    """Take over a checkpoint. meta: {} for first weights alone.
+    """Take over a checkpoint, and make the optimizers. meta: {} for first weights alone.
 
     InputError where it does not fit, or where the processes have different ones.
     """
@@ -288,16 +287,19 @@ def restore(run: TrainingRun, trainable: Trainable, tensors: dict | None, meta: 
             f"--resume: the checkpoints in {run.folder} are of an earlier version of this program, whose "
             "optimizer differs; choose another tag"
         )
-    with fitting_together(step_folder(run.folder, state.step)):
-        if tensors:
+    folder = step_folder(run.folder, state.step)
+    if tensors:
+        with fitting_together(folder):
             trainable.load(tensors)
-        if meta:
-            load_optimizer_state(trainable.optimizers, trainable.shards, tensors["optimizer"])
     if names := parallel.differing_parameters(trainable.model, run.world):
         raise InputError(
             f"{run.folder}: the processes begin with different values of {', '.join(names[:3])} and "
             f"{len(names)} parameter(s) in all; nothing was written: let all see the same files"
         )
+    trainable.make_optimizers(run.world, run.dtype)
+    if meta:
+        with fitting_together(folder):
+            load_optimizer_state(trainable.optimizers, trainable.shards, tensors["optimizer"])
     return state
 
 

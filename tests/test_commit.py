@@ -250,8 +250,8 @@ def test_a_poisoned_checkpoint_is_skipped_and_none_is_written(train, interrupted
     )
     update = base_train.update
 
-    def poison(trainable, world, step, lrm):
-        update(trainable, world, step, lrm)
+    def poison(trainable, step, lrm):
+        update(trainable, step, lrm)
         if step == 2:  # the update before the save: the weights are good
             next(iter(trainable.optimizers[0].state.values()))["exp_avg"].fill_(math.nan)
 

@@ -79,8 +79,10 @@ def cut_off_after(step: int, folder):
     (folder / "summary.json").write_text('{"status": "running"}')
 
 
-def test_three_processes_stop_and_resume_to_the_bit(train_on):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_three_processes_stop_and_resume_to_the_bit(train_on, dtype):
     flags = ["--num-iterations", "12", "--save-every", "4", "--keep", "-1", "--model-tag", "three"]
+    flags += ["--dtype", dtype]
     assert train_on(3, *flags)[0] == [0, 0, 0]
     straight = metrics.load_run(metrics.runs_dir() / "three")
     cut_off_after(4, metrics.runs_dir() / "three")
@@ -110,6 +112,23 @@ def test_a_run_goes_on_with_another_number_of_processes_and_batch_size(train, tr
         np.abs(np.subtract(losses(moved), losses(one))).max() < 1e-4
         and moved.config["device"]["processes"] == 3
     )
+
+
+def test_two_processes_in_bfloat16_train_like_one(train, train_on):
+    """Their working weights have 8 bits, as the products of one process do; checkpoints hold all 24."""
+    flags = ["--num-iterations", "25", "--save-every", "25", "--dtype", "bfloat16", "--value-embeddings"]
+    codes, output = train_on(2, *flags, "--device-batch-size", "6", "--model-tag", "many")
+    assert codes == [0, 0], output[-2000:]
+    many = metrics.load_run(metrics.runs_dir() / "many")
+    one = train(*FLAGS, *flags, "--device-batch-size", 12, tag="one")
+    assert losses(many)[0] == pytest.approx(losses(one)[0], abs=1e-5)  # before any update
+    assert np.abs(np.subtract(losses(many), losses(one))).max() < 0.02
+    a, b = (load_checkpoint(metrics.runs_dir() / tag, 25)[0]["model"] for tag in ("many", "one"))
+    assert {name: w.dtype for name, w in a.items()} == {name: w.dtype for name, w in b.items()}
+    matrix = a["blocks.0.mlp.up.weight"]
+    assert not torch.equal(matrix, matrix.bfloat16().float())  # the master, not the working weight
+    share = many.summary["mem/weights_bytes"] / one.summary["mem/weights_bytes"]
+    assert share == pytest.approx(2 / 4 + 1 / 2, abs=0.02)  # bfloat16 of all, float32 of a half
 
 
 def assert_differences_are_found():

@@ -13,6 +13,8 @@ from nanochat.trainable import Trainable
 class AdapterTrainable(Trainable):
     """The adapter `ADAPTER` of a model; `AdaLoRATrainable` for one whose ranks change while it trains."""
 
+    may_have_working_weights = False  # its checkpoints and AdaLoRA's choice take the parameters as they are
+
     def __init__(self, model: GPT, origin: dict, lr: float, weight_decay: float):
         """origin: see `adapters.loading.load_adapted`. weight_decay: of factors; vectors do not decay."""
         super().__init__(model, Rates())

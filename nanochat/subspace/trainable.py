@@ -14,6 +14,8 @@ from nanochat.trainable import Trainable
 class SubspaceTrainable(Trainable):
     """A GPT with the matrices of a subspace. Its trained numbers are the subspace's, embeddings and head."""
 
+    may_have_working_weights = False  # float32 formulas make the matrices
+
     def __init__(self, model: GPT, rates: Rates, config: SubspaceConfig, lr: float):
         """lr: of the subspace's numbers (--subspace-lr)."""
         super().__init__(model, rates)
