@@ -73,7 +73,8 @@ def gather_shards(own: dict[str, dict], model, world: World) -> dict:
 
     own: the same of the shards of this process.
     """
-    own = {name: {key: value.cpu() for key, value in tensors.items()} for name, tensors in own.items()}
+    for name, tensors in own.items():
+        own[name] = {key: value.cpu() for key, value in tensors.items()}
     if world.size == 1:
         return own
     shards: list[dict] = [{}] * world.size
