@@ -128,13 +128,19 @@ class Exchange:
         holders = [shard.master for shard in self.own] if self.is_sharded else self.parameters
         return [holder.grad for holder in holders if holder.grad is not None]
 
-    def total_norm(self, norm: torch.Tensor) -> torch.Tensor:
-        """The norm of all gradients. norm: of the `gradients` of this process."""
-        if not self.is_sharded:
-            return norm
-        square = norm.to(self.world.device, torch.float64).square()
-        dist.all_reduce(square)
-        return square.sqrt().to(norm.dtype)
+    def norm(self) -> torch.Tensor:
+        """The norm of all mean gradients, () float32, the same on all processes."""
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        if self.is_sharded:
+            square = norm.to(self.world.device, torch.float64).square()
+            dist.all_reduce(square)
+            norm = square.sqrt().float()
+        return norm
+
+    def scale(self, factor: torch.Tensor):
+        """Multiply all mean gradients by a factor, ()."""
+        if gradients := self.gradients():  # a process may own nothing
+            torch._foreach_mul_(gradients, factor)
 
     def clear(self):
         """Free all gradients."""

@@ -11,7 +11,7 @@ import torch
 from nanochat.gpt import GPT
 
 BUCKET_ENTRIES = 2**24  # at least so many travel together, where there are so many: 32 MB in bfloat16
-LARGEST_PADDING = 1 / 8  # a bucket of matrices grows until its owners have nearly equal shares
+LARGEST_PADDING = 1 / 16  # a bucket of matrices grows until its owners have nearly equal shares
 
 # parts of the names of parameters that adapters and subspaces add: AdamW trains them with other settings
 ADDED = (".adapters.", "subspace")

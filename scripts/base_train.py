@@ -33,7 +33,7 @@ from nanochat.memory import check_memory, predict_peak
 from nanochat.mlp_kernel import use_mlp_kernel
 from nanochat.optim import Muon, Rates, load_optimizer_state, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
-from nanochat.processes import World, end_process, print0, process_layout
+from nanochat.processes import end_process, print0, process_layout
 from nanochat.run_files import step_folder
 from nanochat.run_folder import FINISHED, check_resume, lock_folder
 from nanochat.run_inputs import first_weights, vocabulary
@@ -171,7 +171,7 @@ def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunO
         if trainable.has_dropout:
             torch.manual_seed(hash((args.seed, step, world.rank)))  # a resumed run drops the same
         micro_steps = run.plan["grad_accum_steps"]
-        loss, state.stopping = forward_backward(trainable, batches, micro_steps, world, run.dtype, stop)
+        loss, state.stopping = forward_backward(trainable, batches, micro_steps, run.dtype, stop)
         if loss is None:  # broken off: the model is still that of the step before
             break
         lrm = lr_multiplier(step - 1, run.steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
@@ -207,18 +207,14 @@ def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunO
 
 
 def forward_backward(
-    trainable: Trainable,
-    batches,
-    micro_steps: int,
-    world: World,
-    dtype: torch.dtype,
-    stop: signals.StopRequest,
+    trainable: Trainable, batches, micro_steps: int, dtype: torch.dtype, stop: signals.StopRequest
 ) -> tuple[float | None, bool]:
     """Gradients of one step's rows, averaged over all micro-steps and processes: see exchange.py.
 
     Returns (mean loss of all rows, whether a process was asked to stop). The loss is None if a process broke
     the step off because of that. Then the gradients are of no use.
     """
+    world = trainable.exchange.world
     total = torch.zeros(3, device=world.device)  # loss, requests to stop, processes that broke off
     started = time.perf_counter()
     for micro_step in range(micro_steps):
@@ -243,10 +239,9 @@ def forward_backward(
 
 def gradient_norm(trainable: Trainable, clip: float) -> float:
     """Clip the gradients by their norm over all processes, and return it. clip <= 0: do not clip."""
-    gradients = trainable.exchange.gradients()
-    norm = trainable.exchange.total_norm(torch.nn.utils.get_total_norm(gradients))
-    if clip > 0 and gradients:
-        torch._foreach_mul_(gradients, torch.clamp(clip / (norm + 1e-6), max=1.0))
+    norm = trainable.exchange.norm()
+    if clip > 0:
+        trainable.exchange.scale(torch.clamp(clip / (norm + 1e-6), max=1.0))
     return norm.item()
 
 
