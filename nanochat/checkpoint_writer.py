@@ -1,88 +1,158 @@
-"""The process that writes a checkpoint under a launcher.
+"""The process that writes a checkpoint while training goes on.
 
-torchrun kills its processes half a minute after it was asked to stop, and a checkpoint may take longer to
-write. So a process of its own writes it, in a session that the launcher does not know, and goes on when the
-training process is killed. Without a launcher nothing kills the training process alone: it writes itself.
+A forked process sees the memory as it was at the fork, so training waits for the fork alone. Tensors of a GPU
+are copied to the CPU before.
+
+The writer has a session that the launcher does not know, and goes on when the training process is killed:
+torchrun kills its processes half a minute after it was asked to stop, and a checkpoint may take longer.
 """
 
 import contextlib
 import os
 import pickle
+import select
 import signal
+import sys
+import time
 import warnings
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from nanochat.errors import InputError
-from nanochat.locks import WRITING
+from nanochat.locks import NOTICE_AFTER, Lock
+from nanochat.processes import print0
 from nanochat.signals import ENDING
 
-
-def under_launcher() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ
+POLL = 0.1  # seconds
 
 
-def on_cpu(state, copies: dict | None = None):
-    """Tensors, nested in dicts and lists, on the CPU: as they are, or copies from another device."""
-    copies = {} if copies is None else copies
-    if isinstance(state, dict):
-        return {key: on_cpu(value, copies) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(on_cpu(value, copies) for value in state)
-    if not isinstance(state, torch.Tensor) or state.device.type == "cpu":
-        return state
-    storage = (state.data_ptr(), state.shape, state.dtype)  # the same for tensors that share their memory
-    if storage not in copies:
-        copies[storage] = state.cpu()
-    return copies[storage]
+class Writer(NamedTuple):
+    """A forked process, as the one that started it sees it."""
+
+    pid: int
+    answer: BinaryIO  # a pipe: what the process raised, pickled; it ends with the process
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        """Whether it has ended, or does so within these seconds."""
+        poll = select.poll()
+        poll.register(self.answer, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+
+    def wait_as_sibling(self):
+        """Wait for its end in the writer that comes after it, and leave its answer to their parent."""
+        poll = select.poll()
+        poll.register(self.answer, 0)  # no event but that the pipe is closed
+        poll.poll()
 
 
-def write_in_fork(write, lock, if_orphaned):
-    """write() in a forked process, which is waited for. What it raises is raised here.
+class CheckpointWriter:
+    """The writers of this process: one, or two where the run was asked to stop while one was at work."""
 
-    It must touch files and CPU tensors only: a forked process has neither the threads nor the devices of
-    this one.
-    lock: the locks.Lock that says whose run this is. The writer holds it too: nobody takes the run before.
-    if_orphaned(): what the writer does after write() if this process is gone by then.
-    """
-    reads, writes = os.pipe()
-    lock.sign(WRITING)
-    parent = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork beside threads
-        pid = os.fork()
-    if pid == 0:
-        run_writer(write, if_orphaned, parent, writes, lock)
-    os.close(writes)
-    with open(reads, "rb") as pipe:
-        answer = pipe.read()
-    status = os.waitpid(pid, 0)[1]
-    lock.sign()
-    if not answer:
-        raise InputError(
-            f"the process that writes the checkpoint was ended by {how_it_ended(status)}; "
-            "continue with --resume auto"
-        )
-    if error := pickle.loads(answer):
-        raise error
+    def __init__(self, lock: Lock | None):
+        """lock: it says whose run this is. The writer holds it too: nobody takes the run before."""
+        self.lock = lock
+        self.writers: list[Writer] = []
 
+    def __enter__(self):
+        return self
 
-def run_writer(write, if_orphaned, parent: int, answers: int, lock):
-    """All that the forked process does. It does not return."""
-    error = None
-    try:
-        detach_from_parent({answers, lock.fileno()})
-        lock.sign(WRITING)
-        write()
-        if os.getppid() != parent:
-            if_orphaned()
-            lock.close()
-    except BaseException as e:  # whatever it is, the parent raises it
-        error = e
-    try:
-        os.write(answers, pickle.dumps(error))
-    finally:
-        os._exit(0)
+    def __exit__(self, kind, error, traceback):
+        """Whatever ends a run, what it saved is written, and what went wrong with that is said."""
+        try:
+            self.wait()
+        except (InputError, OSError) as e:
+            if not error:
+                raise
+            print(f"note: {e}", file=sys.stderr, flush=True)
+
+    def start(self, write: Callable, if_orphaned: Callable = bool, own_lock: Lock | None = None):
+        """Call write() in a forked process, once the writer before it has ended.
+
+        It must touch files and CPU tensors only: a forked process has neither the threads nor the devices of
+        this one.
+        if_orphaned(): what the writer does after write() if this process is gone by then. own_lock: one that
+        the writer alone holds.
+        """
+        reads, writes = os.pipe()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork beside threads
+            pid = os.fork()
+        if pid == 0:
+            self.run(write, if_orphaned, own_lock, parent, writes)
+        os.close(writes)
+        if own_lock:
+            own_lock.hand_over()
+        self.writers.append(Writer(pid, os.fdopen(reads, "rb")))
+
+    def check(self):
+        """Raise what went wrong in a writer that has ended. Waits for none."""
+        while self.writers and self.writers[0].has_ended():
+            self.finish(self.writers.pop(0))
+
+    def wait(self, goes_on: Callable[[bool], bool] = bool):
+        """Wait until all writers have ended, and raise what went wrong.
+
+        goes_on(whether a writer of this process is at work): whether to wait on. Where it ends the wait
+        earlier, the next writer waits for the last one.
+        """
+        notice_at = time.monotonic() + NOTICE_AFTER
+        while goes_on(bool(self.writers)):
+            if not self.writers:
+                time.sleep(POLL)
+            elif self.writers[0].has_ended(POLL):
+                self.finish(self.writers.pop(0))
+            if time.monotonic() > notice_at:
+                print0("waiting for a checkpoint that is still being written")
+                notice_at = float("inf")
+
+    def finish(self, writer: Writer):
+        """Raise what a writer that has ended, or is about to, has raised."""
+        with writer.answer:
+            answer = writer.answer.read()
+        status = os.waitpid(writer.pid, 0)[1]
+        if self.lock and not self.writers:
+            self.lock.sign()
+        if not answer:
+            raise InputError(
+                f"the process that writes the checkpoint was ended by {how_it_ended(status)}; "
+                "continue with --resume auto"
+            )
+        if error := pickle.loads(answer):
+            raise error
+
+    # ---- in the forked process
+
+    def run(self, write, if_orphaned, own_lock: Lock | None, parent: int, answers: int):
+        """All that the forked process does. It does not return."""
+        error = None
+        try:
+            before = self.writers[-1:]
+            locks = [lock for lock in (self.lock, own_lock) if lock]
+            pipes = {answers, *(writer.answer.fileno() for writer in before)}
+            detach_from_parent(pipes | {lock.fileno() for lock in locks})
+            torch.set_num_threads(1)  # torch's other threads are the parent's
+            if self.lock:
+                self.lock.share(parent)
+            if own_lock:
+                own_lock.sign()
+            for writer in before:
+                writer.wait_as_sibling()
+            write()
+            if own_lock:
+                own_lock.close()
+            if os.getppid() != parent:
+                if_orphaned()
+                if self.lock:
+                    self.lock.close()
+        except BaseException as e:  # whatever it is, the parent raises it
+            error = e
+        try:
+            os.write(answers, pickle.dumps(error))
+        finally:
+            os._exit(0)
 
 
 def detach_from_parent(kept_open: set[int]):

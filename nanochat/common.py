@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 from nanochat import console, locks, signals
-from nanochat.errors import InputError, first_line, printable
+from nanochat.errors import InputError, ProcessLost, first_line, printable
 from nanochat.processes import end_process, print0, stop_without_launcher
 
 
@@ -51,7 +51,7 @@ def call_main(main) -> tuple[str, bool]:
         end_process()
         return "", False
     except InputError as e:
-        return str(e) or "failed", False
+        return str(e) or "failed", isinstance(e, ProcessLost)
     except OSError as e:  # permission denied, disk full, a file that vanished
         if e.errno is None:
             raise

@@ -15,6 +15,10 @@ class InputError(Exception):
         super().__init__(printable(str(message)))
 
 
+class ProcessLost(InputError):
+    """Another process of the run has failed. It may be about to say why, in a better line than this one."""
+
+
 def printable(text: str) -> str:
     r"""The text on one line. Control characters such as "\x1b" are spelt out: a terminal might obey them."""
     text = " ".join(text.splitlines())

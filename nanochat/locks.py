@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +54,29 @@ class Lock:
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}{activity}\n")
             self.file.flush()
+
+    def share(self, parent: int):
+        """Called in a forked process: hold the lock beside the parent, and for it once it is gone.
+
+        A lease names one process. It stays the parent's while that lives, as whose it is refreshed here too.
+        """
+        if not self.lease:
+            self.sign(WRITING)
+            return
+        self.lease.keep_alive()
+
+        def inherit():
+            while os.getppid() == parent:
+                time.sleep(0.05)
+            self.sign(WRITING)
+
+        threading.Thread(target=inherit, name="lock", daemon=True).start()
+
+    def hand_over(self):
+        """Leave the lock to a forked process alone, which has signed it or will."""
+        if self.lease:
+            self.lease.released.set()
+        self.file.close()
 
     def close(self):
         if self.lease:

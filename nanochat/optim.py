@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanochat.checkpoint_files import StoredState
 from nanochat.gpt import GPT
 from nanochat.shards import ParameterShard, shard_parameters, uses_muon
 
@@ -305,14 +306,14 @@ def optimizer_state(optimizers) -> dict:
     return {name: dict(optimizer.state[p]) for optimizer, name, p in named_parameters(optimizers)}
 
 
-def load_optimizer_state(optimizers, shards: list[ParameterShard], state: dict):
-    """Take this process's part of a state of whole parameters, as `parallel.gather_state` makes it."""
+def load_optimizer_state(optimizers, shards: list[ParameterShard], state: StoredState):
+    """Take this process's part of a checkpoint's state of whole parameters."""
     by_name = {shard.name: shard for shard in shards}
     for optimizer, name, p in named_parameters(optimizers):
         shard = by_name[name]
-        for key, value in state[name].items():
-            is_shared = shard.is_whole or value.ndim == 0
-            part = value if is_shared else shard.entries(value)
+        for key in state[name]:
+            stored = state[name]
+            part = stored[key] if shard.is_whole else stored.part(key, shard.start, shard.end)
             optimizer.state[p][key] = part.to(p.device, copy=True)
 
 

@@ -1,4 +1,4 @@
-"""What processes do together outside of a step's exchange: compare, gather for a checkpoint, agree to stop.
+"""What processes do together outside of a step's exchange: compare, agree to stop.
 
 The exchange of gradients and parameters is in exchange.py. Every collective here is synchronous.
 """
@@ -10,7 +10,6 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from nanochat.optim import ParameterShard, optimizer_state
 from nanochat.processes import World
 from nanochat.signals import StopRequest
 
@@ -51,54 +50,6 @@ def differing_parameters(model, world: World) -> list[str]:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     differs = (lowest != highest).tolist()
     return [name for i, (name, _) in enumerate(model.named_parameters()) if differs[i]]
-
-
-def gather_state(optimizers, model, world: World) -> dict:
-    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}.
-
-    It is the same for any number of processes, so a run may continue on another number.
-    """
-    return gather_shards(optimizer_state(optimizers), model, world)
-
-
-def gather_masters(shards: list[ParameterShard], model, world: World) -> dict:
-    """On rank 0: {name: its whole float32 values} of the parameters with separate masters; elsewhere {}."""
-    separate = [shard for shard in shards if shard.has_separate_master]
-    values = gather_shards({shard.name: {"values": shard.master.data} for shard in separate}, model, world)
-    return {name: value["values"] for name, value in values.items()}
-
-
-def gather_shards(own: dict[str, dict], model, world: World) -> dict:
-    """On rank 0: {parameter name: {key: tensor of the whole parameter, on the CPU}}; elsewhere {}.
-
-    own: the same of the shards of this process.
-    """
-    for name, tensors in own.items():
-        own[name] = {key: value.cpu() for key, value in tensors.items()}
-    if world.size == 1:
-        return own
-    shards: list[dict] = [{}] * world.size
-    # CPU tensors: over gloo, also where the gradients go over NCCL
-    dist.gather_object(own, shards if world.rank == 0 else None)
-    if world.rank > 0:
-        return {}
-    whole = {}
-    for name, parameter in model.named_parameters():
-        parts = [tensors[name] for tensors in shards if name in tensors]
-        if parts:
-            whole[name] = join_shards(parts, parameter.shape)
-    return whole
-
-
-def join_shards(parts: list[dict], shape: torch.Size) -> dict:
-    """{key: tensor of the whole parameter} of the states of its shards, in the order of the processes."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = dict(parts[0])
-    for key, value in joined.items():
-        if value.ndim > 0:
-            joined[key] = torch.cat([part[key] for part in parts]).view(shape)
-    return joined
 
 
 # ---- requests to stop --------------------------------------------------------------------------------------

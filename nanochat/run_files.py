@@ -39,6 +39,7 @@ CHECKPOINT_META = Schema(
     {"step": int, "sha256": str},
     {
         "meta_sha256": str,
+        "files": dict,
         "total_training_time": float,
         "bad_steps": int,
         "bad_steps_in_a_row": int,
@@ -52,7 +53,7 @@ CHECKPOINT_META = Schema(
         "record": dict,
         "flags": dict,
     },
-    format=2,
+    format=3,
     remedy="use another step",
 )
 
@@ -127,7 +128,12 @@ def saved_steps(run_folder: Path) -> list[int]:
 
 def remove_unfinished(run_folder: Path):
     """Remove checkpoints that are unfinished or set aside. The caller knows that no process writes one."""
-    for path in (run_folder / "checkpoints").glob(".step_*"):
+    remove_hidden(run_folder, ".step_*")
+
+
+def remove_hidden(run_folder: Path, pattern: str):
+    """Remove the hidden folders beside the checkpoints with such names."""
+    for path in (run_folder / "checkpoints").glob(pattern):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

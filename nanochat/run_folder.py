@@ -14,6 +14,7 @@ from nanochat.run_files import (
     check_ending,
     complete_summary,
     read_config,
+    remove_unfinished,
     saved_steps,
     step_folder,
     summary_says_finished,
@@ -45,6 +46,7 @@ def lock_folder(run: TrainingRun):
             # a checkpoint that an earlier process was still writing is whole by now, or gone
             checkpoint = find_start(run.folder, spec.flag, run.config, spec.args.resume)
             metrics.remove_unfinished_files(run.folder)
+            remove_unfinished(run.folder)
         yield follow_first(run.world, run.folder, checkpoint)
 
 

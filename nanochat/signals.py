@@ -160,6 +160,11 @@ def listen():
             signal.signal(number, on_signal)
 
 
+def is_asked_to_stop() -> bool:
+    """Whether a signal has asked a training loop of this process to save and end: see stop_signals."""
+    return bool(listener and listener.request and listener.request.is_set())
+
+
 def launcher_gone():
     """Ask this process to end because the one that started it has ended. This is no second Ctrl-C."""
     if listener:

@@ -1,13 +1,16 @@
 """What a run trains: the model, its optimizers, and which tensors its checkpoints hold."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
 
 from nanochat import working_weights
+from nanochat.checkpoint_files import Piece, leaves, load_weights
 from nanochat.exchange import Exchange
 from nanochat.gpt import GPT
-from nanochat.optim import ParameterShard, Rates, build_optimizers
+from nanochat.optim import ParameterShard, Rates, build_optimizers, named_parameters
 from nanochat.processes import World
 from nanochat.shards import make_buckets, shards_by_owner
 
@@ -64,10 +67,44 @@ class Trainable:
         """Tensors, in nested dicts, that a checkpoint holds beside the state of the optimizers."""
         return {"model": self.model.state_dict()}
 
-    def load(self, state: dict):
+    def pieces(self, world: World) -> list[Piece]:
+        """What this process writes into a checkpoint. Those of all processes together are the whole state.
+
+        Of a trained parameter and its optimizer's state, each process writes its own shards. Process 0 writes
+        all else: frozen parameters, buffers, plain values.
+        """
+        trained = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
+        paths = defaultdict(list)
+        pieces = []
+        for path, value in leaves(self.state()):
+            if isinstance(value, torch.Tensor) and value.data_ptr() in trained and value.numel():
+                paths[value.data_ptr()].append(path)
+            elif world.rank == 0:
+                pieces.append(Piece(path, value))
+        shards = {shard.name: shard for shard in self.shards}
+        for shard in shards.values():
+            for path in paths[shard.parameter.data_ptr()]:
+                pieces.append(Piece(path, shard.values, shard.start, shard.parameter.shape))
+        for optimizer, name, p in named_parameters(self.optimizers):
+            pieces += optimizer_pieces(shards[name], optimizer.state[p])
+        return pieces
+
+    def load(self, state: Mapping):
         """Take over what `state` returned, from a checkpoint."""
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
 
     def meta(self) -> dict:
         """The JSON entries from which `adapters.loading.load_model` builds the model again."""
         return {"model": asdict(self.model.config)}
+
+
+def optimizer_pieces(shard: ParameterShard, state: dict) -> list[Piece]:
+    """The pieces of an optimizer's state of a shard. The first shard has what is common to all."""
+    pieces = []
+    for path, value in leaves({"optimizer": {shard.name: dict(state)}}):
+        is_common = not isinstance(value, torch.Tensor) or value.ndim == 0
+        if not is_common and not shard.is_whole:
+            pieces.append(Piece(path, value, shard.start, shard.parameter.shape))
+        elif shard.start == 0:
+            pieces.append(Piece(path, value))
+    return pieces

@@ -144,15 +144,16 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     reset_peak_memory(world.device)
     if world.size > 1:
         dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
-    with signals.stop_signals() as stop, parallel.share_requests(stop):
+    with signals.stop_signals() as stop, parallel.share_requests(stop), output.writer:
         output.summarize("running")
         before_training(run, evaluation, output, state, stop)
         train_steps(run, trainable, evaluation, output, state, stop)
         if state.step != output.saved_step:  # the step after it was broken off
             output.save(state)
+        output.wait_for_writers()
         output.summarize("finished" if state.last else "stopped")
     if world.size > 1:
-        dist.barrier()  # the launcher ends whoever still writes the checkpoint once another process has left
+        dist.barrier()  # the launcher ends whoever has work left once another process has left
     output.close(state)
     return None if state.last else stop
 

@@ -430,7 +430,7 @@ def export(folder: Path, step: int, file: Path):
         "tokenizer_hash": meta["tokenizer_hash"],
         "source": {"tag": folder.name, "step": step, "sha256": meta["sha256"]},
     }
-    weights = safetensors.torch.save(state["model"], {"format": "pt"})
+    weights = safetensors.torch.save(dict(state["model"]), {"format": "pt"})
     write_atomic(file, weights)
     write_atomic(file.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
     print(f"written: {file} ({len(weights) / 2**20:,.1f} MiB) and {file.with_suffix('.json').name}")

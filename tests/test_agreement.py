@@ -1,6 +1,5 @@
 """Processes that see other files than process 0 follow it, or all end with one line. Nobody waits in vain."""
 
-import builtins
 import json
 import os
 import shutil
@@ -77,7 +76,7 @@ def in_other_base(base, main, flags, change=None):
 
 def with_a_read_error(part, flags):
     """Process 1 cannot read the files whose path has this part."""
-    opened = builtins.open
+    opened = os.open
 
     def fail(path, *args, **kwargs):
         if part in str(path):
@@ -86,7 +85,7 @@ def with_a_read_error(part, flags):
 
     agreement.READ_PATIENCE = 0.0
     if processes.process_layout()[0] == 1:
-        builtins.open = fail
+        os.open = fail
     base_train.main(flags)
 
 
@@ -111,7 +110,7 @@ def lose_patience(base):
 def test_all_stop_where_one_cannot_read_the_newest_checkpoint(killed_run, run_two, corpus_dir):
     record = (killed_run / "metrics.jsonl").read_bytes()
     flags = [*TINY, "--data", str(corpus_dir), *FLAGS]
-    codes, lines = run_two(with_a_read_error, "step_000004/state.pt", flags)
+    codes, lines = run_two(with_a_read_error, "step_000004/__0_0.distcp", flags)
     assert 2 in codes and 0 not in codes
     assert errors(lines) == lines[-1:]
     assert lines[-1].startswith("error: process 1 of 2: ") and "step_000004" in lines[-1]

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,7 @@ def final_state(run):
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, dict):
+    if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))

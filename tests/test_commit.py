@@ -12,11 +12,13 @@ from conftest import Killed, losses
 from nanochat import checkpoint_manager as cm
 from nanochat import metrics
 from nanochat.adapters.loading import load_model
+from nanochat.checkpoint_files import inner_dict, leaves
 from nanochat.errors import InputError
 from nanochat.history_writer import HistoryWriter
 from nanochat.run_files import read_meta, read_summary, step_folder, write_meta
 from scripts import adapter_train, base_train
 
+FILES = ("__0_0.distcp", "__0_0.json", ".metadata", "meta.json")
 RESUME = ("--save-every", 3, "--resume", "auto", "--ppl-thresholds", "290")
 
 
@@ -173,10 +175,12 @@ DAMAGES = {
     "newer": changed(format=9, flavour=1),
     "another step": signed(step=4),
     "of then": unsummed,
-    "state": written("state.pt", b"PK\x03\x04"),
-    "empty state": written("state.pt", b""),
+    "state": written("__0_0.distcp", b"PK\x03\x04"),
+    "empty state": written("__0_0.distcp", b""),
+    "list": written("__0_0.json", b"{}"),
+    "torch's index": written(".metadata", b""),
     "no meta": lambda folder: (folder / "meta.json").unlink(),
-    "a folder": lambda folder: ((folder / "state.pt").unlink(), (folder / "state.pt").mkdir()),
+    "a folder": lambda folder: ((folder / "__0_0.distcp").unlink(), (folder / "__0_0.distcp").mkdir()),
 }
 
 
@@ -210,23 +214,32 @@ def test_a_damaged_checkpoint_is_said_in_a_line_and_the_one_before_is_used(inter
         shutil.rmtree(folder)
         kept.rename(folder)
     assert cm.load_newest(interrupted)[1]["step"] == 5
-    write_meta(step_folder(interrupted, 5), read_meta(interrupted, 5) | {"format": 2})
+    write_meta(step_folder(interrupted, 5), read_meta(interrupted, 5))
     changed(format=9, flavour=1)(step_folder(interrupted, 5))
     cm.load_newest(interrupted)
     assert (
-        "newer version of this program (format 9, here 2; new: flavour); use that version"
+        "newer version of this program (format 9, here 3; new: flavour); use that version"
         in capsys.readouterr().out
     )
 
 
+def in_memory(folder, step):
+    """(state as plain dicts, meta) of a checkpoint."""
+    stored, meta = cm.load_checkpoint(folder, step)
+    state = {}
+    for (*keys, last), value in leaves(stored):
+        inner_dict(state, keys)[last] = value
+    return state, meta
+
+
 def test_a_state_of_another_model_is_a_line(interrupted):
-    state, meta = cm.load_checkpoint(interrupted, 5)
+    state, meta = in_memory(interrupted, 5)
     del state["model"]["lm_head.weight"]
     cm.save_checkpoint(
         interrupted,
         5,
         state,
-        {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")},
+        {key: value for key, value in meta.items() if key not in ("sha256", "files", "meta_sha256")},
     )
     with pytest.raises(
         InputError, match="step_000005: does not hold the model that it should .*; use another step"
@@ -235,13 +248,13 @@ def test_a_state_of_another_model_is_a_line(interrupted):
 
 
 def test_a_poisoned_checkpoint_is_skipped_and_none_is_written(train, interrupted, monkeypatch, capsys):
-    state, meta = cm.load_checkpoint(interrupted, 5)
+    state, meta = in_memory(interrupted, 5)
     state["optimizer"]["smear"]["exp_avg_sq"] = torch.full((), math.inf)
     cm.save_checkpoint(
         interrupted,
         5,
         state,
-        {key: value for key, value in meta.items() if key not in ("sha256", "meta_sha256")},
+        {key: value for key, value in meta.items() if key not in ("sha256", "files", "meta_sha256")},
     )
     assert cm.load_newest(interrupted)[1]["step"] == 3
     assert (
@@ -300,5 +313,5 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
     finally:
         os.umask(before)
     folder = step_folder(tmp_path, 1)
-    assert {oct((folder / name).stat().st_mode & 0o777) for name in ("state.pt", "meta.json")} == {"0o640"}
+    assert {oct((folder / name).stat().st_mode & 0o777) for name in FILES} == {"0o640"}
     assert oct(folder.stat().st_mode & 0o777) == "0o750"

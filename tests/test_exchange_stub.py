@@ -44,14 +44,18 @@ processes.end_process()
 DTYPES = {"7": "float32", "8": "float64", "9": "bfloat16"}  # NCCL's numbers
 
 
+def collectives(log: list[str]) -> list[str]:
+    return [line.rsplit(" rank", 1)[0] for line in log if line.startswith("N ")]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_leave_while_the_backward_pass_goes_on(tmp_path, compiled):
     source = PROGRAM.replace("FOLDER", str(tmp_path)).replace("COMPILE", str(compiled))
     printed = null_gpu.run_source(source, tmp_path, processes=2)
-    sizes = {name: int(value) for name, value in (line.rsplit(" ", 1) for line in printed)}
+    words = dict(line.rsplit(" ", 1) for line in printed)
+    sizes = {name: int(value) for name, value in words.items()}
     logs = [(tmp_path / f"log{rank}").read_text("utf-8").splitlines() for rank in range(2)]
-    found = [[line.rsplit(" rank", 1)[0] for line in log if line.startswith("N ")] for log in logs]
-    assert found[0] == found[1]  # one order on both
+    assert collectives(logs[0]) == collectives(logs[1])  # one order on both
 
     update = next(i for i, line in enumerate(logs[0]) if "MARK update" in line)
     sent = [i for i, line in enumerate(logs[0]) if line.startswith("N ReduceScatter")]

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(train, go_on, c
             go_on(where, *flags)
     with pytest.raises(InputError, match="--model-tag a: exists with another config: .*init_from"):
         go_on("a", tag="a")
-    state = metrics.runs_dir() / "a/checkpoints/step_000006/state.pt"
+    state = metrics.runs_dir() / "a/checkpoints/step_000006/__0_0.distcp"
     content = state.read_bytes()
     state.write_bytes(content[:-50])
     with pytest.raises(InputError, match="step_000006: damaged checkpoint"):

@@ -11,7 +11,7 @@ import pytest
 from processes import Launched, wait_for
 
 from nanochat import leases, locks
-from nanochat.checkpoint_writer import write_in_fork
+from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import claimed, locked
 from nanochat.errors import InputError
 
@@ -250,15 +250,23 @@ def test_a_holder_whose_lease_was_taken_over_and_given_back_has_it_no_more(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["a.lock"]
 
 
-@pytest.mark.parametrize("work, times", [("save_checkpoint", 1), ("update", 3)])
+@pytest.mark.parametrize("work, times", [("write", 1), ("save", 1), ("update", 3)])
 def test_a_run_whose_folder_was_taken_over_writes_nothing_more(
     train, base_dir, without_flock, monkeypatch, work, times
 ):
-    from nanochat import metrics, run_output
+    from nanochat import metrics
+    from nanochat.checkpoint_manager import NewCheckpoint
+    from nanochat.run_output import RunOutput
     from scripts import base_train
 
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    module = run_output if work == "save_checkpoint" else base_train
+    def save_and_wait(output, state):
+        save(output, state)
+        output.writer.wait()
+
+    save = RunOutput.save
+    if work != "write":  # there the folder is taken over while training goes on
+        monkeypatch.setattr(RunOutput, "save", save_and_wait)
+    module = {"write": NewCheckpoint, "save": RunOutput, "update": base_train}[work]
     original = getattr(module, work)
     left = iter(range(times - 1, -1, -1))
 
@@ -272,6 +280,9 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(
     with pytest.raises(InputError, match=message):
         train("--save-every", 2, "--num-iterations", 6, tag="slept")
     folder = metrics.runs_dir() / "slept"
+    if work == "write":
+        assert os.listdir(folder / "checkpoints") == []
+        return
     assert os.listdir(folder / "checkpoints") == ["step_000002"]
     assert [entry["step"] for entry in metrics.read_history(folder)] == [1, 2]
 
@@ -306,7 +317,8 @@ def write_slowly(folder):
         wait_for((folder / "go").exists)
 
     with claimed(path, "x") as lock:
-        write_in_fork(write, lock, (folder / "orphan").touch)
+        with CheckpointWriter(lock) as writer:
+            writer.start(write, (folder / "orphan").touch)
         assert leases.read_entry(locks.owner_path(path)).identity["pid"] == os.getpid()
 
 
@@ -322,7 +334,8 @@ def test_a_writer_keeps_the_lease_of_a_process_that_is_killed(tmp_path, without_
         trainer.join()
     os.utime(owner, (1, 1))
     wait_for(lambda: owner.stat().st_mtime > 1)
-    assert leases.read_entry(owner).identity["pid"] == int((tmp_path / "writer").read_text()) != trainer.pid
+    holder = int((tmp_path / "writer").read_text()) if killed else trainer.pid
+    wait_for(lambda: leases.read_entry(owner).identity["pid"] == holder)
     assert locks.acquire(path, wait=False) is None
     (tmp_path / "go").touch()
     if not killed:

@@ -15,7 +15,15 @@ def test_a_run_leaves_files_that_the_umask_allows(train, base_dir, umask):
         os.umask(others)
     made = [path for path in base_dir.rglob("*") if path not in before]
     names = {path.name for path in made}
-    assert names >= {"state.pt", "meta.json", "config.json", "metrics.jsonl", "shared.lock"}
+    assert names >= {
+        "__0_0.distcp",
+        "__0_0.json",
+        ".metadata",
+        "meta.json",
+        "config.json",
+        "metrics.jsonl",
+        "shared.lock",
+    }
     for path in made:
         whole = 0o777 if path.is_dir() else 0o666
         mode = path.stat().st_mode & 0o777

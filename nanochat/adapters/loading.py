@@ -6,6 +6,7 @@ import torch
 
 from nanochat import recompute
 from nanochat.adapters.attach import attach_saved
+from nanochat.checkpoint_files import load_weights
 from nanochat.checkpoint_manager import fitting_together, load_with_tokenizer
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
@@ -33,7 +34,7 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
         if "subspace" in meta:
             restore(model, meta["subspace"], state["model"])
         else:
-            model.load_state_dict(state["model"])
+            load_weights(model, state["model"])
         recompute.apply(model)
     return model, tokenizer, meta
 
@@ -41,7 +42,7 @@ def load_model(run_folder: Path, step: int, device="cpu", **changes) -> tuple:
 def load_adapted(runs: Path, description: dict, tensors: dict, device, **changes) -> GPT:
     """The base model of an adapter run with its adapter.
 
-    description, tensors: the entries "adapter" of the checkpoint, in meta.json and in state.pt. description:
+    description, tensors: the entries "adapter" of the checkpoint, in meta.json and in its state. description:
     {"description" (see `attach.describe`), "origin": {"bases", "layer_map", "tied"}}. layer_map: the layer at
     each position; [] stands for the order of the base.
     """

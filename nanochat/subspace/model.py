@@ -28,6 +28,7 @@ import math
 import torch
 import torch.nn as nn
 
+from nanochat.checkpoint_files import load_weights
 from nanochat.gpt import GPT
 from nanochat.subspace import noise
 from nanochat.subspace.config import (
@@ -200,7 +201,7 @@ def restore(model: GPT, description: dict, state: dict):
     the weights.
     """
     attach(model, SubspaceConfig(**description))
-    model.load_state_dict(state)
+    load_weights(model, state)
     with torch.no_grad():
         place_matrices(model, torch.float32)
 

@@ -84,8 +84,8 @@ def older_checkpoints(wanted: dict, got: dict) -> list[str]:
 def compare_names(result, wanted_names: set, base: Path):
     """Findings of files that are left over, or missing. Whole checkpoints are compared elsewhere."""
     names = outcome.names(base)
-    states = base.glob("runs/*/checkpoints/step_*/state.pt")
-    whole = {str(path.parent.relative_to(base)) for path in states if (path.parent / "meta.json").exists()}
+    metas = base.glob("runs/*/checkpoints/step_*/meta.json")
+    whole = {str(path.parent.relative_to(base)) for path in metas if list(path.parent.glob("*.distcp"))}
     left = [name for name in sorted(names - wanted_names) if not {name, name.rpartition("/")[0]} & whole]
     if left:
         result.findings.append(("left over", [hidden(name) for name in left][:4]))

@@ -58,10 +58,14 @@ def of_run(folder: Path) -> dict:
     found["weights"] = {}
     for checkpoint in sorted((folder / "checkpoints").glob("step_*")):
         meta = read_json(checkpoint / "meta.json")
-        state = checkpoint / "state.pt"
-        found["weights"][checkpoint.name] = digest(state) if state.exists() else "no state.pt"
-        if meta.get("sha256") not in (None, found["weights"][checkpoint.name]):
-            found["weights"][checkpoint.name] = "its sum is not that in meta.json"
+        states = sorted(checkpoint.glob("__*_0.distcp"))
+        whole = hashlib.sha256(b"".join(state.read_bytes() for state in states)).hexdigest()
+        found["weights"][checkpoint.name] = whole if states else "no tensors"
+        sums = meta.get("files", {})
+        if any(
+            not path.exists() or digest(path) != sums[path.name] for path in map(checkpoint.joinpath, sums)
+        ):
+            found["weights"][checkpoint.name] = "a sum is not that in meta.json"
         if str(meta.get("step")) != str(int(checkpoint.name[5:])):
             found["weights"][checkpoint.name] += f", meta of step {meta.get('step')}"
     return found
