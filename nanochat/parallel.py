@@ -1,4 +1,4 @@
-"""What processes do together outside of a step's exchange: compare, agree to stop.
+"""What processes do together outside of a step's exchange: compare, and agree to stop.
 
 The exchange of gradients and parameters is in exchange.py. Every collective here is synchronous.
 """

@@ -184,7 +184,9 @@ def save_again(main, flags, out):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--attn-rank", "3"], SUBSPACE, ADAPTER], ids=["low rank", "subspace", "adapter"]
+    "flags",
+    [["--attn-rank", "3", "--dtype", "bfloat16"], SUBSPACE, ADAPTER],
+    ids=["masters", "subspace", "adapter"],
 )
 def test_the_state_is_the_same_to_the_bit_whatever_the_number_of_processes(
     train, corpus_dir, tmp_path, flags
