@@ -239,7 +239,7 @@ def block_attention_backward(grad, q, k, v, window, scale: float):
     # now (B, blocks, n, K, G, D); in memory as (B, T, H, D), the order in which q and k were made
     grad_q = grad_q.flatten(1, 2).flatten(2, 3)[:, :T].contiguous().transpose(1, 2)
     grad_k = grad_k[:, :T].unflatten(0, (B, K)).transpose(1, 2).contiguous().transpose(1, 2)
-    return grad_q, grad_k, grad_v[:, :T].reshape(v.shape)
+    return grad_q, grad_k, grad_v[:, :T].reshape(v.shape).contiguous()
 
 
 @lru_cache(maxsize=16)

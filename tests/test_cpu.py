@@ -144,6 +144,16 @@ def test_attention_by_blocks_equals_that_of_the_whole_matrix(monkeypatch, T, win
     )
 
 
+@pytest.mark.parametrize("T", [64, 96])  # whole blocks, and a last one that is short
+def test_gradients_of_attention_by_blocks_lie_in_memory_as_the_compiler_expects(T):
+    inputs = [torch.randn(2, T, heads, 8).transpose(1, 2) for heads in (4, 2, 2)]
+    grad = torch.randn(2, T, 32)
+    outputs = cpu.block_attention_backward(grad, *inputs, torch.tensor(T), 0.6)
+    announced = cpu.block_attention_backward_shapes(grad, *inputs, torch.tensor(T), 0.6)
+    for output, expected in zip(outputs, announced):
+        assert (output.shape, output.stride()) == (expected.shape, expected.stride())
+
+
 def test_attention_by_blocks_is_for_training_and_agrees_with_torchs_kernel():
     """With and without a gradient, in float32 and bfloat16; also where scores are too high for exp."""
     ones = torch.ones(1, 1, 24, 8)  # every score is scale · D
