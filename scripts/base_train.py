@@ -230,7 +230,8 @@ def forward_backward(
             trainable.exchange.start()  # gradients leave while the backward pass goes on
         loss.backward()
         total[0] += loss.detach()
-    total[1] = stop.is_set()
+    if stop.is_set():  # to write a number into a GPU's memory is to wait for it
+        total[1] = 1
     trainable.exchange.finish()
     if world.size > 1:
         dist.all_reduce(total)
