@@ -5,12 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import alive
 
 from nanochat.accounting import account
 from nanochat.compiler import chunk_loss
@@ -33,7 +35,7 @@ def bench_modules():
     sys.path.insert(0, str(BENCH))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    modules = {name: import_module(name) for name in ("train_step", "gpu", "loss_memory", "core_speed")}
+    modules = {name: import_module(name) for name in ("train_step", "loss_memory", "core_speed")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(modules["train_step"].MATMUL_WIDTHS, "cpu", 64)
         yield SimpleNamespace(**modules)
@@ -196,42 +198,126 @@ def test_core_speed_finds_equal_losses_and_says_how_much_faster(bench_modules, c
         bench_modules.core_speed.main(["--model-dim", "96"])
 
 
-@pytest.mark.bench
-def test_gpu_bench_on_the_cpu(tmp_path):
+# ---- the ladder of a graphics card -------------------------------------------------------------------------
+
+
+def call_ladder(out, *arguments) -> dict:
+    """Run dev/bench/gpu.sh in miniature on the CPU; returns its JSON."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "OUT": str(tmp_path / "out"),
+        "OUT": str(out),
         "PYTHON": sys.executable,
+        "LIMIT": "900",
     }
-    done = subprocess.run(
-        ["bash", str(BENCH / "gpu.sh"), "--device-type", "cpu", "--tiny"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = ["bash", str(BENCH / "gpu.sh"), *map(str, arguments)]
+    command += ["--tiny", "--device-type", "cpu", "--seconds", "850"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out/gpu.json").read_text())
-    assert all(entry["ok"] for entry in report["smoke"] + report["loss"]) and len(report["smoke"]) == 4
-    assert report["skipped"] == [] and list(report["sizes"]["tiny"]["comparisons"]) == [
-        "d/4",
-        "d/3",
-        "d/2",
-        "d/8",
-    ]
-    for label, result in report["sizes"]["tiny"]["comparisons"].items():
-        check(result)
-        low = f"r = {label}"
-        recompute = f"r = {label}, recompute"
-        assert set(result["ratios"]) == {low, recompute}
-        assert result["models"][recompute]["memory"]["peak"] < result["models"][low]["memory"]["peak"]
-    text = (tmp_path / "out/gpu.md").read_text()
-    assert "| dense | full |" in text and "r = d/2, recompute" in text and "Skipped: nothing" in text
+    call = arguments[0]
+    text = (out / f"call{call}.md").read_text("utf-8")
+    assert text.startswith(f"# The ladder, call {call}") and text in done.stdout
+    return json.loads((out / f"call{call}.json").read_text("utf-8"))
 
 
-def test_gpu_bench_says_what_it_had_no_time_for(bench_modules, tmp_path, monkeypatch):
-    for name in ("smoke", "loss_check"):  # shown above
-        monkeypatch.setattr(bench_modules.gpu, name, lambda *_: [])
-    bench_modules.gpu.main(["--device-type", "cpu", "--tiny", "--seconds", "1", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "gpu.json").read_text())["skipped"][-1] == "tiny, rank d/8: no time left"
+@pytest.mark.bench
+def test_the_ladder_measures_d20_in_miniature(tmp_path):
+    report = call_ladder(tmp_path, 1)
+    items = report["items"]
+    assert {name: item["status"] for name, item in items.items() if item["status"] != "ok"} == {}
+    checks = [item["result"] for name, item in items.items() if name.startswith("check: ")]
+    entries = [entry for result in checks for entry in (result if isinstance(result, list) else [result])]
+    assert len(entries) == 13 and all(entry["ok"] for entry in entries)
+    for number, names in enumerate(import_ladder("models").GROUPS, 1):
+        group = items[f"steps {number}"]["result"]
+        check(group)
+        assert set(group["models"]) | set(group["failed"]) == {"dense", *names}
+        assert all("this version has no" in reason for reason in group["failed"].values())
+    peaks = {name: model["memory"]["peak"] for name, model in items["steps 1"]["result"]["models"].items()}
+    assert peaks["r = d/4, recompute"] < peaks["r = d/4"] < peaks["dense"]
+    text = (tmp_path / "call1.md").read_text("utf-8")
+    assert (
+        "| r = d/4: step / dense |" in text
+        and "| dense, windows SSSL: MFU |  | >= 0.50 | not measured |" in text
+    )
+
+
+@pytest.mark.bench
+def test_the_ladder_kills_resumes_and_trains(tmp_path, corpus_dir):
+    data = tmp_path / "data"
+    import_ladder("prepare").main(["--data", str(corpus_dir), "--out", str(data), "--tiny"])
+    report = call_ladder(tmp_path / "out", 2, "--data", data)
+    items = report["items"]
+    assert {item["status"] for item in items.values()} == {"ok"}
+    losses = items["first losses"]["result"]
+    assert losses["same start"] and losses["float32"] == losses["cpu"]
+    for run in items["kill and resume"]["result"].values():
+        assert run["ok"] and run["largest difference"] == 0
+    for seed in (1, 2, 3):
+        for run in items[f"training, seed {seed}"]["result"].values():
+            assert run["exit code"] == 0 and run["steps"] == report["steps"]
+    assert "| recipe |" in (tmp_path / "out/call2.md").read_text("utf-8")
+
+
+def import_ladder(module: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        return import_module(f"gpu.{module}")
+
+
+def works(setting):
+    yield {"half": 1}
+    yield {"half": 1, "whole": 2}
+
+
+def fails(setting):
+    yield {"half": 1}
+    raise ValueError("on purpose\nin two lines")
+
+
+def dies(setting):
+    yield {"half": 1}
+    os.kill(os.getpid(), 9)
+
+
+def hangs(setting):
+    subprocess.Popen(["sleep", "61.75"])
+    yield {"child": 1}
+    time.sleep(60)
+
+
+def test_an_item_that_fails_dies_or_hangs_stops_no_other(tmp_path, capsys):
+    runner = import_ladder("runner")
+    report = runner.Report(tmp_path, "9", json.dumps, {"items": {}})
+    items = [runner.Item(m.__name__, m, 30 if m is not hangs else 1) for m in (fails, dies, hangs, works)]
+    late = runner.Item("late", works, 30)
+    deadline = time.monotonic() + 60
+    runner.run_items(items, runner.Setting("cpu", True), report, deadline, together=2)
+    runner.run_items([late], runner.Setting("cpu", True), report, time.monotonic() + 1)
+    written = json.loads((tmp_path / "call9.json").read_text("utf-8"))["items"]
+    assert {name: item["status"] for name, item in written.items()} == {
+        "fails": "ValueError: on purpose",
+        "dies": "its process died (exit code -9)",
+        "hangs": "ended after 1 s, its limit",
+        "works": "ok",
+        "late": "not begun: no time left",
+    }
+    assert written["fails"]["result"] == written["dies"]["result"] == {"half": 1}
+    assert written["works"]["result"] == {"half": 1, "whole": 2}
+    assert written["hangs"]["result"] == {"child": 1} and not alive("sleep 61.75")
+    assert "in two lines" in (tmp_path / "call9.log").read_text("utf-8")
+
+
+def test_the_ladders_models_are_what_the_tables_call_them():
+    models = import_ladder("models")
+    configs = {name: models.variant(name, False).config for name in models.EXPLANATIONS}
+    params = {name: account(config)["params/total"] for name, config in configs.items()}
+    assert configs[models.QUARTER].whole_rank("up", 0) == 320
+    assert configs[models.RECIPE].whole_rank("v", 0) == 0 and configs[models.RECIPE].whole_rank("q", 0) == 320
+    assert params[models.NARROW] == pytest.approx(params[models.QUARTER], rel=0.05)
+    assert [models.common_rows(False, gib) for gib in (24, 79, 140)] == [2, 16, 32]
+    task = import_ladder("text").Task()
+    training = import_ladder("training")
+    arms = {name: training.parameters(task, flags) for name, flags in training.arms(task).items()}
+    assert arms["full rank, narrower"] == pytest.approx(arms["recipe"], rel=0.005)
+    assert arms["recipe"] < 0.7 * arms["full rank"]

@@ -59,7 +59,7 @@ def test_figures_are_shown_where_their_files_cannot_be_written(train, command, t
         ("scripts/materialize.py", "--safetensors", ["--model-tag", "a"]),
         ("dev/bench/train_step.py", "--out", []),
         ("dev/bench/loss_memory.py", "--out", []),
-        ("dev/bench/gpu.py", "--out", ["--tiny", "--device-type", "cpu"]),
+        ("dev/bench/gpu/__main__.py", "--out", ["1", "--tiny", "--device-type", "cpu"]),
     ],
 )
 def test_a_place_that_takes_nothing_is_refused_at_once(command, tmp_path, monkeypatch, script, flag, flags):

@@ -11,17 +11,18 @@ from conftest import ROOT, TINY
 
 from nanochat import metrics
 
+LADDER = ["dev/bench/gpu/__main__.py", "dev/bench/gpu/prepare.py"]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("scripts", "dev/bench")
     for path in (ROOT / folder).glob("[a-z]*.py")
-) + ["nanochat/dataset.py"]
+) + ["nanochat/dataset.py", *LADDER]
 # these do their work without any flag
 BUSY = [
     "scripts/tok_train.py",
     "scripts/layer_bench.py",
     "scripts/infer_bench.py",
-    *(script for script in SCRIPTS if script.startswith("dev/bench") and script != "dev/bench/gpu.py"),
+    *(script for script in SCRIPTS if script.startswith("dev/bench") and script not in LADDER),
 ]
 TAGS = {
     "scripts/base_eval.py": [],

@@ -1,0 +1,249 @@
+"""Call 1 in words: a section for each item, and the aims."""
+
+from train_step import PARTS, shown
+
+from gpu import models
+from gpu.models import DENSE, FP8, QUARTER, RECOMPUTE
+
+AIMS = {
+    "dense, windows SSSL: MFU": (">=", 0.50),
+    "r = d/4: step / dense": ("<=", 0.60),
+    "r = d/4: step / fp8 dense": ("<=", 0.62),
+    "r = d/4, recompute: peak / dense": ("<=", 0.40),
+    "attention of an S layer / of an L layer": ("<=", 0.60),
+    "decoding at batch 1, r = d/4: tokens/s / dense": (">=", 1.20),
+}
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def milliseconds(seconds: dict) -> str:
+    return shown(seconds, 1e3, 3)
+
+
+def markdown(entries: dict) -> str:
+    lines = ["# The ladder, call 1: a training step of d20 on one card", "", *machine_lines(entries), ""]
+    sections = {
+        "Agreement with the CPU": agreement_lines,
+        "Attention alone": attention_lines,
+        "Training steps": step_lines,
+        "Products by rank": product_lines,
+        "The loss by the size of its chunks": loss_lines,
+        "The optimizers alone": optimizer_lines,
+        "Decoding": decode_lines,
+        "Aims": aim_lines,
+    }
+    for title, make in sections.items():
+        if section := make(entries):
+            lines += [f"## {title}", "", *section]
+    return "\n".join([*lines, *status_lines(entries)]) + "\n"
+
+
+def result(entries: dict, name: str):
+    """What an item has yielded last; None if nothing."""
+    return entries["items"].get(name, {}).get("result")
+
+
+def machine_lines(entries: dict) -> list[str]:
+    machine = result(entries, "machine")
+    if not machine:
+        return ["The card did not answer."]
+    words = [machine["device"], f"torch {machine['torch']}"]
+    words += [f"{key} {machine[key]}" for key in ("triton", "cuda", "cudnn") if machine.get(key)]
+    if "nvidia-smi" in machine:
+        words.append(f"driver, clocks and power limit: {machine['nvidia-smi']}")
+    lines = [", ".join(words) + "."]
+    if "copy bytes per second" in machine:
+        copies = f"copies of {machine['copy bytes per second'] / 1e12:.2f} TB/s, read plus written"
+        products = f"products of {machine['matmul flops per second'] / 1e12:,.0f} TFLOP/s"
+        lines.append(f"Ceilings: {copies}; {products}. Figures are medians, quartiles in brackets.")
+        for case, kernel in machine["torch chooses"].items():
+            lines += ["", f"With {case}, torch's own attention runs `{kernel}`."]
+    return lines
+
+
+def status_lines(entries: dict) -> list[str]:
+    lines = [f"Whole call: {entries['seconds']:.0f} s, {entries['rows']} rows a pass."]
+    for name, item in entries["items"].items():
+        if item["status"] != "ok":
+            lines.append(f"- **{name}**: {item['status']}")
+    return lines
+
+
+def agreement_lines(entries: dict) -> list[str]:
+    lines = []
+    if steps := result(entries, "check: training steps"):
+        rows = []
+        for entry in steps:
+            cells = [f"{entry[key]:.1e}" for key in ("first loss", "gradients", "loss after steps")]
+            rows.append([entry["what"], *cells, verdict(entry)])
+        heads = [
+            "relative difference from float32 on the CPU",
+            "first loss",
+            "gradients",
+            "loss after 5 steps",
+        ]
+        lines += table([*heads, ""], rows)
+    rows = []
+    for name, item in entries["items"].items():
+        entry = item.get("result")
+        if name.startswith("check: ") and isinstance(entry, dict):
+            cells = [f"{entry[how]:.1e}" for how in ("eager", "compiled")]
+            rows.append([name.removeprefix("check: "), *cells, verdict(entry)])
+    if rows:
+        lines += table(["error of the gradients, against float64 on the CPU", "eager", "compiled", ""], rows)
+    if losses := result(entries, "check: loss"):
+        rows = []
+        for entry in losses:
+            cells = [f"{value:.1e}" for value in entry["relative difference"].values()]
+            rows.append([entry["what"], *cells, verdict(entry)])
+        lines += table(
+            ["loss in chunks, against the plain formula", "loss", "grad x", "grad weight", ""], rows
+        )
+    return lines
+
+
+def verdict(entry: dict) -> str:
+    return "ok" if entry["ok"] else "DIFFERS"
+
+
+def attention_lines(entries: dict) -> list[str]:
+    kernels = result(entries, "attention")
+    if not kernels:
+        return []
+    rows = []
+    for name, entry in sorted(kernels.items()):
+        if "missing" in entry:
+            rows.append([name, "", "", "", "", entry["missing"]])
+            continue
+        difference = "" if entry["difference"] is None else f"{entry['difference']:.1e}"
+        times = [milliseconds(entry[key]) for key in ("forward", "backward", "whole")]
+        rows.append([name, *times, shown(entry["flops per second"], 1e-12, 3), difference])
+    heads = ["S: a window of half the context; L: all of it", "forward, ms", "backward, ms", "both, ms"]
+    return table([*heads, "TFLOP/s on pairs that are seen", "difference"], rows)
+
+
+def step_lines(entries: dict) -> list[str]:
+    lines = []
+    peak_flops = (result(entries, "machine") or {}).get("peak flops")
+    for number in range(len(models.GROUPS)):
+        group = result(entries, f"steps {number + 1}")
+        if not group:
+            continue
+        rows = [step_row(name, group, peak_flops) for name in group["models"]]
+        for name, reason in group["failed"].items():
+            rows.append([name, reason, *[""] * 12])
+        heads = ["", "parameters, M", "tokens/s", "step, ms", *PARTS, "step / dense", "FLOPs / dense"]
+        lines += table([*heads, "step / FLOPs", "MFU, %", "peak, GiB", "peak / dense"], rows)
+        lines += [f"{group['rounds']} rounds of {group['rows']} rows.", ""]
+    if lines:
+        notes = [f"{name}: {words}" for name, words in models.EXPLANATIONS.items()]
+        lines += ["; ".join(notes) + ".", ""]
+    return lines
+
+
+def step_row(name: str, group: dict, peak_flops: float | None) -> list[str]:
+    model = group["models"][name]
+    ratio = group["ratios"].get(name)
+    to_dense = ["", "", ""]
+    peak_ratio = ""
+    if ratio:
+        values = (ratio["seconds"]["step"], ratio["flops"], ratio["step over flops"])
+        to_dense = [shown(value, 1, 3) for value in values]
+        peak_ratio = shown(ratio["memory"]["peak"], 1, 3)
+    mfu = shown(model["flops per second"]["median"], 100 / peak_flops, 3) if peak_flops else ""
+    return [
+        name,
+        shown(model["accounting"]["params/total"], 1e-6),
+        f"{model['tokens per second']['median']:,.0f}",
+        milliseconds(model["seconds"]["step"]),
+        *(shown(model["seconds"][part]["median"], 1e3, 3) for part in PARTS),
+        *to_dense,
+        mfu,
+        shown(model["memory"]["peak"], 1 / 2**30, 3),
+        peak_ratio,
+    ]
+
+
+def product_lines(entries: dict) -> list[str]:
+    rows = []
+    for name, entry in (result(entries, "products") or {}).items():
+        cells = [milliseconds(entry["seconds"]), shown(entry["flops per second"], 1e-12, 3)]
+        rows.append(
+            [name, *cells, *(shown(entry[key], 1, 3) for key in ("time to full rank", "flops to full rank"))]
+        )
+    heads = ["forward and backward", "ms", "TFLOP/s", "time / full rank", "FLOPs / full rank"]
+    return table(heads, rows) if rows else []
+
+
+def loss_lines(entries: dict) -> list[str]:
+    rows = []
+    for name, entry in (result(entries, "loss chunks") or {}).items():
+        if "seconds" in entry:
+            peak = "" if entry["peak bytes"] is None else shown(entry["peak bytes"], 1 / 2**30, 3)
+            label = f"{name} (as in training)" if entry["as in training"] else name
+            rows.append(
+                [label, milliseconds(entry["seconds"]), shown(entry["flops per second"], 1e-12, 3), peak]
+            )
+    return table(["loss and its gradients, compiled", "ms", "TFLOP/s", "peak, GiB"], rows) if rows else []
+
+
+def optimizer_lines(entries: dict) -> list[str]:
+    rows = []
+    for name, entry in (result(entries, "optimizers") or {}).items():
+        rows.append([name, *(milliseconds(entry[part]) for part in ("AdamW", "Muon"))])
+    return table(["one update, ms", "AdamW", "Muon"], rows) if rows else []
+
+
+def decode_lines(entries: dict) -> list[str]:
+    rows = []
+    for name, entry in (result(entries, "decode") or {}).items():
+        first = shown(entry["first text"], 1e3, 3)
+        rows.append(
+            [name, first, milliseconds(entry["later texts"]), f"{1 / entry['later texts']['median']:,.0f}"]
+        )
+    heads = ["batch 1, 64 tokens after a prompt of 512", "first text, ms a token", "later texts", "tokens/s"]
+    return table(heads, rows) if rows else []
+
+
+# ---- the aims ----------------------------------------------------------------------------------------------
+
+
+def aim_lines(entries: dict) -> list[str]:
+    figures = aim_figures(entries)
+    rows = []
+    for aim, (sign, limit) in AIMS.items():
+        figure = figures.get(aim)
+        words = "not measured"
+        if figure is not None:
+            reached = figure >= limit if sign == ">=" else figure <= limit
+            words = "reached" if reached else "not reached"
+        rows.append([aim, "" if figure is None else f"{figure:.3f}", f"{sign} {limit:.2f}", words])
+    return table(["on one H100 or H200", "figure", "aim", ""], rows)
+
+
+def aim_figures(entries: dict) -> dict[str, float]:
+    figures = {}
+    aims = list(AIMS)
+    groups = [result(entries, f"steps {number + 1}") or {} for number in range(len(models.GROUPS))]
+    first, second = ({"models": {}, "ratios": {}} | group for group in groups)
+    peak_flops = (result(entries, "machine") or {}).get("peak flops")
+    if DENSE in first["models"] and peak_flops:
+        figures[aims[0]] = first["models"][DENSE]["flops per second"]["median"] / peak_flops
+    if QUARTER in first["ratios"]:
+        figures[aims[1]] = first["ratios"][QUARTER]["seconds"]["step"]["median"]
+        if FP8 in second["ratios"]:  # both against dense of their own group
+            figures[aims[2]] = figures[aims[1]] / second["ratios"][FP8]["seconds"]["step"]["median"]
+    if RECOMPUTE in first["ratios"]:
+        figures[aims[3]] = first["ratios"][RECOMPUTE]["memory"]["peak"]
+    kernels = result(entries, "attention") or {}
+    layers = [kernels.get(f"{layer}: as in training", {}).get("whole") for layer in "SL"]
+    if all(layers):
+        figures[aims[4]] = layers[0]["median"] / layers[1]["median"]
+    decoded = result(entries, "decode") or {}
+    if DENSE in decoded and QUARTER in decoded:
+        figures[aims[5]] = decoded[DENSE]["later texts"]["median"] / decoded[QUARTER]["later texts"]["median"]
+    return figures
