@@ -253,7 +253,7 @@ def test_the_ladder_kills_resumes_and_trains(tmp_path, corpus_dir):
     assert losses["same start"] and losses["float32"] == losses["cpu"]
     for run in items["kill and resume"]["result"].values():
         assert run["ok"] and run["largest difference"] == 0
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         for run in items[f"training, seed {seed}"]["result"].values():
             assert run["exit code"] == 0 and run["steps"] == report["steps"]
     assert "| recipe |" in (tmp_path / "out/call2.md").read_text("utf-8")

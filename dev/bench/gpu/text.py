@@ -19,6 +19,7 @@ from nanochat.dataset import open_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.processes import World
 from nanochat.signals import StopRequest
+from nanochat.token_workers import build_caches
 from nanochat.tokenizer import load_tokenizer, tokenizer_path
 from nanochat.trainable import Trainable
 from scripts import base_train
@@ -69,7 +70,9 @@ def open_working_folder(setting: Setting):
 
 def training_rows(setting: Setting, task: Task) -> Rows:
     corpus = open_corpus(str(setting.data / "text"))
-    return Rows(corpus.train, load_tokenizer(), task.T)
+    tokenizer = load_tokenizer()
+    build_caches(corpus.train, tokenizer)
+    return Rows(corpus.train, tokenizer, task.T)
 
 
 def first_losses(rows: Rows, task: Task, device, dtype) -> dict:

@@ -18,10 +18,8 @@ def markdown(entries: dict) -> str:
     }
     if tokens := result(entries, "tokenise"):
         rate = tokens["tokens"] / tokens["seconds"]
-        lines += [
-            f"Text: {tokens['tokens']:,} tokens, made at {rate:,.0f} a second on {tokens['cores']} cores.",
-            "",
-        ]
+        place = f"{tokens['files']} files on {tokens['cores']} cores"
+        lines += [f"Text: {tokens['tokens']:,} tokens, made at {rate:,.0f} a second from {place}.", ""]
     for title, make in sections.items():
         if section := make(entries):
             lines += [f"## {title}", "", *section]
