@@ -90,9 +90,9 @@ class Noise:
     def read(self):
         return ((f"document {i}", str(i)) for i in range(2000))
 
-    def encode_batch(self, texts, threads):
-        rng = np.random.default_rng(int(texts[0]))
-        return [rng.integers(1, self.vocab_size, 500).tolist() for _ in texts]
+    def encode_to_array(self, text):
+        rng = np.random.default_rng(int(text))
+        return rng.integers(1, self.vocab_size, 500)
 
 
 def noise_rows(vocab_size: int, T: int) -> Rows:

@@ -18,8 +18,9 @@ from nanochat.optim import build_optimizers
 # largest relative differences from the CPU in float32: (first loss, gradients, loss after the steps). After
 # the steps they are larger, since Muon orthogonalises in bfloat16 on a GPU
 TOLERANCES = {"float32": (1e-4, 1e-3, 0.02), "bfloat16": (1e-2, 0.05, 0.05)}
-# of gradients in bfloat16 from those in float64 on a CPU; compiled ones also by the error of eager ones
-LARGEST_ERROR = 0.05
+# of gradients in bfloat16, or in float8, from those in float64 on a CPU; compiled ones also by the error of
+# eager ones
+LARGEST_ERROR = {"bfloat16": 0.05, "float8": 0.25}
 LARGEST_ERROR_RATIO = 1.5
 SHAPE = GPTConfig(256, 1024, 2, 2, 2, 256, window_pattern="SL")
 LOW = dict(attn_ranks=(64,) * 2, mlp_ranks=(64,) * 2)
@@ -31,7 +32,10 @@ BLOCKS = {
     "low rank, recompute bottleneck": LOW | {"recompute": "bottleneck"},
     "recompute block": {"recompute": "block"},
     "value embeddings": {"value_embeddings": True},
+    "float8": {},
+    "float8, low rank": dict(attn_ranks=(128,) * 2, mlp_ranks=(128,) * 2),
 }
+OPTIONS = {"float8": {"fp8": True}, "float8, low rank": {"fp8": True}}  # as of `models.apply_options`
 
 
 def items(tiny: bool) -> list[Item]:
@@ -39,7 +43,8 @@ def items(tiny: bool) -> list[Item]:
     compilers = [] if tiny else compilations()  # the compiler in miniature keeps nothing
     checks = [Item("check: training steps", training_steps, 60), Item("check: loss", loss_in_chunks, 60)]
     for name, changes in BLOCKS.items():
-        checks.append(Item(f"check: {name}", partial(compiled_gradients, changes), 80))
+        options = OPTIONS.get(name, {})
+        checks.append(Item(f"check: {name}", partial(compiled_gradients, changes, options), 80))
     return compilers + checks
 
 
@@ -122,7 +127,7 @@ def relative_difference(value, reference) -> float:
 # ---- compiled blocks ---------------------------------------------------------------------------------------
 
 
-def compiled_gradients(changes: dict, setting: Setting):
+def compiled_gradients(changes: dict, options: dict, setting: Setting):
     """Gradients of eager and of compiled blocks in the training's dtype, against float64 on the CPU."""
     torch.manual_seed(0)
     config = replace(SHAPE, **changes)
@@ -132,12 +137,14 @@ def compiled_gradients(changes: dict, setting: Setting):
     reference = gradients(copy.deepcopy(model).double(), torch.float64)
     model = model.to(setting.device)
     recompute.apply(model)
+    models.apply_options(model, options)
     eager = relative_difference(gradients(model, setting.dtype), reference)
     model.zero_grad()
     compile_blocks(model, backend=setting.backend)
     compiled = relative_difference(gradients(model, setting.dtype), reference)
-    limit = max(LARGEST_ERROR_RATIO * eager, 1e-3)
-    yield {"eager": eager, "compiled": compiled, "ok": eager <= LARGEST_ERROR and compiled <= limit}
+    largest = LARGEST_ERROR["float8" if options.get("fp8") else "bfloat16"]
+    ok = eager <= largest and compiled <= max(LARGEST_ERROR_RATIO * eager, 1e-3)
+    yield {"eager": eager, "compiled": compiled, "ok": ok}
 
 
 def gradients(model: GPT, dtype):

@@ -11,6 +11,7 @@ from nanochat import recompute
 from nanochat.accounting import account
 from nanochat.compiler import compile_blocks
 from nanochat.dataloader import training_batches
+from nanochat.fp8 import train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import predict_peak
 from nanochat.optim import build_optimizers
@@ -110,8 +111,12 @@ def two_layers(config: GPTConfig) -> GPTConfig:
 
 def apply_options(model: GPT, options: dict):
     """Let a model compute as its options say. NotHere where this version has no such way."""
-    for option in options:
-        raise NotHere(f"this version has no {option}")
+    if options.get("fp8"):
+        if model.smear.device.type != "cuda":
+            raise NotHere("float8 needs a GPU")
+        train_in_float8(model)
+    if "mlp_kernel" in options:
+        raise NotHere("this version has no fused MLP")
 
 
 def random_model(config: GPTConfig, device) -> GPT:

@@ -135,11 +135,12 @@ def step_lines(entries: dict) -> list[str]:
             continue
         rows = [step_row(name, group, peak_flops) for name in group["models"]]
         for name, reason in group["failed"].items():
-            rows.append([name, reason, *[""] * 12])
+            rows.append([name, reason, *[""] * 13])
         heads = ["", "parameters, M", "tokens/s", "step, ms", *PARTS, "step / dense", "FLOPs / dense"]
-        lines += table([*heads, "step / FLOPs", "MFU, %", "peak, GiB", "peak / dense"], rows)
+        lines += table([*heads, "step / FLOPs", "MFU, %", "HFU, %", "peak, GiB", "peak / dense"], rows)
         lines += [f"{group['rounds']} rounds of {group['rows']} rows.", ""]
     if lines:
+        lines += ["MFU counts the FLOPs of the model, HFU those that the card executes.", ""]
         notes = [f"{name}: {words}" for name, words in models.EXPLANATIONS.items()]
         lines += ["; ".join(notes) + ".", ""]
     return lines
@@ -154,7 +155,11 @@ def step_row(name: str, group: dict, peak_flops: float | None) -> list[str]:
         values = (ratio["seconds"]["step"], ratio["flops"], ratio["step over flops"])
         to_dense = [shown(value, 1, 3) for value in values]
         peak_ratio = shown(ratio["memory"]["peak"], 1, 3)
-    mfu = shown(model["flops per second"]["median"], 100 / peak_flops, 3) if peak_flops else ""
+    shares = ["", ""]
+    if peak_flops:
+        rate = model["tokens per second"]["median"]
+        counted = ("flops/per_token", "flops/executed_per_token")
+        shares = [shown(rate * model["accounting"][key], 100 / peak_flops, 3) for key in counted]
     return [
         name,
         shown(model["accounting"]["params/total"], 1e-6),
@@ -162,7 +167,7 @@ def step_row(name: str, group: dict, peak_flops: float | None) -> list[str]:
         milliseconds(model["seconds"]["step"]),
         *(shown(model["seconds"][part]["median"], 1e3, 3) for part in PARTS),
         *to_dense,
-        mfu,
+        *shares,
         shown(model["memory"]["peak"], 1 / 2**30, 3),
         peak_ratio,
     ]

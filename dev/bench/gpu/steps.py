@@ -72,7 +72,7 @@ def results(subjects: dict, raw: dict, setting: Setting) -> dict:
     to_dense = {}
     for name in measured:
         if name != DENSE and DENSE in measured:
-            to_dense[name] = ratios(name, DENSE, raw, measured)
+            to_dense[name] = {"to": DENSE, **ratios(name, DENSE, raw, measured)}
     return {
         "ceiling flops per second": spread(raw["ceiling"]),
         "rounds": len(raw["ceiling"]),
