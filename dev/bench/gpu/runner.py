@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat import common
+from nanochat import common, processes
 from nanochat.errors import first_line
 from nanochat.files import write_atomic
 
@@ -124,6 +124,7 @@ def measure_alone(item: Item, setting: Setting, path: Path, log: Path):
     sys.stdout = sys.stderr = os.fdopen(output, "a", buffering=1, encoding="utf-8")
     state = {"status": "unfinished"}
     try:
+        processes.init_process(setting.device_type)  # as scripts do: precision of float32, kernels
         for result in item.measure(setting):
             state["result"] = result
             write_atomic(path, json.dumps(state))
