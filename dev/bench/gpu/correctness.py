@@ -32,10 +32,17 @@ BLOCKS = {
     "low rank, recompute bottleneck": LOW | {"recompute": "bottleneck"},
     "recompute block": {"recompute": "block"},
     "value embeddings": {"value_embeddings": True},
+    "fused MLP": LOW,
+    "fused MLP, recompute bottleneck": LOW | {"recompute": "bottleneck"},
     "float8": {},
     "float8, low rank": dict(attn_ranks=(128,) * 2, mlp_ranks=(128,) * 2),
 }
-OPTIONS = {"float8": {"fp8": True}, "float8, low rank": {"fp8": True}}  # as of `models.apply_options`
+OPTIONS = {  # as of `models.apply_options`
+    "fused MLP": {"mlp_kernel": "fused"},
+    "fused MLP, recompute bottleneck": {"mlp_kernel": "fused"},
+    "float8": {"fp8": True},
+    "float8, low rank": {"fp8": True},
+}
 
 
 def items(tiny: bool) -> list[Item]:

@@ -7,41 +7,68 @@ import torch
 from gpu import models
 from gpu.runner import Setting
 from nanochat.benchmark import spread, synchronize
-from nanochat.engine import GREEDY, generate
+from nanochat.engine import GREEDY, generate, prefill, token_decoder
 from nanochat.gpt import GPT
 
 TOKENS = 64
 PROMPT = 512
 REPEATS = 5
+WARMUP = 3  # tokens until a CUDA graph is recorded
 
 
 def measure(setting: Setting):
-    """For each model: seconds a token of the first text, when every length is new, and of later ones."""
-    names = (models.DENSE, models.QUARTER)
+    """For each model, seconds a token: of whole texts, of which the first meets new lengths, and of steps."""
     forms = {}
-    for name in names:
+    for name in (models.DENSE, models.QUARTER):
         config = models.variant(name, setting.tiny).config
         forms[name] = models.random_model(config, setting.device).to(setting.dtype).requires_grad_(False)
-    prompt_tokens = 8 if setting.tiny else PROMPT
-    seconds = {}
-    for name, model in forms.items():
-        seconds[name] = {"first text": [seconds_per_token(model, prompt_tokens, setting)], "later texts": []}
+    entries = {name: {"first text": text_seconds(model, setting)} for name, model in forms.items()}
+    yield entries
+    seconds = {name: {"later texts": [], "graphs": [], "eager": []} for name in forms}
     for _ in range(2 if setting.tiny else REPEATS):
         for name, model in forms.items():
-            seconds[name]["later texts"].append(seconds_per_token(model, prompt_tokens, setting))
-        yield {
-            name: {"first text": values["first text"][0], "later texts": spread(values["later texts"])}
-            for name, values in seconds.items()
-        }
+            seconds[name]["later texts"].append(text_seconds(model, setting))
+            for way in ("graphs", "eager"):
+                seconds[name][way].append(step_seconds(model, way == "graphs", setting))
+        for name, values in seconds.items():
+            entries[name] |= {key: spread(value) for key, value in values.items()}
+        yield entries
 
 
-def seconds_per_token(model: GPT, prompt_tokens: int, setting: Setting) -> float:
-    """Over the tokens after the first, which the prompt's pass gives."""
-    prompt = torch.randint(model.config.vocab_size, (prompt_tokens,)).tolist()
-    tokens = generate(model, [prompt], TOKENS // 4 if setting.tiny else TOKENS, GREEDY, dtype=setting.dtype)
+def prompt_of(model: GPT, setting: Setting) -> list[int]:
+    return torch.randint(model.config.vocab_size, (8 if setting.tiny else PROMPT,)).tolist()
+
+
+def token_count(setting: Setting) -> int:
+    return TOKENS // 4 if setting.tiny else TOKENS
+
+
+def text_seconds(model: GPT, setting: Setting) -> float:
+    """A token of `generate`, with its preparation; the first token comes from the prompt's pass."""
+    prompt = prompt_of(model, setting)
+    tokens = generate(model, [prompt], token_count(setting), GREEDY, dtype=setting.dtype)
     next(tokens)
     synchronize(setting.device)
     started = time.perf_counter()
     count = sum(1 for _ in tokens)
+    synchronize(setting.device)
+    return (time.perf_counter() - started) / count
+
+
+@torch.inference_mode()
+def step_seconds(model: GPT, graphs: bool, setting: Setting) -> float:
+    """A token once all is prepared, each read on the host."""
+    prompt = prompt_of(model, setting)
+    count = token_count(setting)
+    logits, cache = prefill(model, [prompt], len(prompt) + WARMUP + count, setting.dtype)
+    decode = token_decoder(model, cache, setting.dtype, graphs)
+    for _ in range(WARMUP):
+        logits = decode(logits.argmax(dim=-1))
+    synchronize(setting.device)
+    started = time.perf_counter()
+    for _ in range(count):
+        tokens = logits.argmax(dim=-1)
+        tokens.tolist()
+        logits = decode(tokens)
     synchronize(setting.device)
     return (time.perf_counter() - started) / count

@@ -14,6 +14,7 @@ from nanochat.dataloader import training_batches
 from nanochat.fp8 import train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import predict_peak
+from nanochat.mlp_kernel import use_mlp_kernel
 from nanochat.optim import build_optimizers
 from nanochat.processes import World
 
@@ -34,9 +35,9 @@ EXPLANATIONS = {
     QUARTER: "attention and MLP at rank d/4",
     RECIPE: "speedrun.sh: attention d/4, MLP 0.297 d, v and o full rank",
     RECOMPUTE: "with --recompute bottleneck",
-    FUSED: "its MLP in one kernel",
+    FUSED: "with --mlp-kernel fused",
     FULL_CONTEXT: "every layer sees the whole context",
-    FP8: "its block products in float8",
+    FP8: "with --fp8",
     BLOCK: "with --recompute block",
     HALF: "half the layers at the same width",
     NARROW: "as many parameters as r = d/4, at a smaller width",
@@ -115,8 +116,10 @@ def apply_options(model: GPT, options: dict):
         if model.smear.device.type != "cuda":
             raise NotHere("float8 needs a GPU")
         train_in_float8(model)
-    if "mlp_kernel" in options:
-        raise NotHere("this version has no fused MLP")
+    if options.get("mlp_kernel") == "fused":
+        if model.smear.device.type != "cuda":
+            raise NotHere("the fused MLP needs a GPU")
+        use_mlp_kernel(model, "fused")
 
 
 def random_model(config: GPTConfig, device) -> GPT:

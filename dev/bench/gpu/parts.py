@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from loss_memory import make_inputs, measure_chunks
 from train_step import RATES
 
 from gpu import models
 from gpu.runner import Setting
 from nanochat import compiler, ops
-from nanochat.benchmark import spread, synchronize, take_turns
+from nanochat.benchmark import spread, take_turns
 from nanochat.optim import build_optimizers
 
 RANKS = (320, 380, 384, 448)  # d/4, the recipe's 0.297 d as it is, and multiples of 64 near it
@@ -75,49 +76,18 @@ def loss_chunks(setting: Setting):
     config = models.dense_config(setting.tiny)
     N = setting.rows * config.sequence_len
     V = config.vocab_size
-    x = torch.randn(N, config.n_embd, device=setting.device, dtype=setting.dtype, requires_grad=True)
-    weight = torch.randn(V, config.n_embd, device=setting.device, dtype=setting.dtype).div_(30)
-    weight.requires_grad_()
-    targets = torch.randint(V, (N,), device=setting.device)
-    default = min(N, ops.rows_at_once(x, V))
-    chunk = torch.compile(compiler.chunk_loss, dynamic=False, fullgraph=True, backend=setting.backend)
+    inputs = make_inputs(N, config.n_embd, V, setting.device, setting.dtype)
+    default = min(N, ops.rows_at_once(inputs[0], V, compiled=True))
     chunk_rows = (64, 128) if setting.tiny else CHUNK_ROWS
+    sizes = sorted({default, *(rows for rows in chunk_rows if rows <= N)})
+    chunk = torch.compile(compiler.chunk_loss, dynamic=False, fullgraph=True, backend=setting.backend)
+    torch._dynamo.config.recompile_limit = 64  # each size is compiled
     entries = {}
-    runs = {}
-    for rows in sorted({default, *(rows for rows in chunk_rows if rows <= N)}):
-        runs[f"{rows} rows"] = {"pass": loss_pass(x, weight, targets, chunk, rows)}
-        entries[f"{rows} rows"] = {"as in training": rows == default}
-        entries[f"{rows} rows"]["peak bytes"] = peak_of(runs[f"{rows} rows"]["pass"], setting.device)
-        yield entries
-    for name, measured in take_turns(runs, repeats(setting), setting.device, SAMPLE_SECONDS).items():
-        median = spread(measured["pass"])["median"]
-        entries[name]["seconds"] = spread(measured["pass"])
-        entries[name]["flops per second"] = 6 * N * V * config.n_embd / median
+    for rows, entry in measure_chunks(inputs, sizes, chunk, repeats(setting)).items():
+        flops = 6 * N * V * config.n_embd
+        chosen = {"as in training": rows == default}
+        entries[f"{rows} rows"] = entry | chosen | {"flops per second": flops / entry["seconds"]["median"]}
     yield entries
-
-
-def loss_pass(x, weight, targets, chunk, rows: int):
-    def run():
-        limits = ops.GPU_LOGITS, ops.CPU_LOGITS
-        ops.GPU_LOGITS = ops.CPU_LOGITS = rows * len(weight)
-        try:
-            torch.autograd.grad(compiler.compiled_loss(chunk, x, weight, targets), (x, weight))
-        finally:
-            ops.GPU_LOGITS, ops.CPU_LOGITS = limits
-
-    return run
-
-
-def peak_of(run, device) -> int | None:
-    """Bytes that run() allocates at most, on a card."""
-    run()
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
 
 
 # ---- the optimizers ----------------------------------------------------------------------------------------

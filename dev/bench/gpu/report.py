@@ -187,12 +187,9 @@ def product_lines(entries: dict) -> list[str]:
 def loss_lines(entries: dict) -> list[str]:
     rows = []
     for name, entry in (result(entries, "loss chunks") or {}).items():
-        if "seconds" in entry:
-            peak = "" if entry["peak bytes"] is None else shown(entry["peak bytes"], 1 / 2**30, 3)
-            label = f"{name} (as in training)" if entry["as in training"] else name
-            rows.append(
-                [label, milliseconds(entry["seconds"]), shown(entry["flops per second"], 1e-12, 3), peak]
-            )
+        label = f"{name} (as in training)" if entry["as in training"] else name
+        cells = [shown(entry["flops per second"], 1e-12, 3), shown(entry["peak bytes"], 1 / 2**30, 3)]
+        rows.append([label, milliseconds(entry["seconds"]), *cells])
     return table(["loss and its gradients, compiled", "ms", "TFLOP/s", "peak, GiB"], rows) if rows else []
 
 
@@ -206,12 +203,17 @@ def optimizer_lines(entries: dict) -> list[str]:
 def decode_lines(entries: dict) -> list[str]:
     rows = []
     for name, entry in (result(entries, "decode") or {}).items():
-        first = shown(entry["first text"], 1e3, 3)
-        rows.append(
-            [name, first, milliseconds(entry["later texts"]), f"{1 / entry['later texts']['median']:,.0f}"]
-        )
-    heads = ["batch 1, 64 tokens after a prompt of 512", "first text, ms a token", "later texts", "tokens/s"]
-    return table(heads, rows) if rows else []
+        if "graphs" in entry:
+            keys = ("first text", "later texts", "graphs", "eager")
+            rows.append([name, *(shown(entry[key], 1e3, 3) for key in keys), rate(entry["graphs"])])
+    heads = ["batch 1, 64 tokens after a prompt of 512: ms a token", "first text", "later texts"]
+    return (
+        table([*heads, "a step, CUDA graphs", "a step, eager", "tokens/s with graphs"], rows) if rows else []
+    )
+
+
+def rate(seconds: dict) -> str:
+    return f"{1 / seconds['median']:,.0f}"
 
 
 # ---- the aims ----------------------------------------------------------------------------------------------
@@ -249,6 +251,7 @@ def aim_figures(entries: dict) -> dict[str, float]:
     if all(layers):
         figures[aims[4]] = layers[0]["median"] / layers[1]["median"]
     decoded = result(entries, "decode") or {}
-    if DENSE in decoded and QUARTER in decoded:
-        figures[aims[5]] = decoded[DENSE]["later texts"]["median"] / decoded[QUARTER]["later texts"]["median"]
+    steps = [decoded.get(name, {}).get("graphs") for name in (DENSE, QUARTER)]
+    if all(steps):
+        figures[aims[5]] = steps[0]["median"] / steps[1]["median"]
     return figures
