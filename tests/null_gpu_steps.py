@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 from train_step import RATES, noise_rows
 
-from nanochat import compiler, recompute
+from nanochat import compiler, processes, recompute
 from nanochat.dataloader import training_batches
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.processes import World
@@ -96,6 +96,7 @@ def measure(trainable: Trainable, batches) -> dict:
 
 def main():
     depth = int(sys.argv[1])
+    processes.init_process("cuda")  # chooses the kernels of attention
     rows = noise_rows(DENSE.vocab_size, DENSE.sequence_len)
     results = {}
     for name in sys.argv[2:] or MODELS:

@@ -1,16 +1,15 @@
-"""Item 3: attention alone at d20's shape, forward and backward, by each kernel that torch has."""
+"""Item 3: attention alone at d20's shape, forward and backward, by each kernel of nanochat/attention.py."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu import models
 from gpu.runner import Setting
-from nanochat.attention import attention, window_mask
+from nanochat.attention import KERNELS, WITHOUT_WINDOWS, attention, chosen
 from nanochat.benchmark import spread, take_turns
 from nanochat.errors import first_line
 
@@ -26,10 +25,6 @@ class Shape:
     D: int
     window: int
 
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.D)
-
     def pairs(self, windowed: bool) -> int:
         """How many keys all queries of a head see together."""
         window = self.window if windowed else self.T
@@ -38,14 +33,12 @@ class Shape:
 
 def measure(setting: Setting):
     config = models.dense_config(setting.tiny)
-    shape = Shape(
-        setting.rows, config.n_head, config.sequence_len, config.n_embd // config.n_head, config.window(0)
-    )
-    kernels = kernels_of(setting, shape)
+    D = config.n_embd // config.n_head
+    shape = Shape(setting.rows, config.n_head, config.sequence_len, D, config.window(0))
     entries = {}
     runs = {}
     outputs = {}
-    for name, kernel in kernels.items():
+    for name, kernel in kernels_of(setting, shape).items():
         try:
             runs[name], outputs[name] = passes(kernel, shape, setting)
         except Exception as error:  # a kernel that torch, or the card, does not have
@@ -55,16 +48,21 @@ def measure(setting: Setting):
     for name, measured in seconds.items():
         windowed = name.startswith("S")
         flops = 4 * shape.B * shape.H * shape.D * shape.pairs(windowed)
-        reference = outputs.get("S: mask" if windowed else "L: cuDNN, causal")
         whole = [a + b for a, b in zip(measured["forward"], measured["backward"])]
         entries[name] = {
             "forward": spread(measured["forward"]),
             "backward": spread(measured["backward"]),
             "whole": spread(whole),
             "flops per second": 3.5 * flops / spread(whole)["median"],  # 2.5 times as many backward
-            "difference": difference(outputs[name], reference),
+            "difference": difference(outputs[name], outputs.get(f"{name[0]}: mask")),
+            "as in training": name[3:] == chosen_kernel(windowed),
         }
     yield entries
+
+
+def chosen_kernel(windowed: bool) -> str | None:
+    """What `choose_kernels` chose for compiled training."""
+    return chosen.get((windowed, True, True))
 
 
 def difference(output, reference) -> float | None:
@@ -74,7 +72,7 @@ def difference(output, reference) -> float | None:
 
 
 def passes(kernel: Callable, shape: Shape, setting: Setting) -> tuple[dict, torch.Tensor]:
-    """({"forward", "backward": function}, an output (B, H, T, D) in float32) of a kernel."""
+    """({"forward", "backward": function}, an output (B, T, H·D) in float32) of a kernel."""
     generator = torch.Generator(setting.device).manual_seed(0)
     size = (3, shape.B, shape.H, shape.T, shape.D)
     tensors = torch.randn(size, device=setting.device, dtype=setting.dtype, generator=generator).unbind()
@@ -90,58 +88,19 @@ def passes(kernel: Callable, shape: Shape, setting: Setting) -> tuple[dict, torc
 
 
 def kernels_of(setting: Setting, shape: Shape) -> dict[str, Callable]:
-    """{name: (q, k, v) -> (B, H, T, D)}. S: a window of half the context, L: all of it."""
-    mask = window_mask(shape.T, shape.window, setting.device)
-
-    def library(backend, **options):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, scale=shape.scale, **options)
-
-        return run
-
-    def ours(mask):
-        def run(q, k, v):
-            y = attention(q, k, v, shape.scale, mask)  # (B, T, H·D)
-            return y.unflatten(-1, (shape.H, shape.D)).transpose(1, 2)
-
-        return run
-
-    kernels = {"L: as in training": ours(None), "S: as in training": ours(mask)}
+    """{name: (q, k, v) -> (B, T, H·D)}. S: a window of half the context, L: all of it."""
+    scale = 1 / math.sqrt(shape.D)
     if setting.device_type != "cuda":
-        math_only = SDPBackend.MATH
-        return kernels | {"S: mask": library(math_only, attn_mask=mask)}
-    return kernels | {
-        "L: cuDNN, causal": library(SDPBackend.CUDNN_ATTENTION, is_causal=True),
-        "L: flash, causal": library(SDPBackend.FLASH_ATTENTION, is_causal=True),
-        "S: mask": library(SDPBackend.CUDNN_ATTENTION, attn_mask=mask),
-        "S: FlexAttention": flex(setting, shape),
-        "S: varlen, window": varlen(shape),
-    }
-
-
-def flex(setting: Setting, shape: Shape) -> Callable:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def sees(batch, head, query, key):
-        return (key <= query) & (query - key < shape.window)
-
-    blocks = create_block_mask(sees, None, None, shape.T, shape.T, device=setting.device)
-    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, scale=shape.scale)
-
-
-def varlen(shape: Shape) -> Callable:
-    """Rows one after the other, (B·T, H, D), as torch's varlen attention wants them."""
-
-    def run(q, k, v):
-        from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
-
-        starts = torch.arange(0, (shape.B + 1) * shape.T, shape.T, device=q.device, dtype=torch.int32)
-        packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        window = (shape.window - 1, 0)
-        y = varlen_attn(*packed, starts, starts, shape.T, shape.T, scale=shape.scale, window_size=window)
-        return y.unflatten(0, (shape.B, shape.T)).transpose(1, 2)
-
-    return run
+        by_blocks = {f"{layer}: cpu": partial(attention, scale=scale) for layer in "SL"}
+        by_blocks["S: cpu"] = partial(attention, scale=scale, window=shape.window)
+        return by_blocks
+    kernels = {}
+    for layer, window in (("S", shape.window), ("L", shape.T)):
+        for kernel in KERNELS:
+            if layer == "S" and kernel in WITHOUT_WINDOWS:
+                continue
+            run = partial(attention, scale=scale, window=window, kernel=kernel)
+            if kernel == "flex":  # uncompiled it would hold all scores
+                run = torch.compile(run, dynamic=False, fullgraph=True)
+            kernels[f"{layer}: {kernel}"] = run
+    return kernels

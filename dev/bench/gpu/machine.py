@@ -6,12 +6,11 @@ import subprocess
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from train_step import matmul_rate
 
 from gpu.runner import Setting
 from nanochat import devices
-from nanochat.attention import window_mask
+from nanochat.attention import chosen
 from nanochat.benchmark import seconds_per_call
 
 
@@ -25,7 +24,10 @@ def measure(setting: Setting):
     yield result | {
         "copy bytes per second": copy_rate(setting),
         "matmul flops per second": matmul_rate(setting.device, setting.dtype),
-        "torch chooses": chosen_kernels(setting),
+        "attention": {
+            "whole context": chosen.get((False, True, True)),
+            "window": chosen.get((True, True, True)),
+        },
     }
 
 
@@ -59,22 +61,3 @@ def copy_rate(setting: Setting) -> float:
     target = torch.empty_like(source)
     best = min(seconds_per_call(lambda: target.copy_(source), 3, setting.device) for _ in range(4))
     return 2 * count / best
-
-
-def chosen_kernels(setting: Setting) -> dict:
-    """{case: name of the kernel} that torch itself takes for attention, from its profiler."""
-    if setting.device.type != "cuda":
-        return {}
-    q, k, v = torch.randn(3, 2, 10, 2048, 128, device=setting.device, dtype=setting.dtype)
-    window = window_mask(2048, 1024, setting.device)
-    cases = {"full context": {"is_causal": True}, "a window's mask": {"attn_mask": window}}
-    kernels = {}
-    for case, options in cases.items():
-        F.scaled_dot_product_attention(q, k, v, **options)
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            F.scaled_dot_product_attention(q, k, v, **options)
-            torch.cuda.synchronize()
-        events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-        kernels[case] = events[0].key[:120] if events else "the profiler saw none"
-    return kernels

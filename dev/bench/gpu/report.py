@@ -60,8 +60,9 @@ def machine_lines(entries: dict) -> list[str]:
         copies = f"copies of {machine['copy bytes per second'] / 1e12:.2f} TB/s, read plus written"
         products = f"products of {machine['matmul flops per second'] / 1e12:,.0f} TFLOP/s"
         lines.append(f"Ceilings: {copies}; {products}. Figures are medians, quartiles in brackets.")
-        for case, kernel in machine["torch chooses"].items():
-            lines += ["", f"With {case}, torch's own attention runs `{kernel}`."]
+        kernels = [f"{kernel} for a {case}" for case, kernel in machine["attention"].items() if kernel]
+        if kernels:
+            lines += ["", f"Attention, chosen for compiled training: {', '.join(kernels)}."]
     return lines
 
 
@@ -121,7 +122,8 @@ def attention_lines(entries: dict) -> list[str]:
             continue
         difference = "" if entry["difference"] is None else f"{entry['difference']:.1e}"
         times = [milliseconds(entry[key]) for key in ("forward", "backward", "whole")]
-        rows.append([name, *times, shown(entry["flops per second"], 1e-12, 3), difference])
+        label = f"{name} (as in training)" if entry["as in training"] else name
+        rows.append([label, *times, shown(entry["flops per second"], 1e-12, 3), difference])
     heads = ["S: a window of half the context; L: all of it", "forward, ms", "backward, ms", "both, ms"]
     return table([*heads, "TFLOP/s on pairs that are seen", "difference"], rows)
 
@@ -247,9 +249,9 @@ def aim_figures(entries: dict) -> dict[str, float]:
     if RECOMPUTE in first["ratios"]:
         figures[aims[3]] = first["ratios"][RECOMPUTE]["memory"]["peak"]
     kernels = result(entries, "attention") or {}
-    layers = [kernels.get(f"{layer}: as in training", {}).get("whole") for layer in "SL"]
-    if all(layers):
-        figures[aims[4]] = layers[0]["median"] / layers[1]["median"]
+    used = {name[0]: entry["whole"] for name, entry in kernels.items() if entry.get("as in training")}
+    if len(used) == 2:
+        figures[aims[4]] = used["S"]["median"] / used["L"]["median"]
     decoded = result(entries, "decode") or {}
     steps = [decoded.get(name, {}).get("graphs") for name in (DENSE, QUARTER)]
     if all(steps):
