@@ -195,6 +195,16 @@ def muon_momentum(step: int) -> float:
     return 0.8 + 0.15 * min(1.0, step / 1000)
 
 
+def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
+    """Linear warmup, constant, linear warmdown to `final`. step: updates so far."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < steps - warmdown:
+        return 1.0
+    return final + (1 - final) * (steps - step) / warmdown
+
+
 def default_matrix_lr(steps: int) -> float:
     """Muon's learning rate for a run of so many steps.
 

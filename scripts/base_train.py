@@ -31,7 +31,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, predict_peak
 from nanochat.mlp_kernel import use_mlp_kernel
-from nanochat.optim import Muon, Rates, load_optimizer_state, muon_momentum
+from nanochat.optim import Muon, Rates, load_optimizer_state, lr_multiplier, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
 from nanochat.processes import end_process, print0, process_layout
 from nanochat.run_files import step_folder
@@ -245,16 +245,6 @@ def gradient_norm(trainable: Trainable, clip: float) -> float:
     if clip > 0:
         trainable.exchange.scale(torch.clamp(clip / (norm + 1e-6), max=1.0))
     return norm.item()
-
-
-def lr_multiplier(step: int, steps: int, warmup: int, warmdown_ratio: float, final: float) -> float:
-    """Linear warmup, constant, linear warmdown to `final`. step: updates so far."""
-    warmdown = round(warmdown_ratio * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < steps - warmdown:
-        return 1.0
-    return final + (1 - final) * (steps - step) / warmdown
 
 
 def update(trainable: Trainable, step: int, lrm: float):

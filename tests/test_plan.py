@@ -3,6 +3,7 @@
 import pytest
 from conftest import TINY
 
+from nanochat import optim
 from nanochat.accounting import account
 from nanochat.budget import choose_model
 from nanochat.errors import InputError
@@ -123,7 +124,7 @@ def test_batch_chosen_for_the_user_grows_with_the_horizon_and_divides():
 
 
 def test_learning_rate_schedule_by_hand():
-    lr = [base_train.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
+    lr = [optim.lr_multiplier(s, 10, warmup=2, warmdown_ratio=0.4, final=0.1) for s in range(10)]
     assert lr == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
 
 
