@@ -16,6 +16,7 @@ from typing import Any
 from nanochat import metrics
 from nanochat.accounting import account, count_parameters
 from nanochat.arguments import LARGEST_INTEGER, as_whole_number, quoted
+from nanochat.devices import pick_device_type
 from nanochat.errors import InputError, first_line, shortened
 from nanochat.flag_types import DEEPEST
 from nanochat.gpt import GPTConfig
@@ -27,9 +28,9 @@ from nanochat.layer_ranks import (
     ranks_in_short,
     ranks_of_field,
 )
-from nanochat.memory import predict_peak
 from nanochat.model_flags import RANK_GROUP
 from nanochat.naming import is_tag, no_such_run
+from nanochat.peak import execution, predict_peak
 from nanochat.plan import full_rank, model_config, starting_point, training_plan
 from nanochat.processes import print0
 from nanochat.rank import AUTOMATIC, rank_step, resolve_rank
@@ -386,7 +387,8 @@ def print_frontier(args, vocab_size: int, world_size: int, dtype_bytes: int):
 def frontier_costs(args, config: GPTConfig, world_size: int, dtype_bytes: int) -> tuple[float, float, float]:
     """(parameters, MFLOP a token, peak MiB)"""
     plan = training_plan(args, config, world_size)
-    memory = predict_peak(config, plan["device_batch_size"], dtype_bytes, plan["grad_accum_steps"] > 1)
+    device_type = pick_device_type(args.device_type)
+    memory = predict_peak(config, execution(args, plan, device_type, dtype_bytes, world_size))
     costs = account(config)
     return (
         costs["params/total"],

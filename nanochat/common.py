@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -60,8 +61,7 @@ def call_main(main) -> tuple[str, bool]:
         if isinstance(e.__cause__, KeyboardInterrupt):  # until Python 3.11: a signal while a class is made
             raise e.__cause__ from None
         if out_of_memory(e):
-            reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
-            return f"out of memory ({reason}); give a smaller model, batch or context", False
+            return f"{memory_shortage(e)}; give a smaller model, batch or context", False
         if lost := agreement.lost_connection(e):
             return lost, True
         raise
@@ -80,8 +80,35 @@ def remedy(e: OSError) -> str:
 
 def out_of_memory(e: Exception) -> bool:
     """Whether Python, or torch on a GPU or a processor, found too little memory."""
-    ways_to_say_it = ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed")
+    ways_to_say_it = (
+        "out of memory",
+        "allocate memory",
+        "not enough memory",
+        "size calculation overflowed",
+        "cublas_status_alloc_failed",
+    )
     return isinstance(e, MemoryError) or any(words in str(e).lower() for words in ways_to_say_it)
+
+
+def memory_shortage(e: Exception) -> str:
+    """Which memory is used up, and what was asked of it: 'out of memory: GPU 0 (NVIDIA H100 …), …'."""
+    reason = first_line(e).split("DefaultCPUAllocator: ")[-1]
+    if not is_of_gpu(e):
+        return f"out of memory ({reason})"
+    import torch
+
+    index = torch.cuda.current_device()
+    gpu = torch.cuda.get_device_properties(index)
+    size = gpu.total_memory / 2**30
+    own = torch.cuda.memory_reserved() / 2**30
+    if asked := re.search(r"Tried to allocate ([\d.]+ .iB)", reason):
+        reason = f"{asked[1]} more asked for"
+    return f"out of memory: GPU {index} ({gpu.name}), {size:.1f} GiB, {own:.1f} GiB held here, {reason}"
+
+
+def is_of_gpu(e: Exception) -> bool:
+    """Whether an error about memory comes from a GPU, its libraries or its network."""
+    return "cuda" in str(e).lower()
 
 
 # ---- nested dicts ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.attention import compiled_window
+from nanochat.common import out_of_memory
 from nanochat.errors import InputError, first_line
 from nanochat.ops import SOFTCAP, CrossEntropy, rows_at_once
 from nanochat.processes import print0
@@ -27,9 +28,16 @@ NEW_ENOUGH = {"g++": 11, "clang++": 14}
 COMPILER_PATIENCE = 60
 
 
-def should_compile(choice: str, device_type: str, flops: float) -> bool:
-    """choice: --compile. flops: of the whole training."""
-    return choice == "on" or (choice == "auto" and pays_off(device_type, flops))
+def should_compile(args, device_type: str, flops: float) -> bool:
+    """Whether --compile says so; a line tells that --activation-budget then does nothing.
+
+    flops: of the whole training.
+    """
+    if args.compile == "on" or (args.compile == "auto" and pays_off(device_type, flops)):
+        return True
+    if args.activation_budget < 1:
+        print0(f"--activation-budget {args.activation_budget:g}: does nothing, the blocks are not compiled")
+    return False
 
 
 def pays_off(device_type: str, flops: float) -> bool:
@@ -41,13 +49,13 @@ def pays_off(device_type: str, flops: float) -> bool:
     return device_type == "cuda" or flops >= 4e13
 
 
-def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
+def compile_if_possible(model, args, device, world_size: int, one_pass):
     """Compile the blocks, and run one_pass(), forward and backward: no compiler works on the training clock.
 
     If that fails in one process, the model stays uncompiled in all of them, and a line says so. InputError if
-    it fails under `--compile on`.
+    it fails under `--compile on`. args: flags, of which --compile and --activation-budget count.
     """
-    trouble = compile_error(model, device, one_pass)
+    trouble = compile_error(model, device, one_pass, args.activation_budget)
     troubles = [trouble]
     if world_size > 1:
         troubles = [""] * world_size
@@ -56,13 +64,13 @@ def compile_if_possible(model, choice: str, device, world_size: int, one_pass):
     if not any(troubles):
         return
     reason = next(filter(None, troubles))
-    if choice == "on":
+    if args.compile == "on":
         raise InputError(f"--compile on: cannot compile here: {reason}; repair that, or give --compile off")
     make_eager(model)
     print0(f"--compile auto: trains uncompiled, since compiling fails here: {reason}")
 
 
-def compile_error(model, device, one_pass) -> str:
+def compile_error(model, device, one_pass, budget: float) -> str:
     """Compile the blocks and run one_pass(). Returns in a line why that fails, or ''.
 
     The state of the random numbers is afterwards what it was before.
@@ -74,11 +82,11 @@ def compile_error(model, device, one_pass) -> str:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(gpus):
             warnings.simplefilter("ignore")
-            compile_blocks(model)
+            compile_blocks(model, budget=budget)
             one_pass()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:  # of torch, triton, the compiler, the linker, the file system: no list is complete
+        if device.type == "cuda" and out_of_memory(e):
+            raise
         return useful_line(e)
     finally:
         logging.disable(logging.NOTSET)
@@ -115,16 +123,19 @@ def useful_line(e: Exception) -> str:
     return next((line for line in lines if re.search(r"\berror\b", line)), first_line(e))[:300]
 
 
-def compile_blocks(model, backend: str = "inductor"):
+def compile_blocks(model, backend: str = "inductor", budget: float = 1.0):
     """Compile the blocks and the loss for training; blocks of the same ranks and kind share a compilation.
 
+    budget: the share of a block's activations that it keeps for the backward pass (--activation-budget).
     Whatever else differs between blocks is passed to them as an argument. So is the window: on a GPU each
     has a compilation of its own, on a CPU all share one. Without a gradient, as in evaluation and generation,
     blocks run uncompiled: the batches there have other shapes.
     """
     from torch._dynamo import config as dynamo  # slow to import
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.activation_memory_budget = budget
     # under a rank schedule all blocks differ
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(model.blocks))
     if inductor.cpp.vec_isa_ok is None and knows_all_vector_instructions():

@@ -5,8 +5,11 @@ begins here. A value that cannot be used is replaced, with one line on standard 
 it, or it is refused in one line that names the variable.
 """
 
+import contextlib
+import ctypes
 import getpass
 import os
+import platform
 import pwd
 import socket
 import sys
@@ -74,6 +77,7 @@ def replace_unusable_variables():
         if name in os.environ and not is_writable_folder(os.environ[name]):
             drop_variable(name, "is no folder that can be written to")
     name_user_and_home()
+    let_gpu_memory_grow()
     if sys.platform == "linux" and not is_writable_folder("/dev/shm"):
         os.environ.setdefault("NCCL_SHM_DISABLE", "1")  # its GPUs then communicate in another way
 
@@ -122,6 +126,20 @@ def name_user_and_home():
     os.environ["HOME"] = home or str(instead)
     for name, folder in HOME_FOLDERS.items():
         os.environ.setdefault(name, str(instead / folder))
+
+
+def let_gpu_memory_grow():
+    """Let torch enlarge a block of GPU memory, rather than lose the gaps between blocks of many sizes.
+
+    Not under WSL, where the first tensor then fails (pytorch/pytorch issue 192330), nor where the driver
+    lacks the functions for it. torch reads the variable when CUDA starts.
+    """
+    chosen = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if chosen or "microsoft" in platform.release().lower():
+        return
+    with contextlib.suppress(OSError):  # there is no driver
+        if hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemAddressReserve"):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def home_of_user() -> str:

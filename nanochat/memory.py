@@ -1,17 +1,27 @@
-"""Memory: how much a machine has, and how much a training step will need at its peak."""
+"""Memory: how much a machine has, whether a training step fits, and what is said where it did not."""
 
+import contextlib
+import functools
+import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nanochat.accounting import account, on_meta
 from nanochat.arguments import LARGEST_INTEGER
-from nanochat.cpu import by_blocks, tile_rows
+from nanochat.common import is_of_gpu, memory_shortage, out_of_memory
+from nanochat.devices import compute_dtype
 from nanochat.errors import InputError
-from nanochat.gpt import GPT, GPTConfig, LowRankLinear
-from nanochat.ops import rows_at_once
-from nanochat.optim import uses_muon
+from nanochat.gpt import GPTConfig
+from nanochat.peak import execution, predict_peak
+from nanochat.processes import print0
+
+ERROR = 0.1  # of the prediction, at most: as measured (dev/LOG.md)
+CARDS = {24: 22.0, 40: 39.4, 80: 79.1, 141: 139.8}  # GB in the names of cards: GiB that the least of them has
+CUDA_GIB = 1.0  # of CUDA itself, of its libraries, and of gaps between tensors
 
 
 def memory_bytes(device_type: str) -> int:
@@ -27,13 +37,24 @@ def memory_bytes(device_type: str) -> int:
         return machine
 
 
+def training_costs(
+    config: GPTConfig, args, plan: dict, device_type: str, dtype_bytes: int, processes: int
+) -> dict:
+    """`accounting.account`, and the peak of a training step on this device."""
+    model = on_meta(config)
+    return account(model) | predict_peak(model, execution(args, plan, device_type, dtype_bytes, processes))
+
+
 def check_memory(args, accounting: dict, device_type: str):
     """InputError if the training can never fit into this machine's memory.
 
-    Half of the activations count, because compiled code keeps fewer than `predict_peak` says.
+    What may fit is tried. Half of the activations count where the predicted peak is only an upper bound: in a
+    subspace, and under a budget that repeats products.
     """
-    needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"]
-    needed += accounting.get("mem/activations_bytes", 0) // 2
+    needed = (1 - ERROR) * accounting["mem/predicted_peak_bytes"]
+    if args.subspace or args.activation_budget < 0.7:
+        needed = accounting["mem/weights_bytes"] + accounting["mem/grads_bytes"]
+        needed += accounting["mem/activations_bytes"] // 2
     available = memory_bytes(device_type)
     if needed > available:
         flags = "--depth, --model-dim, --vocab-size, --max-seq-len, --device-batch-size"
@@ -45,116 +66,59 @@ def check_memory(args, accounting: dict, device_type: str):
         )
 
 
-# ---- the peak of a training step ---------------------------------------------------------------------------
-
-
-def predict_peak(config: GPTConfig, rows: int, dtype_bytes: int = 4, accumulated: bool = False) -> dict:
-    """Bytes of tensors at the highest point of a training step, with `rows` rows a pass, without a compiler.
-
-    accumulated: several passes make a step, so that gradients stay in memory during a forward pass.
-
-    The memory of the allocator and of Python comes on top. Compiled code keeps other tensors: on a CPU its
-    peak was 3 to 9% higher (dev/LOG.md). The optimizer's state counts as that of one process. The head is
-    computed in chunks of the size that a CPU takes.
-    """
+def print_cards(config: GPTConfig, args, plan: dict, processes: int):
+    """On which GPUs the training fits, and with how many rows a pass at most. Nothing of a subspace."""
+    if args.subspace:
+        return
+    dtype = compute_dtype(args.dtype, "cuda", training=True)
+    run = execution(args, plan, "cuda", dtype.itemsize, processes)
+    rows_of_step = run.rows * plan["grad_accum_steps"]
     model = on_meta(config)
-    costs = account(config)
-    C = config.n_embd
-    N = rows * config.sequence_len  # tokens in a pass
-    token = N * dtype_bytes  # bytes of one number for each token
-    kept_bytes = []  # of each position, from its forward to its backward pass
-    recomputed_bytes = []  # of each position, during its backward pass
-    for layer in config.positions:
-        kept, recomputed = block_bytes(model, layer, token, dtype_bytes)
-        kept_bytes.append(kept)
-        recomputed_bytes.append(recomputed)
-    activations = sum(kept_bytes) + token * 2 * C  # the embeddings: previous token's share, input of the norm
-    grads = costs["mem/grads_bytes"]
-    head_width = model.lm_head.rank if isinstance(model.lm_head, LowRankLinear) else C
-    head_grad = 4 * config.vocab_size * head_width
 
-    at_head = activations + head_grad + head_bytes(config, head_width, N, dtype_bytes)
-    # in a block: what it computes again; the gradient that goes on; of a tile of the MLP two tensors of its
-    # inner width, three where relu's output was not kept
-    last_block = model.blocks[config.positions[-1]]
-    tile = tile_rows(N, config.n_hidden, dtype_bytes) * config.n_hidden * dtype_bytes
-    in_block = token * C + (3 if keeps_bottleneck(last_block.mlp.down, config) else 2) * tile
-    at_last_block = activations + head_grad + recomputed_bytes[-1] + in_block
-    at_first_block = grads + kept_bytes[0] + token * 2 * C + recomputed_bytes[0] + in_block
-    at_backward = max(at_last_block, at_first_block)
-    if accumulated:
-        at_head += grads
-        at_backward += grads
-    at_update = grads + 6 * largest_muon_group(model)  # Muon computes with about six copies
+    @functools.cache
+    def peak_gib(rows: int) -> float:
+        passes = replace(run, rows=rows, accumulated=rows < rows_of_step)
+        return predict_peak(model, passes)["mem/predicted_peak_bytes"] / 2**30
 
-    always = costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"]
-    peak = always + max(at_head, at_backward, at_update)
-    return {"mem/activations_bytes": activations, "mem/predicted_peak_bytes": peak}
+    largest = {f"{card} GB": most_rows(peak_gib, rows_of_step, size) for card, size in CARDS.items()}
+    fits = " and ".join(card for card, rows in largest.items() if rows >= run.rows)
+    rows_by_card = ", ".join(f"{rows or 'none'} on {card}" for card, rows in largest.items())
+    print0(
+        f"on a GPU ({str(dtype).removeprefix('torch.')}{', compiled' if run.compiled else ''}): peak "
+        f"{peak_gib(run.rows):.1f} GiB, fits on {fits or 'no single card'}; "
+        f"largest --device-batch-size: {rows_by_card}"
+    )
 
 
-def head_bytes(config: GPTConfig, width: int, tokens: int, dtype_bytes: int) -> int:
-    """Bytes in the head at once: its inputs, their gradients, a few tensors as large as a chunk of logits."""
-    V = config.vocab_size
-    chunk = min(rows_at_once(torch.empty(0), V), tokens)
-    copies = V * (chunk + width) * dtype_bytes if dtype_bytes < 4 else 0  # of logits and weight
-    return tokens * dtype_bytes * (2 * config.n_embd + width) + 2 * 4 * V * chunk + copies
+def most_rows(peak_gib: Callable, rows_of_step: int, available_gib: float) -> int:
+    """The most rows a pass that divide a step and certainly fit; 0 where one row is too many."""
+    most = 0
+    too_many = rows_of_step + 1
+    while too_many - most > 1:
+        rows = (most + too_many) // 2
+        if (1 + ERROR) * peak_gib(rows) + CUDA_GIB <= available_gib:
+            most = rows
+        else:
+            too_many = rows
+    smaller = [rows for rows in range(1, math.isqrt(rows_of_step) + 1) if rows_of_step % rows == 0]
+    divisors = [*smaller, *(rows_of_step // rows for rows in smaller)]
+    return max((rows for rows in divisors if rows <= most), default=0)
 
 
-def largest_muon_group(model: GPT) -> int:
-    """Bytes of the largest group of matrices of one shape: Muon works on all of a group at a time."""
-    groups: dict[tuple, int] = {}
-    for name, parameter in model.named_parameters():
-        if uses_muon(name, parameter):
-            key = (name.rsplit(".", 1)[1], *parameter.shape)
-            groups[key] = groups.get(key, 0) + 4 * parameter.numel()
-    return max(groups.values())
-
-
-def block_bytes(model: GPT, layer: int, token: int, dtype_bytes: int) -> tuple[int, int]:
-    """(bytes that a block keeps from its forward to its backward pass, bytes that it then computes again)
-
-    token: bytes of one number for each token of a pass.
-    """
-    config = model.config
-    block = model.blocks[layer]
-    needed = backward_bytes(block, config, token, dtype_bytes)
-    factored = any(isinstance(module, LowRankLinear) for module in block.modules())
-    if config.recompute == "none" or (config.recompute == "bottleneck" and not factored):
-        return token * config.n_embd + needed, 0
-    attn = block.attn
-    mlp = block.mlp
-    numbers = config.n_embd  # the residual stream as it comes in
-    if config.has_value_embedding(layer):
-        numbers += attn.v.out_features
-    joint = (attn.q, attn.k, attn.v)
-    for layers in (joint, (attn.o,), (mlp.up,), (mlp.down,)):
-        if all(keeps_bottleneck(linear, config) for linear in layers):
-            numbers += sum(linear.rank for linear in layers)
-    return token * numbers, needed
-
-
-def keeps_bottleneck(layer, config: GPTConfig) -> bool:
-    """Whether a layer's r-wide product is kept while its block is computed again."""
-    return config.recompute == "bottleneck" and layer.rank > 0
-
-
-def backward_bytes(block, config: GPTConfig, token: int, dtype_bytes: int) -> int:
-    """Bytes that a block's backward pass needs beside the block's input and the bottlenecks that are kept."""
-    attn = block.attn
-    mlp = block.mlp
-    C = config.n_embd
-    K = attn.k.out_features
-    # outputs of the norms; q, k, v; attention's output for each token, and torch's kernel keeps a second one
-    numbers = 2 * C + C + 2 * K + (C if by_blocks(config.sequence_len, block.window) else 2 * C)
-    numbers += 0 if keeps_bottleneck(mlp.down, config) else config.n_hidden  # relu's output
-    copies = 0
-    if dtype_bytes == 4:
-        for layer in (attn.q, attn.k, attn.v):  # first factors in one matrix
-            copies += layer.A.numel() if layer.rank else layer.weight.numel()
-    else:  # a copy of every matrix in the compute dtype
-        copies = sum(p.numel() for p in block.parameters())
-    for layer in (attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down):
-        if layer.rank:
-            numbers += 0 if keeps_bottleneck(layer, config) else layer.rank
-            numbers += layer.rank if layer.act != "none" else 0
-    return token * numbers + dtype_bytes * copies
+@contextlib.contextmanager
+def flags_in_errors(args):
+    """In this block, too little memory of a GPU is an InputError that names the flags to change."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not (out_of_memory(e) and is_of_gpu(e)):
+            raise
+        remedies = ["a smaller --device-batch-size"]
+        if args.recompute != "block":
+            remedies.append("--recompute block")
+        if args.activation_budget == 1 and args.recompute == "none" and args.compile != "off":
+            remedies.append("--activation-budget 0.7")
+        rows = args.device_batch_size
+        raise InputError(
+            f"--device-batch-size {rows}: {memory_shortage(e)}; give {' or '.join(remedies)}"
+        ) from None

@@ -150,15 +150,20 @@ def token_losses(x, weight, targets):
 
 
 def rows_at_once(x, V: int, compiled: bool = False) -> int:
-    """Rows of logits to compute together, at least 512 for an efficient product.
+    """Rows of logits to compute together, of which x is the head's input."""
+    return chunk_rows(x.size(-1), V, x.is_cuda, compiled)
+
+
+def chunk_rows(width: int, V: int, on_gpu: bool, compiled: bool) -> int:
+    """Rows in a chunk of logits, at least 512 for an efficient product. width: of the head's input.
 
     compiled: for the loss with its gradients in compiled code, which holds n rows of logits in the dtype of x
     and nothing else of that size. Each chunk reads and writes the gradient of the head once more, 8·V·C bytes
     in float32. With n = 4·C its products take several times as long as that.
     """
-    n = max(512, (GPU_LOGITS if x.is_cuda else CPU_LOGITS) // V)
-    if compiled and x.is_cuda:
-        n = max(n, 2 ** int(math.log2(4 * x.size(-1))))  # a power of two, as most numbers of rows are
+    n = max(512, (GPU_LOGITS if on_gpu else CPU_LOGITS) // V)
+    if compiled and on_gpu:
+        n = max(n, 2 ** int(math.log2(4 * width)))  # a power of two, as most numbers of rows are
     return n
 
 

@@ -81,6 +81,16 @@ MACHINE_GROUP = FlagGroup(
             role=Role.COST,
             free=True,
         ),
+        Flag(
+            "--activation-budget",
+            "save memory in compiled blocks: the share of their activations that is kept. The backward pass "
+            "computes the rest again, what is cheap first: at 0.7 (without --fp8) no matrix product. 1 = all "
+            "are kept",
+            default=1.0,
+            type=real_number(above=0, high=1),
+            role=Role.COST,
+            free=True,
+        ),
     ),
 )
 

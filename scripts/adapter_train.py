@@ -31,6 +31,7 @@ from nanochat.flag_types import layer_map_flag
 from nanochat.flags import OLD_DEFAULTS, SHAPE_FLAGS
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_maps import check_same_shape, parse_map, stacked, takes_two_runs, with_layer_map
+from nanochat.memory import flags_in_errors
 from nanochat.naming import optional_tag, run_folder, shell_command, tag
 from nanochat.optim import Rates, default_matrix_lr
 from nanochat.plan import batch_and_horizon, check_schedule, print_plan, take_device_batch
@@ -392,7 +393,7 @@ def main(argv=None):
         return
     origin = spec.derived["origin"]
     run = start_run(spec)  # the processes meet and open the text
-    with lock_folder(run) as checkpoint:
+    with lock_folder(run) as checkpoint, flags_in_errors(args):
         if checkpoint == FINISHED:
             print0(f"{spec.tag}: already finished, see {run.folder}")
             return

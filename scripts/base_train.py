@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from nanochat import agreement, common, compiler, metrics, naming, parallel, recompute, signals, step_metrics
-from nanochat.accounting import account
 from nanochat.budget import choose_model, print_frontier
 from nanochat.checkpoint_manager import fitting_together
 from nanochat.continuation import inherit, read_record, tag_by_default
@@ -29,7 +28,7 @@ from nanochat.evaluation import Evaluation, core_questions, is_multiple, print_s
 from nanochat.fp8 import check_float8, train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
-from nanochat.memory import check_memory, predict_peak
+from nanochat.memory import check_memory, flags_in_errors, print_cards, training_costs
 from nanochat.mlp_kernel import use_mlp_kernel
 from nanochat.optim import Muon, Rates, load_optimizer_state, lr_multiplier, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
@@ -54,7 +53,7 @@ def main(argv=None):
     if spec is None:  # --plan and --dry-run only print
         return
     run = start_run(spec)  # the processes meet and open the text
-    with lock_folder(run) as checkpoint:
+    with lock_folder(run) as checkpoint, flags_in_errors(args):
         if checkpoint == FINISHED:
             print0(f"{spec.tag}: already finished, see {run.folder}")
             return
@@ -88,14 +87,14 @@ def plan_run(args) -> RunSpec | None:
     weights, derived = first_weights(args, tokenizer)
     plan = training_plan(args, config, world_size)
     take_device_batch(args, plan, world_size)
-    accumulates = plan["grad_accum_steps"] > 1
-    accounting = account(config) | predict_peak(config, args.device_batch_size, dtype.itemsize, accumulates)
+    accounting = training_costs(config, args, plan, device_type, dtype.itemsize, world_size)
     if subspace_config:
         derived["subspace"] = asdict(subspace_config)
         accounting = subspace_costs.account(subspace_config, config, accounting)
         subspace_costs.check_memory(subspace_config, config, dtype.itemsize, device_type)
     if args.dry_run:
         print_plan(config, plan | derived, accounting, args)
+        print_cards(config, args, plan, world_size)
         return None
     if not args.model_tag:
         naming.check_tag("--model-tag is missing, and", tag)
@@ -307,12 +306,12 @@ def open_output(run: TrainingRun, trainable: Trainable, meta: dict) -> RunOutput
 
 def compile_model(run: TrainingRun, model: GPT):
     """Compile the blocks if --compile says so. The first training batch shows the compiler the shapes."""
-    choice = run.args.compile
+    args = run.args
     device, _, size = run.world
     flops = run.plan["tokens"] * run.spec.accounting["flops/per_token"]
-    if compiler.should_compile(choice, device.type, flops):
-        x, y = training_batch(run.text.train_rows, 0, run.args.device_batch_size, run.world)
-        compiler.compile_if_possible(model, choice, device, size, lambda: model(x, y, run.dtype).backward())
+    if compiler.should_compile(args, device.type, flops):
+        x, y = training_batch(run.text.train_rows, 0, args.device_batch_size, run.world)
+        compiler.compile_if_possible(model, args, device, size, lambda: model(x, y, run.dtype).backward())
 
 
 def before_training(run: TrainingRun, evaluation: Evaluation, output: RunOutput, state: RunState, stop):

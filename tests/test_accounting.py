@@ -12,8 +12,8 @@ from nanochat import devices, gpt, recompute
 from nanochat.accounting import account, count_parameters, mean_keys
 from nanochat.attention import window_mask
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import predict_peak
 from nanochat.optim import Rates, build_optimizers
+from nanochat.peak import Execution, predict_peak
 
 SHAPE = GPTConfig(sequence_len=64, vocab_size=256, n_layer=4, n_head=2, n_kv_head=2, n_embd=64)
 
@@ -94,7 +94,7 @@ def two_steps(config, rows: int, passes: int):
 def test_predicted_peak_is_within_a_tenth_of_the_measured(rows, passes, changes):
     config = replace(SHAPE, **{"sequence_len": 128, "vocab_size": 512, **changes})
     measured = live_bytes(lambda: two_steps(config, rows, passes))[0]
-    predicted = predict_peak(config, rows, accumulated=passes > 1)["mem/predicted_peak_bytes"]
+    predicted = predict_peak(config, Execution(rows, accumulated=passes > 1))["mem/predicted_peak_bytes"]
     assert predicted == pytest.approx(measured, rel=0.1)
 
 

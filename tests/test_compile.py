@@ -83,6 +83,32 @@ def test_blocks_share_graphs_and_nothing_is_compiled_after_the_first_step(change
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
 
 
+def test_a_budget_keeps_less_and_changes_no_number():
+    config = replace(SHAPE, n_layer=2, sequence_len=64, attn_ranks=(4,) * 2, mlp_ranks=(4,) * 2)
+    idx = torch.randint(0, 50, (3, 64), generator=torch.Generator().manual_seed(1))
+    kept = []
+    gradients = []
+    for budget in (1.0, 0.5):
+        torch._dynamo.reset()
+        model = build(config)
+        compile_blocks(
+            model, backend="aot_eager_decomp_partition", budget=budget
+        )  # which keeps as inductor does
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(idx, idx)
+        loss.backward()
+        kept.append(sum(storages.values()))
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    assert kept[1] < 0.8 * kept[0]
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapted_blocks_compile_whole(kind, counters):
     """The gradients are those without compilation.

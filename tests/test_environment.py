@@ -7,6 +7,7 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
@@ -268,6 +269,40 @@ def test_gpus_that_torch_cannot_use_are_said(cuda, command):
         devices.pick_device_type("")
     with pytest.raises(InputError, match="Torch not compiled"):
         processes.init_process("cuda")
+
+
+@pytest.mark.parametrize(
+    "system, functions, given, value",
+    [
+        ("6.8.0-generic", ["cuMemAddressReserve"], {}, "expandable_segments:True"),
+        (
+            "6.8.0-generic",
+            ["cuMemAddressReserve"],
+            {"PYTORCH_ALLOC_CONF": "backend:native"},
+            "backend:native",
+        ),
+        ("6.8.0-generic", ["cuMemAddressReserve"], {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        ("5.15.1-microsoft-standard-WSL2", ["cuMemAddressReserve"], {}, None),
+        ("6.8.0-generic", [], {}, None),  # an old driver
+        ("6.8.0-generic", None, {}, None),  # none
+    ],
+)
+def test_gpu_memory_grows_where_the_driver_can_and_nobody_chose(
+    system, functions, given, value, variables, monkeypatch
+):
+    def load(name):
+        assert name == "libcuda.so.1"
+        if functions is None:
+            raise OSError(name)
+        return SimpleNamespace(**dict.fromkeys(functions))
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    variables(**given)
+    monkeypatch.setattr(environment.platform, "release", lambda: system)
+    monkeypatch.setattr(environment.ctypes, "CDLL", load)
+    environment.prepare_environment()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == value
 
 
 @pytest.mark.parametrize("given", ["", "-1", "NoDevFiles"])

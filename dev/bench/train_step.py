@@ -53,8 +53,8 @@ from nanochat.flag_types import DEEPEST, LONGEST, WIDEST, matrix_ranks_flag, ran
 from nanochat.flags import add_rank_multiple
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layer_ranks import named_ranks
-from nanochat.memory import predict_peak
 from nanochat.optim import Rates, build_optimizers
+from nanochat.peak import Execution, predict_peak
 from nanochat.plan import check_size
 from nanochat.processes import World
 from nanochat.step_metrics import tensor_bytes
@@ -331,6 +331,12 @@ def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
     seconds = {part: np.array(values) for part, values in raw["seconds"][subject.name].items()}
     tokens = batch_size * config.sequence_len
     rate = tokens * cost["flops/per_token"] / seconds["step"]
+    execution = Execution(
+        batch_size,
+        subject.dtype.itemsize,
+        device_type=next(subject.model.parameters()).device.type,
+        compiled=subject.model.blocks[0]._compiled_call_impl is not None,
+    )
     return {
         "config": asdict(config),
         "tokens per step": tokens,
@@ -341,9 +347,7 @@ def summary(subject: Subject, raw: dict, batch_size: int) -> dict:
         "flops per second": spread(rate),
         "share of ceiling": spread(rate / np.array(raw["ceiling"])),
         "memory": raw["memory"][subject.name],
-        "predicted peak": predict_peak(config, batch_size, subject.dtype.itemsize)[
-            "mem/predicted_peak_bytes"
-        ],
+        "predicted peak": predict_peak(config, execution)["mem/predicted_peak_bytes"],
     }
 
 

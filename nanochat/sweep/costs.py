@@ -10,7 +10,7 @@ from nanochat import devices
 from nanochat.accounting import account
 from nanochat.errors import InputError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import predict_peak
+from nanochat.peak import execution, predict_peak
 from nanochat.run_files import read_summary
 from nanochat.sweep.experiment import Point, Sweep
 from nanochat.sweep.local import places
@@ -101,9 +101,10 @@ def predicted_peak(point: Point, itemsize: int) -> int | None:
     """Bytes. None for a run that starts from another: its frozen weights have no gradients to count."""
     if point.base:
         return None
-    plan = point.plan
-    memory = predict_peak(point.config, plan["device_batch_size"], itemsize, plan["grad_accum_steps"] > 1)
-    return memory["mem/predicted_peak_bytes"]
+    args = point.args
+    device_type = devices.pick_device_type(args.device_type)
+    run = execution(args, point.plan, device_type, itemsize, point.processes)
+    return predict_peak(point.config, run)["mem/predicted_peak_bytes"]
 
 
 def count_places(sweep: Sweep, most: int | None) -> int:

@@ -1,0 +1,316 @@
+"""The peak of a training step, predicted: what is in memory at each of its high points.
+
+A step has four of them. In the head, a chunk of logits stands on all that the blocks have kept. In the
+backward pass of the last block nothing of the other blocks is freed yet; in that of the first block all
+gradients are there. In the update there are gradients and the copies that Muon computes with. Weights and
+optimizer state are always there.
+
+The parts follow from what the code keeps for its backward pass. Of compiled blocks torch's partitioner
+decides it: the tensors are those that it saves for the block of gpt.py (tests/test_cuda_stub_peak.py
+measures them). Counts are numbers a token, of the dtype of the activations.
+
+Shapes: N tokens of a pass, C width, K width of keys, M width inside the MLP, V vocabulary, r rank.
+"""
+
+from dataclasses import dataclass
+
+from nanochat.accounting import account, on_meta
+from nanochat.cpu import by_blocks, tile_rows
+from nanochat.exchange import LEAVING
+from nanochat.gpt import GPT, GPTConfig, LowRankLinear
+from nanochat.mlp_kernel import fits
+from nanochat.ops import chunk_rows
+from nanochat.shards import make_buckets, uses_muon
+
+LIBRARIES = 2**26  # bytes that cuBLAS takes from torch's allocator
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is trained, as far as its memory depends on it."""
+
+    rows: int  # of a pass
+    dtype_bytes: int = 4  # of a number of the activations
+    accumulated: bool = False  # several passes make a step: gradients stay in memory during a forward pass
+    device_type: str = "cpu"
+    compiled: bool = False
+    budget: float = 1.0  # --activation-budget
+    processes: int = 1
+    float8: bool = False  # --fp8
+    fused: bool = False  # --mlp-kernel fused
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device_type == "cuda"
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether torch's partitioner decides what a block keeps. On a CPU our own functions do."""
+        return self.compiled and self.on_gpu
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are cast where they are used. Of several processes each keeps them in the dtype."""
+        return self.dtype_bytes < 4 and self.processes == 1
+
+    def token_bytes(self, config: GPTConfig) -> int:
+        """Bytes of one number for each token of a pass."""
+        return self.rows * config.sequence_len * self.dtype_bytes
+
+
+def execution(args, plan: dict, device_type: str, dtype_bytes: int, processes: int = 1) -> Execution:
+    """As the flags and the plan of a run say."""
+    return Execution(
+        plan["device_batch_size"],
+        dtype_bytes,
+        plan["grad_accum_steps"] > 1,
+        device_type,
+        args.compile != "off",
+        args.activation_budget,
+        processes,
+        args.fp8,
+        args.mlp_kernel == "fused",
+    )
+
+
+def predict_peak(model: GPT | GPTConfig, run: Execution) -> dict:
+    """Bytes of tensors at the highest point of a training step of one process.
+
+    CUDA's own memory and that of Python come on top. On a CPU this is without a compiler, whose code keeps 3
+    to 17% more (dev/LOG.md).
+    """
+    model = on_meta(model) if isinstance(model, GPTConfig) else model
+    config = model.config
+    costs = account(model)
+    blocks = [model.blocks[layer] for layer in config.positions]
+    C = config.n_embd
+    token = run.token_bytes(config)
+    kept = [kept_bytes(block, config, layer, run) for block, layer in zip(blocks, config.positions)]
+    # the embedding that all blocks add is the first one's input; the smear keeps the previous token's
+    activations = sum(kept) + token * C
+    grads, own_grads, travelling = gradient_bytes(model, run)
+    head_width = model.lm_head.rank if isinstance(model.lm_head, LowRankLinear) else C
+    head_grad = 4 * config.vocab_size * head_width
+
+    first_block = backward_bytes(blocks[0], config, run)
+    last_block = backward_bytes(blocks[-1], config, run)
+    at_head = activations + head_grad + head_bytes(config, head_width, run)
+    at_last_norm = activations + head_grad + token * C * (8 if run.dtype_bytes < 4 else 3)
+    at_last_block = activations + head_grad + last_block
+    at_first_block = own_grads + travelling + kept[0] + token * 2 * C + first_block
+    at_backward = max(at_last_norm, at_last_block, at_first_block)
+    if run.accumulated:
+        at_head += grads
+        at_backward += grads
+    always = state_bytes(costs, run)
+    peak = always + max(at_head, at_backward, update_bytes(model, own_grads, costs, run))
+    return {"mem/activations_bytes": activations, "mem/predicted_peak_bytes": peak}
+
+
+# ---- weights, gradients, optimizer -------------------------------------------------------------------------
+
+
+def state_bytes(costs: dict, run: Execution) -> int:
+    """Bytes that are always there: weights, optimizer's state, and what libraries take."""
+    weights = costs["mem/weights_bytes"]
+    if run.dtype_bytes < 4 and not run.casts:  # the masters are their owner's
+        weights = weights // 2 + weights // run.processes
+    state = weights + costs["mem/optimizer_bytes"] // run.processes
+    return state + LIBRARIES if run.on_gpu else state
+
+
+def gradient_bytes(model: GPT, run: Execution) -> tuple[int, int, int]:
+    """(of all gradients of a process, of those that it owns, of the buckets in which the others leave)"""
+    grads = account(model)["mem/grads_bytes"]
+    if run.processes == 1:
+        return grads, grads, 0
+    largest = max(bucket.length for bucket in make_buckets(model, run.processes)) * run.processes
+    return grads, grads // run.processes, largest * (4 + LEAVING * run.dtype_bytes)
+
+
+def update_bytes(model: GPT, own_grads: int, costs: dict, run: Execution) -> int:
+    """Bytes in the update: gradients, what Muon computes with, and the new values on their way."""
+    copies = 4.5 if run.on_gpu else 6  # of a group of matrices; on a GPU in bfloat16
+    update = own_grads + int(copies * largest_muon_group(model)) // run.processes
+    if run.processes > 1:
+        update += costs["params/trained"] * run.dtype_bytes
+    return update
+
+
+# ---- a block -----------------------------------------------------------------------------------------------
+
+
+def kept_bytes(block, config: GPTConfig, layer: int, run: Execution) -> int:
+    """Bytes that a block keeps from its forward to its backward pass."""
+    numbers = config.n_embd  # the residual stream as it comes in
+    copies = 0
+    if recomputes(block, config):
+        numbers += sum(kept_products(block, config).values())
+        if config.has_value_embedding(layer):
+            numbers += block.attn.v.out_features
+    elif run.partitioned:
+        numbers += numbers_of_partitioner(block, config, run)
+        copies = copies_of_partitioner(block, run)
+    else:
+        numbers += numbers_for_backward(block, config, run)
+        copies = copied_weights(block, run)
+    return run.token_bytes(config) * numbers + run.dtype_bytes * copies
+
+
+def recomputes(block, config: GPTConfig) -> bool:
+    """Whether the backward pass computes the block again, as `recompute.apply` decides."""
+    factored = any(isinstance(module, LowRankLinear) for module in block.modules())
+    return config.recompute == "block" or (config.recompute == "bottleneck" and factored)
+
+
+def kept_products(block, config: GPTConfig) -> dict[str, int]:
+    """{matrices: width} of the r-wide products that stay while the rest of a block is computed again."""
+    attn = block.attn
+    mlp = block.mlp
+    ranks = {
+        "qkv": [attn.q.rank, attn.k.rank, attn.v.rank],
+        "o": [attn.o.rank],
+        "up": [mlp.up.rank],
+        "down": [mlp.down.rank],
+    }
+    if config.recompute != "bottleneck":
+        return {}
+    return {name: sum(widths) for name, widths in ranks.items() if all(widths)}
+
+
+def numbers_for_backward(block, config: GPTConfig, run: Execution) -> int:
+    """What the backward pass of an eager block needs beside its input and the products that are kept."""
+    attn = block.attn
+    mlp = block.mlp
+    C = config.n_embd
+    K = attn.k.out_features
+    kept = kept_products(block, config)
+    numbers = 2 * C + C + 2 * K  # outputs of the norms, which the products take; q, k, v
+    # attention's output for each token; torch's kernel for a CPU keeps a second one, by head
+    numbers += C if run.on_gpu or by_blocks(config.sequence_len, block.window) else 2 * C
+    numbers += 0 if "down" in kept else hidden_width(block, run)  # relu's output
+    numbers += statistics(config, run)
+    if (
+        run.float8
+    ):  # copies, a byte a number, of what products take: here norms, relu's square, what is r wide
+        return numbers + C // 2 + config.n_hidden // 2 + sum(layer.rank for layer in layers_of(block)) // 2
+    numbers += 0 if "qkv" in kept else joint_product(attn)
+    for name, layer in (("o", attn.o), ("up", mlp.up), ("down", mlp.down)):
+        numbers += 0 if name in kept else layer.rank
+    return numbers + after_activation(block)
+
+
+def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
+    """What torch's partitioner keeps of a compiled block beside its input."""
+    attn = block.attn
+    mlp = block.mlp
+    C = config.n_embd
+    K = attn.k.out_features
+    M = hidden_width(block, run)
+    least = C + 2 * K + C + M  # q, k, v, attention's output, the MLP's first product
+    least += statistics(config, run)
+    if run.float8:  # what products take is made again, but for the second norm's output and what is r wide
+        return least + C + sum(layer.rank for layer in layers_of(block)) // 2
+    least += joint_product(attn) + attn.o.rank + mlp.up.rank + mlp.down.rank
+    # kept on top, where all may be: the norms' outputs, relu's square
+    most = least + 2 * C + M + after_activation(block)
+    if run.budget == 1:
+        return most
+    # what costs no product is computed again first, which takes the residual stream after attention
+    return min(least + C, most) if least + C < run.budget * most else int(run.budget * most)
+
+
+def hidden_width(block, run: Execution) -> int:
+    """Width of the MLP's hidden layer, as far as it is ever in memory whole."""
+    return 0 if run.fused and run.on_gpu and fits(block.mlp) else block.mlp.up.out_features
+
+
+def layers_of(block) -> list:
+    attn = block.attn
+    return [attn.q, attn.k, attn.v, attn.o, block.mlp.up, block.mlp.down]
+
+
+def joint_product(attn) -> int:
+    """Numbers of the product that `ops.project` makes for q, k and v: second factors keep all of it."""
+    layers = (attn.q, attn.k, attn.v)
+    if not any(layer.rank for layer in layers):
+        return 0
+    return sum(layer.rank or layer.out_features for layer in layers)
+
+
+def after_activation(block) -> int:
+    """Numbers behind the function between two factors, beside those before it."""
+    return sum(layer.rank for layer in layers_of(block) if layer.rank and layer.act != "none")
+
+
+def statistics(config: GPTConfig, run: Execution) -> int:
+    """float32 numbers of the norms of the stream, q and k and of attention, in numbers of the dtype."""
+    return (2 + 2 * config.n_head + config.n_kv_head) * 4 // run.dtype_bytes
+
+
+def copied_weights(block, run: Execution) -> int:
+    """Entries of matrices that an eager block keeps a copy of."""
+    if run.casts:
+        return sum(p.numel() for p in block.parameters())
+    return sum(first_factor(layer).numel() for layer in (block.attn.q, block.attn.k, block.attn.v))
+
+
+def copies_of_partitioner(block, run: Execution) -> int:
+    """Likewise of a compiled block; the last matrix of the MLP is cast again."""
+    joined = sum(first_factor(layer).numel() for layer in (block.attn.q, block.attn.k, block.attn.v))
+    if not run.casts or run.budget < 1 or run.float8:
+        return joined
+    return sum(p.numel() for p in block.parameters()) - first_factor(block.mlp.down).numel()
+
+
+def first_factor(layer):
+    return layer.A if layer.rank else layer.weight
+
+
+def backward_bytes(block, config: GPTConfig, run: Execution) -> int:
+    """Bytes that come on top of what a block has kept while its backward pass is in the MLP."""
+    token = run.token_bytes(config)
+    C = config.n_embd
+    kept = kept_products(block, config)
+    if run.partitioned and "up" in kept:
+        # the MLP's hidden layer follows from up's product: attention is computed again later
+        return token * (5 * C + 2 * hidden_width(block, run))
+    # the gradient that goes on; of the MLP's hidden layer two tensors, three where relu's output was not kept
+    wide = 3 if "down" in kept else 2
+    if run.partitioned and not recomputes(block, config):
+        wide = 1 if run.budget == 1 else 2
+    wide += 2 if run.float8 else 0  # rounded copies, also of transposed tensors
+    N = run.rows * config.sequence_len
+    tile = N if run.on_gpu else tile_rows(N, config.n_hidden, run.dtype_bytes)
+    extra = token * C + wide * tile * hidden_width(block, run) * run.dtype_bytes
+    if recomputes(block, config):
+        extra += token * numbers_for_backward(block, config, run)
+        extra += run.dtype_bytes * copied_weights(block, run)
+    return extra
+
+
+# ---- head and update ---------------------------------------------------------------------------------------
+
+
+def head_bytes(config: GPTConfig, width: int, run: Execution) -> int:
+    """Bytes in the head at once: its input, its gradients, tensors as large as a chunk of logits."""
+    V = config.vocab_size
+    tokens = run.rows * config.sequence_len
+    chunk = min(chunk_rows(width, V, run.on_gpu, run.compiled), tokens)
+    logits = 0 if run.partitioned else 2 * 4  # bytes for each: in float32, and
+    copies = 0
+    if run.dtype_bytes < 4:  # one in the dtype
+        logits += run.dtype_bytes
+    if run.casts:
+        copies = V * width * run.dtype_bytes
+    return run.token_bytes(config) * (config.n_embd + 2 * width) + V * chunk * logits + copies
+
+
+def largest_muon_group(model: GPT) -> int:
+    """Bytes of the largest group of matrices of one shape: Muon works on all of a group at a time."""
+    groups: dict[tuple, int] = {}
+    for name, parameter in model.named_parameters():
+        if uses_muon(name, parameter):
+            key = (name.rsplit(".", 1)[1], *parameter.shape)
+            groups[key] = groups.get(key, 0) + 4 * parameter.numel()
+    return max(groups.values())
