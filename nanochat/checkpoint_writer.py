@@ -25,7 +25,7 @@ from nanochat.locks import NOTICE_AFTER, Lock
 from nanochat.processes import print0
 from nanochat.signals import ENDING
 
-POLL = 0.1  # seconds
+POLL = 0.02  # seconds
 
 
 class Writer(NamedTuple):

@@ -311,18 +311,13 @@ def param_group(params: dict, settings: dict) -> dict:
 # ---- state by name -----------------------------------------------------------------------------------------
 
 
-def optimizer_state(optimizers) -> dict:
-    """{parameter name: {key: tensor}} of this process's shards."""
-    return {name: dict(optimizer.state[p]) for optimizer, name, p in named_parameters(optimizers)}
-
-
 def load_optimizer_state(optimizers, shards: list[ParameterShard], state: StoredState):
     """Take this process's part of a checkpoint's state of whole parameters."""
     by_name = {shard.name: shard for shard in shards}
     for optimizer, name, p in named_parameters(optimizers):
         shard = by_name[name]
-        for key in state[name]:
-            stored = state[name]
+        stored = state[name]
+        for key in stored:
             part = stored[key] if shard.is_whole else stored.part(key, shard.start, shard.end)
             optimizer.state[p][key] = part.to(p.device, copy=True)
 

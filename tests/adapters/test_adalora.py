@@ -18,7 +18,7 @@ from nanochat.adapters.attach import (
 )
 from nanochat.adapters.layers import Triplets
 from nanochat.errors import InputError
-from nanochat.optim import Rates, build_optimizers, optimizer_state
+from nanochat.optim import Rates, build_optimizers, named_parameters
 
 
 def adapted(rank=4, **changes):
@@ -267,7 +267,9 @@ class Training:
         return copy.deepcopy(
             {
                 "adapter": adapter_state(self.model, "a"),
-                "optimizer": optimizer_state([self.optimizer]),
+                "optimizer": {
+                    name: dict(self.optimizer.state[p]) for _, name, p in named_parameters([self.optimizer])
+                },
                 "allocator": self.allocator.state_dict(),
             }
         )
