@@ -59,10 +59,10 @@ def build(config: GPTConfig) -> Trainable:
 def one_step(trainable: Trainable, batches):
     """What `base_train.train_steps` does between two steps' lines."""
     stop = StopRequest()
-    base_train.forward_backward(trainable.model, batches, 1, WORLD, torch.bfloat16, stop)
-    base_train.gradient_norm(trainable.model, 0.0)
+    base_train.forward_backward(trainable, batches, 1, torch.bfloat16, stop)
+    base_train.gradient_norm(trainable, 0.0)
     trainable.before_update()
-    base_train.update(trainable, WORLD, 0, 1.0)
+    base_train.update(trainable, 0, 1.0)
     trainable.after_update()
     trainable.model.zero_grad()
 

@@ -92,9 +92,9 @@ def first_losses(rows: Rows, task: Task, device, dtype) -> dict:
     batches = training_batches(rows, 0, task.short_rows, world)
     losses = []
     for step in range(task.first_losses):
-        loss, _ = base_train.forward_backward(model, batches, 1, world, dtype, StopRequest())
-        base_train.gradient_norm(model, 0.0)
-        base_train.update(trainable, world, step, 1.0)
+        loss, _ = base_train.forward_backward(trainable, batches, 1, dtype, StopRequest())
+        base_train.gradient_norm(trainable, 0.0)
+        base_train.update(trainable, step, 1.0)
         model.zero_grad()
         losses.append(loss)
     return {"losses": losses, "weights": weights}
