@@ -253,7 +253,7 @@ def test_the_ladder_kills_resumes_and_trains(tmp_path, corpus_dir):
     items = report["items"]
     assert {item["status"] for item in items.values()} == {"ok"}
     losses = items["first losses"]["result"]
-    assert losses["same start"] and losses["float32"] == losses["cpu"]
+    assert losses["same start"] and losses["float32"] == pytest.approx(losses["cpu"], abs=1e-3)
     for run in items["kill and resume"]["result"].values():
         assert run["ok"] and run["largest difference"] == 0
     for seed in (1, 2):
