@@ -318,7 +318,8 @@ def test_the_ladders_models_are_what_the_tables_call_them():
     assert configs[models.QUARTER].whole_rank("up", 0) == 320
     assert configs[models.RECIPE].whole_rank("v", 0) == 0 and configs[models.RECIPE].whole_rank("q", 0) == 320
     assert params[models.NARROW] == pytest.approx(params[models.QUARTER], rel=0.05)
-    assert [models.common_rows(False, gib) for gib in (24, 79, 140)] == [2, 16, 32]
+    card = import_ladder("runner").Setting("cuda", False)
+    assert [models.common_rows(card, gib) for gib in (24, 79, 140)] == [2, 16, 32]
     task = import_ladder("text").Task()
     training = import_ladder("training")
     arms = {name: training.parameters(task, flags) for name, flags in training.arms(task).items()}

@@ -33,8 +33,6 @@ def main(argv=None):
     args = flag_parser().parse_args(argv)
     check_out("--out", args.out)
     started = time.monotonic()
-    # parts of the allocator's memory may grow, so that models of many shapes waste little of it
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.call == "1":
         first_call(args, started + args.seconds)
@@ -64,7 +62,7 @@ def first_call(args, deadline: float):
 
     run([Item("machine", machine.measure, 30)])
     card = report.result(results.entries, "machine") or {}
-    rows = models.common_rows(args.tiny, card.get("gib", 80.0))
+    rows = models.common_rows(setting, card.get("gib", 80.0))
     setting = Setting(args.device_type, args.tiny, rows)
     results.entries["rows"] = rows
     run(correctness.items(args.tiny), TOGETHER)

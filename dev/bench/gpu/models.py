@@ -13,9 +13,9 @@ from nanochat.compiler import compile_blocks
 from nanochat.dataloader import training_batches
 from nanochat.fp8 import train_in_float8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import predict_peak
 from nanochat.mlp_kernel import use_mlp_kernel
 from nanochat.optim import build_optimizers
+from nanochat.peak import Execution, predict_peak
 from nanochat.processes import World
 
 DENSE = "dense"
@@ -26,10 +26,11 @@ FUSED = "r = d/4, fused MLP"
 FULL_CONTEXT = "dense, L"
 FP8 = "dense, fp8"
 BLOCK = "dense, recompute block"
+BUDGET = "dense, activation budget 0.7"
 HALF = "dense, half the layers"
 NARROW = "dense, narrower"
 # each group takes turns in one process, with dense in it; the most important first
-GROUPS = ((QUARTER, RECIPE, RECOMPUTE, FUSED), (FP8, FULL_CONTEXT, NARROW, BLOCK, HALF))
+GROUPS = ((QUARTER, RECIPE, RECOMPUTE, FUSED), (FP8, FULL_CONTEXT, NARROW, BUDGET, BLOCK, HALF))
 EXPLANATIONS = {
     DENSE: "full rank, windows SSSL",
     QUARTER: "attention and MLP at rank d/4",
@@ -39,6 +40,7 @@ EXPLANATIONS = {
     FULL_CONTEXT: "every layer sees the whole context",
     FP8: "with --fp8",
     BLOCK: "with --recompute block",
+    BUDGET: "with --activation-budget 0.7",
     HALF: "half the layers at the same width",
     NARROW: "as many parameters as r = d/4, at a smaller width",
 }
@@ -95,10 +97,11 @@ def variant(name: str, tiny: bool) -> Variant:
         FULL_CONTEXT: replace(dense, window_pattern="L"),
         FP8: dense,
         BLOCK: replace(dense, recompute="block"),
+        BUDGET: dense,
         HALF: replace(dense, n_layer=dense.n_layer // 2),
         NARROW: as_large_as(dense, account(quarter)["params/total"]),
     }
-    options = {FUSED: {"mlp_kernel": "fused"}, FP8: {"fp8": True}}
+    options = {FUSED: {"mlp_kernel": "fused"}, FP8: {"fp8": True}, BUDGET: {"activation_budget": 0.7}}
     return Variant(configs[name], options.get(name, {}))
 
 
@@ -140,7 +143,7 @@ def build(name: str, chosen: Variant, setting: Setting, rows) -> Subject:
     recompute.apply(model)
     apply_options(model, chosen.options)
     torch._dynamo.config.recompile_limit = 64  # the default of 8 is for one model
-    compile_blocks(model, backend=setting.backend)
+    compile_blocks(model, setting.backend, chosen.options.get("activation_budget", 1.0))
     optimizers = build_optimizers(model, RATES, dtype=setting.dtype)
     batches = training_batches(rows, 0, setting.rows, World(setting.device))
     return Subject(name, model, optimizers, batches, setting.dtype)
@@ -154,25 +157,41 @@ def noise(setting: Setting):
 # ---- what fits ---------------------------------------------------------------------------------------------
 
 
-def common_rows(tiny: bool, gib: float) -> int:
+def execution(name: str, setting: Setting) -> Execution:
+    """How a model is trained here, for `predict_peak`."""
+    options = variant(name, setting.tiny).options
+    return Execution(
+        setting.rows,
+        setting.dtype.itemsize,
+        device_type=setting.device_type,
+        compiled=True,
+        budget=options.get("activation_budget", 1.0),
+        float8=options.get("fp8", False),
+        fused=options.get("mlp_kernel") == "fused",
+    )
+
+
+def common_rows(setting: Setting, gib: float) -> int:
     """Rows of a pass with which the models of each group fit together into a card's memory.
 
-    The states of all stay; only one model computes at a time, and dense needs most for that. Compiled code
-    is taken to need half as much again as `predict_peak` says.
+    The states of all stay, and one model computes at a time.
     """
-    if tiny:
+    if setting.tiny:
         return 4
-    dense = variant(DENSE, False).config
-    groups = [sum(map(state_bytes, group)) for group in GROUPS]
-    states = state_bytes(DENSE) + max(groups)
     for rows in (32, 16, 8, 4):
-        peak = predict_peak(dense, rows, 2)["mem/predicted_peak_bytes"]
-        if states + 1.5 * (peak - state_bytes(DENSE)) < 0.9 * gib * 2**30:
+        if max(group_gib(group, replace(setting, rows=rows)) for group in GROUPS) < 0.93 * gib:
             return rows
     return 2
 
 
-def state_bytes(name: str) -> int:
-    """Of a model's weights and its optimizers' state."""
-    costs = account(variant(name, False).config)
-    return costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"]
+def group_gib(group: tuple, setting: Setting) -> float:
+    states = 0
+    working = 0
+    for name in (DENSE, *group):
+        config = variant(name, setting.tiny).config
+        costs = account(config)
+        state = costs["mem/weights_bytes"] + costs["mem/optimizer_bytes"]
+        peak = predict_peak(config, execution(name, setting))["mem/predicted_peak_bytes"]
+        states += state
+        working = max(working, peak - state)
+    return (states + working) / 2**30

@@ -137,9 +137,11 @@ def step_lines(entries: dict) -> list[str]:
             continue
         rows = [step_row(name, group, peak_flops) for name in group["models"]]
         for name, reason in group["failed"].items():
-            rows.append([name, reason, *[""] * 13])
+            rows.append([name, reason, *[""] * 14])
         heads = ["", "parameters, M", "tokens/s", "step, ms", *PARTS, "step / dense", "FLOPs / dense"]
-        lines += table([*heads, "step / FLOPs", "MFU, %", "HFU, %", "peak, GiB", "peak / dense"], rows)
+        lines += table(
+            [*heads, "step / FLOPs", "MFU, %", "HFU, %", "peak, GiB", "predicted", "peak / dense"], rows
+        )
         lines += [f"{group['rounds']} rounds of {group['rows']} rows.", ""]
     if lines:
         lines += ["MFU counts the FLOPs of the model, HFU those that the card executes.", ""]
@@ -171,6 +173,7 @@ def step_row(name: str, group: dict, peak_flops: float | None) -> list[str]:
         *to_dense,
         *shares,
         shown(model["memory"]["peak"], 1 / 2**30, 3),
+        shown(model["predicted peak"], 1 / 2**30, 3),
         peak_ratio,
     ]
 

@@ -12,6 +12,7 @@ from gpu.runner import Setting
 from nanochat import common
 from nanochat.benchmark import spread
 from nanochat.errors import first_line
+from nanochat.peak import predict_peak
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 20
@@ -68,7 +69,11 @@ def one_round(subjects: dict, raw: dict, turn: int, setting: Setting):
 
 
 def results(subjects: dict, raw: dict, setting: Setting) -> dict:
-    measured = {name: summary(subject, raw, setting.rows) for name, subject in subjects.items()}
+    measured = {}
+    for name, subject in subjects.items():
+        prediction = predict_peak(subject.model.config, models.execution(name, setting))
+        own = {"predicted peak": prediction["mem/predicted_peak_bytes"]}
+        measured[name] = summary(subject, raw, setting.rows) | own
     to_dense = {}
     for name in measured:
         if name != DENSE and DENSE in measured:
