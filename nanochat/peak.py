@@ -190,10 +190,9 @@ def numbers_for_backward(block, config: GPTConfig, run: Execution) -> int:
     numbers += C if run.on_gpu or by_blocks(config.sequence_len, block.window) else 2 * C
     numbers += 0 if "down" in kept else hidden_width(block, run)  # relu's output
     numbers += statistics(config, run)
-    if (
-        run.float8
-    ):  # copies, a byte a number, of what products take: here norms, relu's square, what is r wide
-        return numbers + C // 2 + config.n_hidden // 2 + sum(layer.rank for layer in layers_of(block)) // 2
+    if run.float8:  # and what products take, a byte a number
+        taken = 3 * C + config.n_hidden + sum(layer.rank for layer in layers_of(block))
+        return numbers + taken // 2
     numbers += 0 if "qkv" in kept else joint_product(attn)
     for name, layer in (("o", attn.o), ("up", mlp.up), ("down", mlp.down)):
         numbers += 0 if name in kept else layer.rank

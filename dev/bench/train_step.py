@@ -415,7 +415,7 @@ def table_rows(model: dict) -> list[tuple[str, str]]:
         ("step ratio / GFLOP ratio", ""),
     ]
     rows += [(f"{part}, MB", shown(model["memory"][part], 1e-6)) for part in MEMORY]
-    return rows + [("peak as predicted (uncompiled), MB", shown(model["predicted peak"], 1e-6))]
+    return rows + [("peak as predicted, MB", shown(model["predicted peak"], 1e-6))]
 
 
 def ratio_rows(ratio: dict) -> list[str]:
