@@ -42,7 +42,9 @@ def training_costs(
 ) -> dict:
     """`accounting.account`, and the peak of a training step on this device."""
     model = on_meta(config)
-    return account(model) | predict_peak(model, execution(args, plan, device_type, dtype_bytes, processes))
+    costs = account(model)
+    run = execution(args, plan, device_type, dtype_bytes, processes)
+    return costs | predict_peak(model, run, costs)
 
 
 def check_memory(args, accounting: dict, device_type: str):
@@ -74,11 +76,12 @@ def print_cards(config: GPTConfig, args, plan: dict, processes: int):
     run = execution(args, plan, "cuda", dtype.itemsize, processes)
     rows_of_step = run.rows * plan["grad_accum_steps"]
     model = on_meta(config)
+    costs = account(model)
 
     @functools.cache
     def peak_gib(rows: int) -> float:
         passes = replace(run, rows=rows, accumulated=rows < rows_of_step)
-        return predict_peak(model, passes)["mem/predicted_peak_bytes"] / 2**30
+        return predict_peak(model, passes, costs)["mem/predicted_peak_bytes"] / 2**30
 
     largest = {f"{card} GB": most_rows(peak_gib, rows_of_step, size) for card, size in CARDS.items()}
     fits = " and ".join(card for card, rows in largest.items() if rows >= run.rows)

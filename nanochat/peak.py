@@ -73,22 +73,23 @@ def execution(args, plan: dict, device_type: str, dtype_bytes: int, processes: i
     )
 
 
-def predict_peak(model: GPT | GPTConfig, run: Execution) -> dict:
+def predict_peak(model: GPT | GPTConfig, run: Execution, costs: dict | None = None) -> dict:
     """Bytes of tensors at the highest point of a training step of one process.
 
+    costs: what `account` says of the model, if that is known.
     CUDA's own memory and that of Python come on top. On a CPU this is without a compiler, whose code keeps 3
     to 17% more (dev/LOG.md).
     """
     model = on_meta(model) if isinstance(model, GPTConfig) else model
     config = model.config
-    costs = account(model)
+    costs = costs or account(model)
     blocks = [model.blocks[layer] for layer in config.positions]
     C = config.n_embd
     token = run.token_bytes(config)
     kept = [kept_bytes(block, config, layer, run) for block, layer in zip(blocks, config.positions)]
     # the embedding that all blocks add is the first one's input; the smear keeps the previous token's
     activations = sum(kept) + token * C
-    grads, own_grads, travelling = gradient_bytes(model, run)
+    grads, own_grads, travelling = gradient_bytes(model, costs, run)
     head_width = model.lm_head.rank if isinstance(model.lm_head, LowRankLinear) else C
     head_grad = 4 * config.vocab_size * head_width
 
@@ -119,9 +120,9 @@ def state_bytes(costs: dict, run: Execution) -> int:
     return state + LIBRARIES if run.on_gpu else state
 
 
-def gradient_bytes(model: GPT, run: Execution) -> tuple[int, int, int]:
+def gradient_bytes(model: GPT, costs: dict, run: Execution) -> tuple[int, int, int]:
     """(of all gradients of a process, of those that it owns, of the buckets in which the others leave)"""
-    grads = account(model)["mem/grads_bytes"]
+    grads = costs["mem/grads_bytes"]
     if run.processes == 1:
         return grads, grads, 0
     largest = max(bucket.length for bucket in make_buckets(model, run.processes)) * run.processes
