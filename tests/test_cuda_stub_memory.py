@@ -1,5 +1,7 @@
 """Memory under a stub of CUDA: what is kept, what is launched, and what is said when a GPU is full."""
 
+import re
+
 import null_gpu
 import pytest
 
@@ -42,11 +44,12 @@ def test_a_budget_of_070_repeats_no_product(tmp_path):
         assert peak_within_budget < 0.85 * peak
 
 
-# the second process may have 64 MiB
-SECOND_IS_FULL = """
+# the last process may have 64 MiB, as if other programs had the rest
+LAST_IS_FULL = """
 import os, torch
-if os.environ.get("RANK") == "1":
-    torch.cuda.set_per_process_memory_fraction(1 / 16 / 79.1, 1)
+rank = int(os.environ.get("RANK", 0))
+if rank == PROCESSES - 1:
+    torch.cuda.set_per_process_memory_fraction(1 / 16 / 79.1, rank)
 """
 
 
@@ -58,13 +61,11 @@ def test_a_full_gpu_ends_a_run_in_one_line(choice, processes, base_dir, corpus_d
         --num-iterations {steps} --device-batch-size 64 --total-batch-size {2**14 * processes}
         --window-pattern L --compile {choice}"""
     command = ["-m", "scripts.base_train", *flags.split()]
-    settings = dict(gib=0.15)
-    if processes == 2:
+    if processes > 1:
         command.insert(2, "--")
-        hook = tmp_path / "hook.py"
-        hook.write_text(SECOND_IS_FULL)
-        settings = dict(processes=2, NULLGPU_HOOK=f"{null_gpu.HOOK}:{hook}")
-    result = null_gpu.run(*command, **settings)
+    hook = tmp_path / "hook.py"
+    hook.write_text(LAST_IS_FULL.replace("PROCESSES", str(processes)))
+    result = null_gpu.run(*command, processes=processes, NULLGPU_HOOK=f"{null_gpu.HOOK}:{hook}")
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr[-3000:]
     assert lines[0].startswith("error: process 1 of 2: --device" if processes == 2 else "error: --device")
@@ -73,3 +74,10 @@ def test_a_full_gpu_ends_a_run_in_one_line(choice, processes, base_dir, corpus_d
     assert result.returncode == (2 if processes == 1 else 1)  # torchrun's own
     if processes == 1:
         assert "Traceback" not in result.stderr
+
+
+def test_what_cannot_fit_is_refused_before_any_work(base_dir, corpus_dir):
+    flags = f"--data {corpus_dir} --depth 2 --model-dim 256 --head-dim 64 --max-seq-len 256"
+    result = null_gpu.run("-m", "scripts.base_train", *flags.split(), gib=0.15)
+    assert result.returncode == 2
+    assert re.search(r"activations need at least 0\.\d GiB, and there are 0.1 GiB; give less", result.stderr)
