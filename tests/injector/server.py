@@ -82,13 +82,12 @@ def wait_for_all(pids, deadline):
     codes = {}
     hung = False
     kill_at = None
-    while len(codes) < len(pids):
+    while missing := [p for p in pids if p not in codes]:
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
+        if pid:  # perhaps a writer's, whose training process has died: this process is its parent then
             codes[pid] = os.waitstatus_to_exitcode(status)
             continue
         now = time.monotonic()
-        missing = [p for p in pids if p not in codes]
         failed = any(codes.get(p) for p in pids)
         if failed and kill_at is None:
             kill_at = now + PATIENCE
