@@ -66,11 +66,11 @@ def first_call(args, deadline: float):
     setting = Setting(args.device_type, args.tiny, rows)
     results.entries["rows"] = rows
     run(correctness.items(args.tiny), TOGETHER)
-    first, second = models.GROUPS
     timed = [
         Item("attention", attention.measure, 45),
-        Item("steps 1", partial(steps.measure, first, 70 * slower), 100),
-        Item("steps 2", partial(steps.measure, second, 50 * slower), 80),
+        Item("steps 1", partial(steps.measure, models.GROUPS[0], 70 * slower), 100),
+        Item("steps 2", partial(steps.measure, models.GROUPS[1], 50 * slower), 80),
+        Item("steps 3", partial(steps.measure, models.GROUPS[2], 15 * slower), 30),
         Item("decode", decode.measure, 40),
         Item("loss chunks", parts.loss_chunks, 40),
         Item("products", parts.products, 20),

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from loss_memory import measure as measure_loss
@@ -57,7 +58,7 @@ def items(tiny: bool) -> list[Item]:
 
 def compilations() -> list[Item]:
     """Items that compile a block of each kind of each model of item 6; what they make is found there."""
-    names = (models.DENSE, *(name for group in models.GROUPS for name in group))
+    names = dict.fromkeys(chain(*models.GROUPS))
     return [Item(f"compile: {name}", partial(compile_one, name), 80) for name in names]
 
 

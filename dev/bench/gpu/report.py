@@ -241,7 +241,7 @@ def aim_figures(entries: dict) -> dict[str, float]:
     figures = {}
     aims = list(AIMS)
     groups = [result(entries, f"steps {number + 1}") or {} for number in range(len(models.GROUPS))]
-    first, second = ({"models": {}, "ratios": {}} | group for group in groups)
+    first, second, _ = ({"models": {}, "ratios": {}} | group for group in groups)
     peak_flops = (result(entries, "machine") or {}).get("peak flops")
     if DENSE in first["models"] and peak_flops:
         figures[aims[0]] = first["models"][DENSE]["flops per second"]["median"] / peak_flops

@@ -19,12 +19,12 @@ MOST_ROUNDS = 20
 
 
 def measure(group: tuple, seconds: float, setting: Setting):
-    """The models of a group beside the dense one. seconds: begin no round after so many."""
+    """The models of a group, in turn. seconds: begin no round after so many."""
     started = time.monotonic()
     state = {"rows": setting.rows, "models": {}, "ratios": {}, "failed": {}, "rounds": 0}
     rows = models.noise(setting)
     subjects = {}
-    for name in (DENSE, *group):
+    for name in group:
         try:
             subject = models.build(name, models.variant(name, setting.tiny), setting, rows)
             for _ in range(WARMUP):
