@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nanochat.errors import InputError, first_line
+from nanochat.errors import InputError, first_line, path_in_errors
 from nanochat.files import Schema, open_file, open_new, read_json, sha256, sync, write_atomic
 
 SHARD = Schema("checkpoint's list of tensors", {"sha256": str, "tensors": list, "values": list})
@@ -325,10 +325,11 @@ def open_state(folder: Path, sums: dict[str, str], device) -> StoredState:
     """
     files = {}
     for name, expected in sums.items():
-        files[name] = open_file(folder / name)
         digest = hashlib.sha256()
-        while block := files[name].read(2**22):
-            digest.update(block)
+        with path_in_errors(folder / name):
+            files[name] = open_file(folder / name)
+            while block := files[name].read(2**22):
+                digest.update(block)
         if digest.hexdigest() != expected:
             raise InputError(
                 f"{folder}: damaged checkpoint (the content of {name} does not match its checksum); "

@@ -1,8 +1,10 @@
 """Checkpoints: whole or not there, verified, never the reason something is lost."""
 
 import errno
+import io
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -143,6 +145,18 @@ def test_a_checkpoint_of_one_file_is_read_and_verified_too(tmp_path):
     save_as_before(tmp_path, 6, {"model": Evil()})
     with pytest.raises(InputError, match="(?i)step_000006: .*weights.only"):
         cm.load_checkpoint(tmp_path, 6)
+
+
+@pytest.mark.parametrize("number, message", [(errno.EIO, "cannot be read"), (errno.ENOENT, "damaged")])
+def test_a_file_that_can_be_opened_and_not_read_is_a_line(tmp_path, monkeypatch, number, message):
+    class Unreadable(io.BytesIO):
+        def read(self, *_):
+            raise OSError(number, os.strerror(number))
+
+    cm.save_checkpoint(tmp_path, 5, STATE, {})
+    monkeypatch.setattr(cf, "open_file", lambda path: Unreadable())
+    with pytest.raises(InputError, match=f"step_000005: {message}"):
+        cm.load_checkpoint(tmp_path, 5)
 
 
 # ---- shards
