@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.core_bundle import Bundle, Task
-from nanochat.engine import kernels_of_any_length, prefill
+from nanochat.engine import prefill
 from nanochat.errors import InputError
 from nanochat.ops import logits as head_logits
 from nanochat.ops import rows_at_once
@@ -205,8 +205,7 @@ def score_batch(model, rows: list, dtype) -> list[tuple[float, bool]]:
     if T:
         is_token = targets[:, 1:] >= 0
         inputs = targets[:, :-1].clamp(min=0)
-        with kernels_of_any_length(logits.device):
-            x, weight = model(inputs, compute_dtype=dtype, cache=cache, head=head_input)
+        x, weight = model(inputs, compute_dtype=dtype, cache=cache, head=head_input)
         x = x[is_token]
         n = rows_at_once(x, weight.size(0))
         pairs = zip(x.split(n), targets[:, 1:][is_token].split(n))

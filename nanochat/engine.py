@@ -5,13 +5,11 @@ end in the same slot. Rotary scores depend on distances only, so a row may begin
 the ones it would have alone, up to rounding. Shapes as in gpt.py; S: slots of the cache.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.attention import window_mask
 from nanochat.cpu import few_rows_by_mkl
@@ -118,19 +116,12 @@ class KVCache:
 # ---- generation --------------------------------------------------------------------------------------------
 
 
-def kernels_of_any_length(device):
-    """In this block a GPU's attention makes no plan for each new length, as cuDNN's would."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
 def next_logits(model: GPT, idx, dtype, cache: KVCache):
     """idx: (B, T), tokens that follow those in the cache -> float32 logits (B, V) of the token after them.
 
     Their keys and values are added to the cache.
     """
-    with few_rows_by_mkl(idx.numel()), kernels_of_any_length(idx.device):
+    with few_rows_by_mkl(idx.numel()):
         return model(idx, compute_dtype=dtype, cache=cache, head=last_logits)
 
 

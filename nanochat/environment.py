@@ -15,6 +15,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from nanochat.common import get_base_dir
 from nanochat.errors import InputError
@@ -205,6 +207,19 @@ def local_rank(rank: int, size: int) -> int:
     if scheduler is None:
         raise InputError(f"LOCAL_RANK is not set, but RANK={rank} and WORLD_SIZE={size} are; {WAY_OUT}")
     return launcher_integer(scheduler, 0)
+
+
+def local_world_size(size: int) -> int:
+    """How many of a run's processes are on this machine. 1 where no launcher says it. size: of the run."""
+    if size > 1 and os.environ.get("LOCAL_WORLD_SIZE"):
+        return launcher_integer("LOCAL_WORLD_SIZE", 1)
+    return 1
+
+
+def python_path(variables: Mapping[str, str]) -> str:
+    """PYTHONPATH of a process that has to find this package, whatever its current folder is."""
+    package = str(Path(__file__).parents[1])
+    return os.pathsep.join(filter(None, [package, variables.get("PYTHONPATH")]))
 
 
 def check_rendezvous():

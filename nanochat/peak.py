@@ -14,7 +14,7 @@ Shapes: N tokens of a pass, C width, K width of keys, M width inside the MLP, V 
 
 from dataclasses import dataclass
 
-from nanochat.accounting import account, on_meta
+from nanochat.accounting import account, is_recomputed, on_meta
 from nanochat.cpu import by_blocks, tile_rows
 from nanochat.exchange import LEAVING
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
@@ -145,7 +145,7 @@ def kept_bytes(block, config: GPTConfig, layer: int, run: Execution) -> int:
     """Bytes that a block keeps from its forward to its backward pass."""
     numbers = config.n_embd  # the residual stream as it comes in
     copies = 0
-    if recomputes(block, config):
+    if is_recomputed(block, config):
         numbers += sum(kept_products(block, config).values())
         if config.has_value_embedding(layer):
             numbers += block.attn.v.out_features
@@ -156,12 +156,6 @@ def kept_bytes(block, config: GPTConfig, layer: int, run: Execution) -> int:
         numbers += numbers_for_backward(block, config, run)
         copies = copied_weights(block, run)
     return run.token_bytes(config) * numbers + run.dtype_bytes * copies
-
-
-def recomputes(block, config: GPTConfig) -> bool:
-    """Whether the backward pass computes the block again, as `recompute.apply` decides."""
-    factored = any(isinstance(module, LowRankLinear) for module in block.modules())
-    return config.recompute == "block" or (config.recompute == "bottleneck" and factored)
 
 
 def kept_products(block, config: GPTConfig) -> dict[str, int]:
@@ -277,13 +271,13 @@ def backward_bytes(block, config: GPTConfig, run: Execution) -> int:
         return token * (5 * C + 2 * hidden_width(block, run))
     # the gradient that goes on; of the MLP's hidden layer two tensors, three where relu's output was not kept
     wide = 3 if "down" in kept else 2
-    if run.partitioned and not recomputes(block, config):
+    if run.partitioned and not is_recomputed(block, config):
         wide = 1 if run.budget == 1 else 2
     wide += 2 if run.float8 else 0  # rounded copies, also of transposed tensors
     N = run.rows * config.sequence_len
     tile = N if run.on_gpu else tile_rows(N, config.n_hidden, run.dtype_bytes)
     extra = token * C + wide * tile * hidden_width(block, run) * run.dtype_bytes
-    if recomputes(block, config):
+    if is_recomputed(block, config):
         extra += token * numbers_for_backward(block, config, run)
         extra += run.dtype_bytes * copied_weights(block, run)
     return extra

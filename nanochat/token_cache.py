@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nanochat import locks
 from nanochat.common import get_base_dir, locked
-from nanochat.environment import launcher_integer
+from nanochat.environment import local_world_size
 from nanochat.errors import InputError
 from nanochat.files import (
     NoOrdinaryFile,
@@ -150,10 +150,8 @@ def verify_caches(shards, tokenizer):
     The processes of one machine share the work. Each machine does all of it: it may have another disk.
     """
     _, local_rank, world_size = process_layout()
-    local_world_size = 1  # if it is unknown, all processes read all caches, one after another
-    if world_size > 1 and os.environ.get("LOCAL_WORLD_SIZE"):
-        local_world_size = launcher_integer("LOCAL_WORLD_SIZE", 1)
-    for shard in shards[local_rank::local_world_size]:
+    # if their number is unknown, all processes read all caches, one after another
+    for shard in shards[local_rank :: local_world_size(world_size)]:
         make_whole(shard, tokenizer, cache_folder(shard, tokenizer), verify=True)
 
 

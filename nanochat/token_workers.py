@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from nanochat.environment import launcher_integer
+from nanochat.environment import local_world_size, python_path
 from nanochat.processes import process_layout, usable_cores
 from nanochat.readers import text_bytes
 from nanochat.token_cache import IncompleteCache, cache_folder, make_whole, open_cache
@@ -40,8 +40,7 @@ def build_caches(shards, tokenizer: Tokenizer):
     if not missing or size < SMALL_TEXT:
         return
     rank, _, world_size = process_layout()
-    processes_here = launcher_integer("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else 1
-    cores = max(1, usable_cores() // processes_here)
+    cores = max(1, usable_cores() // local_world_size(world_size))
     count = min(cores, len(missing))
     threads = max(1, cores // count)
     with contextlib.ExitStack() as stack:
@@ -71,13 +70,11 @@ class Worker:
         """shards: in the order in which the worker tries them."""
         self.shards = shards
         self.shard = None
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nanochat.token_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": python_path(os.environ)},
         )
         assert self.process.stdin and self.process.stdout
         self.job = self.process.stdin  # not closed before the end: that tells the worker that we are gone

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nanochat.environment import python_path
 from nanochat.errors import first_line
 from nanochat.files import write_atomic
 from nanochat.wandb_worker import MARK, SentSteps, read_sent
@@ -316,8 +317,7 @@ def worker_environment(variables: dict, offline: bool) -> dict:
             value = value.strip()[:128]
         if value or not is_wandbs:  # W&B refuses empty values
             environment[name] = value
-    root = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = python_path(variables)
     return environment
 
 

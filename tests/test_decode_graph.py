@@ -3,14 +3,14 @@
 import null_gpu
 import pytest
 import torch
-from test_engine import LOW, PROMPTS, full_logits, tiny
+from test_engine import LOW, PROMPTS, greedy_texts, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nanochat import engine
 from nanochat.adapters.attach import AdapterConfig, attach
 from nanochat.decode_graph import Decoder, can_pack
-from nanochat.engine import GREEDY, crop_to_context, generate, next_logits, prefill
+from nanochat.engine import GREEDY, generate, next_logits, prefill
 
 MODELS = {
     "full rank": {},
@@ -92,14 +92,7 @@ def test_logits_equal_those_of_the_model(model, prompts, stride):
 def test_recorded_text_is_that_of_each_prompt_computed_anew(model, recorded_ends):
     """Over parts and windows, and far past the context of 16, where rows are cropped and read again."""
     prompts = [PROMPTS[0], PROMPTS[1][:6], PROMPTS[2], list(range(40))]  # the last is cropped to 9
-    expected = []
-    for prompt in prompts:
-        visible = crop_to_context(prompt, 16)
-        text = []
-        for _ in range(28):
-            text.append(full_logits(model, visible).argmax().item())
-            visible = crop_to_context(visible + text[-1:], 16)
-        expected.append(text)
+    expected = greedy_texts(model, prompts)
     steps = list(generate(model, prompts, 28, GREEDY, dtype=torch.float64))
     assert [list(row) for row in zip(*steps)] == expected
     assert set(recorded_ends) == {12, 16}

@@ -80,18 +80,24 @@ def test_a_text_can_be_read_in_pieces():
                 )
 
 
-@pytest.mark.parametrize("changes", [{}, {**LOW, "n_kv_head": 2}])
-def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
-    """Far past the context of 16, where every row goes on from its own first token and its last 8."""
-    model = tiny(**changes)
-    expected = []
-    for prompt in PROMPTS + [list(range(40))]:
+def greedy_texts(model, prompts) -> list[list[int]]:
+    """28 tokens after each prompt, every one of them computed anew from a context of 16."""
+    texts = []
+    for prompt in prompts:
         visible = crop_to_context(prompt, 16)
         text = []
         for _ in range(28):
             text.append(full_logits(model, visible).argmax().item())
             visible = crop_to_context(visible + text[-1:], 16)
-        expected.append(text)
+        texts.append(text)
+    return texts
+
+
+@pytest.mark.parametrize("changes", [{}, {**LOW, "n_kv_head": 2}])
+def test_greedy_text_of_a_batch_is_that_of_each_prompt_computed_anew(changes):
+    """Far past the context of 16, where every row goes on from its own first token and its last 8."""
+    model = tiny(**changes)
+    expected = greedy_texts(model, PROMPTS + [list(range(40))])
     steps = list(generate(model, PROMPTS + [list(range(40))], 28, GREEDY, dtype=torch.float64))
     assert [list(row) for row in zip(*steps)] == expected
     assert len({tuple(row) for row in expected}) == 4, "the prompts matter"

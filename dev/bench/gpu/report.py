@@ -36,10 +36,17 @@ def markdown(entries: dict) -> str:
         "Decoding": decode_lines,
         "Aims": aim_lines,
     }
+    lines += [*section_lines(entries, sections), *status_lines(entries, f", {entries['rows']} rows a pass")]
+    return "\n".join(lines) + "\n"
+
+
+def section_lines(entries: dict, sections: dict) -> list[str]:
+    """sections: {title: the function that makes its lines, of the entries}. Empty ones are left out."""
+    lines = []
     for title, make in sections.items():
         if section := make(entries):
             lines += [f"## {title}", "", *section]
-    return "\n".join([*lines, *status_lines(entries)]) + "\n"
+    return lines
 
 
 def result(entries: dict, name: str):
@@ -66,8 +73,9 @@ def machine_lines(entries: dict) -> list[str]:
     return lines
 
 
-def status_lines(entries: dict) -> list[str]:
-    lines = [f"Whole call: {entries['seconds']:.0f} s, {entries['rows']} rows a pass."]
+def status_lines(entries: dict, setting: str = "") -> list[str]:
+    """How long the call took, and which items did not end well. setting: of the whole call."""
+    lines = [f"Whole call: {entries['seconds']:.0f} s{setting}."]
     for name, item in entries["items"].items():
         if item["status"] != "ok":
             lines.append(f"- **{name}**: {item['status']}")

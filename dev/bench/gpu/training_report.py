@@ -3,7 +3,7 @@
 import numpy as np
 from train_step import shown
 
-from gpu.report import machine_lines, result, table
+from gpu.report import machine_lines, result, section_lines, status_lines, table
 from gpu.training import FULL, NARROW, RECIPE
 
 STEPS_SHOWN = (1, 2, 3, 5, 10, 20, 30, 40)
@@ -20,13 +20,7 @@ def markdown(entries: dict) -> str:
         rate = tokens["tokens"] / tokens["seconds"]
         place = f"{tokens['files']} files on {tokens['cores']} cores"
         lines += [f"Text: {tokens['tokens']:,} tokens, made at {rate:,.0f} a second from {place}.", ""]
-    for title, make in sections.items():
-        if section := make(entries):
-            lines += [f"## {title}", "", *section]
-    lines.append(f"Whole call: {entries['seconds']:.0f} s.")
-    for name, item in entries["items"].items():
-        if item["status"] != "ok":
-            lines.append(f"- **{name}**: {item['status']}")
+    lines += [*section_lines(entries, sections), *status_lines(entries)]
     return "\n".join(lines) + "\n"
 
 
