@@ -86,7 +86,7 @@ class Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, keep_product: bool):
         x8, x_scale = quantize(x.reshape(-1, x.size(-1)), E4M3)  # (N, in)
-        weight8, weight_scale = quantize(weight, E4M3)  # (out, in)
+        weight8, weight_scale = quantize(weight.to(x.dtype), E4M3)  # (out, in)
         ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
         multiply = torch.ops.nanochat.float8_bottleneck if keep_product else scaled_product
         return multiply(x8, weight8, x_scale, weight_scale, x.dtype).view(*x.shape[:-1], -1)

@@ -44,7 +44,7 @@ def test_a_compiled_run_from_start_to_end(run, corpus_dir):
 
 def test_two_processes_die_and_resume(run, corpus_dir):
     flags = ["-m", "scripts.base_train", *SHAPE, "--data", corpus_dir, "--model-tag", "two"]
-    flags += ["--compile", "off", "--save-every", "3"]
+    flags += ["--compile", "off", "--save-every", "3", "--fp8"]
     died = null_gpu.run(*flags, processes=2, NULLGPU_HOOK=HOOKS, NULL_GPU_DIES_AT="5")
     assert died.returncode != 0 and "step 00004/00006" in died.stdout
     folder = metrics.runs_dir() / "two"

@@ -7,6 +7,7 @@ from processes import Launched
 
 from nanochat import recompute, shards, working_weights
 from nanochat.exchange import Exchange
+from nanochat.fp8 import train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.processes import World
 from nanochat.shards import make_buckets, shard_parameters, shards_by_owner
@@ -22,7 +23,7 @@ USED_TWICE = dict(
 )
 
 
-def make_model(seed: int = 0, **changes) -> GPT:
+def make_model(seed: int = 0, float8: bool = False, **changes) -> GPT:
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SHAPE | changes))
     model.init_weights()
@@ -30,6 +31,8 @@ def make_model(seed: int = 0, **changes) -> GPT:
         for parameter in model.parameters():  # nothing stays zero, so that every gradient says something
             parameter += 0.02 * torch.randn(parameter.shape)
     recompute.apply(model)
+    if float8:
+        train_in_float8(model)
     return model
 
 
@@ -169,7 +172,10 @@ def test_a_process_that_breaks_a_step_off_leaves_nobody_waiting(tmp_path):
 # ---- working weights ----
 
 
-@pytest.mark.parametrize("changes", [{}, USED_TWICE, dict(lm_head_rank=8, mlp_ranks=(8, 4, 8))])
+IN_FLOAT8 = dict(n_embd=128, attn_ranks=(128, 128, 0), float8=True)
+
+
+@pytest.mark.parametrize("changes", [{}, USED_TWICE, dict(lm_head_rank=8, mlp_ranks=(8, 4, 8)), IN_FLOAT8])
 def test_working_weights_give_the_losses_and_gradients_of_float32_weights(changes):
     plain = make_model(**changes)
     model = make_model(**changes)
