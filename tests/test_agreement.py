@@ -37,6 +37,11 @@ def run_two(tmp_path):
     return run
 
 
+def without_gloo(lines: list[str]) -> list[str]:
+    """The lines without those of torch 2.9's gloo, which says that processes are connected."""
+    return [line for line in lines if line and "[Gloo]" not in line]
+
+
 def errors(lines: list[str]) -> list[str]:
     assert not any("Traceback" in line for line in lines), lines
     return [line for line in lines if line.startswith("error")]
@@ -168,7 +173,7 @@ def test_an_evaluation_is_of_what_process_0_sees(train, other_base, run_two, cor
     base_eval.main(flags)
     result = (folder / "eval_000006.json").read_bytes()
     codes, lines = run_two(in_other_base, other, base_eval.main, flags)  # ... and process 0 only show it
-    assert codes == [0, 0] and lines[0] == "tiny, step 6"
+    assert codes == [0, 0] and "tiny, step 6" in lines
     assert (folder / "eval_000006.json").read_bytes() == result
 
 
@@ -249,7 +254,7 @@ def fail(ranks, joined):
 def test_one_that_fails_ends_all_with_one_line(ranks, joined, said, run_two):
     started = time.monotonic()
     codes, lines = run_two(fail, ranks, joined)
-    assert lines == [said] and 2 in codes and 0 not in codes
+    assert without_gloo(lines) == [said] and 2 in codes and 0 not in codes
     assert time.monotonic() - started < 15
 
 
@@ -265,7 +270,8 @@ def test_one_that_is_killed_is_not_waited_for_where_no_launcher_ends_the_others(
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
-    assert (tmp_path / "output").read_text() == "error: process 1 of 2 is gone; see what it said\n"
+    lines = (tmp_path / "output").read_text().splitlines()
+    assert without_gloo(lines) == ["error: process 1 of 2 is gone; see what it said"]
 
 
 def test_a_script_of_one_process_says_so(run_two):
