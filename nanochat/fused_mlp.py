@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 from nanochat import recompute
+from nanochat.mlp_kernel import backward_rows
 from nanochat.ops import ADDS_TO_FLOAT32
 
-BACKWARD_NUMBERS = 2**28  # of h and g together, at most: 512 MB in bfloat16
 # largest rank: (rows of a tile, columns of a piece, warps, pieces under way) of each kernel. They fit the
 # registers (without spilling) and the 227 KB of shared memory of an H100's multiprocessor
 FORWARD_TILES = {
@@ -183,7 +183,7 @@ def fused_relu2(x, up, down):
 
 def fused_relu2_backward(grad, x, up, down):
     """The gradients of x, up and down, each in its dtype. grad: (..., R2)."""
-    n = 2 ** int(math.log2(BACKWARD_NUMBERS / (2 * len(up))))
+    n = backward_rows(len(up))
     rows = x.reshape(-1, x.size(-1)).contiguous()
     grad = grad.reshape(-1, len(down)).contiguous()
     matrices = (up.contiguous(), down.contiguous())

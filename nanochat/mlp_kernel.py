@@ -7,6 +7,7 @@ A fused MLP keeps x and its two bottlenecks for the backward pass, and nothing a
 generation, the library computes all MLPs.
 """
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -17,6 +18,7 @@ from nanochat.ops import linear
 from nanochat.processes import print0
 
 LARGEST_RANK = 512  # of which the sums of a tile of rows fit on the chip
+BACKWARD_NUMBERS = 2**28  # of the hidden layer and its gradient, at a time: 512 MB in bfloat16
 SHARED_MEMORY = 227 * 2**10  # bytes of a multiprocessor that the kernels may use, those of an H100
 
 
@@ -63,3 +65,8 @@ def fits(mlp: MLP) -> bool:
         if layer.product != linear or not 0 < layer.rank <= LARGEST_RANK or layer.rank % 16:
             return False
     return True
+
+
+def backward_rows(width: int) -> int:
+    """How many rows of the hidden layer, of this width, the backward pass makes at a time: a power of two."""
+    return 2 ** int(math.log2(BACKWARD_NUMBERS / (2 * width)))

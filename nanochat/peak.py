@@ -18,7 +18,7 @@ from nanochat.accounting import account, is_recomputed, on_meta
 from nanochat.cpu import by_blocks, tile_rows
 from nanochat.exchange import LEAVING
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
-from nanochat.mlp_kernel import fits
+from nanochat.mlp_kernel import backward_rows, fits
 from nanochat.ops import chunk_rows
 from nanochat.shards import make_buckets, uses_muon
 
@@ -187,7 +187,7 @@ def numbers_for_backward(block, config: GPTConfig, run: Execution) -> int:
     numbers += statistics(config, run)
     if run.float8:  # and what products take, a byte a number
         taken = 3 * C + config.n_hidden + sum(layer.rank for layer in layers_of(block))
-        return numbers + taken // 2
+        return numbers + taken // 2 + after_activation(block)
     numbers += 0 if "qkv" in kept else joint_product(attn)
     for name, layer in (("o", attn.o), ("up", mlp.up), ("down", mlp.down)):
         numbers += 0 if name in kept else layer.rank
@@ -204,7 +204,8 @@ def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
     least = C + 2 * K + C + M  # q, k, v, attention's output, the MLP's first product
     least += statistics(config, run)
     if run.float8:  # what products take is made again, but for the second norm's output and what is r wide
-        return least + C + sum(layer.rank for layer in layers_of(block)) // 2
+        taken = sum(layer.rank for layer in layers_of(block)) + after_activation(block)
+        return least + C + taken // 2
     least += joint_product(attn) + attn.o.rank + mlp.up.rank + mlp.down.rank
     # kept on top, where all may be: the norms' outputs, relu's square
     most = least + 2 * C + M + after_activation(block)
@@ -216,7 +217,11 @@ def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
 
 def hidden_width(block, run: Execution) -> int:
     """Width of the MLP's hidden layer, as far as it is ever in memory whole."""
-    return 0 if run.fused and run.on_gpu and fits(block.mlp) else block.mlp.up.out_features
+    return 0 if is_fused(block, run) else block.mlp.up.out_features
+
+
+def is_fused(block, run: Execution) -> bool:
+    return run.fused and run.on_gpu and fits(block.mlp)
 
 
 def layers_of(block) -> list:
@@ -262,25 +267,58 @@ def first_factor(layer):
 
 
 def backward_bytes(block, config: GPTConfig, run: Execution) -> int:
-    """Bytes that come on top of what a block has kept while its backward pass is in the MLP."""
+    """Bytes that come on top of what a block has kept, at the highest point of its backward pass."""
+    in_mlp = mlp_backward_bytes(block, config, run)
+    if run.on_gpu and is_recomputed(block, config):  # attention may be the last to be computed again
+        return max(in_mlp, run.token_bytes(config) * attention_backward_numbers(block, config, run))
+    return in_mlp
+
+
+def mlp_backward_bytes(block, config: GPTConfig, run: Execution) -> int:
+    """While it is in the MLP."""
     token = run.token_bytes(config)
     C = config.n_embd
     kept = kept_products(block, config)
     if run.partitioned and "up" in kept:
         # the MLP's hidden layer follows from up's product: attention is computed again later
-        return token * (5 * C + 2 * hidden_width(block, run))
+        return token * 5 * C + hidden_bytes(block, config, run, 2)
     # the gradient that goes on; of the MLP's hidden layer two tensors, three where relu's output was not kept
     wide = 3 if "down" in kept else 2
     if run.partitioned and not is_recomputed(block, config):
         wide = 1 if run.budget == 1 else 2
     wide += 2 if run.float8 else 0  # rounded copies, also of transposed tensors
-    N = run.rows * config.sequence_len
-    tile = N if run.on_gpu else tile_rows(N, config.n_hidden, run.dtype_bytes)
-    extra = token * C + wide * tile * hidden_width(block, run) * run.dtype_bytes
+    extra = token * C + hidden_bytes(block, config, run, wide)
     if is_recomputed(block, config):
         extra += token * numbers_for_backward(block, config, run)
         extra += run.dtype_bytes * copied_weights(block, run)
     return extra
+
+
+def hidden_bytes(block, config: GPTConfig, run: Execution, tensors: int) -> int:
+    """Bytes of so many tensors of the MLP's hidden layer, for the rows that have it at a time."""
+    width = block.mlp.up.out_features
+    rows = run.rows * config.sequence_len
+    if is_fused(block, run):
+        rows = min(rows, backward_rows(width))
+        tensors = 2
+    elif not run.on_gpu:
+        rows = tile_rows(rows, width, run.dtype_bytes)
+    return tensors * rows * width * run.dtype_bytes
+
+
+def attention_backward_numbers(block, config: GPTConfig, run: Execution) -> int:
+    """Numbers a token while it is in attention, which has been computed again."""
+    C = config.n_embd
+    attn = block.attn
+    kept = kept_products(block, config)
+    in_float32 = C * 4 // run.dtype_bytes
+    if not run.partitioned:  # with the gradients of the stream and of attention, and the norm's float32
+        mlp = 0 if "down" in kept else hidden_width(block, run)
+        return numbers_for_backward(block, config, run) - mlp + 2 * C + 3 * in_float32
+    qkv = C + 2 * attn.k.out_features
+    # the stream and its gradient; q, k, v and output with theirs; the gradient of q is a float32 sum
+    numbers = 2 * C + 2 * (qkv + C) + in_float32
+    return numbers + (0 if "qkv" in kept else joint_product(attn)) + (0 if "o" in kept else attn.o.rank)
 
 
 # ---- head and update ---------------------------------------------------------------------------------------

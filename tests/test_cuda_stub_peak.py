@@ -67,6 +67,7 @@ CONFIGURATIONS = {
     "full rank, float8": (dict(window_pattern="L"), dict(float8=True)),
     "r = d/4, float8": (dict(attn=0.25, mlp=0.25, window_pattern="L"), dict(float8=True)),
     "r = d/4, fused": (dict(attn=0.25, mlp=0.25, window_pattern="L"), dict(fused=True)),
+    "r = d/4, fused, block": (dict(attn=0.25, mlp=0.25, recompute="block"), dict(fused=True)),
     "two processes": (dict(window_pattern="L", recompute="block"), dict(processes=2)),
     "two processes, two passes": (dict(window_pattern="L"), dict(processes=2, accumulated=True)),
     "full rank, two passes": (dict(window_pattern="L"), dict(accumulated=True)),
