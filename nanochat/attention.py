@@ -30,6 +30,7 @@ from nanochat.errors import InputError
 
 KERNELS = ("mask", "flash", "cudnn", "flex", "varlen")  # of a GPU
 WITHOUT_WINDOWS = ("flash", "cudnn")
+LARGEST_HEAD_DIM = 256  # of all kernels but mask
 
 # Of these a layer takes the first that its GPU has. On an H100 cuDNN's forward pass is 1.7 times as fast as
 # FlashAttention 2 and as a kernel in Triton, as FlexAttention is one (arXiv 2407.08608, figure 5: head dim
@@ -49,6 +50,7 @@ class GPU(NamedTuple):
     cudnn: int  # its version: 91500 for 9.15
     varlen: frozenset[str]  # arguments of torch's varlen attention
     bfloat16: bool = True  # or float16: what is computed there
+    amd: bool = False
 
     @property
     def kernels(self) -> set[str]:
@@ -56,9 +58,10 @@ class GPU(NamedTuple):
         names = {"mask"}
         if self.bfloat16 and self.capability >= (8, 0):
             names |= {"flash", "flex"}
-            if "window_size" in self.varlen:  # from torch 2.11 on
+            if "window_size" in self.varlen and not self.amd:  # from torch 2.11 on
                 names.add("varlen")
-            if self.capability[0] in (9, 10) and self.cudnn >= 91500:  # torch itself trusts none before
+            trusted = self.capability[0] in (9, 10) and self.cudnn >= 91500  # by torch itself
+            if trusted and not self.amd:
                 names.add("cudnn")
         return names
 
@@ -82,7 +85,8 @@ def this_gpu(device) -> GPU:
 
         varlen = frozenset(inspect.signature(varlen_attn).parameters)
     cudnn = torch.backends.cudnn.version() or 0
-    return GPU(torch.cuda.get_device_capability(device), cudnn, varlen)
+    amd = torch.version.hip is not None
+    return GPU(torch.cuda.get_device_capability(device), cudnn, varlen, amd=amd)
 
 
 def choose_kernels(device, requested: str = "auto", dtype=torch.bfloat16):
@@ -129,7 +133,7 @@ def block_mask(T: int, window: int, device):
         return create_block_mask(sees, None, None, T, T, device=device)
 
 
-def compiled_window(window, x):
+def compiled_window(window, x, head_dim: int):
     """The window as compiled blocks take it, x: (B, T, C), their input.
 
     On a CPU a 0-d tensor: one compilation serves all windows. For FlexAttention its block mask, made once.
@@ -139,7 +143,8 @@ def compiled_window(window, x):
         return window
     if not x.is_cuda:
         return torch.tensor(window) if cpu.by_blocks(T, window) else window
-    by_flex = x.element_size() == 2 and chosen.get((window < T, True, True)) == "flex"
+    fits = x.element_size() == 2 and head_dim <= LARGEST_HEAD_DIM
+    by_flex = fits and chosen.get((window < T, True, True)) == "flex"
     return block_mask(T, window, x.device) if by_flex else window
 
 
@@ -151,6 +156,10 @@ def attention(q, k, v, scale: float, window=None, kernel: str | None = None):
     Compiled code gets it from `compiled_window`. kernel: instead of the one that was chosen.
     """
     B, H, T, D = q.shape
+    head_dim = max(16, D + -D % 8)  # the kernels take 16, 24, 32, …; channels of zeros change nothing
+    if q.is_cuda and head_dim != D:
+        q, k, v = (F.pad(x, (0, head_dim - D)) for x in (q, k, v))
+        return attention(q, k, v, scale, window, kernel).unflatten(2, (H, head_dim))[..., :D].flatten(2)
     mask = window if isinstance(window, torch.Tensor) and window.ndim else None
     causal = mask is None and k.size(2) == T
     window = T if window is None else window
@@ -162,7 +171,7 @@ def attention(q, k, v, scale: float, window=None, kernel: str | None = None):
     elif kernel is None and not q.is_cuda:
         kernel = "cpu" if with_grad and causal and cpu.by_blocks(T, window) else "mask"
     elif kernel is None:
-        fits = causal and q.element_size() == 2 and D % 8 == 0 and 16 <= D <= 256
+        fits = causal and q.element_size() == 2 and D <= LARGEST_HEAD_DIM
         key = (windowed, with_grad, torch.compiler.is_compiling())
         kernel = chosen.get(key, "mask") if fits else "mask"
 
@@ -183,16 +192,16 @@ def attention(q, k, v, scale: float, window=None, kernel: str | None = None):
         y = flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2).flatten(2)
 
-    folded = grouped and kernel == "mask" and q.is_cuda
-    if windowed or (folded and causal):
+    by_groups = grouped and not (q.is_cuda and kernel == "mask")  # else SDPA has no fast kernel for groups
+    if grouped and not by_groups and T == 1:  # heads that share keys become queries of one
+        q = q.unflatten(1, (-1, H // k.size(1))).flatten(2, 3)  # (B, K, G, D)
+    elif grouped and not by_groups:
+        k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
+    if windowed:
         mask = q.new_ones(T, T, dtype=torch.bool).tril().triu(1 - window)  # as `window_mask`
-    if folded:  # heads that share keys become queries of one: SDPA has no fast kernel for groups and a mask
-        q = q.unflatten(1, (-1, H // k.size(1))).flatten(2, 3)  # (B, K, G·T, D)
-        if mask is not None and T > 1:
-            mask = torch.cat([mask] * (H // k.size(1)), dim=-2)  # (…, G·T, S)
     backend = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if kernel == "cudnn" else contextlib.nullcontext()
     with backend:
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped and not folded
+            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=by_groups
         )
     return y.unflatten(2, (-1, T)).flatten(1, 2).transpose(1, 2).flatten(2)

@@ -155,7 +155,7 @@ def run_block(block, compiled, x, x0, *inputs):
     if not torch.is_grad_enabled():
         return block._call_impl(x, x0, *inputs)
     *rest, window, extend = inputs
-    window = compiled_window(window, x)
+    window = compiled_window(window, x, block.attn.head_dim)
     return compiled(x.view_as(x) if x is x0 else x, x0, *rest, window, extend)
 
 

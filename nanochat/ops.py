@@ -36,13 +36,13 @@ def linear(x, weight, keep_product=False):
 
 def project(x, q, k, v):
     """(q(x), k(x), v(x)) of three layers, their first factors as one product, (B, T, 3r). x: (B, T, C)."""
-    if x.size(1) == 1:  # one new token: joining the weights would take longer than the products
+    one_token = x.size(1) == 1  # joining the weights would take longer than the products
+    if one_token or not q.product == k.product == v.product:
         return q(x), k(x), v(x)
     factors = []
     for layer in (q, k, v):
         factors.append(layer.A if layer.rank else layer.weight)
-    product = q.product if q.product == k.product == v.product else linear
-    h = product(x, torch.cat(factors), q.keep_product and k.keep_product and v.keep_product)
+    h = q.product(x, torch.cat(factors), q.keep_product and k.keep_product and v.keep_product)
     hq, hk, hv = h.split(list(map(len, factors)), dim=-1)
     return q(x, hq), k(x, hk), v(x, hv)
 

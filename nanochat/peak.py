@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from nanochat.accounting import account, is_recomputed, on_meta
 from nanochat.cpu import by_blocks, tile_rows
 from nanochat.exchange import LEAVING
+from nanochat.fp8 import suits
 from nanochat.gpt import GPT, GPTConfig, LowRankLinear
 from nanochat.mlp_kernel import backward_rows, fits
 from nanochat.ops import chunk_rows
@@ -38,6 +39,7 @@ class Execution:
     processes: int = 1
     float8: bool = False  # --fp8
     fused: bool = False  # --mlp-kernel fused
+    masked: bool = False  # attention by SDPA with a mask: --attn-kernel mask, and whatever is in float32
 
     @property
     def on_gpu(self) -> bool:
@@ -70,6 +72,7 @@ def execution(args, plan: dict, device_type: str, dtype_bytes: int, processes: i
         processes,
         args.fp8,
         args.mlp_kernel == "fused",
+        device_type == "cuda" and (args.attn_kernel == "mask" or dtype_bytes == 4),
     )
 
 
@@ -151,10 +154,10 @@ def kept_bytes(block, config: GPTConfig, layer: int, run: Execution) -> int:
             numbers += block.attn.v.out_features
     elif run.partitioned:
         numbers += numbers_of_partitioner(block, config, run)
-        copies = copies_of_partitioner(block, run)
+        copies = copies_of_partitioner(block, run) + mask_entries(block, config, run)
     else:
         numbers += numbers_for_backward(block, config, run)
-        copies = copied_weights(block, run)
+        copies = copied_weights(block, run) + mask_entries(block, config, run)
     return run.token_bytes(config) * numbers + run.dtype_bytes * copies
 
 
@@ -178,20 +181,20 @@ def numbers_for_backward(block, config: GPTConfig, run: Execution) -> int:
     attn = block.attn
     mlp = block.mlp
     C = config.n_embd
-    K = attn.k.out_features
     kept = kept_products(block, config)
-    numbers = 2 * C + C + 2 * K  # outputs of the norms, which the products take; q, k, v
+    numbers = 2 * C + attention_width(attn, run)  # outputs of the norms, which the products take; q, k, v
     # attention's output for each token; torch's kernel for a CPU keeps a second one, by head
     numbers += C if run.on_gpu or by_blocks(config.sequence_len, block.window) else 2 * C
     numbers += 0 if "down" in kept else hidden_width(block, run)  # relu's output
     numbers += statistics(config, run)
-    if run.float8:  # and what products take, a byte a number
-        taken = 3 * C + config.n_hidden + sum(layer.rank for layer in layers_of(block))
-        return numbers + taken // 2 + after_activation(block)
-    numbers += 0 if "qkv" in kept else joint_product(attn)
-    for name, layer in (("o", attn.o), ("up", mlp.up), ("down", mlp.down)):
-        numbers += 0 if name in kept else layer.rank
-    return numbers + after_activation(block)
+    parts = {"qkv": (attn.q, attn.k, attn.v), "o": (attn.o,), "up": (mlp.up,), "down": (mlp.down,)}
+    for name, layers in parts.items():
+        numbers += after_activation(layers)
+        if in_float8(layers, run):  # what the products take, a byte a number
+            numbers += (layers[0].in_features + ranks(layers)) // 2
+        elif name not in kept:
+            numbers += joint_product(layers)
+    return numbers
 
 
 def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
@@ -199,20 +202,39 @@ def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
     attn = block.attn
     mlp = block.mlp
     C = config.n_embd
-    K = attn.k.out_features
     M = hidden_width(block, run)
-    least = C + 2 * K + C + M  # q, k, v, attention's output, the MLP's first product
-    least += statistics(config, run)
-    if run.float8:  # what products take is made again, but for the second norm's output and what is r wide
-        taken = sum(layer.rank for layer in layers_of(block)) + after_activation(block)
-        return least + C + taken // 2
-    least += joint_product(attn) + attn.o.rank + mlp.up.rank + mlp.down.rank
-    # kept on top, where all may be: the norms' outputs, relu's square
-    most = least + 2 * C + M + after_activation(block)
+    # q, k, v, attention's output, the MLP's first product
+    least = attention_width(attn, run) + C + M + statistics(config, run)
+    on_top = C  # where all may be kept: the norms' outputs, relu's square
+    of_attention = (attn.q, attn.k, attn.v, attn.o)
+    of_mlp = (mlp.up, mlp.down)
+    if in_float8(of_attention, run):  # what products take is made again, but for what is r wide
+        least += (ranks(of_attention) + after_activation(of_attention)) // 2
+    else:
+        least += joint_product(of_attention[:3]) + attn.o.rank
+        on_top += C + after_activation(of_attention)
+    if in_float8(of_mlp, run):
+        least += (ranks(of_mlp) + after_activation(of_mlp)) // 2
+    else:
+        least += ranks(of_mlp)
+        on_top += M + after_activation(of_mlp)
     if run.budget == 1:
-        return most
+        return least + on_top
+    share = int(run.budget * (least + on_top))
+    if run.float8:  # few tensors are free of products: steps as measured
+        return share - (least + on_top) // 5 if run.budget > 0.5 else share * 3 // 5
     # what costs no product is computed again first, which takes the residual stream after attention
-    return min(least + C, most) if least + C < run.budget * most else int(run.budget * most)
+    return min(least + C, least + on_top) if least + C < share else share
+
+
+def attention_width(attn, run: Execution) -> int:
+    """Numbers of q, k and v, as attention keeps them: with a mask the heads share no keys."""
+    C = attn.q.out_features
+    return 3 * C if run.masked else C + 2 * attn.k.out_features
+
+
+def in_float8(layers, run: Execution) -> bool:
+    return run.float8 and all(suits(layer.in_features, layer.out_features, layer.rank) for layer in layers)
 
 
 def hidden_width(block, run: Execution) -> int:
@@ -224,22 +246,21 @@ def is_fused(block, run: Execution) -> bool:
     return run.fused and run.on_gpu and fits(block.mlp)
 
 
-def layers_of(block) -> list:
-    attn = block.attn
-    return [attn.q, attn.k, attn.v, attn.o, block.mlp.up, block.mlp.down]
-
-
-def joint_product(attn) -> int:
-    """Numbers of the product that `ops.project` makes for q, k and v: second factors keep all of it."""
-    layers = (attn.q, attn.k, attn.v)
-    if not any(layer.rank for layer in layers):
+def joint_product(layers) -> int:
+    """Numbers of the product that first factors and full matrices share: second factors keep all of it."""
+    if ranks(layers) == 0:
         return 0
     return sum(layer.rank or layer.out_features for layer in layers)
 
 
-def after_activation(block) -> int:
+def ranks(layers) -> int:
+    """Numbers of the products r wide."""
+    return sum(layer.rank for layer in layers)
+
+
+def after_activation(layers) -> int:
     """Numbers behind the function between two factors, beside those before it."""
-    return sum(layer.rank for layer in layers_of(block) if layer.rank and layer.act != "none")
+    return sum(layer.rank for layer in layers if layer.rank and layer.act != "none")
 
 
 def statistics(config: GPTConfig, run: Execution) -> int:
@@ -251,14 +272,23 @@ def copied_weights(block, run: Execution) -> int:
     """Entries of matrices that an eager block keeps a copy of."""
     if run.casts:
         return sum(p.numel() for p in block.parameters())
+    return joined_weights(block)
+
+
+def joined_weights(block) -> int:
+    """Entries of the matrix by which q, k and v have one product."""
     return sum(first_factor(layer).numel() for layer in (block.attn.q, block.attn.k, block.attn.v))
+
+
+def mask_entries(block, config: GPTConfig, run: Execution) -> int:
+    """Entries of the mask that a layer with a window keeps."""
+    return config.sequence_len**2 if run.masked and block.window < config.sequence_len else 0
 
 
 def copies_of_partitioner(block, run: Execution) -> int:
     """Likewise of a compiled block; the last matrix of the MLP is cast again."""
-    joined = sum(first_factor(layer).numel() for layer in (block.attn.q, block.attn.k, block.attn.v))
     if not run.casts or run.budget < 1 or run.float8:
-        return joined
+        return joined_weights(block)
     return sum(p.numel() for p in block.parameters()) - first_factor(block.mlp.down).numel()
 
 
@@ -286,11 +316,14 @@ def mlp_backward_bytes(block, config: GPTConfig, run: Execution) -> int:
     wide = 3 if "down" in kept else 2
     if run.partitioned and not is_recomputed(block, config):
         wide = 1 if run.budget == 1 else 2
-    wide += 2 if run.float8 else 0  # rounded copies, also of transposed tensors
+    if in_float8((block.mlp.up, block.mlp.down), run) and not (
+        run.partitioned and is_recomputed(block, config)
+    ):
+        wide += 2  # rounded copies, also of transposed tensors
     extra = token * C + hidden_bytes(block, config, run, wide)
     if is_recomputed(block, config):
         extra += token * numbers_for_backward(block, config, run)
-        extra += run.dtype_bytes * copied_weights(block, run)
+        extra += run.dtype_bytes * (copied_weights(block, run) + mask_entries(block, config, run))
     return extra
 
 
@@ -315,10 +348,11 @@ def attention_backward_numbers(block, config: GPTConfig, run: Execution) -> int:
     if not run.partitioned:  # with the gradients of the stream and of attention, and the norm's float32
         mlp = 0 if "down" in kept else hidden_width(block, run)
         return numbers_for_backward(block, config, run) - mlp + 2 * C + 3 * in_float32
-    qkv = C + 2 * attn.k.out_features
+    qkv = attention_width(attn, run)
     # the stream and its gradient; q, k, v and output with theirs; the gradient of q is a float32 sum
     numbers = 2 * C + 2 * (qkv + C) + in_float32
-    return numbers + (0 if "qkv" in kept else joint_product(attn)) + (0 if "o" in kept else attn.o.rank)
+    numbers += 0 if "qkv" in kept else joint_product((attn.q, attn.k, attn.v))
+    return numbers + (0 if "o" in kept else attn.o.rank)
 
 
 # ---- head and update ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import null_gpu
 import pytest
 import torch
 from conftest import ROOT
+from torch.nn.attention.flex_attention import BlockMask
 
 from nanochat import attention as attention_module
 from nanochat.attention import (
@@ -27,6 +28,7 @@ H100 = GPU((9, 0), 91900, WINDOWS)
 H100_OLD_TORCH = GPU((9, 0), 91002, frozenset(["query", "scale"]))  # torch 2.9
 A100 = GPU((8, 0), 91900, WINDOWS)
 V100 = GPU((7, 0), 91900, WINDOWS)
+MI300 = GPU((9, 4), 3004000, WINDOWS, amd=True)  # MIOpen's version in place of cuDNN's
 EVERY_KERNEL = {"mask", "flash", "cudnn", "flex", "varlen"}
 
 
@@ -60,6 +62,7 @@ def pretend_gpu():
         (A100, "auto", ("flash", "flash", "flash"), ("varlen", "varlen", "varlen")),
         (H100_OLD_TORCH, "auto", ("flash", "flash", "flash"), ("flex", "mask", "mask")),
         (V100, "auto", ("mask", "mask", "mask"), ("mask", "mask", "mask")),
+        (MI300, "auto", ("flash", "flash", "flash"), ("flex", "mask", "mask")),
         (H100._replace(bfloat16=False), "auto", ("mask", "mask", "mask"), ("mask", "mask", "mask")),
         (H100, "flash", ("flash", "flash", "flash"), ("varlen", "varlen", "varlen")),
         (H100, "cudnn", ("cudnn", "cudnn", "flash"), ("varlen", "varlen", "varlen")),
@@ -101,11 +104,16 @@ def test_a_kernel_that_the_machine_has_not_is_an_error_in_a_line(choices, monkey
 
 def test_what_compiled_blocks_get(choices, pretend_gpu):
     x = torch.zeros(1, 2048, 4)
-    assert compiled_window(1024, x).ndim == 0 and compiled_window(2048, x) == 2048
-    assert compiled_window(None, x) is None
+    assert compiled_window(1024, x, 128).ndim == 0 and compiled_window(2048, x, 128) == 2048
+    assert compiled_window(None, x, 128) is None
     choices[True, True, True] = "flex"
-    with pretend_gpu():  # in float32 another kernel computes the window, which has to know it
-        assert compiled_window(1024, x) == 1024
+    choices[False, True, True] = "cudnn"
+    x16 = x.bfloat16()
+    with pretend_gpu():
+        assert isinstance(compiled_window(1024, x16, 128), BlockMask)
+        assert compiled_window(2048, x16, 128) == compiled_window(2048, x, 128) == 2048
+        for others, head_dim in ((x, 128), (x16, 512)):  # another kernel, which has to know the window
+            assert compiled_window(1024, others, head_dim) == 1024
 
 
 # ---- the same values
@@ -157,6 +165,29 @@ def test_a_kernel_computes_the_window(kernel, T, window, kv_heads, pretend_gpu, 
             monkeypatch.setattr(varlen, "varlen_attn", varlen_by_definition)
         y = attention(q, k, v, 0.3, window, kernel)
     assert_same(y, expected, (q, k, v))
+
+
+@pytest.mark.parametrize("D", [2, 8, 20, 100])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [4, None])
+def test_on_a_gpu_every_head_dim_is_one_that_kernels_take(D, kv_heads, window, pretend_gpu, monkeypatch):
+    generator = torch.Generator().manual_seed(D)
+    tensors = []
+    for heads in (4, kv_heads, kv_heads):
+        x = torch.randn(2, heads, 24, D, dtype=torch.float64, generator=generator)
+        tensors.append(x.requires_grad_())
+    head_dims = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def note(q, *rest, **options):
+        head_dims.append(q.size(-1))
+        return sdpa(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    with pretend_gpu():
+        y = attention(*tensors, 0.3, window)
+    assert_same(y, reference(*tensors, 0.3, seen_one_by_one(24, window or 24)), tensors)
+    assert head_dims == [{2: 16, 8: 16, 20: 24, 100: 104}[D]]
 
 
 def varlen_by_definition(q, k, v, *lengths, scale, window_size):
