@@ -326,3 +326,50 @@ def test_the_ladders_models_are_what_the_tables_call_them():
     arms = {name: training.parameters(task, flags) for name, flags in training.arms(task).items()}
     assert arms["full rank, narrower"] == pytest.approx(arms["recipe"], rel=0.005)
     assert arms["recipe"] < 0.7 * arms["full rank"]
+
+
+# ---- its item on decoding ----------------------------------------------------------------------------------
+
+
+def test_figures_with_graphs_stand_only_where_graphs_were_recorded():
+    decode = import_ladder("decode")
+    report = import_ladder("report")
+    *_, entries = decode.measure(import_ladder("runner").Setting("cpu", True))
+    assert [entry["graphs"] for entry in entries.values()] == [None, None]  # a CPU records none
+    items = {"items": {"decode": {"result": json.loads(json.dumps(entries))}}}
+    for line in report.decode_lines(items)[2:4]:
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[3] == cells[5] == "not recorded" and float(cells[4].split()[0]) > 0
+    aim = "decoding at batch 1, r = d/4: tokens/s / dense"
+    assert aim not in report.aim_figures(items)
+    for name, seconds in (("dense", 0.002), ("r = d/4", 0.001)):
+        items["items"]["decode"]["result"][name]["graphs"] = dict.fromkeys(("median", "low", "high"), seconds)
+    assert report.decode_lines(items)[3].endswith("| 1,000 |") and report.aim_figures(items)[aim] == 2
+    items["items"]["decode"]["result"]["dense"]["graphs"] = None
+    assert aim not in report.aim_figures(items)
+
+
+def test_a_decoder_that_falls_back_gives_no_figure_with_graphs(monkeypatch):
+    decode = import_ladder("decode")
+    models = import_ladder("models")
+    setting = import_ladder("runner").Setting("cpu", True)
+    model = models.random_model(models.dense_config(True), setting.device).requires_grad_(False)
+
+    class FallsBack:
+        """In the middle of a text, as where the next part of the cache cannot be recorded."""
+
+        def __init__(self, model, cache, dtype, graphs):
+            self.graphs = graphs
+            self.steps = 0
+
+        def __call__(self, tokens):
+            self.steps += 1
+            self.graphs = self.graphs and self.steps < last_with_graphs
+            return torch.zeros(1, model.config.vocab_size)
+
+    monkeypatch.setattr(decode, "token_decoder", FallsBack)
+    last_with_graphs = 10
+    assert decode.step_seconds(model, True, setting) is None
+    assert decode.step_seconds(model, False, setting) > 0
+    last_with_graphs = 1000
+    assert decode.step_seconds(model, True, setting) > 0

@@ -17,7 +17,10 @@ WARMUP = 3  # tokens until a CUDA graph is recorded
 
 
 def measure(setting: Setting):
-    """For each model, seconds a token: of whole texts, of which the first meets new lengths, and of steps."""
+    """For each model, seconds a token: of whole texts, of which the first meets new lengths, and of steps.
+
+    "graphs" is None for a model of which a step could not be recorded.
+    """
     forms = {}
     for name in (models.DENSE, models.QUARTER):
         config = models.variant(name, setting.tiny).config
@@ -31,7 +34,8 @@ def measure(setting: Setting):
             for way in ("graphs", "eager"):
                 seconds[name][way].append(step_seconds(model, way == "graphs", setting))
         for name, values in seconds.items():
-            entries[name] |= {key: spread(value) for key, value in values.items()}
+            for key, value in values.items():
+                entries[name][key] = None if None in value else spread(value)
         yield entries
 
 
@@ -56,8 +60,8 @@ def text_seconds(model: GPT, setting: Setting) -> float:
 
 
 @torch.inference_mode()
-def step_seconds(model: GPT, graphs: bool, setting: Setting) -> float:
-    """A token once all is prepared, each read on the host."""
+def step_seconds(model: GPT, graphs: bool, setting: Setting) -> float | None:
+    """A token once all is prepared, each read on the host. None: graphs are asked for and not recorded."""
     prompt = prompt_of(model, setting)
     count = token_count(setting)
     logits, cache = prefill(model, [prompt], len(prompt) + WARMUP + count, setting.dtype)
@@ -71,4 +75,7 @@ def step_seconds(model: GPT, graphs: bool, setting: Setting) -> float:
         tokens.tolist()
         logits = decode(tokens)
     synchronize(setting.device)
+    # where a recording fails, or on a CPU, the decoder goes on without graphs
+    if graphs and not getattr(decode, "graphs", False):
+        return None
     return (time.perf_counter() - started) / count

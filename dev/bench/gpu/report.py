@@ -217,16 +217,17 @@ def decode_lines(entries: dict) -> list[str]:
     rows = []
     for name, entry in (result(entries, "decode") or {}).items():
         if "graphs" in entry:
-            keys = ("first text", "later texts", "graphs", "eager")
-            rows.append([name, *(shown(entry[key], 1e3, 3) for key in keys), rate(entry["graphs"])])
+            texts = [shown(entry[key], 1e3, 3) for key in ("first text", "later texts")]
+            graphs = "not recorded"
+            rate = "not recorded"
+            if entry["graphs"]:
+                graphs = shown(entry["graphs"], 1e3, 3)
+                rate = f"{1 / entry['graphs']['median']:,.0f}"
+            rows.append([name, *texts, graphs, shown(entry["eager"], 1e3, 3), rate])
     heads = ["batch 1, 64 tokens after a prompt of 512: ms a token", "first text", "later texts"]
     return (
         table([*heads, "a step, CUDA graphs", "a step, eager", "tokens/s with graphs"], rows) if rows else []
     )
-
-
-def rate(seconds: dict) -> str:
-    return f"{1 / seconds['median']:,.0f}"
 
 
 # ---- the aims ----------------------------------------------------------------------------------------------
