@@ -6,9 +6,11 @@ import shlex
 import subprocess
 import sys
 import time
+import weakref
 from importlib import import_module
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -373,3 +375,86 @@ def test_a_decoder_that_falls_back_gives_no_figure_with_graphs(monkeypatch):
     assert decode.step_seconds(model, False, setting) > 0
     last_with_graphs = 1000
     assert decode.step_seconds(model, True, setting) > 0
+
+
+# ---- its items on training steps ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The module, without the compiler and with a small product for the ceiling. One thread, as above."""
+    module = import_ladder("steps")
+    monkeypatch.setattr(module.models, "compile_blocks", lambda *args: None)
+    monkeypatch.setitem(import_module("train_step").MATMUL_WIDTHS, "cpu", 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+
+
+def compare(steps, group) -> dict:
+    *_, found = steps.measure(group, 60, import_ladder("runner").Setting("cpu", True))
+    return json.loads(json.dumps(found))
+
+
+def fail_once(monkeypatch, steps, function: str, name: str, call: int, error: type, words: str):
+    """Let one call of a function raise when it comes to a model for the `call`-th time.
+
+    Returns a list that gets, once memory was released, whether the failed model is still in it.
+    """
+    original = getattr(steps, function)
+    release = steps.release
+    calls = []
+    failed = []
+    alive = []
+
+    def run(subject, device):
+        if subject.name == name:
+            calls.append(name)
+            if len(calls) == call:
+                failed.append(weakref.ref(subject.model))
+                raise error(words)
+        return original(subject, device)
+
+    def release_and_look(device):
+        release(device)
+        alive.append(failed[0]() is not None)
+
+    monkeypatch.setattr(steps, function, run)
+    monkeypatch.setattr(steps, "release", release_and_look)
+    return alive
+
+
+def test_a_model_whose_memory_cannot_be_measured_drops_out_alone(steps, monkeypatch):
+    error = (torch.OutOfMemoryError, "CUDA out of memory")
+    alive = fail_once(monkeypatch, steps, "measure_memory", "dense", 1, *error)
+    found = compare(steps, ("dense", "recipe"))
+    assert found["failed"] == {"dense": "out of memory"} and found["rounds"] == 2
+    assert list(found["models"]) == ["recipe"] and found["ratios"] == {} and alive == [False]
+
+
+@pytest.mark.parametrize("name", ["dense", "recipe"])
+def test_a_model_that_fails_in_a_round_keeps_its_earlier_rounds(steps, monkeypatch, name):
+    alive = fail_once(monkeypatch, steps, "timed_step", name, steps.WARMUP + 2, ValueError, "on purpose")
+    found = compare(steps, ("dense", "r = d/4", "recipe"))
+    assert found["failed"] == {name: "ValueError: on purpose, after round 1"} and found["rounds"] == 2
+    assert alive == [False]
+    check(found)
+    for model, seconds in found["seconds by round"].items():
+        assert {len(values) for values in seconds.values()} == {1 if model == name else 2}
+    dense = found["seconds by round"]["dense"]["step"]
+    quarter = found["seconds by round"]["r = d/4"]["step"]
+    expected = np.median([own / whole for own, whole in zip(quarter, dense)])
+    assert found["ratios"]["r = d/4"]["seconds"]["step"]["median"] == pytest.approx(expected)
+    assert set(found["ratios"]) == {"r = d/4", "recipe"}
+    text = "\n".join(import_ladder("report").step_lines({"items": {"steps 1": {"result": found}}}))
+    assert f"| {name} | ValueError: on purpose, after round 1 |" in text and "| r = d/4 | 0" in text
+
+
+def test_a_group_of_which_all_models_fail_says_why(steps, monkeypatch):
+    def fail(*args):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(steps, "timed_step", fail)
+    found = compare(steps, ("dense", "recipe"))
+    assert set(found["failed"]) == {"dense", "recipe"} and found["rounds"] == 0 and found["models"] == {}
