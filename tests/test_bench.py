@@ -351,6 +351,25 @@ def test_figures_with_graphs_stand_only_where_graphs_were_recorded():
     assert aim not in report.aim_figures(items)
 
 
+def test_what_models_share_is_loaded_before_the_first_text(monkeypatch):
+    """Each model generates once beforehand, and no length of that text comes again in the timed one."""
+    decode = import_ladder("decode")
+    texts = []
+
+    def generate(model, prompts, count, *args, **options):
+        # the lengths of the cache of which a step makes one more
+        texts.append((model, set(range(len(prompts[0]), len(prompts[0]) + count - 1))))
+        return original(model, prompts, count, *args, **options)
+
+    original = decode.generate
+    monkeypatch.setattr(decode, "generate", generate)
+    next(decode.measure(import_ladder("runner").Setting("cpu", True)))
+    dense, quarter = (model for model, _ in texts[:2])
+    assert dense is not quarter and [model for model, _ in texts[2:]] == [dense, quarter]
+    for (_, beforehand), (_, timed) in zip(texts[:2], texts[2:]):
+        assert len(beforehand) == decode.WARMUP and beforehand.isdisjoint(timed)
+
+
 def test_a_decoder_that_falls_back_gives_no_figure_with_graphs(monkeypatch):
     decode = import_ladder("decode")
     models = import_ladder("models")
