@@ -29,14 +29,18 @@ COMPILER_PATIENCE = 60
 
 
 def should_compile(args, device_type: str, flops: float) -> bool:
-    """Whether --compile says so; a line tells that --activation-budget then does nothing.
+    """Whether --compile says so; if not, a line tells which other flags do nothing.
 
     flops: of the whole training.
     """
     if args.compile == "on" or (args.compile == "auto" and pays_off(device_type, flops)):
         return True
-    if args.activation_budget < 1:
-        print0(f"--activation-budget {args.activation_budget:g}: does nothing, the blocks are not compiled")
+    idle = {
+        f"--activation-budget {args.activation_budget:g}": args.activation_budget < 1,
+        "--attn-kernel flex": args.attn_kernel == "flex",
+    }
+    for flag in filter(idle.get, idle):
+        print0(f"{flag}: does nothing, the blocks are not compiled")
     return False
 
 
@@ -82,6 +86,8 @@ def compile_error(model, device, one_pass, budget: float) -> str:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(gpus):
             warnings.simplefilter("ignore")
+            # of a GPU without bfloat16, whose blocks torch then leaves as they are
+            warnings.filterwarnings("error", message=".*not support bfloat16 compilation")
             compile_blocks(model, budget=budget)
             one_pass()
     except Exception as e:  # of torch, triton, the compiler, the linker, the file system: no list is complete

@@ -83,7 +83,10 @@ def print_cards(config: GPTConfig, args, plan: dict, processes: int):
         passes = replace(run, rows=rows, accumulated=rows < rows_of_step)
         return predict_peak(model, passes, costs)["mem/predicted_peak_bytes"] / 2**30
 
-    largest = {f"{card} GB": most_rows(peak_gib, rows_of_step, size) for card, size in CARDS.items()}
+    largest = {}
+    for card, size in CARDS.items():
+        if has_what_flags_need(card, args):
+            largest[f"{card} GB"] = most_rows(peak_gib, rows_of_step, size)
     fits = " and ".join(card for card, rows in largest.items() if rows >= run.rows)
     rows_by_card = ", ".join(f"{rows or 'none'} on {card}" for card, rows in largest.items())
     print0(
@@ -91,6 +94,13 @@ def print_cards(config: GPTConfig, args, plan: dict, processes: int):
         f"{peak_gib(run.rows):.1f} GiB, fits on {fits or 'no single card'}; "
         f"largest --device-batch-size: {rows_by_card}"
     )
+
+
+def has_what_flags_need(card: int, args) -> bool:
+    """Whether there are cards of so many GB that can run these flags. The one of 40 GB is an A100."""
+    if args.mlp_kernel == "fused":  # see `mlp_kernel.SHARED_MEMORY`
+        return card >= 80
+    return not (args.fp8 and card == 40)
 
 
 def most_rows(peak_gib: Callable, rows_of_step: int, available_gib: float) -> int:

@@ -19,30 +19,40 @@ from nanochat.processes import print0
 
 LARGEST_RANK = 512  # of which the sums of a tile of rows fit on the chip
 BACKWARD_NUMBERS = 2**28  # of the hidden layer and its gradient, at a time: 512 MB in bfloat16
+INSTEAD = "give --mlp-kernel auto"
 SHARED_MEMORY = 227 * 2**10  # bytes of a multiprocessor that the kernels may use, those of an H100
 
 
+def check_mlp_flags(args):
+    """InputError if --mlp-kernel cannot be had with other flags, on whichever machine."""
+    if args.mlp_kernel == "fused" and args.fp8:
+        raise InputError(
+            "--mlp-kernel fused: computes in bfloat16, and --fp8 in float8; give only one of them"
+        )
+    if args.mlp_kernel == "fused" and args.dtype not in ("auto", "bfloat16"):
+        raise InputError(f"--mlp-kernel fused: computes in bfloat16, not {args.dtype}; {INSTEAD}")
+
+
 def check_mlp_kernel(choice: str, device_type: str, dtype: torch.dtype):
-    """InputError where --mlp-kernel cannot be had."""
+    """InputError if --mlp-kernel cannot be had on this machine."""
     if choice != "fused":
         return
-    instead = "give --mlp-kernel auto"
     if device_type != "cuda":
-        raise InputError(f"--mlp-kernel fused: needs a GPU, and this run is on {device_type}; {instead}")
+        raise InputError(f"--mlp-kernel fused: needs a GPU, and this run is on {device_type}; {INSTEAD}")
     if find_spec("triton") is None:
-        raise InputError(f"--mlp-kernel fused: needs Triton, which is not installed here; {instead}")
+        raise InputError(f"--mlp-kernel fused: needs Triton, which is not installed here; {INSTEAD}")
     if torch.cuda.is_available():  # else `init_process` has explained that
         gpu = torch.cuda.get_device_properties(0)
         if gpu.shared_memory_per_block_optin < SHARED_MEMORY:
             kilobytes = gpu.shared_memory_per_block_optin // 2**10
             raise InputError(
                 f"--mlp-kernel fused: needs 227 KB of shared memory, as an H100 has, and a block of "
-                f"{gpu.name} has {kilobytes}; {instead}"
+                f"{gpu.name} has {kilobytes}; {INSTEAD}"
             )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"--mlp-kernel fused: computes in bfloat16, not {name}; {instead} or --dtype bfloat16"
+            f"--mlp-kernel fused: computes in bfloat16, not {name}; {INSTEAD} or --dtype bfloat16"
         )
 
 

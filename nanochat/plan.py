@@ -110,11 +110,13 @@ def width_and_heads(args, depth: int) -> tuple[int, int, int]:
     width = args.model_dim
     if width < 1:
         width = math.ceil(depth * args.aspect_ratio / args.head_dim) * args.head_dim
-    if width % args.head_dim or args.head_dim % 2:
+    if args.head_dim % 2:  # rotary embeddings turn pairs of channels
+        raise InputError(f"--head-dim {args.head_dim}: must be even; e.g. --head-dim {args.head_dim + 1}")
+    if width % args.head_dim:
         heads = {max(1, width // args.head_dim), width // args.head_dim + 1}
         near = " or ".join(str(count * args.head_dim) for count in sorted(heads))
         raise InputError(
-            f"--head-dim {args.head_dim}: must be even and divide the width {width}; e.g. --model-dim {near}"
+            f"--head-dim {args.head_dim}: must divide the width {width}; e.g. --model-dim {near}"
         )
     heads = width // args.head_dim
     kv_heads = args.n_kv_head if args.n_kv_head > 0 else heads

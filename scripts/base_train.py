@@ -29,7 +29,7 @@ from nanochat.fp8 import check_float8, train_in_float8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import reference_losses
 from nanochat.memory import check_memory, flags_in_errors, print_cards, training_costs
-from nanochat.mlp_kernel import use_mlp_kernel
+from nanochat.mlp_kernel import check_mlp_flags, use_mlp_kernel
 from nanochat.optim import Muon, Rates, load_optimizer_state, lr_multiplier, muon_momentum
 from nanochat.plan import parse_flags, print_plan, take_device_batch, training_plan
 from nanochat.processes import end_process, print0, process_layout
@@ -71,6 +71,7 @@ def main(argv=None):
 def plan_run(args) -> RunSpec | None:
     """What the flags decide. --plan and --dry-run only print it: then None."""
     check_resume(args.resume)
+    check_mlp_flags(args)
     world_size = process_layout().size
     tokenizer, vocab_size = vocabulary(args)
     device_type = pick_device_type(args.device_type)

@@ -326,8 +326,9 @@ def test_budget_of_another_run_is_met_from_below(train, capsys):
         ),
         (
             ["--head-dim", 24],
-            r"--head-dim 24: must be even and divide the width 32; e.g. --model-dim 24 or 48",
+            r"--head-dim 24: must divide the width 32; e.g. --model-dim 24 or 48",
         ),
+        (["--head-dim", 7], r"--head-dim 7: must be even; e.g. --head-dim 8"),
         (
             ["--mlp-ratio", 0.01],
             r"--mlp-ratio 0.01: leaves the MLP no hidden layer at width 32; give more, e.g. 4",

@@ -162,7 +162,7 @@ def test_a_runs_checkpoint(train, capsys, quick):
             ["--prompt-tokens", "32"],
             "^--prompt-tokens 32: leaves no room in the model's context of 32; give at most 31",
         ),
-        (["--head-dim", "48"], "--head-dim 48: must be even and divide the width 32"),
+        (["--head-dim", "48"], "--head-dim 48: must divide the width 32"),
         (["--mlp-rank", "33"], "--mlp-rank .*rank 33 does not fit"),
         (["--batch-sizes", "0"], "--batch-sizes: '0' is not a whole number >= 1"),
         (["--step", "3"], "^--step 3: of which run"),

@@ -118,6 +118,9 @@ def test_a_dry_run_names_the_cards_and_the_largest_batches(base_dir, corpus_dir,
     assert all(rows[i] <= rows[i + 1] for rows in batches for i in range(3))
     assert all(kept < recomputed for kept, recomputed in zip(*batches))
     assert "fits on no single card" in line("--depth", 200)
+    cards = {"--fp8": ["24", "80", "141"], "--mlp-kernel=fused": ["80", "141"]}  # that can run it
+    for flag, expected in cards.items():
+        assert re.findall(r"(?:\d+|none) on (\d+) GB", line(flag)) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from nanochat.accounting import on_meta
 from nanochat.adapters.attach import AdapterConfig, attach
 from nanochat.continuation import FREE
 from nanochat.errors import InputError
+from nanochat.flags import build_parser
 from nanochat.gpt import GPTConfig
-from nanochat.mlp_kernel import check_mlp_kernel, fits, use_mlp_kernel
+from nanochat.mlp_kernel import check_mlp_flags, check_mlp_kernel, fits, use_mlp_kernel
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,17 @@ def test_fused_is_an_error_where_the_kernels_cannot_run(monkeypatch, device_type
         check_mlp_kernel("fused", device_type, dtype)
     for choice in ("auto", "library"):
         check_mlp_kernel(choice, device_type, dtype)
+
+
+def test_fused_is_an_error_beside_other_precisions_on_every_machine():
+    for flags, message in (
+        (["--fp8"], "computes in bfloat16, and --fp8 in float8; give only one of them"),
+        (["--dtype", "float32"], "computes in bfloat16, not float32; give --mlp-kernel auto"),
+    ):
+        check_mlp_flags(build_parser().parse_args(flags))
+        with pytest.raises(InputError, match=f"^--mlp-kernel fused: {message}$"):
+            check_mlp_flags(build_parser().parse_args([*flags, "--mlp-kernel", "fused"]))
+    check_mlp_flags(build_parser().parse_args(["--mlp-kernel", "fused", "--dtype", "bfloat16"]))
 
 
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])

@@ -1,12 +1,15 @@
 """Where nothing can be compiled: --compile auto says so in a line and trains what --compile off trains."""
 
 import os
+import warnings
 
 import pytest
+import torch
 from conftest import TINY, losses
 from processes import Launched
 
 from nanochat import compiler, metrics
+from nanochat.flags import build_parser
 from scripts import base_train
 
 WARNING = "--compile auto: trains uncompiled, since compiling fails here: "
@@ -74,6 +77,33 @@ def test_where_one_process_cannot_compile_none_does(base_dir, corpus_dir, tmp_pa
     output = tmp_path / "output"
     assert Launched(2, output, train_where_rank_1_cannot_compile, flags).codes() == [0, 0], output.read_text()
     assert before_the_first_step(output) == [WARNING + FALSE]
+
+
+def test_a_gpu_that_torch_compiles_nothing_for_is_a_reason(monkeypatch):
+    """Torch only warns there, and leaves the blocks as they are."""
+
+    def one_pass():
+        warnings.warn("Tesla V100 does not support bfloat16 compilation natively, skipping", stacklevel=2)
+
+    monkeypatch.setattr(compiler, "compile_blocks", lambda model, budget: None)
+    monkeypatch.setattr(compiler, "compiler_error", lambda: "")
+    reason = compiler.compile_error(None, torch.device("cpu"), one_pass, 1.0)
+    assert reason == "Tesla V100 does not support bfloat16 compilation natively, skipping"
+    assert not compiler.compile_error(
+        None, torch.device("cpu"), lambda: warnings.warn("other", stacklevel=2), 1.0
+    )
+
+
+def test_flags_that_do_nothing_uncompiled_are_named(capsys):
+    flags = ["--compile", "off", "--activation-budget", "0.7", "--attn-kernel", "flex"]
+    assert not compiler.should_compile(build_parser().parse_args(flags), "cuda", 1e20)
+    assert capsys.readouterr().out.splitlines() == [
+        "--activation-budget 0.7: does nothing, the blocks are not compiled",
+        "--attn-kernel flex: does nothing, the blocks are not compiled",
+    ]
+    assert compiler.should_compile(build_parser().parse_args(flags[2:]), "cuda", 1e20)
+    assert not compiler.should_compile(build_parser().parse_args(flags[:2]), "cuda", 1e20)
+    assert not capsys.readouterr().out
 
 
 def test_the_reason_is_the_line_that_says_it(tmp_path, monkeypatch):
