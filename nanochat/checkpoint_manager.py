@@ -23,7 +23,6 @@ import torch
 
 from nanochat import locks
 from nanochat.checkpoint_files import (
-    TORCH_INDEX,
     Piece,
     StoredState,
     data_file,
@@ -148,9 +147,9 @@ class NewCheckpoint:
             time.sleep(0.1)
 
     def checksums(self) -> dict[str, str]:
-        """{file: its SHA-256} of all files but meta.json. The writers have computed those of the tensors."""
+        """{file: its SHA-256} of all files that are read. The writers have computed those of the tensors."""
         write_torch_index(self.building, self.ranks)
-        sums = {TORCH_INDEX: sha256(self.building / TORCH_INDEX)}
+        sums = {}
         for rank in range(self.ranks):
             sums[list_file(rank)] = sha256(self.building / list_file(rank))
             sums[data_file(rank)] = read_list(self.building, rank)["sha256"]

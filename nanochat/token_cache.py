@@ -254,7 +254,7 @@ def lock_path(folder: Path) -> Path:
 
 def build_cache(shard, tokenizer, folder: Path, fault: str, work: Work):
     """Tokenise a shard into `folder`. The caller has its lock. fault: what is wrong with the cache there."""
-    remove_unfinished_caches(folder)
+    remove_unfinished_caches(folder.parent, own=folder)
     building = None
     try:
         # a new name each time: an unfinished folder of another user cannot be removed
@@ -274,15 +274,15 @@ def build_cache(shard, tokenizer, folder: Path, fault: str, work: Work):
         print(line, flush=True)
 
 
-def remove_unfinished_caches(folder: Path):
-    """Remove unfinished folders of this cache, and of others beside it that no process is building."""
-    for unfinished in folder.parent.glob("*.building*"):
-        other = folder.with_name(unfinished.name.partition(".building")[0])
-        if other == folder:  # the caller has its lock
+def remove_unfinished_caches(root: Path, own: Path | None = None):
+    """Remove the unfinished caches in a folder that no process is building. own: the caller has its lock."""
+    for unfinished in root.glob("*.building*"):
+        folder = root / unfinished.name.partition(".building")[0]
+        if folder == own:
             shutil.rmtree(unfinished, ignore_errors=True)
             continue
         with contextlib.suppress(OSError):
-            if lock := locks.acquire(lock_path(other), wait=False):
+            if lock := locks.acquire(lock_path(folder), wait=False):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 lock.close()
 

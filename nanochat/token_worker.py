@@ -1,9 +1,9 @@
 """A worker of nanochat/token_workers.py, which starts it and reads its reports.
 
-It reads (shards, tokenizer, threads) from standard input, as a pickle of its parent. To standard output it
-writes a line of JSON for each report: the number of the shard at hand (null between two shards), the bytes of
-text that were read since the report before, and what was printed meanwhile. If a shard fails the worker ends;
-its parent finds out why.
+It reads (shards, tokenizer, threads) from standard input, as a pickle of its parent. To the file descriptor
+that its argument names it writes a line of JSON for each report: the number of the shard at hand (null
+between two shards), the bytes of text that were read since the report before, and what was printed meanwhile.
+If a shard fails the worker ends; its parent finds out why.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def main():
         signal.signal(number, signal.SIG_DFL)  # Ctrl-C goes to the parent too, which says so
     shards, tokenizer, threads = pickle.load(sys.stdin.buffer)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    reports = Reports(sys.stdout)
+    reports = Reports(os.fdopen(int(sys.argv[1]), "w", encoding="utf-8"))
     for i, shard in enumerate(shards):
         reports.shard = i
         reports.write()

@@ -22,7 +22,13 @@ from tqdm import tqdm
 from nanochat.environment import local_world_size, python_path
 from nanochat.processes import process_layout, usable_cores
 from nanochat.readers import text_bytes
-from nanochat.token_cache import IncompleteCache, cache_folder, make_whole, open_cache
+from nanochat.token_cache import (
+    IncompleteCache,
+    cache_folder,
+    make_whole,
+    open_cache,
+    remove_unfinished_caches,
+)
 from nanochat.tokenizer import Tokenizer
 from nanochat.units import TIME, human
 
@@ -44,6 +50,8 @@ def build_caches(shards, tokenizer: Tokenizer):
     count = min(cores, len(missing))
     threads = max(1, cores // count)
     with contextlib.ExitStack() as stack:
+        # at the end, also after Ctrl-C, when the workers have been killed
+        stack.callback(remove_unfinished_caches, cache_folder(missing[0], tokenizer).parent)
         progress = stack.enter_context(Progress(size, len(missing), count, world_size))
         workers = []
         for i in range(count):
@@ -70,15 +78,17 @@ class Worker:
         """shards: in the order in which the worker tries them."""
         self.shards = shards
         self.shard = None
+        reading, writing = os.pipe()  # for its reports alone: whatever it loads may print
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat.token_worker"],
+            [sys.executable, "-m", "nanochat.token_worker", str(writing)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            pass_fds=[writing],
             env={**os.environ, "PYTHONPATH": python_path(os.environ)},
         )
-        assert self.process.stdin and self.process.stdout
+        os.close(writing)
+        assert self.process.stdin
         self.job = self.process.stdin  # not closed before the end: that tells the worker that we are gone
-        self.lines = self.process.stdout
+        self.lines = os.fdopen(reading, encoding="utf-8")
         with contextlib.suppress(BrokenPipeError):  # it has ended already
             pickle.dump((shards, tokenizer, threads), self.job)
             self.job.flush()
@@ -94,10 +104,12 @@ class Worker:
 
     def relay(self, reports: queue.Queue):
         """Put (this worker, report) for every line that it writes, and (this worker, None) at its end."""
-        with self.lines:
-            for line in self.lines:
-                reports.put((self, json.loads(line)))
-        reports.put((self, None))
+        try:
+            with self.lines:
+                for line in self.lines:
+                    reports.put((self, json.loads(line)))
+        finally:
+            reports.put((self, None))
 
 
 def ended_workers(workers: list[Worker], progress: "Progress") -> Iterator[Worker]:

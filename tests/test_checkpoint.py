@@ -25,7 +25,7 @@ STATE = {
     "optimizer": {"w": {"momentum": torch.ones(2), "step": torch.tensor(3.0)}, "never updated": {}},
     "allocator": {"step": 4},
 }
-FILES = ("__0_0.distcp", "__0_0.json", ".metadata")
+FILES = ("__0_0.distcp", "__0_0.json")
 
 
 def tensors_of(state) -> dict:
@@ -98,6 +98,18 @@ def test_no_space_left_is_one_line_and_costs_no_earlier_checkpoint(tmp_path, mon
         cm.save_checkpoint(tmp_path, 10, STATE, {})
     assert cm.saved_steps(tmp_path) == [5] and cm.load_newest(tmp_path)[1]["step"] == 5
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_copy_without_hidden_files_is_whole(tmp_path, listed):
+    """`cp step_000005/* elsewhere` leaves torch's index behind, which nothing here reads."""
+    cm.save_checkpoint(tmp_path, 5, STATE, {})
+    folder = step_folder(tmp_path, 5)
+    if listed:  # as an earlier version did
+        meta = json.loads((folder / "meta.json").read_text())
+        write_meta(folder, meta | {"files": {".metadata": "0" * 64, **meta["files"]}})
+    (folder / ".metadata").unlink()
+    assert_same_tensors(cm.load_checkpoint(tmp_path, 5)[0], STATE)
 
 
 class Evil:
@@ -203,11 +215,9 @@ def test_what_several_processes_wrote_is_read_whole_and_in_parts_also_by_torch(t
     state = {"model": {name: torch.randn(shape) for name, shape in SHAPES.items()}}
     save_shards(tmp_path, ranks, state)
     folder = step_folder(tmp_path, 5)
-    names = {".metadata", "meta.json"} | {
-        f"__{r}_0.{end}" for r in range(ranks) for end in ("distcp", "json")
-    }
-    assert {path.name for path in folder.iterdir()} == names
-    assert set(read_meta(tmp_path, 5)["files"]) == names - {"meta.json"}
+    names = {f"__{r}_0.{end}" for r in range(ranks) for end in ("distcp", "json")}
+    assert {path.name for path in folder.iterdir()} == names | {".metadata", "meta.json"}
+    assert set(read_meta(tmp_path, 5)["files"]) == names
     stored, _ = cm.load_checkpoint(tmp_path, 5)
     assert_same_tensors(stored, state)
     table = state["model"]["table"].flatten()

@@ -178,7 +178,6 @@ DAMAGES = {
     "state": written("__0_0.distcp", b"PK\x03\x04"),
     "empty state": written("__0_0.distcp", b""),
     "list": written("__0_0.json", b"{}"),
-    "torch's index": written(".metadata", b""),
     "no meta": lambda folder: (folder / "meta.json").unlink(),
     "a folder": lambda folder: ((folder / "__0_0.distcp").unlink(), (folder / "__0_0.distcp").mkdir()),
 }

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, story
@@ -85,6 +87,25 @@ def test_what_dead_workers_leave_is_built_by_this_process(shards, monkeypatch):
     assert all(len(cached_tokens(shard, load_tokenizer())) > 50 for shard in shards)
 
 
+@pytest.mark.parametrize("line", ["print('hello')", "import os; os.write(1, b'hello')"])
+def test_what_else_a_worker_prints_stops_nothing(shards, tmp_path, monkeypatch, capfd, line):
+    """Whatever an interpreter loads at its start may print, and so may a library in C."""
+    (tmp_path / "sitecustomize.py").write_text(line + "\n", "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(token_cache, "write_tokens", None)  # none is left for this process
+    token_workers.build_caches(shards, load_tokenizer())
+    assert "hello" in capfd.readouterr().out
+    assert all(len(cached_tokens(shard, load_tokenizer())) > 50 for shard in shards)
+
+
+def test_a_report_that_cannot_be_read_is_the_end_of_its_worker(shards, monkeypatch):
+    noted = []
+    monkeypatch.setattr(threading, "excepthook", noted.append)
+    monkeypatch.setattr(token_workers, "json", SimpleNamespace(loads=lambda line: 1 / 0))
+    token_workers.build_caches(shards, load_tokenizer())
+    assert noted and {type(note.exc_value) for note in noted} == {ZeroDivisionError}
+
+
 WAITING = """
 import sys
 from pathlib import Path
@@ -110,12 +131,20 @@ def test_workers_end_with_their_parent(base_dir, tmp_path, number):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     parent = subprocess.Popen([sys.executable, "-c", WAITING, *pipes], cwd=ROOT, **quiet)
     workers = children(parent.pid, 2)
+    while len(unfinished(base_dir)) < 2:
+        time.sleep(0.05)
     parent.send_signal(number)
     parent.wait(20)
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
+    if number == signal.SIGINT:
+        assert unfinished(base_dir) == []
+
+
+def unfinished(base_dir) -> list[Path]:
+    return list((base_dir / "token_cache").glob("*/*.building*"))
 
 
 def children(pid: int, count: int) -> list[str]:
