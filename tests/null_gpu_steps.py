@@ -82,6 +82,7 @@ def measure(trainable: Trainable, batches) -> dict:
     for _ in range(2):  # the second step has optimizer state
         one_step(trainable, batches)
     next(batches)  # the thread that loads data may still copy one
+    gc.collect()  # a compilation leaves tensors in cycles
     torch.cuda.reset_peak_memory_stats()
     lines = logged(lambda: one_step(trainable, batches))
     kinds = [line.split(" ", 1)[0] for line in lines]
