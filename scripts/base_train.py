@@ -10,6 +10,7 @@ tokenizer.json and checkpoints/. Bad flags are reported in one line (exit 2) bef
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 
@@ -144,10 +145,12 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     reset_peak_memory(world.device)
     if world.size > 1:
         dist.barrier()  # a signal before this ends all processes, one after it lets all of them save
-    with signals.stop_signals() as stop, parallel.share_requests(stop), output.writer:
+    first_row = state.step * run.rows_per_step
+    batches = training_batches(run.text.train_rows, first_row, run.args.device_batch_size, world)
+    with signals.stop_signals() as stop, parallel.share_requests(stop), output.writer, closing(batches):
         output.summarize("running")
         before_training(run, evaluation, output, state, stop)
-        train_steps(run, trainable, evaluation, output, state, stop)
+        train_steps(run, trainable, batches, evaluation, output, state, stop)
         if state.step != output.saved_step:  # the step after it was broken off
             output.save(state)
         output.wait_for_writers()
@@ -158,13 +161,13 @@ def train(run: TrainingRun, trainable: Trainable, checkpoint: tuple | None) -> s
     return None if state.last else stop
 
 
-def train_steps(run: TrainingRun, trainable: Trainable, evaluation, output: RunOutput, state: RunState, stop):
+def train_steps(
+    run: TrainingRun, trainable: Trainable, batches, evaluation, output: RunOutput, state: RunState, stop
+):
     """The training loop. `state.step` counts finished updates."""
     args = run.args
     world = run.world
     first = state.step + 1
-    first_row = state.step * run.rows_per_step
-    batches = training_batches(run.text.train_rows, first_row, args.device_batch_size, world)
     for step in range(first, run.steps + 1):
         if state.last or state.stopping:
             break

@@ -174,7 +174,7 @@ ADAPTER = ["--model-tag", "tiny", "--run-tag", "adapter", "--adapter", "adalora"
 def save_again(main, flags, out):
     """Go on from a checkpoint and, without a step, save what these processes have into another folder."""
 
-    def save(run, trainable, evaluation, output, state, stop):
+    def save(run, trainable, batches, evaluation, output, state, stop):
         output.folder = out
         output.save(state)
 

@@ -34,12 +34,13 @@ def judge_lines(result, answer: dict, base: Path, corpus: Path):
     result.line = " || ".join(error_lines(answer))
     if not answer["fired"] or not result.line:
         return
-    path = Path(answer["fired"][0].split("\t")[2].removesuffix(" (deleted)"))
+    # of any operation that was struck: a checkpoint's writer and the training may fail at once
+    places = {Path(operation.split("\t")[2].removesuffix(" (deleted)")) for operation in answer["fired"]}
     # the folder of all text is a good name for a file in it; the base folder is none
-    places = {path}
-    for parent in path.parents:
-        if base in parent.parents or corpus in (parent, *parent.parents):
-            places.add(parent)
+    for path in list(places):
+        for parent in path.parents:
+            if base in parent.parents or corpus in (parent, *parent.parents):
+                places.add(parent)
     names = {re.sub(r"/\.([^/]*?)(\.[0-9a-f]{12}\.tmp|\.building)?$", r"/\1", str(place)) for place in places}
     if not any(name in result.line for name in names | set(map(str, places))):
         named = re.search(r"(^|[\s'\"])/\w", result.line)
