@@ -35,11 +35,12 @@ def should_compile(args, device_type: str, flops: float) -> bool:
     """
     if args.compile == "on" or (args.compile == "auto" and pays_off(device_type, flops)):
         return True
-    idle = {
-        f"--activation-budget {args.activation_budget:g}": args.activation_budget < 1,
-        "--attn-kernel flex": args.attn_kernel == "flex",
-    }
-    for flag in filter(idle.get, idle):
+    idle = []
+    if args.activation_budget < 1:
+        idle.append(f"--activation-budget {args.activation_budget:g}")
+    if args.attn_kernel == "flex":
+        idle.append("--attn-kernel flex")
+    for flag in idle:
         print0(f"{flag}: does nothing, the blocks are not compiled")
     return False
 
