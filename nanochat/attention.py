@@ -192,16 +192,16 @@ def attention(q, k, v, scale: float, window=None, kernel: str | None = None):
         y = flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2).flatten(2)
 
-    by_groups = grouped and not (q.is_cuda and kernel == "mask")  # else SDPA has no fast kernel for groups
-    if grouped and not by_groups and T == 1:  # heads that share keys become queries of one
+    separate = grouped and kernel == "mask" and q.is_cuda  # there SDPA has no fast kernel for groups
+    if separate and T == 1:  # heads that share keys become queries of one
         q = q.unflatten(1, (-1, H // k.size(1))).flatten(2, 3)  # (B, K, G, D)
-    elif grouped and not by_groups:
+    elif separate:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     if windowed:
         mask = q.new_ones(T, T, dtype=torch.bool).tril().triu(1 - window)  # as `window_mask`
     backend = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if kernel == "cudnn" else contextlib.nullcontext()
     with backend:
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=by_groups
+            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped and not separate
         )
     return y.unflatten(2, (-1, T)).flatten(1, 2).transpose(1, 2).flatten(2)

@@ -221,7 +221,7 @@ def numbers_of_partitioner(block, config: GPTConfig, run: Execution) -> int:
     if run.budget == 1:
         return least + on_top
     share = int(run.budget * (least + on_top))
-    if run.float8:  # few tensors are free of products: steps as measured
+    if run.float8:  # little can be computed again without a product: the partitioner keeps less, as measured
         return share - (least + on_top) // 5 if run.budget > 0.5 else share * 3 // 5
     # what costs no product is computed again first, which takes the residual stream after attention
     return min(least + C, least + on_top) if least + C < share else share
